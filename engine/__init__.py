@@ -1,0 +1,1 @@
+"""The training engine: networks, views, optimizer, trainer."""

@@ -1,0 +1,160 @@
+"""View augmentation on the device: a whole batch at once, every sample with its own parameters.
+
+Images are RGB in [0, 1]. All rows take the same path, without branches or host synchronisation
+(`torch.where` picks per row), so the whole is one graph under `torch.compile(fullgraph=True)`.
+No operation here is one that autocast or TF32 would round.
+
+Source: arXiv 2006.07733, appendix B; exact to the official `augmentations.py`.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shards.views import Column, Operation
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB
+STD = (0.229, 0.224, 0.225)
+LUMA = (0.2989, 0.5870, 0.1140)
+
+
+def augment(images: Tensor, params: Tensor, *, blur: bool = True) -> Tensor:
+    """Cropped images to the network's input: `distort`, then `normalize`.
+
+    Args:
+        images: [N, 3, H, W], uint8, or float in [0, 1] (whose dtype is then kept).
+        params: [N, shards.views.COLUMNS], rows of `ViewDraws.params`.
+        blur: False leaves the blur out, for recipes in which no view ever blurs.
+
+    Returns:
+        [N, 3, H, W], float32 (or the images' float dtype), channels_last.
+    """
+    return normalize(distort(images, params, blur=blur))
+
+
+def distort(images: Tensor, params: Tensor, *, blur: bool = True) -> Tensor:
+    """All of `augment` but the normalisation: [N, 3, H, W] in [0, 1]."""
+    params = params.to(images.dtype if images.is_floating_point() else torch.float32)
+    flipped, jittered, gray, solarized = (
+        params[:, column, None, None, None] > 0
+        for column in (Column.FLIP, Column.JITTER, Column.GRAYSCALE, Column.SOLARIZE)
+    )  # [N, 1, 1, 1]
+    factors = params[:, Column.FACTORS : Column.FACTORS + 4]
+    order = params[:, Column.ORDER : Column.ORDER + 4]
+
+    x = torch.where(flipped, images.flip(-1), images)
+    if not x.is_floating_point():
+        x = x.float() / 255
+    x = torch.where(jittered, jitter(x, factors, order), x)
+    x = torch.where(gray, grayscale(x), x).clamp(0, 1)
+    if blur:
+        x = gaussian_blur(x, params[:, Column.SIGMA])
+    x = torch.where(solarized, solarize(x), x)
+    return x.clamp(0, 1)
+
+
+def normalize(x: Tensor) -> Tensor:
+    """Subtract ImageNet's mean and divide by its deviation: [N, 3, H, W], channels_last."""
+    channels = [
+        (channel - mean) / std for channel, mean, std in zip(x.unbind(1), MEAN, STD, strict=True)
+    ]
+    return torch.stack(channels, dim=-1).permute(0, 3, 1, 2)
+
+
+def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """The four colour operations, each followed by a clip to [0, 1].
+
+    Args:
+        x: [N, 3, H, W] in [0, 1].
+        factors: [N, 4], the parameter of each `Operation`.
+        order: [N, 4], the operation at each position.
+    """
+    delta, stretch, saturate, turns = factors.unbind(1)  # [N], as `Operation` counts them
+    for position in order.unbind(1):
+        bright, stretched, saturated, turned = (position == op.value for op in Operation)
+        # Every row goes the whole way; parameters that are not its turn's are neutral.
+        x = brightness(x, torch.where(bright, delta, 0))
+        x = contrast(x, torch.where(stretched, stretch, 1)).clamp(0, 1)
+        x = saturation_and_hue(
+            x, torch.where(saturated, saturate, 1), torch.where(turned, turns, 0)
+        ).clamp(0, 1)
+    return x
+
+
+def brightness(x: Tensor, delta: Tensor) -> Tensor:
+    """Add `delta` [N] to x [N, 3, H, W]. Not clipped."""
+    return x + _per_row(delta)
+
+
+def contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """Stretch x [N, 3, H, W] by `factor` [N] about the mean of each channel. Not clipped."""
+    mean = x.mean((2, 3), keepdim=True)
+    return torch.lerp(mean, x, _per_row(factor))
+
+
+def saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """Multiply the HSV saturation of x [N, 3, H, W] by `factor` [N], to at most 1."""
+    return saturation_and_hue(x, factor, torch.zeros_like(factor))
+
+
+def hue(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn the HSV hue of x [N, 3, H, W] by `turns` [N] of the colour circle."""
+    return saturation_and_hue(x, torch.ones_like(turns), turns)
+
+
+def saturation_and_hue(x: Tensor, factor: Tensor, turns: Tensor) -> Tensor:
+    """One way to HSV and back: x [N, 3, H, W] in [0, 1]; `factor` and `turns` [N]."""
+    red, green, blue = x.unbind(1)  # [N, H, W]
+    value, least = x.amax(1), x.amin(1)
+    chroma = value - least
+    # The hue in sixths of a turn, from -3 to 3: 0 at red, 2 at green, -2 at blue. One expression
+    # for all cases: a pixelwise torch.where is slow on a CPU. Greys get any hue, and show none.
+    from_red = ((green - red) + (blue - least)) / chroma.clamp_min(torch.finfo(x.dtype).tiny)
+    sixths = torch.copysign(1 + from_red, green - blue) + 6 * turns[:, None, None]
+    sixths = sixths - 6 * (sixths / 6).floor()  # [0, 6]
+    chroma = torch.minimum(chroma * factor[:, None, None], value)
+    floor = value - chroma
+    # How much of the chroma each channel has: 1 within one sixth of its own hue, 0 beyond two.
+    shares = ((sixths - 3).abs() - 1, 2 - (sixths - 2).abs(), 2 - (sixths - 4).abs())
+    return torch.stack([floor + chroma * share.clamp(0, 1) for share in shares], dim=1)
+
+
+def grayscale(x: Tensor) -> Tensor:
+    """The luma of x [N, 3, H, W] in all three channels."""
+    red, green, blue = x.unbind(1)
+    luma = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue  # [N, H, W]
+    return luma[:, None].expand_as(x)
+
+
+def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
+    """Blur x [N, 3, H, W] with a Gaussian of `sigma` [N] pixels; 0 leaves a row as it is.
+
+    The window reaches H // 20 pixels each way. Outside the image is black, so borders darken.
+    """
+    height, width = x.shape[-2:]
+    radius = height // 20
+    offsets = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
+    # So small a sigma in place of 0 makes every weight but the middle one exactly 0.
+    sigma = sigma.clamp_min(0.01)[:, None]
+    weights = torch.exp(-(offsets**2) / (2 * sigma**2))
+    weights = weights / weights.sum(1, keepdim=True)  # [N, 2 radius + 1]
+
+    # A sum of shifted images, first down and then across: faster than matrix products or grouped
+    # convolutions, and nothing that autocast or TF32 would round.
+    for dim, length, padding in ((2, height, (0, 0, radius, radius)), (3, width, (radius, radius))):
+        padded = F.pad(x, padding)
+        x = torch.zeros_like(x)
+        for shift, weight in enumerate(weights.unbind(1)):
+            x.addcmul_(padded.narrow(dim, shift, length), _per_row(weight))
+    return x
+
+
+def solarize(x: Tensor, threshold: float | Tensor = 0.5) -> Tensor:
+    """Invert the values of x [N, 3, H, W] that are at least `threshold`."""
+    # As torch.where, and as exact, but several times faster on a CPU for a mask of pixels.
+    return torch.lerp(x, 1 - x, (x >= threshold).to(x.dtype))
+
+
+def _per_row(values: Tensor) -> Tensor:
+    """[N] -> [N, 1, 1, 1], to go with images."""
+    return values[:, None, None, None]

@@ -1,0 +1,191 @@
+"""Checkpoints at a URL: RUN/checkpoints/step_00000100/ with torch's distributed-checkpoint files.
+
+A checkpoint exists when its commit.json does: written last, in one PUT, with the length and CRC32
+of every file. Those are verified before anything is unpickled; a damaged checkpoint is reported
+and the one before it is taken.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from torch.distributed.checkpoint.filesystem import FileSystemBase
+from torch.distributed.checkpoint.fsspec_filesystem import FsspecReader, FsspecWriter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from shards import storage
+from shards.errors import InputError
+from shards.fields import Operation
+
+FORMAT = 1
+FOLDER = "checkpoints"
+COMMIT = "commit.json"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved, and what it starts from."""
+
+    every: Operation[int] = 1000
+    """Steps from one checkpoint to the next; the last step of a process is saved too. 0: only it."""
+    keep: Operation[int] = 3
+    """How many of the newest checkpoints stay."""
+    resume: Operation[str] = ""
+    """URL of another run, or of one of its checkpoints, whose full state a new run starts from."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What commit.json says: that the checkpoint is whole, and what run it belongs to."""
+
+    url: str
+    step: int
+    method: dict[str, Any]  # the recipe's method fields, dotted names
+    index_digest: str
+    files: dict[str, tuple[int, int]]  # name: length in bytes, CRC32
+
+
+def step_url(run: str, step: int) -> str:
+    return storage.join(run, FOLDER, f"step_{step:08d}")
+
+
+def save(
+    run: str, step: int, state: dict[str, Any], method: dict[str, Any], index_digest: str
+) -> Commit:
+    """Write `state`, nested dicts of tensors, as the checkpoint of `step`, and commit it."""
+    url = step_url(run, step)
+    storage.remove(url)  # what a process that was killed may have left there
+    writer = FsspecWriter(url, sync_files=False)
+    files = _CountingFiles(writer.fs)
+    writer.fs = files  # type: ignore[assignment]
+    dcp_save(state, storage_writer=writer, no_dist=True)
+    packages = {name: version(name) for name in ("torch", "torchvision", "numpy")}
+    document = {"format": FORMAT, "step": step, "method": method, "index_digest": index_digest}
+    document |= {"packages": packages, "files": files.sums}
+    storage.write(storage.join(url, COMMIT), json.dumps(document, indent=1).encode())
+    return Commit(url, step, method, index_digest, files.sums)
+
+
+def load(commit: Commit, state: dict[str, Any]) -> None:
+    """Fill the tensors of `state` from a checkpoint that `latest` or `find` has verified."""
+    dcp_load(state, storage_reader=FsspecReader(commit.url), no_dist=True)
+
+
+def latest(run: str, report: Callable[[str], None]) -> Commit | None:
+    """The newest sound checkpoint of a run, None when it has none; damaged ones are reported."""
+    for name in reversed(storage.list_names(storage.join(run, FOLDER))):
+        url = storage.join(run, FOLDER, name)
+        try:
+            return verify(url)
+        except InputError as error:
+            report(f"skipped: {error}")
+    return None
+
+
+def find(url: str, report: Callable[[str], None]) -> Commit:
+    """The checkpoint at `url`, which is one, or a run whose newest is taken. Raises InputError."""
+    if storage.exists(storage.join(url, COMMIT)):
+        return verify(url)
+    found = latest(url, report)
+    if found is None:
+        raise InputError(f"checkpoint.resume {storage.redact(url)}: no committed checkpoint there")
+    return found
+
+
+def verify(url: str) -> Commit:
+    """Check a checkpoint's commit and the length and CRC32 of its files. Raises InputError."""
+    place = storage.redact(url)
+    try:
+        document = json.loads(storage.read(storage.join(url, COMMIT)))
+        files = {name: (length, crc) for name, (length, crc) in document["files"].items()}
+        step, method = document["step"], document["method"]
+        commit = Commit(url, step, method, document["index_digest"], files)
+    except FileNotFoundError:
+        raise InputError(f"{place}: not committed, its save was cut off") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{place}: {COMMIT} is damaged") from None
+    if document.get("format") != FORMAT:
+        raise InputError(f"{place}: format {document.get('format')}, not {FORMAT}")
+    for name, (length, crc) in files.items():
+        try:
+            content = storage.read(storage.join(url, name))
+        except FileNotFoundError:
+            raise InputError(f"{place}: {name} is missing") from None
+        if len(content) != length or zlib.crc32(content) != crc:
+            raise InputError(f"{place}: {name} is damaged, its length or CRC32 differs")
+    return commit
+
+
+def prune(run: str, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; called after a commit. The commit goes first."""
+    names = storage.list_names(storage.join(run, FOLDER))
+    for name in names[: -max(1, keep)]:
+        url = storage.join(run, FOLDER, name)
+        storage.remove(storage.join(url, COMMIT))
+        storage.remove(url)
+
+
+class _CountingFiles(FileSystemBase):
+    """The writer's file system, summing length and CRC32 of each file on the way to storage."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.sums: dict[str, tuple[int, int]] = {}
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        with self._inner.create_stream(path, mode) as stream:
+            counted = _CountingStream(stream)
+            yield counted
+        self.sums[_name(path)] = (counted.length, counted.crc)
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        self._inner.rename(path, new_path)
+        self.sums[_name(new_path)] = self.sums.pop(_name(path))
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        return self._inner.concat_path(path, suffix)
+
+    def init_path(self, path: Any) -> Any:
+        return self._inner.init_path(path)
+
+    def mkdir(self, path: Any) -> None:
+        self._inner.mkdir(path)
+
+    def exists(self, path: Any) -> bool:
+        return bool(self._inner.exists(path))
+
+    def rm_file(self, path: Any) -> None:
+        self._inner.rm_file(path)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return True
+
+
+class _CountingStream:
+    """A write stream that counts; everything else is the stream's own."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.length = 0
+        self.crc = 0
+
+    def write(self, content: Any) -> int:
+        view = memoryview(content).cast("B")
+        self.length += len(view)
+        self.crc = zlib.crc32(view, self.crc)
+        self._stream.write(content)
+        return len(view)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _name(path: Any) -> str:
+    return str(path).rsplit("/", 1)[-1]

@@ -1,0 +1,141 @@
+"""What a run tells of itself: metrics.jsonl, tensorboard, progress on the terminal."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import make_grid
+
+from engine.augment import MEAN, STD
+from shards import storage
+from shards.fields import Operation
+
+JSONL = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written down, and how often."""
+
+    every: Operation[int] = 10
+    """Steps from one logged step to the next."""
+    pictures: Operation[int] = 8
+    """Images of which both views are shown in tensorboard, at the start and at evaluations."""
+
+
+class MetricsLog:
+    """Appends to RUN/metrics.jsonl and RUN/tensorboard, and moves the progress bar.
+
+    Opened at step `start`: what an earlier process logged beyond it is dropped, since it comes
+    again.
+    """
+
+    def __init__(self, run: str, start: int, total: int, console: Console) -> None:
+        self._url = storage.join(run, JSONL)
+        self._keep_until(start)
+        self.tensorboard = SummaryWriter(storage.join(run, TENSORBOARD), purge_step=start + 1)
+        self.console = console
+        self._progress = Progress(
+            TextColumn("{task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("train", total=total, completed=start, status="")
+        if self.console.is_terminal:
+            self._progress.start()
+
+    def advance(self) -> None:
+        self._progress.advance(self._task)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One logged step: a line of metrics.jsonl, a point in tensorboard, a status."""
+        with fsspec.open(self._url, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if isinstance(value, float):
+                self.tensorboard.add_scalar(name, value, record["step"])
+        status = f"loss {record['loss']:.4f}  {record['images_per_second']:,.0f} images/s"
+        if "knn_top1" in record:
+            status += f"  kNN {record['knn_top1']:.1%}"
+        if "online_top1" in record:
+            status += f"  online head {record['online_top1']:.1%}"
+        self._progress.update(self._task, status=status)
+        remaining = self._progress.tasks[0].time_remaining
+        left = (
+            "" if remaining is None else f"  {int(remaining) // 60}m{int(remaining) % 60:02}s left"
+        )
+        if not self.console.is_terminal or "knn_top1" in record:
+            self.console.print(f"step {record['step']}  {status}{left}")
+
+    def pictures(self, views: Tensor, step: int) -> None:
+        """Both views [2, n, 3, S, S], as the network sees them, one row for each view."""
+        mean, std = (views.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+        images = (views * std + mean).clamp(0, 1).flatten(0, 1).float().cpu()
+        self.tensorboard.add_image("views", make_grid(images, nrow=views.shape[1]), step)
+
+    def close(self) -> None:
+        self._progress.stop()
+        self.tensorboard.close()
+
+    def _keep_until(self, step: int) -> None:
+        try:
+            lines = storage.read(self._url).decode().splitlines(keepends=True)
+        except FileNotFoundError:
+            if storage.is_local(self._url):
+                storage.write(self._url, b"")  # makes the folder
+            return
+        # A process that was killed may have left half a line: it has no end of line.
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        if kept != lines:
+            storage.write(self._url, "".join(kept).encode())
+
+
+def data_digest(ids: NDArray[np.int64], crcs: NDArray[np.uint32]) -> str:
+    """An order-free checksum of a batch's sample ids [B] and view CRCs [B] (zeros: ids only).
+
+    The sum, modulo 2**64, of a mixed (splitmix64) word for each sample: equal for equal batches,
+    whatever their order, and sums over ranks.
+    """
+    words = ids.astype(np.uint64) ^ (crcs.astype(np.uint64) << np.uint64(32))
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    words = words ^ (words >> np.uint64(31))
+    return f"{int(words.sum(dtype=np.uint64)):016x}"
+
+
+def feature_std(features: Tensor) -> Tensor:
+    """How far features [N, F] are spread: 1 in all directions alike, 0 when all are one point.
+
+    The mean over F of the standard deviation of the normalised features, times sqrt(F).
+    """
+    unit = torch.nn.functional.normalize(features.float(), dim=1)
+    spread: Tensor = unit.std(dim=0).mean() * features.shape[1] ** 0.5
+    return spread
+
+
+def effective_rank(features: Tensor) -> Tensor:
+    """How many directions features [N, F] use: exp of the entropy of their singular values.
+
+    Of the centred features; from 1 (collapsed to a line) to min(N - 1, F). Source: Roy and
+    Vetterli, "The effective rank" (EUSIPCO 2007).
+    """
+    centred = features.double() - features.double().mean(dim=0)
+    spectrum = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0).sqrt()
+    share = spectrum / spectrum.sum().clamp(min=1e-30)
+    rank: Tensor = torch.special.entr(share).sum().exp()
+    return rank

@@ -1,0 +1,53 @@
+"""The learning rate and the target's averaging rate, as pure functions of the step.
+
+A resumed run has nothing to restore here: step k has the same rates whenever it is reached.
+
+Source: BYOL (arXiv 2006.07733), "Implementation details".
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long to train, and how fast; the defaults are the paper's 1000 epochs."""
+
+    epochs: float = 1000
+    """Passes over the data set; a fraction trains for a part of a pass."""
+
+    warmup_epochs: float = 10
+    """Epochs in which the learning rate rises linearly from zero."""
+
+    base_lr: float = 0.2
+    """Peak learning rate at batch size 256; it is scaled in proportion to the batch."""
+
+    base_tau: float = 0.996
+    """Averaging rate of the target network at the first step; it rises to 1 at the last."""
+
+    def total_steps(self, samples: int, batch: int) -> int:
+        """floor(epochs * samples / batch), exact where `epochs` is a whole number."""
+        return int(self.epochs * samples // batch)
+
+    def warmup_steps(self, samples: int, batch: int) -> int:
+        """floor(warmup_epochs * samples / batch), exact where `warmup_epochs` is whole."""
+        return int(self.warmup_epochs * samples // batch)
+
+    def peak_lr(self, batch: int) -> float:
+        """The learning rate at the end of the warm-up."""
+        return self.base_lr * batch / 256
+
+
+def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
+    """Linear from 0 to `peak` over `warmup` steps (which may be 0), then cosine to 0 at `total`."""
+    if step >= total:
+        return 0.0
+    if step < warmup:
+        return peak * step / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+def tau(step: int, base: float, total: int) -> float:
+    """The target's averaging rate: `base` at step 0, along a cosine to 1 at `total`."""
+    progress = min(step / total, 1.0)
+    return 1 - (1 - base) * (1 + math.cos(math.pi * progress)) / 2

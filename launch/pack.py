@@ -1,0 +1,155 @@
+"""Pack images into shards that training streams, or index tars that others made.
+
+    python launch/pack.py SOURCE OUT               a folder of images -> shards and their index
+    python launch/pack.py --index-only SOURCE      tars in the WebDataset format -> an index
+
+SOURCE and OUT are folders on a disk or in any object store (s3://, gs://, ...).
+"""
+
+import sys
+from threading import Lock
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from shards import pack, storage
+from shards.errors import InputError
+from shards.index import Index
+
+MB = 1_000_000
+
+_console = Console(stderr=True)
+
+
+def main(
+    source: tyro.conf.Positional[str],
+    out: tyro.conf.Positional[str] = "",
+    *,
+    shard_mb: float = 64,
+    seed: int = 0,
+    threads: int = 8,
+    overwrite: bool = False,
+    index_only: bool = False,
+    classes: Annotated[str, tyro.conf.arg(metavar="FILE")] = "",
+) -> None:
+    """Pack images into shards that training streams, or index tars that others made.
+
+    A folder of images is packed in random order. Its first folders name the classes (a flat folder
+    has none); when they are train, val or test, each is packed to a folder of that name under OUT.
+    A run that was stopped goes on where it was.
+
+    Args:
+        source: URL of a folder of jpg, jpeg, png or webp files. With --index-only, of a folder of
+            tars, or a brace pattern such as "s3://bucket/shard-{000000..000146}.tar".
+        out: URL of the folder to write.
+        shard_mb: Size of a shard in MB, about.
+        seed: Seed of the random order.
+        threads: Shards written at a time. Memory: threads x shard size x 2.
+        overwrite: Replace the shards that OUT holds.
+        index_only: Read the headers of the tars in SOURCE and write index.json next to them.
+        classes: With --index-only: a file with the name of each class, one a line.
+    """
+    if threads < 1:
+        raise InputError("--threads must be at least 1")
+    if index_only:
+        if out:
+            raise InputError("OUT: --index-only writes next to the tars; leave OUT out")
+        _index(source, classes, threads)
+    elif not out:
+        raise InputError("OUT: where the shards go is missing: pack.py SOURCE OUT")
+    elif classes:
+        raise InputError("--classes is for --index-only; folders name the classes otherwise")
+    else:
+        _pack(source, out, shard_mb, seed, threads, overwrite)
+
+
+def _pack(source: str, out: str, shard_mb: float, seed: int, threads: int, overwrite: bool) -> None:
+    with _console.status(f"listing {storage.redact(source)}"):
+        sets, others = pack.find_images(source)
+    if others:
+        _console.print(f"left out {others:,} files that are no images of a data set")
+    for images in sets:
+        plan = pack.plan_shards(images, int(shard_mb * MB), seed)
+        url = storage.join(out, images.name) if images.name else out
+        with _Bar(images.name or "packing", plan.image_bytes, len(plan.images)) as bar:
+            index, written = pack.write_shards(
+                plan,
+                url,
+                lambda image: storage.read(storage.join(source, image.path)),
+                threads=threads,
+                overwrite=overwrite,
+                advance=bar.advance,
+            )
+        _summarise(images.name, index, "" if written else "already packed: ")
+
+
+def _index(source: str, classes: str, threads: int) -> None:
+    names = None
+    if classes:
+        try:
+            names = storage.read(classes).decode().splitlines()
+        except FileNotFoundError:
+            raise InputError(f"--classes {classes}: no such file") from None
+    with _Bar("indexing", None, None) as bar:
+        index = pack.index_tars(
+            source,
+            classes=names,
+            threads=threads,
+            report=lambda text: _console.print(f"warning: {text}", soft_wrap=True),
+            advance=bar.advance,
+        )
+    _summarise("", index, "")
+
+
+class _Bar:
+    """Progress on stderr: things done, MB/s, the time that is left."""
+
+    def __init__(self, name: str, size: int | None, count: int | None) -> None:
+        self._done, self._lock = 0, Lock()  # images are done in many threads
+        of = "" if count is None else f"/{count}"
+        self._progress = Progress(
+            TextColumn(name),
+            BarColumn(),
+            TextColumn("{task.fields[done]}" + of),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=_console,
+        )
+        self._task = self._progress.add_task(name, total=size, done=0)
+
+    def advance(self, size: int) -> None:
+        with self._lock:
+            self._done += 1
+            self._progress.start()
+            self._progress.update(self._task, advance=size, done=self._done)
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def _summarise(name: str, index: Index, note: str) -> None:
+    size = sum(shard.bytes for shard in index.shards) / MB
+    option = "--data.train" if name in ("", "train") else "--data.val"
+    url = storage.redact(index.url)
+    print(
+        f"{note}{index.samples:,} samples, {len(index.classes)} classes, "
+        f"{len(index.shards)} shards, {size:,.1f} MB: {url}/index.json; use {option} {url}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(
+            main,
+            prog="python launch/pack.py",
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")

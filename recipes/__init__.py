@@ -1,0 +1,1 @@
+"""One file, one complete recipe: each defines `recipe`, a `engine.recipe.Recipe`."""

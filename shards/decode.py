@@ -1,0 +1,47 @@
+"""Image bytes to uint8 crops: one decode for all crops of an image.
+
+Everything here runs in threads: torchvision's decode and torch's resize release the GIL.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels
+
+
+class DecodeError(Exception):
+    """The bytes are no image that can be decoded; the text says why, in one line."""
+
+
+def decode(content: bytearray, offset: int, size: int) -> Tensor:
+    """The image in content[offset : offset + size] as uint8 RGB [3, H, W]. Raises DecodeError."""
+    if size == 0:
+        raise DecodeError("empty")
+    try:
+        image: Tensor = decode_image(
+            torch.frombuffer(content, dtype=torch.uint8, count=size, offset=offset),
+            ImageReadMode.RGB,
+        )
+    except RuntimeError as error:
+        raise DecodeError(str(error).splitlines()[0].rsplit(", ", 1)[-1]) from None
+    if image.ndim != 3:
+        raise DecodeError("an animation, not an image")
+    return image
+
+
+def crop_resize(image: Tensor, box: Box, size: int) -> Tensor:
+    """One box of `image` [3, H, W] at [3, size, size], uint8: bicubic, no antialiasing.
+
+    On uint8 torch runs a vectorised kernel, four times as fast as its float32 one.
+    """
+    top, left, height, width = box
+    crop = image[None, :, top : top + height, left : left + width]
+    return F.interpolate(crop, (size, size), mode="bicubic", align_corners=False)[0]
+
+
+def center_box(height: int, width: int, fraction: float) -> Box:
+    """The central square whose side is `fraction` of the shorter side (the official rounding)."""
+    side = max(1, int(fraction * min(height, width)))
+    return (height - side + 1) // 2, (width - side + 1) // 2, side, side

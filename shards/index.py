@@ -1,0 +1,187 @@
+"""`index.json`: what a data set's shards hold, so that any sample is found by arithmetic.
+
+It lists each shard's name, samples, bytes and blocks. A block is about 4 MB of consecutive samples
+that one range read fetches. Block lists of large data sets stand in one small sidecar per shard,
+read when the shard is first needed; their checksums are part of the index's digest.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards import storage
+from shards.errors import InputError
+
+VERSION = 1
+NAME = "index.json"
+BLOCK_BYTES = 4 << 20
+INLINE_BLOCKS = 50_000  # more than these in the whole data set go to sidecars
+
+Blocks = NDArray[np.int64]  # [K, 2]: byte offset in the shard, samples
+
+
+@dataclass
+class Shard:
+    """One tar. `blocks` is None while they are in the sidecar of `checksum`."""
+
+    name: str
+    samples: int
+    bytes: int
+    blocks: Blocks | None
+    checksum: str
+
+
+@dataclass
+class Index:
+    """A data set: its URL, shards in order and class names (empty when it has no labels).
+
+    Samples are numbered through the shards in file order: those numbers are the sample ids.
+    `plan` is the digest of the packing that made the shards, empty when others made them.
+    """
+
+    url: str
+    shards: list[Shard]
+    classes: list[str] = field(default_factory=list)
+    plan: str = ""
+
+    def __post_init__(self) -> None:
+        self.first_ids = np.cumsum([0, *(shard.samples for shard in self.shards)])  # [S + 1]
+
+    @property
+    def samples(self) -> int:
+        return int(self.first_ids[-1])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that decides which bytes a sample id stands for, 16 hex digits."""
+        facts = [[s.name, s.samples, s.bytes, s.checksum] for s in self.shards]
+        text = json.dumps([VERSION, facts, self.classes], separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def shard_url(self, shard: int) -> str:
+        return storage.join(self.url, self.shards[shard].name)
+
+    def blocks(self, shard: int) -> Blocks:
+        """The blocks of a shard, fetched from its sidecar the first time when there is one."""
+        entry = self.shards[shard]
+        if entry.blocks is None:
+            url = storage.join(self.url, sidecar(entry.name))
+            try:
+                blocks = np.array(_json(url), np.int64).reshape(-1, 2)
+            except FileNotFoundError:
+                raise InputError(f"{storage.redact(url)}: missing; {_REINDEX}") from None
+            if checksum(blocks) != entry.checksum:
+                raise InputError(f"{storage.redact(url)}: does not match {NAME}; {_REINDEX}")
+            entry.blocks = blocks
+        return entry.blocks
+
+    def first_id(self, shard: int, block: int) -> int:
+        """The id of a block's first sample."""
+        return int(self.first_ids[shard] + self.blocks(shard)[:block, 1].sum())
+
+    def block_range(self, shard: int, block: int) -> tuple[int, int]:
+        """Bytes [start, stop) of a block in its shard."""
+        offsets = self.blocks(shard)[:, 0]
+        last = block + 1 == len(offsets)
+        return int(offsets[block]), self.shards[shard].bytes if last else int(offsets[block + 1])
+
+    def save(self) -> None:
+        """Write the sidecars, when there are so many blocks that they are needed, then the index.
+
+        The index goes last: a data set whose index.json can be read is whole.
+        """
+        inline = sum(len(self.blocks(i)) for i in range(len(self.shards))) <= INLINE_BLOCKS
+        entries = []
+        for i, shard in enumerate(self.shards):
+            entry: dict[str, Any] = {"name": shard.name, "samples": shard.samples}
+            entry |= {"bytes": shard.bytes, "checksum": shard.checksum}
+            blocks = self.blocks(i).tolist()
+            if inline:
+                entry["blocks"] = blocks
+            else:
+                url = storage.join(self.url, sidecar(shard.name))
+                storage.write(url, json.dumps(blocks).encode())
+            entries.append(entry)
+        head = {"version": VERSION, "digest": self.digest, "samples": self.samples}
+        document = head | {"plan": self.plan, "classes": self.classes, "shards": entries}
+        storage.write(storage.join(self.url, NAME), json.dumps(document).encode())
+
+
+_REINDEX = "run `python launch/pack.py --index-only` on the shards again"
+
+
+def sidecar(shard_name: str) -> str:
+    return f"{shard_name}.blocks.json"
+
+
+def checksum(blocks: Blocks) -> str:
+    return hashlib.sha256(blocks.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def read_document(url: str) -> Any:
+    """`index.json` as it stands. Raises FileNotFoundError, or InputError when it is no JSON."""
+    return _json(storage.join(url, NAME))
+
+
+def load(url: str, field_name: str) -> Index:
+    """Read the index of the data set at `url`; `field_name` is the recipe's field, for messages.
+
+    Raises InputError when there is none, when it is damaged or empty, and, on a local disk, when
+    a shard is missing or has another size than the index says.
+    """
+    place = f"{field_name} {storage.redact(url)}"
+    try:
+        document = read_document(url)
+    except FileNotFoundError:
+        raise InputError(
+            f"{place}: no {NAME} there; pack images with `python launch/pack.py`, "
+            "or index existing tars with its --index-only"
+        ) from None
+    try:
+        version, digest = document["version"], document["digest"]
+        if version != VERSION:
+            raise InputError(f"{place}: index version {version}, not {VERSION}; {_REINDEX}")
+        shards = [_shard(entry) for entry in document["shards"]]
+        index = Index(url, shards, document["classes"], document["plan"])
+    except (KeyError, TypeError, ValueError):
+        raise InputError(f"{place}: {NAME} is damaged; {_REINDEX}") from None
+    if index.digest != digest:
+        raise InputError(f"{place}: {NAME} does not match its own digest; {_REINDEX}")
+    if index.samples == 0:
+        raise InputError(f"{place}: the data set is empty")
+    if storage.is_local(url):
+        _check_sizes(index, place)
+    return index
+
+
+def _shard(entry: dict[str, Any]) -> Shard:
+    blocks = np.array(entry["blocks"], np.int64).reshape(-1, 2) if "blocks" in entry else None
+    found = entry["checksum"]
+    if blocks is not None and (checksum(blocks) != found or blocks[:, 1].sum() != entry["samples"]):
+        raise ValueError(entry["name"])
+    return Shard(entry["name"], entry["samples"], entry["bytes"], blocks, found)
+
+
+def _check_sizes(index: Index, place: str) -> None:
+    for i, shard in enumerate(index.shards):
+        try:
+            size = storage.size(index.shard_url(i))
+        except FileNotFoundError:
+            raise InputError(f"{place}: shard {shard.name} is missing") from None
+        if size != shard.bytes:
+            state = "truncated" if size < shard.bytes else "changed"
+            raise InputError(
+                f"{place}: shard {shard.name} is {state}: {size} bytes, {NAME} says {shard.bytes}; "
+                "restore it, or index the data set again"
+            )
+
+
+def _json(url: str) -> Any:
+    try:
+        return json.loads(storage.read(url))
+    except ValueError:
+        raise InputError(f"{storage.redact(url)}: not valid JSON; {_REINDEX}") from None

@@ -1,0 +1,244 @@
+"""The input pipeline of one rank: plan -> fetch blocks ahead -> decode in threads -> batches.
+
+The plan (shards/order.py) says which rows a batch is made of, so nothing that runs concurrently
+can change it: threads only fill rows of buffers that were laid out before.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, Prefetcher
+
+from shards.decode import crop_resize
+from shards.errors import InputError
+from shards.fields import Operation
+from shards.order import Order
+from shards.reader import BlockReader, Faults, StreamReader
+from shards.tar import Block
+from shards.views import COLUMNS, ViewsConfig, crop_box, draw_views
+
+CHUNK = 16  # samples that a decode thread takes at a time
+BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and how they are read."""
+
+    train: Operation[str] = ""
+    """URL of the training shards: a folder with an index.json (launch/pack.py writes it)."""
+    val: Operation[str] = ""
+    """URL of the validation shards, for kNN and the online head's accuracy; none when empty."""
+    draw: Operation[int] = 0
+    """Draw that many synthetic images to data.train (and a quarter of it to data.val) when there
+    are none yet: see shards/synthetic.py."""
+    streams: int = 64
+    """Parallel readers that an epoch is cut into; part of the order. Divides batch.size."""
+    prefetch: Operation[int] = 1
+    """Blocks (about 4 MB) fetched ahead of need for each stream that this process reads."""
+    corrupt: Operation[float] = 0.01
+    """Fraction of the training images that may be undecodable (10 always may) before it stops."""
+    audit: Operation[bool] = False
+    """Fold a CRC of the decoded uint8 views into data_digest."""
+
+
+class Batch(NamedTuple):
+    """One rank's rows of a global batch, in host memory (pinned when asked for)."""
+
+    views: Tensor  # [V, B, 3, S, S] uint8, channels last
+    params: Tensor  # [V, B, P] float32, see shards.views
+    ids: NDArray[np.int64]  # [B]
+    labels: Tensor  # [B] int64, -1 where there is none
+    crcs: NDArray[np.uint32]  # [B], zeros unless audited
+
+
+class Chunk(NamedTuple):
+    """Rows [start, stop) of a batch that come from one block."""
+
+    batch: Batch
+    start: int
+    block: Block
+    first_id: int
+    rows: NDArray[np.int64]  # [n] positions in the block
+    crops: NDArray[np.float64]  # [V, n, 4]
+    epoch: int
+    last: bool  # of its batch
+
+
+class TrainLoader:
+    """Iterates over the batches of `streams` from step `start` on, without end.
+
+    Threads start at the first batch; `close` ends them. Raises InputError from the iteration when
+    the data is at fault.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        streams: range,
+        views: ViewsConfig,
+        config: DataConfig,
+        *,
+        micro: int,
+        start: int,
+        threads: int,
+        pin_memory: bool,
+        report: Callable[[str], None],
+    ) -> None:
+        """`micro`: equal slices that a batch is cut into, see `_plan`; `report` takes warnings."""
+        self.order, self.streams, self.views, self.config = order, streams, views, config
+        self.micro, self.start, self.pin_memory = micro, start, pin_memory
+        self.reader = BlockReader(order.index)
+        self.faults = Faults(max(10, int(config.corrupt * order.index.samples)), report)
+        self._closed = False
+        self._pool = ThreadPoolExecutor(max(4, threads), thread_name_prefix="fetch")
+        chunks: BaseNode[Any] = IterableWrapper(self._plan())
+        decoded = ParallelMapper(
+            chunks, self._decode, num_workers=threads, method="thread", snapshot_frequency=0
+        )
+        assembled = _Assemble(decoded)
+        self._batches: Prefetcher[Any] | None = Prefetcher(
+            assembled, prefetch_factor=BATCHES_AHEAD, snapshot_frequency=0
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            raise StopIteration
+        result: Batch | InputError = next(self._batches)
+        if isinstance(result, InputError):
+            raise result
+        return result
+
+    def close(self) -> None:
+        """End the threads and drop what they hold."""
+        self._closed = True
+        self._batches = None
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def block_memory(self) -> int:
+        """The most bytes of blocks held at once: streams x block x (1 + prefetch)."""
+        largest = max(
+            int(np.diff(self.order.index.blocks(s)[:, 0]).max(initial=0))
+            for s in range(min(8, len(self.order.index.shards)))
+        )
+        return len(self.streams) * largest * (1 + self.config.prefetch)
+
+    def _plan(self) -> Iterator[Chunk | InputError]:
+        """The chunks of every batch. A fault of the data travels down the pipeline as a value.
+
+        Rows are laid out by micro-batch: micro-batch m holds the m-th of M equal slices of every
+        stream's rows, so that which rows share norm statistics does not depend on the world size.
+        """
+        try:
+            readers = {
+                s: StreamReader(
+                    self.order.stream_blocks(self.start, s),
+                    self.reader,
+                    self._pool,
+                    self.config.prefetch,
+                )
+                for s in self.streams
+            }
+            step = self.start
+            while not self._closed:
+                yield from self._plan_batch(step, readers)
+                step += 1
+        except InputError as error:
+            yield error
+
+    def _plan_batch(self, step: int, readers: dict[int, StreamReader]) -> Iterator[Chunk]:
+        part = self.order.rows // self.micro  # rows of one stream in one micro-batch
+        pieces = []  # (first row in the batch, shard, block, rows, ids)
+        for position, stream in enumerate(self.streams):
+            used = 0
+            for segment in self.order.batch_segments(step, stream):
+                taken = 0
+                while taken < len(segment.rows):
+                    micro, inside = divmod(used, part)
+                    count = min(CHUNK, part - inside, len(segment.rows) - taken)
+                    row = (micro * len(self.streams) + position) * part + inside
+                    rows = segment.rows[taken : taken + count]
+                    ids = segment.ids[taken : taken + count]
+                    block = readers[stream].get(segment.shard, segment.block)
+                    pieces.append((row, block, rows, ids))
+                    taken, used = taken + count, used + count
+        batch = self._allocate(self.order.rows * len(self.streams))
+        for row, _, _, ids in pieces:
+            batch.ids[row : row + len(ids)] = ids
+        epoch = step // self.order.steps_per_epoch
+        draws = draw_views(self.order.seed, epoch, batch.ids, self.views)
+        batch.params.numpy()[...] = draws.params
+        for i, (row, block, rows, ids) in enumerate(pieces):
+            crops = draws.crop[:, row : row + len(rows)]
+            first_id = int(ids[0] - rows[0])
+            yield Chunk(batch, row, block, first_id, rows, crops, epoch, i + 1 == len(pieces))
+
+    def _allocate(self, rows: int) -> Batch:
+        size = self.views.size
+        views = torch.empty((2, rows, size, size, 3), dtype=torch.uint8, pin_memory=self.pin_memory)
+        params = torch.empty((2, rows, COLUMNS), pin_memory=self.pin_memory)
+        labels = torch.empty(rows, dtype=torch.int64, pin_memory=self.pin_memory)
+        ids, crcs = np.empty(rows, np.int64), np.zeros(rows, np.uint32)
+        return Batch(views.permute(0, 1, 4, 2, 3), params, ids, labels, crcs)
+
+    def _decode(self, chunk: Chunk | InputError) -> Chunk | InputError:
+        if isinstance(chunk, InputError):
+            return chunk
+        try:
+            for i, row in enumerate(chunk.rows.tolist()):
+                self._decode_row(chunk, chunk.start + i, row, chunk.crops[:, i])
+        except InputError as error:
+            return error
+        return chunk
+
+    def _decode_row(self, chunk: Chunk, place: int, row: int, crops: NDArray[np.float64]) -> None:
+        batch = chunk.batch
+        found, image = self.reader.decode_good(chunk.block, row, chunk.first_id, self.faults)
+        if found != row:  # the replacement brings its own id and parameters
+            batch.ids[place] = chunk.first_id + found
+            draws = draw_views(
+                self.order.seed, chunk.epoch, batch.ids[place : place + 1], self.views
+            )
+            batch.params[:, place] = torch.from_numpy(draws.params[:, 0])
+            crops = draws.crop[:, 0]
+        for view in range(2):
+            box = crop_box(crops[view], image.shape[1], image.shape[2], self.views)
+            batch.views[view, place] = crop_resize(image, box, self.views.size)
+        batch.labels[place] = chunk.block.label(found)
+        if self.config.audit:
+            pixels = batch.views[:, place].permute(0, 2, 3, 1).contiguous()
+            batch.crcs[place] = zlib.crc32(pixels.numpy().tobytes())
+
+
+class _Assemble(BaseNode[Any]):
+    """Chunks in order -> each batch once its last chunk has arrived, faults as they come."""
+
+    def __init__(self, source: BaseNode[Any]) -> None:
+        super().__init__()
+        self.source = source
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        super().reset(initial_state)
+        self.source.reset()
+
+    def next(self) -> Batch | InputError:
+        while True:
+            item: Chunk | InputError = next(self.source)
+            if isinstance(item, InputError):
+                return item
+            if item.last:
+                return item.batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {}  # a position is a step number (law 3): nodes have nothing to save

@@ -1,0 +1,144 @@
+"""Which samples make up a batch: a pure function of (index, seed, streams, batch size, step).
+
+An epoch permutes the shards, the blocks inside each shard and the samples inside each block, and
+joins them to one sequence of N positions. Its first U = floor(N / B) * B positions are cut into C
+equal ranges, the streams. Each stream gives its next B / C samples to every batch, so a batch
+mixes C distant places of the data set while each stream reads its blocks one after another.
+
+Ranks share out the streams; they never decide what is in a batch. Nothing here keeps state: the
+position of any stream at any step is arithmetic. tests/golden/order.json freezes the result.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.errors import InputError
+from shards.index import Index
+from shards.philox import Domain, permutation
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """The global batch: all rows over all processes that make up one update."""
+
+    size: int = 4096
+    """Images in the global batch."""
+    micro: int = 1
+    """Equal parts that the batch goes through the networks in; gradients are averaged over them.
+    Norm statistics are then those of a part."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive positions of a stream that lie in one block.
+
+    `rows` are positions in the block, in the order of use; `ids` the samples' ids. Both [n].
+    """
+
+    shard: int
+    block: int
+    rows: Ids
+    ids: Ids
+
+
+class Order:
+    """The order of one data set under a seed, for C streams and batches of B samples."""
+
+    def __init__(self, index: Index, seed: int, streams: int, batch: int) -> None:
+        """Raises InputError unless C divides B and the data set holds at least one batch."""
+        if streams < 1 or batch % streams:
+            fit = [c for c in range(1, batch + 1) if batch % c == 0]
+            near = min(fit, key=lambda c: abs(c - streams))
+            up = max(1, round(batch / max(1, streams))) * streams
+            raise InputError(
+                f"batch.size {batch} is not divisible by data.streams {streams}: "
+                f"use --data.streams {near} or --batch.size {up}"
+            )
+        if index.samples < batch:
+            raise InputError(
+                f"data.train has {index.samples} samples, fewer than batch.size {batch}: "
+                "use a smaller --batch.size"
+            )
+        self.index, self.seed, self.streams, self.batch = index, seed, streams, batch
+        self.steps_per_epoch = index.samples // batch
+        self.rows = batch // streams  # of a stream in every batch
+        self._shards: dict[int, tuple[Ids, Ids]] = {}
+        self._blocks: dict[tuple[int, int], tuple[Ids, Ids]] = {}
+
+    def batch_segments(self, step: int, stream: int) -> list[Segment]:
+        """What `stream` gives to the batch of `step` (counted from 0): B / C samples."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        start = (stream * self.steps_per_epoch + k) * self.rows
+        return list(self.segments(epoch, start, start + self.rows))
+
+    def stream_blocks(self, step: int, stream: int) -> Iterator[tuple[int, int]]:
+        """(shard, block) in the order in which `stream` needs them from `step` on, without end."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        while True:
+            first = (stream * self.steps_per_epoch + k) * self.rows
+            last = (stream + 1) * self.steps_per_epoch * self.rows
+            for shard, block, _, _ in self._walk(epoch, first, last):
+                yield shard, block
+            epoch, k = epoch + 1, 0
+
+    def segments(self, epoch: int, start: int, stop: int) -> Iterator[Segment]:
+        """The positions [start, stop) of an epoch's sequence, block by block."""
+        for shard, block, low, high in self._walk(epoch, start, stop):
+            first = self.index.first_id(shard, block)
+            ids = first + np.arange(self.index.blocks(shard)[block, 1])
+            rows = permutation(self.seed, Domain.SAMPLES, ids, epoch)[low:high]
+            yield Segment(shard, block, rows, first + rows)
+
+    def _walk(self, epoch: int, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
+        """(shard, block, low, high): the blocks under [start, stop), and the part of each."""
+        shards, shard_ends = self._shard_order(epoch)
+        i = int(np.searchsorted(shard_ends, start, side="right"))
+        while start < stop:
+            shard = int(shards[i])
+            shard_start = int(shard_ends[i]) - self.index.shards[shard].samples
+            blocks, block_ends = self._block_order(epoch, shard)
+            j = int(np.searchsorted(block_ends, start - shard_start, side="right"))
+            for block, end in zip(blocks[j:].tolist(), block_ends[j:].tolist(), strict=True):
+                block_start = shard_start + end - int(self.index.blocks(shard)[block, 1])
+                high = min(stop, shard_start + end)
+                yield shard, block, start - block_start, high - block_start
+                start = high
+                if start == stop:
+                    return
+            i += 1
+
+    def _shard_order(self, epoch: int) -> tuple[Ids, Ids]:
+        """The epoch's order of shards [S], and where each ends in the sequence [S]."""
+        if epoch not in self._shards:
+            shards = permutation(self.seed, Domain.SHARDS, np.arange(len(self.index.shards)), epoch)
+            # Streams cross into the next epoch together: two epochs are ever in use.
+            self._shards = {e: v for e, v in self._shards.items() if e == epoch - 1}
+            self._shards[epoch] = shards, np.cumsum(np.diff(self.index.first_ids)[shards])
+        return self._shards[epoch]
+
+    def _block_order(self, epoch: int, shard: int) -> tuple[Ids, Ids]:
+        """The epoch's order of a shard's blocks [K], and where each ends in the shard [K]."""
+        key = (epoch, shard)
+        if key not in self._blocks:
+            samples = self.index.blocks(shard)[:, 1]
+            # A block is named by its first sample: no need to count the blocks before it.
+            names = self.index.first_ids[shard] + np.cumsum(samples) - samples
+            blocks = permutation(self.seed, Domain.BLOCKS, names, epoch)
+            if len(self._blocks) > 2 * self.streams:
+                self._blocks.pop(next(iter(self._blocks)))
+            self._blocks[key] = blocks, np.cumsum(samples[blocks])
+        return self._blocks[key]
+
+
+def rank_streams(streams: int, rank: int, world: int) -> range:
+    """The streams that a rank reads. Raises InputError when there are more ranks than streams."""
+    if world > streams:
+        raise InputError(
+            f"{world} ranks but data.streams is {streams}: use at most {streams} ranks"
+        )
+    return range(rank * streams // world, (rank + 1) * streams // world)

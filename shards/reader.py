@@ -1,0 +1,130 @@
+"""Blocks of a data set, fetched ahead of need; undecodable samples, replaced and counted."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+from torch import Tensor
+
+from shards import storage
+from shards.decode import DecodeError, decode
+from shards.errors import InputError
+from shards.index import Index
+from shards.tar import Block, TarError
+
+
+class Faults:
+    """Undecodable samples: counted, each named once, bounded."""
+
+    def __init__(self, limit: int, report: Callable[[str], None]) -> None:
+        self.limit, self.report = limit, report
+        self._seen: set[int] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def count(self) -> int:
+        return len(self._seen)
+
+    def record(self, sample_id: int, name: str, reason: DecodeError) -> None:
+        """Note a bad sample. Raises InputError once there are more than `limit` distinct ones."""
+        with self._lock:
+            if sample_id in self._seen:
+                return
+            self._seen.add(sample_id)
+            count = len(self._seen)
+        if count > self.limit:
+            raise InputError(
+                f"{name}: {reason}; {count} corrupt samples, more than data.corrupt allows "
+                f"({self.limit}): repair the data set or raise the bound"
+            )
+        self.report(f"{name}: {reason}; left out, sample {count} of at most {self.limit}")
+
+
+class BlockReader:
+    """Fetches and parses blocks of one data set."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+
+    def fetch(self, shard: int, block: int) -> Block:
+        """Raises InputError naming the shard when it does not hold what the index says."""
+        url = self.index.shard_url(shard)
+        start, stop = self.index.block_range(shard, block)
+        samples = int(self.index.blocks(shard)[block, 1])
+        place = f"{storage.redact(url)}: bytes {start} to {stop}"
+        try:
+            content = storage.read(url, start, stop)
+            if len(content) != stop - start:
+                raise InputError(f"{place}: the shard ends early; it is truncated, restore it")
+            found = Block(content)
+        except FileNotFoundError:
+            raise InputError(f"{storage.redact(url)}: the shard is missing") from None
+        except OSError as error:
+            raise InputError(str(error)) from None
+        except TarError as error:
+            raise InputError(f"{place}: not the tar that the index describes: {error}") from None
+        if len(found) != samples:
+            raise InputError(
+                f"{place}: {len(found)} samples, the index says {samples}; index the data set again"
+            )
+        return found
+
+    def decode(self, block: Block, row: int) -> Tensor:
+        """One sample's image, uint8 [3, H, W]. Raises DecodeError."""
+        span = block.samples[row].image
+        assert span is not None  # Block keeps only samples with an image
+        return decode(block.content, *span)
+
+    def decode_good(
+        self, block: Block, row: int, first_id: int, faults: Faults
+    ) -> tuple[int, Tensor]:
+        """The first good sample of a block from `row` on, in file order, wrapping.
+
+        Returns its row and image. Raises InputError when faults are too many, or none is good.
+        """
+        for candidate in [*range(row, len(block)), *range(row)]:
+            try:
+                return candidate, self.decode(block, candidate)
+            except DecodeError as error:
+                self.record(faults, block, first_id, candidate, error)
+        raise InputError(f"{self._url(first_id)}: no sample of its block can be decoded")
+
+    def record(
+        self, faults: Faults, block: Block, first_id: int, row: int, error: DecodeError
+    ) -> None:
+        """Count an undecodable sample under its shard's URL and key. Raises InputError."""
+        faults.record(first_id + row, f"{self._url(first_id)}: {block.samples[row].key}", error)
+
+    def _url(self, sample_id: int) -> str:
+        shard = int(np.searchsorted(self.index.first_ids, sample_id, side="right")) - 1
+        return storage.redact(self.index.shard_url(shard))
+
+
+class StreamReader:
+    """Blocks in the order of need, `ahead` of them in flight beside the one in use."""
+
+    def __init__(
+        self,
+        blocks: Iterator[tuple[int, int]],
+        reader: BlockReader,
+        pool: ThreadPoolExecutor,
+        ahead: int,
+    ) -> None:
+        self._blocks, self._reader, self._pool = blocks, reader, pool
+        self._pending: deque[tuple[tuple[int, int], Future[Block]]] = deque()
+        for _ in range(1 + ahead):
+            self._submit()
+
+    def get(self, shard: int, block: int) -> Block:
+        """The block in use, or the next in the order. Raises InputError as `fetch`."""
+        while self._pending[0][0] != (shard, block):
+            self._pending.popleft()
+            self._submit()
+        return self._pending[0][1].result()
+
+    def _submit(self) -> None:
+        key = next(self._blocks, None)
+        if key is not None:
+            self._pending.append((key, self._pool.submit(self._reader.fetch, *key)))

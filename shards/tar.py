@@ -1,0 +1,175 @@
+"""Samples in a tar: WebDataset's grouping of members, read by name and size, never extracted.
+
+Files that share a path up to the first dot of their base name and stand one after another are one
+sample; what follows the dot, in lower case, is the field: `dir/0007.jpg`, `dir/0007.cls`.
+
+Headers are parsed here, in a quarter of the time that the standard library's tarfile takes: its
+24 us for each of two members would add a third to what a 32-pixel image costs to decode and crop.
+"""
+
+import io
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import BinaryIO, NamedTuple
+
+BLOCK = 512  # bytes of a header; contents are padded to it
+IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "ppm", "img")
+LABEL_FIELD = "cls"
+
+_NAME = re.compile(r"^((?:.*/)?[^/.]+)\.([^/]*)$")
+
+
+@dataclass
+class Sample:
+    """One sample's members, as byte ranges of the file that was read.
+
+    `start` is where its first header begins: samples from one start to another can be fetched
+    with one range read. `fields` maps a field to (offset, size) of its content.
+    """
+
+    key: str
+    start: int
+    fields: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def image(self) -> tuple[int, int] | None:
+        """(offset, size) of the image, or None when the sample holds none."""
+        return next((self.fields[name] for name in IMAGE_FIELDS if name in self.fields), None)
+
+    @property
+    def label(self) -> tuple[int, int] | None:
+        return self.fields.get(LABEL_FIELD)
+
+
+class TarError(ValueError):
+    """The bytes are no whole tar members that start at a header."""
+
+
+class Member(NamedTuple):
+    """A regular file in a tar, as byte ranges of the file that was read."""
+
+    name: str
+    start: int  # of its first header
+    content: int
+    size: int
+
+
+def read_members(file: BinaryIO, *, whole: bool = False) -> Iterator[Member]:
+    """The regular files of a tar, or of a piece of one that begins at a header, in file order.
+
+    Reads ustar, GNU long names and PAX paths and sizes, as `tarfile` and `tar` write them; skips
+    the contents by seeking. Raises TarError when a header is damaged or the file ends early (a
+    `whole` tar: without its end mark).
+    """
+    end = file.seek(0, io.SEEK_END)
+    offset = start = 0
+    name: str | None = None  # from an extended header, which describes the next member
+    size: int | None = None
+    while offset < end:
+        file.seek(offset)
+        header = file.read(BLOCK)
+        if not any(header):
+            return
+        kind = header[156:157]
+        length = _header_size(header, offset) if size is None else size
+        content = offset + BLOCK
+        following = content + -(-length // BLOCK) * BLOCK
+        if following > end:
+            raise TarError(f"it ends at byte {end}, inside the member at byte {offset}")
+        if kind in (b"x", b"L"):
+            extended = file.read(length)
+            if kind == b"L":
+                name = extended.rstrip(b"\0").decode(errors="replace")
+            else:
+                records = _pax_records(extended, offset)
+                name = records.get("path", name)
+                size = int(records["size"]) if "size" in records else size
+        else:
+            if kind in (b"0", b"\0"):
+                yield Member(name or _header_name(header), start, content, length)
+            start, name, size = following, None, None
+        offset = following
+    if whole:
+        raise TarError(f"it ends at byte {end}, without the end mark of a tar")
+
+
+def _header_size(header: bytes, offset: int) -> int:
+    """The member's size, once the header's checksum (over all but itself) is right."""
+    try:
+        total = int(header[148:156].rstrip(b" \0"), 8)
+        if len(header) < BLOCK or total != sum(header) - sum(header[148:156]) + 8 * 32:
+            raise ValueError
+        if header[124] & 0x80:  # base 256, for sizes of 8 GiB and more
+            return int.from_bytes(header[125:136], "big")
+        return int(header[124:136].rstrip(b" \0") or b"0", 8)
+    except ValueError:
+        raise TarError(f"no tar header at byte {offset}") from None
+
+
+def _header_name(header: bytes) -> str:
+    name = header[:100].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0" and header[345]:
+        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+    return name.decode(errors="replace")
+
+
+def _pax_records(content: bytes, offset: int) -> dict[str, str]:
+    """`LENGTH KEY=VALUE` lines, where LENGTH counts the whole line."""
+    records, position = {}, 0
+    try:
+        while position < len(content):
+            length = int(content[position : content.index(b" ", position)])
+            line = content[position : position + length].decode(errors="replace")
+            key, _, value = line.split(" ", 1)[1].rstrip("\n").partition("=")
+            records[key] = value
+            position += max(1, length)
+    except (ValueError, IndexError):
+        raise TarError(f"damaged PAX header at byte {offset}") from None
+    return records
+
+
+def read_samples(file: BinaryIO, *, whole: bool = False) -> Iterator[Sample]:
+    """The samples of a tar, or of a piece of one that begins at a sample's start, in file order.
+
+    Raises TarError as `read_members`, and when a sample has the same field twice.
+    """
+    sample: Sample | None = None
+    for member in read_members(file, whole=whole):
+        match = _NAME.match(member.name)
+        if match is None:
+            continue
+        key, name = match[1], match[2].lower()
+        if sample is None or sample.key != key:
+            if sample is not None:
+                yield sample
+            sample = Sample(key, member.start)
+        if name in sample.fields:
+            raise TarError(f"member {member.name!r} stands twice in one sample")
+        sample.fields[name] = (member.content, member.size)
+    if sample is not None:
+        yield sample
+
+
+class Block:
+    """Consecutive samples of a shard, fetched as one byte range and held in memory."""
+
+    def __init__(self, content: bytes) -> None:
+        """Raises TarError when the bytes are no whole samples."""
+        self.content = bytearray(content)  # writable, so that tensors can view it without a copy
+        self.samples = [sample for sample in read_samples(io.BytesIO(content)) if sample.image]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def label(self, position: int) -> int:
+        """The class index of a sample, -1 when it has none that is a number."""
+        span = self.samples[position].label
+        if span is None:
+            return -1
+        return parse_label(bytes(self.content[span[0] : span[0] + span[1]]))
+
+
+def parse_label(text: bytes) -> int:
+    """The decimal class index in a `.cls` member, -1 when it is anything else."""
+    return int(text) if text.strip().isdigit() else -1

@@ -1,0 +1,181 @@
+"""What a view is: typed configuration, and the random parameters of every sample's views.
+
+The parameters are a pure function of (seed, epoch, sample id, view). The crop is cut on the host,
+while decoding, once the image's size is known; everything else is left to the device.
+
+Source: arXiv 2006.07733, appendix B, and the ranges of the official code.
+"""
+
+import math
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.philox import Domain, draw, uniform
+
+
+class Operation(IntEnum):
+    """The colour operations of the jitter, as the order columns name them. Values are frozen."""
+
+    BRIGHTNESS = 0
+    CONTRAST = 1
+    SATURATION = 2
+    HUE = 3
+
+
+class Column(IntEnum):
+    """Where each parameter stands in a row of `ViewDraws.params`.
+
+    FACTORS and ORDER are the first of four columns: the factor of each `Operation`, and the
+    operation at each position.
+    """
+
+    FLIP = 0
+    JITTER = 1
+    GRAYSCALE = 2
+    SOLARIZE = 3
+    FACTORS = 4
+    ORDER = 8
+    SIGMA = 12
+
+
+COLUMNS = 13
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig:
+    """The random distribution of one view, in the order in which it is applied."""
+
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    jitter: float = 0.8
+    """Probability of the colour jitter: the next four, in random order, each clipped to [0, 1]."""
+    brightness: float = 0.4
+    """Largest brightness added or subtracted (1 = black to white)."""
+    contrast: float = 0.4
+    """Contrast factor about the mean of each channel: 1 plus or minus at most this."""
+    saturation: float = 0.2
+    """Saturation factor in HSV: 1 plus or minus at most this."""
+    hue: float = 0.1
+    """Largest hue shift in HSV, in turns of the colour circle."""
+    grayscale: float = 0.2
+    """Probability of dropping the colour."""
+    blur: float
+    """Probability of a Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Range of the blur's standard deviation, in pixels."""
+    solarize: float
+    """Probability of inverting all values of at least one half."""
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "jitter", "contrast", "saturation", "grayscale", "blur", "solarize"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
+        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise ValueError(f"blur_sigma must be a positive range, not {self.blur_sigma}")
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """The two views of an image: a random resized crop each, then each its own distortion."""
+
+    size: int = 224
+    """Side of a view, in pixels."""
+    area: tuple[float, float] = (0.08, 1.0)
+    """Range of the crop's area, as a fraction of the image's."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's width over its height (log-uniform)."""
+    view1: ViewConfig = field(default_factory=lambda: ViewConfig(blur=1.0, solarize=0.0))
+    """First view."""
+    view2: ViewConfig = field(default_factory=lambda: ViewConfig(blur=0.1, solarize=0.2))
+    """Second view."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1, not {self.size}")
+        if not 0 < self.area[0] <= self.area[1] <= 1:
+            raise ValueError(f"area must be a range in (0, 1], not {self.area}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio must be a positive range, not {self.ratio}")
+
+    @property
+    def views(self) -> tuple[ViewConfig, ...]:
+        """The V views, in order."""
+        return self.view1, self.view2
+
+    @property
+    def ever_blur(self) -> bool:
+        """Whether any view can be blurred: if not, the device may leave the blur out."""
+        return any(view.blur > 0 for view in self.views)
+
+
+class ViewDraws(NamedTuple):
+    """The random parameters of a batch of B samples in V views."""
+
+    crop: NDArray[np.float64]  # [V, B, 4] uniforms for `crop_box`
+    params: NDArray[np.float32]  # [V, B, COLUMNS] parameters for `engine.augment`
+
+
+class _Draw(IntEnum):
+    """Four words each, for one view of one sample. Values are frozen."""
+
+    CROP = 0
+    GATES = 1
+    FACTORS = 2
+    ORDER = 3
+    BLUR = 4
+
+
+_DRAWS_PER_VIEW = 8  # room for new draws that leave the others as they are
+
+
+def draw_views(seed: int, epoch: int, ids: NDArray[np.int64], config: ViewsConfig) -> ViewDraws:
+    """The parameters of the samples `ids` [B] in one epoch, for all views.
+
+    A row depends on nothing but its own id, the view, the seed and the epoch.
+    """
+    ids = np.asarray(ids, np.int64)
+    crop = np.empty((len(config.views), len(ids), 4), np.float64)
+    params = np.empty((len(config.views), len(ids), COLUMNS), np.float32)
+    for number, view in enumerate(config.views):
+        words = {
+            part: draw(seed, Domain.VIEW, ids, epoch, minor=number * _DRAWS_PER_VIEW + part)
+            for part in _Draw
+        }  # [B, 4] each
+        crop[number] = uniform(words[_Draw.CROP])
+        gates = uniform(words[_Draw.GATES])
+        chances = (view.flip, view.jitter, view.grayscale, view.solarize)
+        params[number, :, Column.FLIP : Column.SOLARIZE + 1] = gates < chances
+        centre = np.array((0.0, 1.0, 1.0, 0.0))
+        reach = np.array((view.brightness, view.contrast, view.saturation, view.hue))
+        factors = centre + reach * (2 * uniform(words[_Draw.FACTORS]) - 1)
+        params[number, :, Column.FACTORS : Column.FACTORS + 4] = factors
+        order = np.argsort(words[_Draw.ORDER], axis=1, kind="stable")
+        params[number, :, Column.ORDER : Column.ORDER + 4] = order
+        blur = uniform(words[_Draw.BLUR])
+        low, high = view.blur_sigma
+        sigma = low + (high - low) * blur[:, 1]
+        params[number, :, Column.SIGMA] = np.where(blur[:, 0] < view.blur, sigma, 0.0)
+    return ViewDraws(crop, params)
+
+
+def crop_box(
+    uniforms: NDArray[np.float64], height: int, width: int, config: ViewsConfig
+) -> tuple[int, int, int, int]:
+    """The crop of one view: `uniforms` [4] and an image's size to (top, left, height, width).
+
+    As the official sampler: area and aspect ratio are drawn once, the sides clamped to the image,
+    never drawn again. (torchvision's `RandomResizedCrop` retries up to ten times instead.)
+    """
+    u_area, u_ratio, u_top, u_left = uniforms.tolist()
+    area = (config.area[0] + (config.area[1] - config.area[0]) * u_area) * height * width
+    low, high = math.log(config.ratio[0]), math.log(config.ratio[1])
+    ratio = math.exp(low + (high - low) * u_ratio)
+    crop_width = min(max(round(math.sqrt(area * ratio)), 1), width)
+    crop_height = min(max(round(math.sqrt(area / ratio)), 1), height)
+    top = int(u_top * (height - crop_height + 1))
+    left = int(u_left * (width - crop_width + 1))
+    return top, left, crop_height, crop_width

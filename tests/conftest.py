@@ -1,0 +1,74 @@
+"""Fixtures that several test files share: small images, and shards made of them."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as PillowImage
+
+from shards import index as index_module
+from shards import pack
+from shards.index import Index
+
+Files = dict[str, bytes]
+PackFiles = Callable[[str, Files, int], Index]
+
+
+def draw_photo(seed: int, width: int, height: int, form: str = "JPEG") -> bytes:
+    """A smooth random picture, as file bytes."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
+    picture = PillowImage.fromarray(coarse).resize((width, height), PillowImage.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    picture.save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def photos() -> Files:
+    """90 JPEGs in three classes, of many sizes, by path: `ant/a0.jpg`."""
+    return {
+        f"{name}/{name[0]}{i}.jpg": draw_photo(100 * c + i, 40 + i, 70 - i)
+        for c, name in enumerate(("ant", "bee", "cat"))
+        for i in range(30)
+    }
+
+
+@pytest.fixture
+def photo_folder(photos: Files, tmp_path: Path) -> Path:
+    """The photos as files."""
+    folder = tmp_path / "photos"
+    for path, content in photos.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    return folder
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a few samples, so that little data has many."""
+    monkeypatch.setattr(index_module, "BLOCK_BYTES", 20_000)
+
+
+@pytest.fixture
+def pack_files(small_blocks: None) -> PackFiles:
+    """Packs files held in memory: (URL, files by `class/name.jpg`, shard bytes) -> Index."""
+
+    def pack_them(url: str, files: Files, shard_bytes: int = 80_000) -> Index:
+        classes = sorted({path.split("/")[0] for path in files})
+        images = [
+            pack.Image(path, len(content), classes.index(path.split("/")[0]))
+            for path, content in sorted(files.items())
+        ]
+        plan = pack.plan_shards(pack.ImageSet("", images, classes), shard_bytes, seed=0)
+        result, _ = pack.write_shards(plan, url, lambda image: files[image.path], threads=2)
+        return result
+
+    return pack_them
+
+
+@pytest.fixture
+def packed(pack_files: PackFiles, photos: Files, tmp_path: Path) -> Index:
+    """The photos in about five shards of four blocks each, on disk."""
+    return pack_files(str(tmp_path / "packed"), photos, 80_000)
