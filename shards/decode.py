@@ -28,6 +28,8 @@ def decode(content: bytearray, offset: int, size: int) -> Tensor:
         raise DecodeError(str(error).splitlines()[0].rsplit(", ", 1)[-1]) from None
     if image.ndim != 3:
         raise DecodeError("an animation, not an image")
+    if image.dtype == torch.uint16:  # PNG with 16 bits a channel
+        image = (image.int() >> 8).byte()
     return image
 
 

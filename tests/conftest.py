@@ -13,7 +13,7 @@ from shards import pack
 from shards.index import Index
 
 Files = dict[str, bytes]
-PackFiles = Callable[[str, Files, int], Index]
+PackFiles = Callable[[str, Files], Index]
 
 
 def draw_photo(seed: int, width: int, height: int, form: str = "JPEG") -> bytes:
@@ -46,22 +46,18 @@ def photo_folder(photos: Files, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a few samples, so that little data has many."""
-    monkeypatch.setattr(index_module, "BLOCK_BYTES", 20_000)
+def pack_files(monkeypatch: pytest.MonkeyPatch) -> PackFiles:
+    """Packs files held in memory: (URL, files by `class/name.jpg`) -> Index."""
+    # Blocks of a few samples, so that little data has many.
+    monkeypatch.setattr(index_module, "BLOCK_BYTES", 12_000)
 
-
-@pytest.fixture
-def pack_files(small_blocks: None) -> PackFiles:
-    """Packs files held in memory: (URL, files by `class/name.jpg`, shard bytes) -> Index."""
-
-    def pack_them(url: str, files: Files, shard_bytes: int = 80_000) -> Index:
+    def pack_them(url: str, files: Files) -> Index:
         classes = sorted({path.split("/")[0] for path in files})
         images = [
             pack.Image(path, len(content), classes.index(path.split("/")[0]))
             for path, content in sorted(files.items())
         ]
-        plan = pack.plan_shards(pack.ImageSet("", images, classes), shard_bytes, seed=0)
+        plan = pack.plan_shards(pack.ImageSet("", images, classes), 50_000, seed=0)
         result, _ = pack.write_shards(plan, url, lambda image: files[image.path], threads=2)
         return result
 
@@ -70,5 +66,5 @@ def pack_files(small_blocks: None) -> PackFiles:
 
 @pytest.fixture
 def packed(pack_files: PackFiles, photos: Files, tmp_path: Path) -> Index:
-    """The photos in about five shards of four blocks each, on disk."""
-    return pack_files(str(tmp_path / "packed"), photos, 80_000)
+    """The photos in about five shards of about four blocks each, on disk."""
+    return pack_files(str(tmp_path / "packed"), photos)

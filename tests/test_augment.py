@@ -1,7 +1,6 @@
 """The device's augmentation against the official implementation's figures, and its contracts."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,8 @@ from torch import Tensor
 from engine import augment as ops
 from engine.augment import augment, distort, gaussian_blur, normalize
 from shards.views import COLUMNS, Column, ViewsConfig, draw_views
+from tests.golden_files import golden
 
-GOLDEN = np.load(Path(__file__).parent / "golden" / "augment.npz")
 SIZES = [32, 128, 224]
 # The stored figures are rounded to 16 bits (up to 1.6e-5 beyond +-1); the rest is float32's.
 TOLERANCE = 3e-5
@@ -31,7 +30,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _golden(name: str) -> Tensor:
-    return torch.from_numpy(GOLDEN[name])
+    return golden("augment")[name]
 
 
 def _assert_golden(size: int, name: str, x: Tensor) -> None:
@@ -103,7 +102,7 @@ def test_whole_view(view: str, size: int) -> None:
 
 
 def test_every_array_of_the_golden_file_is_used() -> None:
-    operations = {name.split("/")[1] for name in GOLDEN.files}
+    operations = {name.split("/")[1] for name in golden("augment")}
     tested = {*OPERATIONS, "grayscale", "jitter", "view1", "view2"}
     assert operations - tested == {"images", "rows", "cols"}
 

@@ -1,0 +1,81 @@
+"""--debug-step: one batch through every part of a run, and a screenful of what was seen."""
+
+import resource
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from rich.table import Table
+
+from engine import checkpoint
+from engine.trainer import Trainer
+from shards import storage
+
+_T = TypeVar("_T")
+
+
+def run(trainer: Trainer) -> None:
+    """Load, train on, evaluate, save and restore one batch; report shapes, times and memory.
+
+    Leaves no checkpoint and no metrics in the run's directory.
+    """
+    table = Table("part", "seconds", "what")
+
+    def part(name: str, call: Callable[[], _T], describe: Callable[[_T], str]) -> _T:
+        start = time.perf_counter()
+        result = call()
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+        table.add_row(name, f"{time.perf_counter() - start:.2f}", describe(result))
+        return result
+
+    data = trainer.batches()
+    try:
+        batch = part("load", lambda: next(data), lambda b: f"views {_shape(b.views)} uint8")
+        output = part(
+            "first step",
+            lambda: trainer.train_step(batch),
+            lambda o: f"images {_shape(o.images)}, features {_shape(o.features)}",
+        )
+        part(
+            "second step",
+            lambda: trainer.train_step(batch),
+            lambda o: f"loss {output.loss.item():.4f} -> {o.loss.item():.4f}",
+        )
+        if trainer.val_index is not None:
+            val_index = trainer.val_index
+            part(
+                "evaluate",
+                lambda: trainer.features(val_index, limit=trainer.recipe.batch.size),
+                lambda f: f"features of data.val {_shape(f.features)}",
+            )
+        commit = part("save", trainer.save, lambda c: f"{_bytes(c)} in {len(c.files)} files")
+        part("restore", lambda: trainer.load(checkpoint.verify(commit.url)), lambda _: commit.url)
+        storage.remove(commit.url)
+    finally:
+        data.close()
+        trainer.log.close()
+    parameters = sum(p.numel() for p in trainer.online.parameters())
+    table.caption = (
+        f"{trainer.device}, {trainer.recipe.precision}, {parameters / 1e6:.1f} M parameters, "
+        f"{trainer.total_steps} steps of {trainer.recipe.batch.size} images in the whole run\n"
+        f"memory: {_memory(trainer.device)}, blocks at most {data.block_memory / 2**20:,.0f} MiB; "
+        f"undecodable samples: {data.faults.count}"
+    )
+    trainer.console.print(table)
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "x".join(str(size) for size in tensor.shape)
+
+
+def _bytes(commit: checkpoint.Commit) -> str:
+    return f"{sum(length for length, _ in commit.files.values()) / 2**20:,.1f} MiB"
+
+
+def _memory(device: torch.device) -> str:
+    host = f"host {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:,.1f} GiB"
+    if device.type != "cuda":
+        return host
+    return f"{host}, device {torch.cuda.max_memory_allocated() / 2**30:,.1f} GiB"

@@ -1,0 +1,26 @@
+from engine.byol import BYOLConfig
+from engine.lars import AdamWConfig
+from engine.probe import ProbeConfig
+from engine.checkpoint import CheckpointConfig
+from engine.recipe import Recipe
+from engine.resnet import ResNetConfig
+from engine.schedule import ScheduleConfig
+from shards.loader import DataConfig
+from shards.order import BatchConfig
+from shards.views import ViewsConfig, ViewConfig
+
+recipe = Recipe(
+    run="runs/quickstart",
+    compile=False,
+    precision="bf16",
+    batch=BatchConfig(size=128),
+    model=BYOLConfig(
+        encoder=ResNetConfig(depth=10, width=0.25, stem="cifar"), hidden=256, projection=64
+    ),
+    views=ViewsConfig(size=32),
+    schedule=ScheduleConfig(epochs=20, warmup_epochs=1, base_lr=4e-3, base_tau=0.97),
+    optimizer=AdamWConfig(weight_decay=1e-4),
+    data=DataConfig(train="data/quickstart/train", val="data/quickstart/val", draw=8000, streams=8),
+    probe=ProbeConfig(every=250, crop=1.0, baseline=True),
+    checkpoint=CheckpointConfig(every=500),
+)
