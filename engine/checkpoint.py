@@ -6,6 +6,7 @@ and the one before it is taken.
 """
 
 import json
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class CheckpointConfig:
     """When the run is saved, and what it starts from."""
 
     every: Operation[int] = 1000
-    """Steps from one checkpoint to the next; the last step of a process is saved too. 0: only it."""
+    """Steps between checkpoints. A process's last step is saved too; 0: only that."""
     keep: Operation[int] = 3
     """How many of the newest checkpoints stay."""
     resume: Operation[str] = ""
@@ -63,7 +64,8 @@ def save(
     writer = FsspecWriter(url, sync_files=False)
     files = _CountingFiles(writer.fs)
     writer.fs = files  # type: ignore[assignment]
-    dcp_save(state, storage_writer=writer, no_dist=True)
+    with _single_process():
+        dcp_save(state, storage_writer=writer, no_dist=True)
     packages = {name: version(name) for name in ("torch", "torchvision", "numpy")}
     document = {"format": FORMAT, "step": step, "method": method, "index_digest": index_digest}
     document |= {"packages": packages, "files": files.sums}
@@ -73,7 +75,8 @@ def save(
 
 def load(commit: Commit, state: dict[str, Any]) -> None:
     """Fill the tensors of `state` from a checkpoint that `latest` or `find` has verified."""
-    dcp_load(state, storage_reader=FsspecReader(commit.url), no_dist=True)
+    with _single_process():
+        dcp_load(state, storage_reader=FsspecReader(commit.url), no_dist=True)
 
 
 def latest(run: str, report: Callable[[str], None]) -> Commit | None:
@@ -122,12 +125,20 @@ def verify(url: str) -> Commit:
 
 
 def prune(run: str, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints; called after a commit. The commit goes first."""
+    """Remove all but the newest `keep` checkpoints, after a commit, each one's commit first."""
     names = storage.list_names(storage.join(run, FOLDER))
     for name in names[: -max(1, keep)]:
         url = storage.join(run, FOLDER, name)
         storage.remove(storage.join(url, COMMIT))
         storage.remove(url)
+
+
+@contextmanager
+def _single_process() -> Iterator[None]:
+    """Without torch's warning that there is no process group: there is none on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 class _CountingFiles(FileSystemBase):
@@ -165,7 +176,7 @@ class _CountingFiles(FileSystemBase):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return True
+        return isinstance(checkpoint_id, str)
 
 
 class _CountingStream:

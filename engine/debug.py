@@ -12,10 +12,12 @@ from engine import checkpoint
 from engine.trainer import Trainer
 from shards import storage
 
+FOLDER = "debug_step"  # in the run's directory, while it lasts
+
 _T = TypeVar("_T")
 
 
-def run(trainer: Trainer) -> None:
+def debug_step(trainer: Trainer) -> None:
     """Load, train on, evaluate, save and restore one batch; report shapes, times and memory.
 
     Leaves no checkpoint and no metrics in the run's directory.
@@ -30,6 +32,7 @@ def run(trainer: Trainer) -> None:
         table.add_row(name, f"{time.perf_counter() - start:.2f}", describe(result))
         return result
 
+    url = storage.join(trainer.recipe.run, FOLDER)
     data = trainer.batches()
     try:
         batch = part("load", lambda: next(data), lambda b: f"views {_shape(b.views)} uint8")
@@ -43,19 +46,21 @@ def run(trainer: Trainer) -> None:
             lambda: trainer.train_step(batch),
             lambda o: f"loss {output.loss.item():.4f} -> {o.loss.item():.4f}",
         )
-        if trainer.val_index is not None:
-            val_index = trainer.val_index
+        if (probe := trainer.probe) is not None:
             part(
                 "evaluate",
-                lambda: trainer.features(val_index, limit=trainer.recipe.batch.size),
+                lambda: probe.features(probe.val, limit=trainer.recipe.batch.size),
                 lambda f: f"features of data.val {_shape(f.features)}",
             )
-        commit = part("save", trainer.save, lambda c: f"{_bytes(c)} in {len(c.files)} files")
+        commit = part(
+            "save",
+            lambda: checkpoint.save(url, trainer.step, trainer.state(), {}, ""),
+            lambda c: f"{_bytes(c)} in {len(c.files)} files",
+        )
         part("restore", lambda: trainer.load(checkpoint.verify(commit.url)), lambda _: commit.url)
-        storage.remove(commit.url)
     finally:
         data.close()
-        trainer.log.close()
+        storage.remove(url)
     parameters = sum(p.numel() for p in trainer.online.parameters())
     table.caption = (
         f"{trainer.device}, {trainer.recipe.precision}, {parameters / 1e6:.1f} M parameters, "

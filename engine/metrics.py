@@ -88,7 +88,8 @@ class MetricsLog:
         self.tensorboard.add_image("views", make_grid(images, nrow=views.shape[1]), step)
 
     def close(self) -> None:
-        self._progress.stop()
+        if self._progress.live.is_started:
+            self._progress.stop()
         self.tensorboard.close()
 
     def _keep_until(self, step: int) -> None:

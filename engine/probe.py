@@ -8,8 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shards.evaluation import EvalBatch
+from engine.augment import normalize
+from engine.byol import Online
+from engine.metrics import effective_rank
+from engine.precision import Precision, autocast, parameter_dtype
+from shards.evaluation import EvalBatch, center_crops
 from shards.fields import Operation
+from shards.index import Index
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,84 @@ class ProbeConfig:
 class Features(NamedTuple):
     """Features of labelled images."""
 
-    features: Tensor  # [N, F] float32
+    features: Tensor  # [N, F] float32 (float64 in fp64)
     labels: Tensor  # [N] int64
+
+
+class Probe:
+    """Measures an online network on data.val, with data.train to look for neighbours in."""
+
+    def __init__(
+        self,
+        config: ProbeConfig,
+        online: Online,
+        train: Index,
+        val: Index,
+        *,
+        size: int,
+        precision: Precision,
+        device: torch.device,
+        threads: int,
+        report: Callable[[str], None],
+    ) -> None:
+        """`size`: side of the network's input in pixels; `report` takes warnings about the data."""
+        self.config, self.online, self.train, self.val = config, online, train, val
+        self.size, self.precision, self.device = size, precision, device
+        self.threads, self.report = threads, report
+
+    def evaluate(self) -> dict[str, float]:
+        """kNN and the online head on data.val (fractions), and the rank of its features."""
+        queries = self.features(self.val)
+        found = {"knn_top1": self.knn(self.features(self.train, self.config.bank), queries)}
+        if self.online.classifier is not None:
+            with torch.no_grad():
+                logits = self.online.classifier(queries.features)
+            found["online_top1"] = top1(logits, queries.labels)
+        found["feature_rank"] = effective_rank(queries.features[:10_000]).item()
+        return found
+
+    def pixels_top1(self) -> float:
+        """kNN on the pixels themselves: what an encoder has to beat."""
+        bank = self.features(self.train, self.config.bank, pixels=True)
+        return self.knn(bank, self.features(self.val, pixels=True))
+
+    def features(self, index: Index, limit: int | None = None, pixels: bool = False) -> Features:
+        """Features of a data set's labelled images, from the encoder in evaluation mode.
+
+        `pixels`: the images themselves instead.
+        """
+
+        def encode(images: Tensor) -> Tensor:
+            images = normalize(images.to(parameter_dtype(self.precision)) / 255)
+            if pixels:
+                return images.flatten(1)
+            with autocast(self.precision, self.device):
+                features: Tensor = self.online.encoder(images)
+            return features.to(images.dtype)
+
+        crops = center_crops(
+            index,
+            size=self.size,
+            fraction=self.config.crop,
+            threads=self.threads,
+            report=self.report,
+            limit=limit,
+        )
+        self.online.eval()
+        try:
+            return extract(encode, crops, self.device)
+        finally:
+            self.online.train()
+
+    def knn(self, bank: Features, queries: Features) -> float:
+        """`knn_top1` with the recipe's k and temperature."""
+        return knn_top1(
+            bank,
+            queries,
+            neighbours=self.config.neighbours,
+            temperature=self.config.temperature,
+            classes=len(self.train.classes),
+        )
 
 
 @torch.no_grad()
@@ -47,7 +128,7 @@ def extract(
         known = batch.labels >= 0
         if known.any():
             images = batch.images[known].to(device, non_blocking=True)
-            features.append(encode(images).float())
+            features.append(encode(images))
             labels.append(batch.labels[known].to(device))
     return Features(torch.cat(features), torch.cat(labels))
 

@@ -79,8 +79,8 @@ class Recipe:
             raise InputError("data.train is not set: give --data.train URL, a folder of shards")
         if self.views.size < least:
             raise InputError(
-                f"views.size {self.views.size} is too small for the {self.model.encoder.stem} stem: "
-                f"use at least {least}"
+                f"views.size {self.views.size} is too small for the "
+                f"{self.model.encoder.stem} stem: use at least {least}"
             )
         if self.schedule.epochs <= 0 or self.schedule.warmup_epochs < 0:
             raise InputError("schedule.epochs must be positive and warmup_epochs not negative")
@@ -163,8 +163,8 @@ def parse(arguments: list[str]) -> Recipe:
     """
     if not arguments or arguments[0].startswith("-"):
         raise InputError(
-            "usage: torchrun launch/train.py RECIPE [--field.name value ...]; RECIPE is a file like "
-            "recipes/quickstart.py, and RECIPE --help lists its fields"
+            "usage: torchrun launch/train.py RECIPE [--field.name value ...]; RECIPE is a file "
+            "like recipes/quickstart.py, and RECIPE --help lists its fields"
         )
     base = load(arguments[0])
     description = (
@@ -208,5 +208,6 @@ def _unknown(argument: str, recipe: Recipe) -> str:
 def _one_line(message: str) -> str:
     """tyro's framed error as one line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", message)
-    words = re.sub(r"[│╭╮╰╯─]+", " ", text).split()
-    return " ".join(words)
+    text = " ".join(re.sub(r"[│╭╮╰╯─]+", " ", text).split())
+    text = re.sub(r"^(Value error|Parsing error|Missing value) ", "", text)
+    return re.split(r" (?:Argument|For full) helptext", text)[0]

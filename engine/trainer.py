@@ -1,9 +1,9 @@
 """The training: what is built, and in which order; the step; the loop around it."""
 
-import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,27 +16,23 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from engine import byol, checkpoint, parallel
-from engine.augment import augment, normalize
+from engine import byol, checkpoint, parallel, run
+from engine.augment import augment
 from engine.byol import byol_loss, update_target
-from engine.metrics import MetricsLog, data_digest, effective_rank, feature_std
+from engine.metrics import MetricsLog, data_digest, feature_std
 from engine.precision import autocast, parameter_dtype
-from engine.probe import Features, extract, knn_top1, top1
-from engine.recipe import Recipe, differences, flatten, method_fields
+from engine.probe import Probe
+from engine.recipe import Recipe, method_fields
 from engine.schedule import learning_rate, tau
 from shards import index as indexes
 from shards import storage, synthetic
 from shards.errors import InputError
-from shards.evaluation import center_crops
-from shards.index import Index
 from shards.loader import Batch, TrainLoader
 from shards.order import Order, rank_streams
 
-RECIPE = "recipe.json"
-
 
 class StepOutput(NamedTuple):
-    """What a step leaves for the log, on the device; images and features of its last micro-batch."""
+    """What a step leaves for the log, on the device; images, features: the last micro-batch's."""
 
     loss: Tensor  # [] mean over the batch, 0 to 8
     head_loss: Tensor  # [] of the online classifier, 0 without labels
@@ -46,11 +42,31 @@ class StepOutput(NamedTuple):
     tau: float
 
 
+class _Timer:
+    """Speed since it was made: of the steps, not of evaluations and checkpoints between them."""
+
+    def __init__(self) -> None:
+        self.steps, self._start, self._waited = 0, time.perf_counter(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def read(self, batch: int) -> dict[str, float]:
+        seconds = time.perf_counter() - self._start
+        return {
+            "images_per_second": self.steps * batch / seconds,
+            "data_wait": self._waited / seconds,
+        }
+
+
 class Trainer:
     """A run in this process: data, networks and optimizer, with `step` updates done."""
 
     def __init__(self, recipe: Recipe) -> None:
-        """Build, in this order: device, data, networks, optimizer, saved state, log.
+        """Build, in this order: device, data, networks, optimizer, saved state.
 
         Raises InputError for what the user got wrong, before the first expensive thing.
         """
@@ -63,13 +79,14 @@ class Trainer:
         self.val_index = indexes.load(recipe.data.val, "data.val") if recipe.data.val else None
         self.order = Order(self.train_index, recipe.seed, recipe.data.streams, recipe.batch.size)
         self._check_data()
-        self._check_run()
+        run.check(recipe, self.train_index.digest, self.console.print)
 
         samples, batch = self.train_index.samples, recipe.batch.size
         self.total_steps = recipe.schedule.total_steps(samples, batch)
         self.warmup_steps = recipe.schedule.warmup_steps(samples, batch)
         self.peak_lr = recipe.schedule.peak_lr(batch)
-        self.stop = min(recipe.steps or self.total_steps, self.total_steps)
+        self.stop = self.total_steps if recipe.steps is None else recipe.steps
+        self.stop = min(self.stop, self.total_steps)
 
         self.classes = len(self.train_index.classes)
         self.online, self.target = byol.build(recipe.model, self.classes, recipe.seed)
@@ -78,15 +95,13 @@ class Trainer:
         self.optimizer = recipe.optimizer.build(self.online)
         self.augment: Callable[..., Tensor] = partial(augment, blur=recipe.views.ever_blur)
 
-        if recipe.probe.baseline:
-            self._measure_baseline()
+        self.probe = self._build_probe()
+        self.baseline = self._measure_baseline()
         self.step = self._restore()
-        self._write_recipe()
         if recipe.compile:
             parallel.compile_networks(self.online, self.target, self.console.print)
             if self.device.type == "cuda":
                 self.augment = torch.compile(self.augment)
-        self.log = MetricsLog(recipe.run, self.step, self.stop, self.console)
 
     # The step -------------------------------------------------------------------------------
 
@@ -138,33 +153,51 @@ class Trainer:
 
     def fit(self) -> None:
         """Train to the last step of the recipe, or of this process (`steps`)."""
-        every = self.recipe.log.every
+        recipe, first, measured = self.recipe, self.step, {}
+        run.write(recipe, self.train_index.digest)
+        log = MetricsLog(recipe.run, self.step, self.stop, self.console)
         data = self.batches()
+        timer = _Timer()
         try:
-            clock, waited, steps = time.perf_counter(), 0.0, 0
             while self.step < self.stop:
-                waited -= time.perf_counter()
-                batch = next(data)
-                waited += time.perf_counter()
+                with timer.waiting():
+                    batch = next(data)
                 output = self.train_step(batch)
-                self.step, steps = self.step + 1, steps + 1
-                self.log.advance()
+                self.step += 1
+                timer.steps += 1
+                log.advance()
 
-                evaluate = self._due(self.recipe.probe.every, self.total_steps)
-                if steps == 1 or evaluate:
-                    self._show_views(output)
-                if self.step % every == 0 or evaluate:
-                    record = self._record(output, batch)
-                    seconds = time.perf_counter() - clock
-                    record["images_per_second"] = steps * self.recipe.batch.size / seconds
-                    record["data_wait"] = waited / seconds
-                    self.log.write(record | (self.evaluate() if evaluate else {}))
-                    clock, waited, steps = time.perf_counter(), 0.0, 0
-                if self._due(self.recipe.checkpoint.every, self.stop):
+                measure = recipe.probe.every > 0 and self._due(recipe.probe.every, self.total_steps)
+                if measure or self.step == first + 1:
+                    views = output.images.unflatten(0, (2, -1))[:, : recipe.log.pictures]
+                    log.pictures(views, self.step)  # [V, n, 3, S, S]
+                if measure or self.step % recipe.log.every == 0:
+                    record = self._record(output, batch) | timer.read(recipe.batch.size)
+                    if measure and self.probe is not None:
+                        measured = self.probe.evaluate()
+                        record |= measured
+                    log.write(record)
+                    timer = _Timer()
+                if self._due(recipe.checkpoint.every, self.stop):
                     self.save()
+                    timer = _Timer()
         finally:
             data.close()
-            self.log.close()
+            log.close()
+        self._farewell(measured)
+
+    def _farewell(self, measured: dict[str, float]) -> None:
+        say = self.console.print
+        say(f"{self.step} of {self.total_steps} steps done")
+        if self.baseline and measured:
+            figures = self.baseline | {"trained encoder": measured["knn_top1"]}
+            say("kNN accuracy on data.val:")
+            for name, accuracy in figures.items():
+                say(f"  {name:<18} {accuracy:6.1%}")
+        say(f"checkpoint    {storage.redact(checkpoint.step_url(self.recipe.run, self.step))}")
+        say(f"curves, views tensorboard --logdir {storage.redact(self.recipe.run)}/tensorboard")
+        if self.step < self.total_steps:
+            say("the same command without --steps goes on")
 
     def batches(self) -> TrainLoader:
         """The batches from the next step on."""
@@ -182,14 +215,14 @@ class Trainer:
         )
 
     def _due(self, every: int, last: int) -> bool:
-        return self.step == last or self.step % every == 0 if every else False
+        return self.step == last or (every > 0 and self.step % every == 0)
 
     def _record(self, output: StepOutput, batch: Batch) -> dict[str, Any]:
         loss = output.loss.item()
         if not math.isfinite(loss):
             raise InputError(
-                f"the loss is {loss} at step {self.step}: training has diverged; the last checkpoint "
-                "is kept: resume with a lower --schedule.base-lr as a new run"
+                f"the loss is {loss} at step {self.step}: training has diverged; the last "
+                "checkpoint is kept: start a new run with a lower --schedule.base-lr"
             )
         record: dict[str, Any] = {
             "step": self.step,
@@ -204,73 +237,34 @@ class Trainer:
             record["head_loss"] = output.head_loss.item()
         return record
 
-    # Evaluation -----------------------------------------------------------------------------
-
-    def evaluate(self) -> dict[str, float]:
-        """kNN and the online head on data.val, and the rank of its features."""
-        assert self.val_index is not None  # the recipe's check
-        bank = self.features(self.train_index, limit=self.recipe.probe.bank)
-        queries = self.features(self.val_index)
-        found = {"knn_top1": self._knn(bank, queries)}
-        if self.online.classifier is not None:
-            with torch.no_grad():
-                logits = self.online.classifier(queries.features.to(self._dtype))
-            found["online_top1"] = top1(logits, queries.labels)
-        found["feature_rank"] = effective_rank(queries.features[:10_000]).item()
-        return found
-
-    def features(self, index: Index, limit: int | None = None, pixels: bool = False) -> Features:
-        """Features of a data set's labelled images, from the encoder in evaluation mode.
-
-        `pixels`: the images themselves instead.
-        """
-
-        def encode(images: Tensor) -> Tensor:
-            images = normalize(images.to(self._dtype) / 255)
-            if pixels:
-                return images.flatten(1)
-            with autocast(self.recipe.precision, self.device):
-                features: Tensor = self.online.encoder(images)
-            return features
-
-        crops = center_crops(
-            index,
-            size=self.recipe.views.size,
-            fraction=self.recipe.probe.crop,
-            threads=self.recipe.threads,
+    def _build_probe(self) -> Probe | None:
+        """None when the recipe asks for no evaluations."""
+        recipe = self.recipe
+        if self.val_index is None or not (recipe.probe.every or recipe.probe.baseline):
+            return None
+        return Probe(
+            recipe.probe,
+            self.online,
+            self.train_index,
+            self.val_index,
+            size=recipe.views.size,
+            precision=recipe.precision,
+            device=self.device,
+            threads=recipe.threads,
             report=self.console.print,
-            limit=limit,
-        )
-        self.online.eval()
-        try:
-            return extract(encode, crops, self.device)
-        finally:
-            self.online.train()
-
-    def _knn(self, bank: Features, queries: Features) -> float:
-        return knn_top1(
-            bank,
-            queries,
-            neighbours=self.recipe.probe.neighbours,
-            temperature=self.recipe.probe.temperature,
-            classes=self.classes,
         )
 
-    def _measure_baseline(self) -> None:
-        assert self.val_index is not None  # the recipe's check
-        self.baseline = {
-            name: self._knn(
-                self.features(self.train_index, self.recipe.probe.bank, pixels),
-                self.features(self.val_index, None, pixels),
-            )
-            for name, pixels in (("raw pixels", True), ("untrained encoder", False))
+    def _measure_baseline(self) -> dict[str, float]:
+        """kNN before the first step."""
+        if self.probe is None or not self.recipe.probe.baseline or self.recipe.debug_step:
+            return {}
+        found = {
+            "raw pixels": self.probe.pixels_top1(),
+            "untrained encoder": self.probe.evaluate()["knn_top1"],
         }
-        for name, accuracy in self.baseline.items():
+        for name, accuracy in found.items():
             self.console.print(f"kNN of {name}: {accuracy:.1%}")
-
-    def _show_views(self, output: StepOutput) -> None:
-        images = output.images.unflatten(0, (2, -1))[:, : self.recipe.log.pictures]
-        self.log.pictures(images, self.step)
+        return found
 
     # Saved state ----------------------------------------------------------------------------
 
@@ -312,37 +306,12 @@ class Trainer:
             commit = checkpoint.find(self.recipe.checkpoint.resume, self.console.print)
         if commit is None:
             return 0
-        self._refuse(commit.url, commit.method, commit.index_digest)
+        run.refuse_other(
+            self.recipe, self.train_index.digest, commit.url, commit.method, commit.index_digest
+        )
         self.load(commit)
         self.console.print(f"resumed at step {commit.step} from {storage.redact(commit.url)}")
         return commit.step
-
-    def _check_run(self) -> None:
-        try:
-            there = json.loads(storage.read(storage.join(self.recipe.run, RECIPE)))
-        except FileNotFoundError:
-            return
-        except ValueError:
-            self.console.print(f"{RECIPE} of the run is damaged; it is written anew")
-            return
-        method = method_fields(self.recipe)
-        known = {name: value for name, value in there.items() if name in method}
-        self._refuse(f"run {storage.redact(self.recipe.run)}", known, there.get("index_digest"))
-
-    def _refuse(self, place: str, method: dict[str, Any], digest: str | None) -> None:
-        found = differences(method, method_fields(self.recipe))
-        if digest != self.train_index.digest:
-            found.append(f"data.train's digest: there {digest}, here {self.train_index.digest}")
-        if found:
-            raise InputError(
-                f"{place} belongs to another recipe or data set ({'; '.join(found)}): "
-                "give these fields as they were, or another --run"
-            )
-
-    def _write_recipe(self) -> None:
-        document = flatten(self.recipe) | {"index_digest": self.train_index.digest}
-        text = json.dumps(document, indent=1)
-        storage.write(storage.join(self.recipe.run, RECIPE), text.encode())
 
     # Data -----------------------------------------------------------------------------------
 
@@ -375,14 +344,11 @@ class Trainer:
                 "pack both with the same class folders"
             )
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return parameter_dtype(self.recipe.precision)
-
 
 def _head_loss(logits: Tensor | None, labels: Tensor) -> Tensor:
     """Cross-entropy [] of the online classifier, over the rows that have a label (not -1)."""
     if logits is None:
         return torch.zeros((), device=labels.device)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     known = (labels >= 0).sum().clamp(min=1)
     return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / known

@@ -109,14 +109,9 @@ class _Bar:
     def __init__(self, name: str, size: int | None, count: int | None) -> None:
         self._done, self._lock = 0, Lock()  # images are done in many threads
         of = "" if count is None else f"/{count}"
-        self._progress = Progress(
-            TextColumn(name),
-            BarColumn(),
-            TextColumn("{task.fields[done]}" + of),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=_console,
-        )
+        speed = () if size is None else (TransferSpeedColumn(), TimeRemainingColumn())
+        done = TextColumn("{task.fields[done]}" + of)
+        self._progress = Progress(TextColumn(name), BarColumn(), done, *speed, console=_console)
         self._task = self._progress.add_task(name, total=size, done=0)
 
     def advance(self, size: int) -> None:

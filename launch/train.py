@@ -6,6 +6,7 @@ fields, continues it differently. RECIPE --help lists all fields.
 
 import sys
 
+from engine.debug import debug_step
 from engine.recipe import parse
 from engine.trainer import Trainer
 from shards.errors import InputError
@@ -16,9 +17,7 @@ def main(arguments: list[str]) -> int:
         recipe = parse(arguments)
         trainer = Trainer(recipe)
         if recipe.debug_step:
-            from engine import debug
-
-            debug.run(trainer)
+            debug_step(trainer)
         else:
             trainer.fit()
     except InputError as error:

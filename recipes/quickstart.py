@@ -1,13 +1,13 @@
 from engine.byol import BYOLConfig
+from engine.checkpoint import CheckpointConfig
 from engine.lars import AdamWConfig
 from engine.probe import ProbeConfig
-from engine.checkpoint import CheckpointConfig
 from engine.recipe import Recipe
 from engine.resnet import ResNetConfig
 from engine.schedule import ScheduleConfig
 from shards.loader import DataConfig
 from shards.order import BatchConfig
-from shards.views import ViewsConfig, ViewConfig
+from shards.views import ViewsConfig
 
 recipe = Recipe(
     run="runs/quickstart",

@@ -127,11 +127,10 @@ class TrainLoader:
 
     @property
     def block_memory(self) -> int:
-        """The most bytes of blocks held at once: streams x block x (1 + prefetch)."""
-        largest = max(
-            int(np.diff(self.order.index.blocks(s)[:, 0]).max(initial=0))
-            for s in range(min(8, len(self.order.index.shards)))
-        )
+        """About the most bytes of blocks held at once: streams x block x (1 + prefetch)."""
+        index = self.order.index
+        ranges = (index.block_range(0, block) for block in range(len(index.blocks(0))))
+        largest = max(stop - start for start, stop in ranges)
         return len(self.streams) * largest * (1 + self.config.prefetch)
 
     def _plan(self) -> Iterator[Chunk | InputError]:

@@ -134,7 +134,7 @@ def _retry(url: str, call: Callable[[], _T]) -> _T:
             return call()
         except _PERMANENT:
             raise
-        except OSError as error:
+        except Exception as error:  # botocore's and aiohttp's are no OSErrors
             if attempt == ATTEMPTS - 1:
                 raise OSError(f"{redact(url)}: gave up after {ATTEMPTS} tries: {error}") from error
             time.sleep(BACKOFF * 2**attempt * random.uniform(0.5, 1.5))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from torch import Tensor
 
@@ -95,23 +96,21 @@ class Reference:
         params = torch.from_numpy(draws.params)
         return Batch(views, params, np.array(ids), labels, np.array(crcs, np.uint32))
 
-    def view(self, sample: int, crop: "np.ndarray[Any, np.dtype[np.float64]]") -> Tensor:
+    def view(self, sample: int, crop: NDArray[np.float64]) -> Tensor:
         image = decode(bytearray(self.images[sample]), 0, len(self.images[sample]))
         box = crop_box(crop, image.shape[1], image.shape[2], VIEWS)
         return crop_resize(image, box, VIEWS.size)
 
     def good(self, sample: int) -> int:
         """The sample, or the next good one of its block, wrapping."""
-        found = self.order.index
-        for shard in range(len(found.shards)):
-            for block in range(len(found.blocks(shard))):
-                first = found.first_id(shard, block)
-                stop = first + int(found.blocks(shard)[block, 1])
-                if first <= sample < stop:
-                    for i in [*range(sample, stop), *range(first, sample)]:
-                        if self.images[i][:2] == b"\xff\xd8":
-                            return i
-        raise AssertionError
+        found, first = self.order.index, 0
+        counts = np.concatenate([found.blocks(i)[:, 1] for i in range(len(found.shards))])
+        for count in map(int, counts):
+            if sample < first + count:
+                break
+            first += count
+        ring: list[int] = [*range(sample, first + count), *range(first, sample)]
+        return next(i for i in ring if self.images[i].startswith(b"\xff\xd8"))
 
 
 def assert_equal(a: Batch, b: Batch, *, crcs: bool) -> None:
@@ -211,8 +210,11 @@ def test_bad_samples_are_replaced_named_once_and_counted(
         assert "\n" not in message
 
 
-def test_a_replacement_wraps_in_file_order(pack_files: PackFiles, tmp_path: Path) -> None:
-    files = {f"a/{i}.jpg": draw_photo(i, 40, 40) for i in range(6)}
+def test_a_replacement_wraps_in_file_order(
+    pack_files: PackFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "BLOCK_BYTES", 1 << 20)
+    files = {f"a/{i}.jpg": draw_photo(i, 16, 16) for i in range(6)}
     images = Reference(Order(pack_files(str(tmp_path / "a"), files), SEED, 1, 6)).images
     bad = {images[0], images[4], images[5]}
     files = {path: bytes(len(c)) if c in bad else c for path, c in files.items()}

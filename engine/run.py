@@ -1,0 +1,50 @@
+"""The run directory's recipe.json: what the run is, and the refusal to mix it with another one."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from engine.recipe import Recipe, differences, flatten, method_fields
+from shards import storage
+from shards.errors import InputError
+
+NAME = "recipe.json"
+DIGEST = "index_digest"
+
+
+def write(recipe: Recipe, index_digest: str) -> None:
+    """Note the resolved recipe of this start, and the data's digest, in RUN/recipe.json."""
+    document = flatten(recipe) | {DIGEST: index_digest}
+    storage.write(storage.join(recipe.run, NAME), json.dumps(document, indent=1).encode())
+
+
+def check(recipe: Recipe, index_digest: str, report: Callable[[str], None]) -> None:
+    """Raise InputError when RUN holds a run of another recipe or of other data."""
+    url = storage.join(recipe.run, NAME)
+    try:
+        there = json.loads(storage.read(url))
+    except FileNotFoundError:
+        return
+    except ValueError:
+        report(f"{storage.redact(url)} is damaged; it is written anew")
+        return
+    operations = flatten(recipe).keys() - method_fields(recipe).keys()
+    method = {name: there[name] for name in there.keys() - operations - {DIGEST}}
+    refuse_other(recipe, index_digest, recipe.run, method, there.get(DIGEST))
+
+
+def refuse_other(
+    recipe: Recipe, index_digest: str, url: str, method: dict[str, Any], digest_there: str | None
+) -> None:
+    """Raise InputError, listing what differs, unless what is at `url` is of this recipe and data.
+
+    `method`: the method fields there, by dotted name.
+    """
+    found = differences(method, method_fields(recipe))
+    if digest_there != index_digest:
+        found.append(f"digest of data.train: there {digest_there}, here {index_digest}")
+    if found:
+        raise InputError(
+            f"{storage.redact(url)} is of another recipe or data set ({'; '.join(found)}): "
+            "set these back, or give another --run"
+        )

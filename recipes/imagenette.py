@@ -1,0 +1,30 @@
+"""Imagenette (or any ten-class ImageNet subset) at 128 pixels: the official small setting.
+
+Paper        none; the setting that the official code ships for a single machine
+Data         python launch/pack.py IMAGENETTE_FOLDER data/imagenette   (its train/ and val/)
+Command      torchrun launch/train.py recipes/imagenette.py
+Hardware     one GPU of 16 GB or more
+Time         not measured on a GPU yet
+Expected     about 92.3 top-1 of the online head on val (reported for the official code)
+"""
+
+from engine.byol import BYOLConfig
+from engine.lars import LARSConfig
+from engine.probe import ProbeConfig
+from engine.recipe import Recipe
+from engine.resnet import ResNetConfig
+from engine.schedule import ScheduleConfig
+from shards.loader import DataConfig
+from shards.order import BatchConfig
+from shards.views import ViewsConfig
+
+recipe = Recipe(
+    run="runs/imagenette",
+    batch=BatchConfig(size=256),
+    model=BYOLConfig(encoder=ResNetConfig(depth=18, projection_shortcut=True)),
+    views=ViewsConfig(size=128),
+    schedule=ScheduleConfig(epochs=1000, base_lr=2.0, base_tau=0.996),
+    optimizer=LARSConfig(weight_decay=1.5e-6),
+    data=DataConfig(train="data/imagenette/train", val="data/imagenette/val", streams=32),
+    probe=ProbeConfig(every=1800),  # about 50 epochs
+)
