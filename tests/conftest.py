@@ -11,6 +11,8 @@ from PIL import Image as PillowImage
 from shards import index as index_module
 from shards import pack
 from shards.index import Index
+from shards.loader import DataConfig
+from tests import tiny
 
 Files = dict[str, bytes]
 PackFiles = Callable[[str, Files], Index]
@@ -68,3 +70,9 @@ def pack_files(monkeypatch: pytest.MonkeyPatch) -> PackFiles:
 def packed(pack_files: PackFiles, photos: Files, tmp_path: Path) -> Index:
     """The photos in about five shards of about four blocks each, on disk."""
     return pack_files(str(tmp_path / "packed"), photos)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """A drawn training and validation set, for `tests.tiny.recipe`."""
+    return tiny.draw_data(tmp_path_factory.mktemp("tiny"))

@@ -369,6 +369,9 @@ def test_evaluation_leaves_bad_samples_out(
         list(center_crops(found, report=ignore, **options))  # type: ignore[arg-type]
 
 
-def test_memory_is_stated(packed: Index) -> None:
+def test_memory_is_stated(packed: Index, pack_files: PackFiles, tmp_path: Path) -> None:
     with loading(Order(packed, SEED, 4, 16)) as loader:
         assert 4 * 2 * 8_000 < loader.block_memory < 4 * 2 * 24_000
+    one = pack_files(str(tmp_path / "one"), {"a/0.jpg": draw_photo(0, 8, 8)})  # a single block
+    with loading(Order(one, SEED, 1, 1)) as loader:
+        assert loader.block_memory == 2 * one.shards[0].bytes

@@ -1,0 +1,119 @@
+"""Checkpoints: whole or not there, verified before they are read."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import checkpoint
+from shards.errors import InputError
+
+
+def state(value: float) -> dict[str, dict[str, torch.Tensor]]:
+    return {"online": {"weight": torch.full((300,), value), "count": torch.tensor(int(value))}}
+
+
+def save(run: Path | str, step: int) -> checkpoint.Commit:
+    return checkpoint.save(str(run), step, state(step), {"seed": 0}, "digest")
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+    commit = checkpoint.latest(str(tmp_path), print)
+    assert commit is not None
+    assert (commit.step, commit.method, commit.index_digest) == (3, {"seed": 0}, "digest")
+    found = state(0)
+    checkpoint.load(commit, found)
+    torch.testing.assert_close(found, state(3))
+
+
+def test_commit_lists_every_file(tmp_path: Path) -> None:
+    commit = save(tmp_path, 3)
+    folder = Path(commit.url)
+    assert {path.name for path in folder.iterdir()} == {*commit.files, "commit.json"}
+    for name, (length, _) in commit.files.items():
+        assert (folder / name).stat().st_size == length
+
+
+def test_without_commit_there_is_no_checkpoint(tmp_path: Path) -> None:
+    (Path(save(tmp_path, 3).url) / "commit.json").unlink()
+    reports: list[str] = []
+    assert checkpoint.latest(str(tmp_path), reports.append) is None
+    assert "not committed" in reports[0]
+    with pytest.raises(InputError, match="no committed checkpoint"):
+        checkpoint.find(str(tmp_path), reports.append)
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "gone", "commit"])
+def test_damage_is_named_and_the_one_before_taken(tmp_path: Path, damage: str) -> None:
+    save(tmp_path, 3)
+    newest = Path(save(tmp_path, 4).url)
+    (file,) = newest.glob("*.distcp")
+    content = file.read_bytes()
+    if damage == "bit":
+        file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    elif damage == "cut":
+        file.write_bytes(content[:-1])
+    elif damage == "gone":
+        file.unlink()
+    else:
+        (newest / "commit.json").write_text('{"step": 4')
+    reports: list[str] = []
+    commit = checkpoint.latest(str(tmp_path), reports.append)
+    assert commit is not None
+    assert commit.step == 3
+    (report,) = reports
+    assert "step_00000004" in report
+    assert {"bit": "damaged", "cut": "damaged", "gone": "missing", "commit": "damaged"}[
+        damage
+    ] in report
+
+
+def test_metadata_is_not_unpickled_before_its_crc_matched(tmp_path: Path) -> None:
+    """A planted pickle would run code when it is read."""
+    commit = save(tmp_path, 3)
+    witness = tmp_path / "ran"
+
+    class Planted:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (witness,))
+
+    (Path(commit.url) / ".metadata").write_bytes(pickle.dumps(Planted()))
+    assert checkpoint.latest(str(tmp_path), lambda _: None) is None
+    assert not witness.exists()
+
+
+def test_save_replaces_what_a_killed_one_left(tmp_path: Path) -> None:
+    folder = Path(checkpoint.step_url(str(tmp_path), 3))
+    folder.mkdir(parents=True)
+    (folder / "__7_0.distcp").write_bytes(b"left over")
+    commit = save(tmp_path, 3)
+    assert not (folder / "__7_0.distcp").exists()
+    assert checkpoint.verify(commit.url).step == 3
+
+
+def test_prune_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (1, 2, 30):
+        save(tmp_path, step)
+    checkpoint.prune(str(tmp_path), keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step_00000002",
+        "step_00000030",
+    ]
+
+
+def test_any_fsspec_url() -> None:
+    save("memory://bucket/run", 5)
+    commit = checkpoint.latest("memory://bucket/run", print)
+    assert commit is not None
+    found = state(0)
+    checkpoint.load(commit, found)
+    torch.testing.assert_close(found, state(5))
+
+
+def test_commit_is_readable_without_this_package(tmp_path: Path) -> None:
+    document = json.loads((Path(save(tmp_path, 3).url) / "commit.json").read_text())
+    assert document["format"] == 1
+    assert document["packages"]["torch"] == torch.__version__.split("+")[0]

@@ -1,0 +1,55 @@
+"""What is logged: the log file, digests, collapse signals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from engine.metrics import MetricsLog, data_digest, effective_rank, feature_std
+
+
+def record(step: int) -> dict[str, float]:
+    return {"step": step, "loss": 0.1 + 0.2, "images_per_second": 1.0}
+
+
+def test_reopened_log_drops_what_comes_again(tmp_path: Path) -> None:
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        log = MetricsLog(str(tmp_path), start, 4, Console(quiet=True))
+        for step in steps:
+            log.write(record(step))
+        log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [record(step) for step in (1, 2, 3, 4)]  # floats in full precision
+
+
+def test_digest_is_order_free_and_tells_samples_apart() -> None:
+    ids, crcs = np.arange(100) * 7919, np.zeros(100, np.uint32)
+    digest = data_digest(ids, crcs)
+    assert len(digest) == 16
+    assert data_digest(ids[::-1], crcs) == digest
+    parts = [int(data_digest(part, crcs[:50]), 16) for part in (ids[:50], ids[50:])]
+    assert f"{sum(parts) % 2**64:016x}" == digest  # sums over ranks
+    swapped = ids.copy()
+    swapped[3] = swapped[4]
+    assert data_digest(swapped, crcs) != digest
+    crcs[5] = 1
+    assert data_digest(ids, crcs) != digest
+
+
+def test_feature_std_from_collapse_to_spread() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(4096, 64, generator=generator)
+    assert feature_std(spread).item() == pytest.approx(1, abs=0.02)
+    assert feature_std(spread[:1].expand(4096, -1)).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("directions", [1, 3, 8])
+def test_effective_rank_counts_directions(directions: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inside = torch.randn(10_000, directions, generator=generator)
+    basis, _ = torch.linalg.qr(torch.randn(16, 16, generator=generator))
+    features = inside @ basis[:directions] + 5  # the mean does not count
+    assert effective_rank(features).item() == pytest.approx(directions, rel=0.01)

@@ -1,0 +1,363 @@
+"""The trainer: a step against an independent replay, determinism, resuming, what it leaves."""
+
+import copy
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine.byol import Online, Target, update_target
+from engine.checkpoint import CheckpointConfig
+from engine.debug import debug_step
+from engine.norm import BatchNorm
+from engine.recipe import Recipe
+from engine.trainer import Trainer
+from shards.errors import InputError
+from shards.loader import DataConfig
+from shards.order import BatchConfig
+from tests import tiny
+
+TIMING = {"images_per_second", "data_wait"}
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def comparable(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines(run)]
+
+
+def train(recipe: Recipe) -> Trainer:
+    trainer = Trainer(recipe)
+    trainer.fit()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from the first step to the last, undisturbed."""
+    run = tmp_path_factory.mktemp("whole")
+    train(tiny.recipe(tiny_data, run))
+    return run
+
+
+# The step against stock PyTorch ----------------------------------------------------------------
+
+
+def stock_norms(network: nn.Module) -> nn.Module:
+    """The network with torch's own batch norms, for one view at a time."""
+    for name, child in network.named_children():
+        if isinstance(child, BatchNorm):
+            channels = len(child.weight)
+            is_mlp = "projector" in type(network).__name__ or isinstance(network, nn.Sequential)
+            linear = is_mlp and isinstance(network[0], nn.Linear)  # type: ignore[index]
+            norm = nn.BatchNorm1d(channels) if linear else nn.BatchNorm2d(channels)
+            norm.to(torch.float64).load_state_dict(child.state_dict())
+            setattr(network, name, norm)
+        else:
+            stock_norms(child)
+    return network
+
+
+class Replay:
+    """BYOL written down once more: one forward a view, torch's norms, loops over parameters."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.online = stock_norms(copy.deepcopy(trainer.online))
+        self.target = stock_norms(copy.deepcopy(trainer.target))
+        self.recipe = trainer.recipe
+        self.total, self.warmup = trainer.total_steps, trainer.warmup_steps
+        self.momentum: dict[str, Tensor] = {}
+
+    def step(self, k: int, view1: Tensor, view2: Tensor, labels: Tensor) -> float:
+        online: Any = self.online
+        target: Any = self.target
+        features = [online.encoder(view) for view in (view1, view2)]
+        q1, q2 = (online.predictor(online.projector(f)) for f in features)
+        with torch.no_grad():
+            z1, z2 = (target.projector(target.encoder(view)) for view in (view1, view2))
+        cosine = nn.functional.cosine_similarity
+        loss = (4 - 2 * cosine(q1, z2) - 2 * cosine(q2, z1)).mean()
+        logits = online.classifier(features[0].detach())
+        (loss + nn.functional.cross_entropy(logits, labels)).backward()
+
+        schedule, lars = self.recipe.schedule, self.recipe.optimizer
+        peak = schedule.base_lr * len(labels) / 256
+        if k < self.warmup:
+            lr = peak * k / self.warmup
+        else:
+            progress = (k - self.warmup) / (self.total - self.warmup)
+            lr = 0.5 * peak * (1 + math.cos(math.pi * progress))
+        with torch.no_grad():
+            for name, p in online.named_parameters():
+                update = p.grad
+                if p.ndim > 1:
+                    update = update + lars.weight_decay * p
+                    if p.norm() > 0 and update.norm() > 0:
+                        update = update * 1e-3 * p.norm() / update.norm()
+                self.momentum[name] = 0.9 * self.momentum.get(name, 0) + update
+                p -= lr * self.momentum[name]
+                p.grad = None
+            tau = 1 - (1 - schedule.base_tau) * (math.cos(math.pi * k / self.total) + 1) / 2
+            moved = dict(online.named_parameters())
+            for name, p in target.named_parameters():
+                p.copy_(tau * p + (1 - tau) * moved[name])
+        return float(loss.detach())
+
+
+def worst_difference(trainer: Trainer, replay: Replay) -> float:
+    """The largest difference of any parameter or running statistic, relative to its tensor."""
+    worst = 0.0
+    for ours, theirs in ((trainer.online, replay.online), (trainer.target, replay.target)):
+        expected = theirs.state_dict()
+        for name, value in ours.state_dict().items():
+            if value.is_floating_point():
+                scale = expected[name].abs().max().clamp(min=1e-3)
+                worst = max(worst, ((value - expected[name]).abs().max() / scale).item())
+    return worst
+
+
+def run_both(data: DataConfig, run: Path, steps: int = 4) -> tuple[float, float]:
+    """Train and replay the same batches in float64: (worst loss, worst state) difference."""
+    trainer = Trainer(tiny.recipe(data, run, precision="fp64"))
+    # A zero learning rate at step 0 would hide what the first update does.
+    trainer.step = first = 2
+    replay = Replay(trainer)
+    batches = trainer.batches()
+    worst_loss = 0.0
+    try:
+        for k in range(first, first + steps):
+            batch = next(batches)
+            output = trainer.train_step(batch)
+            trainer.step += 1
+            view1, view2 = output.images.chunk(2)
+            expected = replay.step(k, view1, view2, batch.labels)
+            worst_loss = max(worst_loss, abs(output.loss.item() - expected))
+    finally:
+        batches.close()
+    return worst_loss, worst_difference(trainer, replay)
+
+
+# Four float64 steps of a chaotic little network: rounding of 1e-16 has grown to 1e-12 or so.
+TOLERANCE = 1e-9
+
+
+def test_step_equals_a_replay_in_stock_pytorch(tiny_data: DataConfig, tmp_path: Path) -> None:
+    loss, state = run_both(tiny_data, tmp_path)
+    assert loss < TOLERANCE
+    assert state < TOLERANCE
+
+
+def _target_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target follows where the online network was, before its step."""
+    before: list[Online] = []
+
+    def late(target: Target, online: Online, rate: float) -> None:
+        update_target(target, before[-1] if before else online, rate)
+        before.append(copy.deepcopy(online))
+
+    monkeypatch.setattr("engine.trainer.update_target", late)
+
+
+def _mixed_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BatchNorm, "forward", BatchNorm._normalise)
+
+
+def _views_not_crossed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.byol import regression_loss
+
+    def same_view(prediction: Tensor, projection: Tensor) -> Tensor:
+        q1, q2 = prediction.chunk(2)
+        z1, z2 = projection.detach().chunk(2)
+        return regression_loss(q1, z1) + regression_loss(q2, z2)
+
+    monkeypatch.setattr("engine.trainer.byol_loss", same_view)
+
+
+@pytest.mark.parametrize("fault", [_target_first, _mixed_statistics, _views_not_crossed])
+def test_replay_finds_planted_faults(
+    fault: Callable[[pytest.MonkeyPatch], None],
+    tiny_data: DataConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fault(monkeypatch)
+    loss, state = run_both(tiny_data, tmp_path)
+    assert max(loss, state) > 1e3 * TOLERANCE
+
+
+def test_micro_batches_average_gradients(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """Two halves: the gradient is the mean of the halves' own, the target moves once."""
+    config = BatchConfig(size=16, micro=2)
+    trainer = Trainer(tiny.recipe(tiny_data, tmp_path, precision="fp64", batch=config))
+    trainer.step = 2
+    batches = trainer.batches()
+    batch = next(batches)
+    batches.close()
+    twin = copy.deepcopy(trainer.online)
+    seen: dict[str, Tensor] = {}
+
+    def record(*_: object) -> None:
+        seen.update({n: p.grad.clone() for n, p in trainer.online.named_parameters()})  # type: ignore[union-attr]
+
+    trainer.optimizer.register_step_pre_hook(record)
+    target = copy.deepcopy(trainer.target)
+    parts = trainer._micro_batches(batch)
+    assert [len(part[0]) for part in parts] == [16, 16]  # two views of 8
+    trainer.train_step(batch)
+
+    from engine.byol import byol_loss
+
+    for views, params, labels in parts:
+        images = trainer.augment(views, params)
+        online = twin(images)
+        loss = byol_loss(online.prediction, target(images)).mean()
+        loss = loss + nn.functional.cross_entropy(online.logits, labels)
+        (loss / 2).backward()
+    for name, p in twin.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(seen[name], p.grad, rtol=1e-12, atol=1e-14)
+
+
+# Runs ------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_a_run(whole_run: Path) -> None:
+    records = lines(whole_run)
+    assert [record["step"] for record in records] == list(range(1, 21))
+    steps_per_epoch = tiny.SAMPLES // 16
+    for record in records:
+        assert record["epoch"] == record["step"] // steps_per_epoch
+        assert 0 <= record["loss"] <= 8
+        assert TIMING | {"lr", "tau", "feature_std", "data_digest"} <= record.keys()
+        assert ("knn_top1" in record) == (record["step"] % 5 == 0)
+        assert ("online_top1" in record) == (record["step"] % 5 == 0)
+    assert len({record["data_digest"] for record in records}) == len(records)
+    assert any((whole_run / "tensorboard").iterdir())
+
+
+def test_equal_runs_are_equal_bit_for_bit(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    train(tiny.recipe(tiny_data, tmp_path))
+    assert comparable(tmp_path) == comparable(whole_run)
+
+
+def test_another_seed_is_another_run(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    train(tiny.recipe(tiny_data, tmp_path, seed=1, steps=2))
+    for ours, other in zip(comparable(tmp_path), comparable(whole_run)[:2], strict=True):
+        assert ours["loss"] != other["loss"]
+        assert ours["data_digest"] != other["data_digest"]
+
+
+@pytest.mark.parametrize("stop", [4, 7])
+def test_resumed_run_equals_the_whole_one(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path, stop: int
+) -> None:
+    train(tiny.recipe(tiny_data, tmp_path, steps=stop))
+    train(tiny.recipe(tiny_data, tmp_path))
+    assert comparable(tmp_path) == comparable(whole_run)
+
+
+def test_a_killed_run_repeats_what_was_not_saved(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    train(tiny.recipe(tiny_data, tmp_path, steps=7))
+    # As a kill at step 7 leaves it: saved at 4, logged to 7, half a line more.
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000007")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    train(tiny.recipe(tiny_data, tmp_path))
+    assert comparable(tmp_path) == comparable(whole_run)
+
+
+def test_damaged_checkpoint_is_reported_and_the_one_before_taken(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny.recipe(tiny_data, tmp_path, steps=8))
+    (file,) = (tmp_path / "checkpoints" / "step_00000008").glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    train(tiny.recipe(tiny_data, tmp_path))
+    output = capsys.readouterr().out
+    assert "step_00000008" in output
+    assert "damaged" in output
+    assert "resumed at step 4" in output
+    assert comparable(tmp_path) == comparable(whole_run)
+
+
+def test_new_run_from_another_runs_state(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(tiny.recipe(tiny_data, first, steps=8))
+    resume = CheckpointConfig(every=4, resume=str(first))
+    train(tiny.recipe(tiny_data, second, checkpoint=resume))
+    assert comparable(second) == comparable(whole_run)[8:]
+
+
+def test_old_checkpoints_are_removed(whole_run: Path) -> None:
+    names = sorted(path.name for path in (whole_run / "checkpoints").iterdir())
+    assert names == ["step_00000012", "step_00000016", "step_00000020"]
+
+
+def test_views_are_shown_in_tensorboard(whole_run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(whole_run / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == ["views"]
+    assert [event.step for event in events.Images("views")] == [1, 5, 10, 15, 20]
+    (losses, records) = events.Scalars("loss"), lines(whole_run)
+    assert [event.step for event in losses] == [record["step"] for record in records]
+
+
+def test_data_digest_tells_audited_pixels_apart(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    audited = dataclasses.replace(tiny_data, audit=True)
+    train(tiny.recipe(audited, tmp_path, steps=2))
+    for ours, plain in zip(comparable(tmp_path), comparable(whole_run)[:2], strict=True):
+        assert ours["loss"] == plain["loss"]
+        assert ours["data_digest"] != plain["data_digest"]
+
+
+def test_debug_step_leaves_nothing(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny.recipe(tiny_data, tmp_path, steps=2))
+    before = sorted(tmp_path.rglob("*"))
+    debug_step(Trainer(tiny.recipe(tiny_data, tmp_path, debug_step=True)))
+    assert sorted(tmp_path.rglob("*")) == before
+    report = capsys.readouterr().out
+    for part in ("load", "first step", "evaluate", "save", "restore", "memory"):
+        assert part in report
+
+
+def test_diverged_training_stops(tiny_data: DataConfig, tmp_path: Path) -> None:
+    trainer = Trainer(tiny.recipe(tiny_data, tmp_path))
+    with torch.no_grad():
+        next(trainer.online.parameters()).fill_(math.nan)
+    with pytest.raises(InputError, match="diverged"):
+        trainer.fit()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_runs_on_a_gpu(tiny_data: DataConfig, tmp_path: Path, precision: str) -> None:
+    train(tiny.recipe(tiny_data, tmp_path / "a", precision=precision, steps=8, compile=True))
+    train(tiny.recipe(tiny_data, tmp_path / "b", precision=precision, steps=8, compile=True))
+    assert comparable(tmp_path / "a") == comparable(tmp_path / "b")
