@@ -4,8 +4,9 @@
     python launch/bench.py step      images per second and peak memory of a training step
 
 Both sides take turns in every round. A figure is the median over the rounds, a ratio is that of
-the medians, and behind it stand the smallest and the largest ratio of a single round. On a busy
-machine trust the column per core-second. Memory and workers' CPU time are read from Linux's /proc.
+the medians, and behind it stand the smallest and the largest ratio of a single round. On a machine
+that is not idle use --threads 1 and the column per core-second: threads of torch that wait for
+each other spin. Memory and the workers' CPU time are read from Linux's /proc.
 """
 
 import io
@@ -16,7 +17,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import cache, partial
@@ -79,7 +80,7 @@ class Cost(NamedTuple):
     cpu: float  # seconds of a core, in this process and its workers
     memory: int  # peak bytes, of the GPU or else of this process
 
-    def __add__(self, other: "Cost") -> "Cost":  # type: ignore[override]
+    def then(self, other: "Cost") -> "Cost":
         """One after the other."""
         memory = max(self.memory, other.memory)
         return Cost(self.wall + other.wall, self.cpu + other.cpu, memory)
@@ -96,7 +97,7 @@ def measure(work: Callable[[], object], images: int) -> Cost:
     return Cost(wall / images, cpu / images, _peak())
 
 
-def alternate(sides: dict[str, Callable[[], Cost]], rounds: int) -> dict[str, list[Cost]]:
+def alternate(sides: Mapping[str, Callable[[], Cost]], rounds: int) -> dict[str, list[Cost]]:
     """Every side's costs, one a round; every other round goes backwards."""
     costs: dict[str, list[Cost]] = {name: [] for name in sides}
     for number in range(rounds):
@@ -107,8 +108,8 @@ def alternate(sides: dict[str, Callable[[], Cost]], rounds: int) -> dict[str, li
 
 
 def show(name: str, costs: list[Cost]) -> None:
-    wall, cpu = (1 / median(values) for values in _walls_and_cpus(costs))
-    _row(name, f"{wall:,.0f}", f"{cpu:,.0f}")
+    speeds = [1 / median(values) for values in _walls_and_cpus(costs)]
+    _row(name, *(f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}" for speed in speeds))
 
 
 def show_ratio(name: str, ours: list[Cost], stock: list[Cost]) -> None:
@@ -200,7 +201,7 @@ def bench_input(
         order = Order(_find_index(data, folder, batch), 0, math.gcd(batch, 10), batch)
         contents = _read_contents(order, warm + count)
         sample, params = _device_batch(order, views, device)
-        distort = partial(augment, blur=views.ever_blur)
+        distort: Callable[..., Tensor] = partial(augment, blur=views.ever_blur)
         if CUDA:
             distort = torch.compile(distort)
         distort(sample, params)
@@ -218,9 +219,8 @@ def bench_input(
 
         costs = alternate({"ours": ours, "augmentation": augmentation, "stock": stock}, rounds)
 
-    print(
-        f"input: {data or 'drawn photos'}, {size} px, batch {batch}, threads or workers {threads}"
-    )
+    source = storage.redact(data) or "drawn photos"
+    print(f"input: {source}, {size} px, batch {batch}, threads or workers {threads}")
     print(f"medians of {rounds} rounds of {count * batch} images")
     _row("", "images/s", "images/core-s")
     show("ours: read, decode, two crops", costs["ours"])
@@ -228,7 +228,7 @@ def bench_input(
     show("stock: decode, augment both views", costs["stock"])
     show_ratio("ours / stock, host work with a GPU", costs["ours"], costs["stock"])
     if not CUDA:
-        total = [a + b for a, b in zip(costs["ours"], costs["augmentation"], strict=True)]
+        total = [a.then(b) for a, b in zip(costs["ours"], costs["augmentation"], strict=True)]
         show("ours: all on the CPU (sum)", total)
         show_ratio("ours / stock, all on the CPU", total, costs["stock"])
 
@@ -284,7 +284,7 @@ def _stock_view(views: ViewsConfig, view: ViewConfig) -> Callable[[Image.Image],
     jitter = transforms.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
     blur = transforms.Lambda(partial(_blur, sigma=view.blur_sigma))
     bicubic = transforms.InterpolationMode.BICUBIC
-    steps: transforms.Compose = transforms.Compose(
+    composed: Callable[[Image.Image], Tensor] = transforms.Compose(
         [
             transforms.RandomResizedCrop(views.size, views.area, views.ratio, bicubic),
             transforms.RandomHorizontalFlip(view.flip),
@@ -296,7 +296,7 @@ def _stock_view(views: ViewsConfig, view: ViewConfig) -> Callable[[Image.Image],
             transforms.Normalize(MEAN, STD),
         ]
     )
-    return steps
+    return composed
 
 
 def _blur(image: Image.Image, sigma: tuple[float, float]) -> Image.Image:
@@ -365,14 +365,14 @@ def _link_tars(data: str, folder: str) -> None:
 
 
 def _draw_photos(url: str, count: int) -> Index:
-    files = {f"{i}.jpg": _draw_photo(i) for i in range(count)}
+    files = {f"{i}.jpg": draw_photo(i) for i in range(count)}
     entries = [pack.Image(path, len(content), -1) for path, content in files.items()]
     plan = pack.plan_shards(pack.ImageSet("", entries, []), 16_000_000, seed=0)
     index, _ = pack.write_shards(plan, url, lambda image: files[image.path], threads=2)
     return index
 
 
-def _draw_photo(seed: int) -> bytes:
+def draw_photo(seed: int) -> bytes:
     """A JPEG of ImageNet's usual kind, 500x375 and about 100 KB: soft shapes under fine grain."""
     rng = np.random.default_rng(seed)
     shapes = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
@@ -420,24 +420,11 @@ def bench_step(
     base = load(recipe) if recipe else _default_recipe()
     batch = base.batch.size if batch is None else batch
     _positive(batch=batch, steps=steps, rounds=rounds, threads=threads)
+    config = replace(
+        base, threads=threads, compile=compile, precision=precision, batch=BatchConfig(batch)
+    )
     with TemporaryDirectory() as folder:
-        synthetic.write(f"{folder}/data", batch, 32, seed=0)
-        config = replace(
-            base,
-            run=f"{folder}/run",
-            threads=threads,
-            compile=compile,
-            precision=precision,
-            batch=BatchConfig(batch),
-            data=DataConfig(f"{folder}/data", streams=1),
-            probe=replace(base.probe, every=0, baseline=False),
-            checkpoint=replace(base.checkpoint, resume=""),
-        )
-        config.check()
-        trainer = Trainer(config)
-        with closing(trainer.batches()) as batches:
-            data: Batch = next(batches)
-    trainer.step = 1  # at 0 the learning rate is 0
+        trainer, data = prepare(config, folder)
     work, flops = _step_work(trainer, data)
     sides = {
         name: partial(measure, partial(_repeat, step, steps), steps * batch)
@@ -458,8 +445,8 @@ def bench_step(
     show_ratio("ours / stock", costs["ours"], costs["stock"])
     own, theirs = (max(cost.memory for cost in costs[side]) for side in ("ours", "stock"))
     print(f"peak memory: ours {own / 2**30:.2f} GiB, stock {theirs / 2**30:.2f} GiB")
-    peak = PEAK_TFLOPS.get(_device_name()) if precision == "bf16" else None
-    if peak := peak_tflops or peak:
+    known = PEAK_TFLOPS.get(_device_name()) if precision == "bf16" else None
+    if peak := peak_tflops or known:
         own_share, share = (
             flops / median(cost.wall for cost in costs[side]) / (peak * 1e12)
             for side in ("ours", "stock")
@@ -480,12 +467,32 @@ def _default_recipe() -> Recipe:
     )
 
 
+def prepare(recipe: Recipe, folder: str) -> tuple[Trainer, Batch]:
+    """A trainer of the recipe, and a batch of drawn images; files go to `folder`."""
+    data = f"{folder}/data"
+    synthetic.write(data, recipe.batch.size, 32, seed=0)
+    recipe = replace(
+        recipe,
+        run=f"{folder}/run",
+        data=DataConfig(data, streams=1),
+        probe=replace(recipe.probe, every=0, baseline=False),
+        checkpoint=replace(recipe.checkpoint, resume=""),
+    )
+    recipe.check()
+    trainer = Trainer(recipe)
+    trainer.step = 1  # at 0 the learning rate is 0
+    with closing(trainer.batches()) as batches:
+        return trainer, next(batches)
+
+
 def _step_work(trainer: Trainer, data: Batch) -> tuple[dict[str, Callable[[], object]], float]:
     """What is timed, each run once; and the FLOPs that a step takes for an image."""
-    views, params, labels = (
-        tensor.to(trainer.device)
-        for tensor in (data.views.flatten(0, 1), data.params.flatten(0, 1), data.labels)
+    data = data._replace(
+        views=data.views.to(trainer.device),
+        params=data.params.to(trainer.device),
+        labels=data.labels.to(trainer.device),
     )
+    views, params = data.views.flatten(0, 1), data.params.flatten(0, 1)
     augment_views = trainer.augment
     start = time.perf_counter()
     images = augment_views(views, params)  # [V*B, 3, S, S]
@@ -496,7 +503,7 @@ def _step_work(trainer: Trainer, data: Batch) -> tuple[dict[str, Callable[[], ob
 
     stock = Stock(trainer.recipe, trainer.classes, trainer.device)
     view1, view2 = images.contiguous().chunk(2)
-    stock_step = partial(stock.step, view1, view2, labels, first.lr, first.tau)
+    stock_step = partial(stock.step, view1, view2, data.labels, first.lr, first.tau)
     with FlopCounterMode(display=False) as counter:
         loss = stock_step()
     print(f"first step, compiling where compiled: {seconds:.1f} s")
@@ -547,7 +554,8 @@ class _StockNetwork(nn.Module):
         super().__init__()
         self.encoder = _stock_encoder(ours.encoder, config)
         self.projector = _use_torch_norm(ours.projector, nn.BatchNorm1d)
-        self.predictor, self.classifier = nn.Identity(), nn.Identity()
+        self.predictor: nn.Module = nn.Identity()
+        self.classifier: nn.Module = nn.Identity()
         if isinstance(ours, Online):
             assert ours.classifier is not None  # the drawn images have labels
             self.predictor = _use_torch_norm(ours.predictor, nn.BatchNorm1d)
