@@ -56,12 +56,13 @@ class Probe:
         precision: Precision,
         device: torch.device,
         threads: int,
+        corrupt: float,
         report: Callable[[str], None],
     ) -> None:
         """`size`: side of the network's input in pixels; `report` takes warnings about the data."""
         self.config, self.online, self.train, self.val = config, online, train, val
         self.size, self.precision, self.device = size, precision, device
-        self.threads, self.report = threads, report
+        self.threads, self.corrupt, self.report = threads, corrupt, report
 
     def evaluate(self) -> dict[str, float]:
         """kNN and the online head on data.val (fractions), and the rank of its features."""
@@ -98,6 +99,7 @@ class Probe:
             size=self.size,
             fraction=self.config.crop,
             threads=self.threads,
+            corrupt=self.corrupt,
             report=self.report,
             limit=limit,
         )

@@ -74,7 +74,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu_(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        return torch.relu_(y + self.downsample(x))
+        return torch.relu_(y.add_(self.downsample(x)))
 
 
 class Bottleneck(nn.Module):
@@ -98,7 +98,7 @@ class Bottleneck(nn.Module):
         y = torch.relu_(self.bn1(self.conv1(x)))
         y = torch.relu_(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
-        return torch.relu_(y + self.downsample(x))
+        return torch.relu_(y.add_(self.downsample(x)))
 
 
 _BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {

@@ -251,6 +251,7 @@ class Trainer:
             precision=recipe.precision,
             device=self.device,
             threads=recipe.threads,
+            corrupt=recipe.data.corrupt,
             report=self.console.print,
         )
 

@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from shards import pack, storage
+from shards import pack, scan, storage
 from shards.errors import InputError
 from shards.index import Index
 
@@ -93,7 +93,7 @@ def _index(source: str, classes: str, threads: int) -> None:
         except FileNotFoundError:
             raise InputError(f"--classes {classes}: no such file") from None
     with _Bar("indexing", None, None) as bar:
-        index = pack.index_tars(
+        index = scan.index_tars(
             source,
             classes=names,
             threads=threads,

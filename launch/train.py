@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
             debug_step(trainer)
         else:
             trainer.fit()
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

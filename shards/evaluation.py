@@ -36,16 +36,18 @@ def center_crops(
     size: int,
     fraction: float,
     threads: int,
+    corrupt: float,
     report: Callable[[str], None],
     limit: int | None = None,
 ) -> Iterator[EvalBatch]:
     """The central square of `fraction` of each image's shorter side, at `size` pixels.
 
     With a `limit`, of evenly spaced blocks that hold about that many samples. Undecodable samples
-    are left out and reported. Raises InputError when they are more than 1% (and more than 10).
+    are left out and reported. Raises InputError when they are more than the fraction `corrupt`
+    (and more than 10).
     """
     reader = BlockReader(index)
-    faults = Faults(max(10, index.samples // 100), report)
+    faults = Faults(index.samples, corrupt, report)
 
     def plan() -> Iterator[_Chunk | InputError]:
         places = _places(index, limit)

@@ -96,7 +96,7 @@ class TrainLoader:
         self.order, self.streams, self.views, self.config = order, streams, views, config
         self.micro, self.start, self.pin_memory = micro, start, pin_memory
         self.reader = BlockReader(order.index)
-        self.faults = Faults(max(10, int(config.corrupt * order.index.samples)), report)
+        self.faults = Faults(order.index.samples, config.corrupt, report)
         self._closed = False
         self._pool = ThreadPoolExecutor(max(4, threads), thread_name_prefix="fetch")
         chunks: BaseNode[Any] = IterableWrapper(self._plan())

@@ -18,8 +18,9 @@ from shards.tar import Block, TarError
 class Faults:
     """Undecodable samples: counted, each named once, bounded."""
 
-    def __init__(self, limit: int, report: Callable[[str], None]) -> None:
-        self.limit, self.report = limit, report
+    def __init__(self, samples: int, fraction: float, report: Callable[[str], None]) -> None:
+        """Allows `fraction` of the data set's `samples`, and 10 of however few."""
+        self.limit, self.report = max(10, int(fraction * samples)), report
         self._seen: set[int] = set()
         self._lock = threading.Lock()
 

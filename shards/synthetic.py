@@ -37,7 +37,7 @@ def draw(
 
 
 def write(url: str, samples: int, size: int, seed: int) -> Index:
-    """Pack the images 0 to `samples`, as PNG, to `url`; nothing happens if they stand there.
+    """Pack the images 0 to `samples`, as PNG, to `url`.
 
     Raises InputError when something else does.
     """

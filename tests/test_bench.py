@@ -12,6 +12,8 @@ from engine.recipe import Recipe
 from engine.resnet import ResNetConfig
 from engine.schedule import ScheduleConfig
 from launch import bench
+from launch.benchmarks.input import draw_photo
+from launch.benchmarks.step import Stock, prepare
 from shards.index import Index
 from shards.order import BatchConfig
 from shards.views import ViewsConfig
@@ -39,7 +41,7 @@ def rows(lines: list[str], start: str) -> int:
 def test_input_on_drawn_photos(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "PHOTOS", 12)
+    monkeypatch.setattr("launch.benchmarks.input.PHOTOS", 12)
     options = "--size 32 --images 10 --batch 5 --rounds 2 --threads 1"
     lines = run(f"input {options}", capsys)
     assert rows(lines, "ours / stock, host work with a GPU") == 1
@@ -47,7 +49,7 @@ def test_input_on_drawn_photos(
 
 
 def test_photos_are_of_the_usual_size() -> None:
-    assert 90_000 < len(bench.draw_photo(0)) < 120_000
+    assert 90_000 < len(draw_photo(0)) < 120_000
 
 
 def test_input_on_tars_without_an_index(
@@ -105,8 +107,8 @@ def test_stock_takes_the_same_step(encoder: ResNetConfig, tmp_path: Path) -> Non
         views=ViewsConfig(size=32),
         schedule=ScheduleConfig(epochs=20, warmup_epochs=2, base_lr=4.0),
     )
-    trainer, batch = bench.prepare(recipe, str(tmp_path))
-    stock = bench.Stock(trainer.recipe, trainer.classes, trainer.device)
+    trainer, batch = prepare(recipe, str(tmp_path))
+    stock = Stock(trainer.recipe, trainer.classes, trainer.device)
     before = {name: p.clone() for name, p in stock.online.named_parameters()}
     views, params = (tensor.flatten(0, 1).to(trainer.device) for tensor in batch[:2])
     view1, view2 = trainer.augment(views, params).contiguous().chunk(2)

@@ -334,7 +334,9 @@ def test_images_of_other_modes(pack_files: PackFiles, tmp_path: Path, mode: str)
 
 def test_evaluation_sees_every_sample_once(packed: Index) -> None:
     reference = Reference(Order(packed, SEED, 1, 1))
-    batches = list(center_crops(packed, size=20, fraction=0.875, threads=2, report=ignore))
+    batches = list(
+        center_crops(packed, size=20, fraction=0.875, threads=2, corrupt=0.01, report=ignore)
+    )
     images = torch.cat([batch.images for batch in batches])
     assert images.shape == (90, 3, 20, 20)
     assert torch.cat([batch.labels for batch in batches]).tolist() == reference.labels
@@ -350,7 +352,9 @@ def test_evaluation_sees_every_sample_once(packed: Index) -> None:
 
 
 def test_evaluation_of_a_part(packed: Index) -> None:
-    some = list(center_crops(packed, size=8, fraction=1.0, threads=1, report=ignore, limit=30))
+    some = list(
+        center_crops(packed, size=8, fraction=1.0, threads=1, corrupt=0.01, report=ignore, limit=30)
+    )
     count = sum(len(batch.labels) for batch in some)
     assert 20 <= count <= 40
 
@@ -360,7 +364,7 @@ def test_evaluation_leaves_bad_samples_out(
 ) -> None:
     found = pack_files(str(tmp_path / "bad"), spoil(photos, *BAD))
     messages: list[str] = []
-    options = {"size": 8, "fraction": 1.0, "threads": 2}
+    options = {"size": 8, "fraction": 1.0, "threads": 2, "corrupt": 0.01}
     batches = list(center_crops(found, report=messages.append, **options))  # type: ignore[arg-type]
     assert sum(len(batch.images) for batch in batches) == 87
     assert len(messages) == 3

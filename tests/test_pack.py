@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from shards import index, pack, storage
+from shards import index, pack, scan, storage
 from shards.errors import InputError
 from shards.index import Index
 from shards.order import Order
@@ -287,7 +287,7 @@ def write_foreign(folder: Path, labels: list[int], per_shard: int = 50) -> str:
 def make_index(
     source: str, classes: list[str] | None = None, report: Callable[[str], None] = ignore
 ) -> Index:
-    return pack.index_tars(source, classes=classes, threads=2, report=report)
+    return scan.index_tars(source, classes=classes, threads=2, report=report)
 
 
 @pytest.mark.parametrize("pattern", [False, True])

@@ -128,10 +128,10 @@ def test_run_of_another_recipe_is_refused_with_what_differs(tmp_path: Path) -> N
     run.check(dataclasses.replace(recipe, steps=7, threads=3), "aaaa", print)
     with pytest.raises(InputError, match="seed: there 0, here 1"):
         run.check(dataclasses.replace(recipe, seed=1), "aaaa", print)
-    with pytest.raises(InputError, match="digest of data.train: there aaaa, here bbbb"):
+    with pytest.raises(InputError, match=r"digest of data\.train: there aaaa, here bbbb"):
         run.check(recipe, "bbbb", print)
     other = dataclasses.replace(recipe, optimizer=AdamWConfig(betas=(0.8, 0.9)))
-    with pytest.raises(InputError, match="optimizer.betas"):
+    with pytest.raises(InputError, match=r"optimizer\.betas"):
         run.check(other, "aaaa", print)
 
 

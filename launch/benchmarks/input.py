@@ -1,0 +1,257 @@
+"""Images to both views: this project's pipeline beside DataLoader, PIL and torchvision."""
+
+import io
+import itertools
+import math
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import cache, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from engine import parallel
+from engine.augment import MEAN, STD, augment
+from launch.benchmarks.measuring import (
+    CORES,
+    CUDA,
+    Cost,
+    alternate,
+    measure,
+    repeat,
+    require_positive,
+    row,
+    show,
+    show_ratio,
+)
+from shards import index as indexes
+from shards import pack, scan, storage
+from shards.errors import InputError
+from shards.index import Index
+from shards.loader import DataConfig, TrainLoader
+from shards.order import Order, rank_streams
+from shards.reader import BlockReader
+from shards.views import ViewConfig, ViewsConfig
+
+PHOTOS = 200  # drawn when no data is given
+
+
+def bench_input(
+    *,
+    data: str = "",
+    size: int = 224,
+    images: int = 500,
+    batch: int = 50,
+    rounds: int = 3,
+    threads: int = CORES,
+) -> None:
+    """Images to both views: this project's pipeline beside DataLoader, PIL and torchvision.
+
+    Ours cuts and resizes two crops in threads and leaves colours and blur to the device; stock
+    does everything in worker processes, one image at a time. So ours is compared twice: what
+    loads the host when a GPU does the rest, and, without a GPU, the host doing all.
+
+    Both get the same images in the same order. Stock finds their bytes in memory, ours reads its
+    shards.
+
+    Args:
+        data: URL of a folder of shards, or a local tar or folder of tars, which is indexed in a
+            temporary folder. Without it: drawn photos, 500x375, about 100 KB each.
+        size: Side of a view in pixels.
+        images: Images measured in a round, at least.
+        batch: Images in a batch.
+        rounds: Times that each side is measured.
+        threads: Decode threads for ours, worker processes for stock.
+    """
+    require_positive(size=size, images=images, batch=batch, rounds=rounds, threads=threads)
+    device = parallel.setup(threads)
+    # A stock worker makes whole batches: whole rounds of workers make their count exact.
+    warm, count = 2 * threads, threads * math.ceil(images / batch / threads)
+    views = ViewsConfig(size=size)
+    with TemporaryDirectory() as folder:
+        order = Order(_find_index(data, folder, batch), 0, math.gcd(batch, 10), batch)
+        contents = _read_contents(order, warm + count)
+        sample, params = _device_batch(order, views, device)
+        distort: Callable[..., Tensor] = partial(augment, blur=views.ever_blur)
+        if CUDA:
+            distort = torch.compile(distort)
+        distort(sample, params)
+
+        def ours() -> Cost:
+            with closing(_ours(order, views, threads)) as batches:
+                return _steady(batches, warm, count, batch)
+
+        def augmentation() -> Cost:
+            calls = max(1, count // 2)
+            return measure(lambda: repeat(lambda: distort(sample, params), calls), calls * batch)
+
+        def stock() -> Cost:
+            return _steady(_stock_batches(contents, views, batch, threads), warm, count, batch)
+
+        costs = alternate({"ours": ours, "augmentation": augmentation, "stock": stock}, rounds)
+
+    source = storage.redact(data) or "drawn photos"
+    print(f"input: {source}, {size} px, batch {batch}, threads or workers {threads}")
+    print(f"medians of {rounds} rounds of {count * batch} images")
+    row("", "images/s", "images/core-s")
+    show("ours: read, decode, two crops", costs["ours"])
+    show(f"ours: augmentation on {device.type}", costs["augmentation"])
+    show("stock: decode, augment both views", costs["stock"])
+    show_ratio("ours / stock, host work with a GPU", costs["ours"], costs["stock"])
+    if not CUDA:
+        total = [a.then(b) for a, b in zip(costs["ours"], costs["augmentation"], strict=True)]
+        show("ours: all on the CPU (sum)", total)
+        show_ratio("ours / stock, all on the CPU", total, costs["stock"])
+
+
+def _steady(batches: Iterator[object], warm: int, count: int, size: int) -> Cost:
+    """The cost of an image once the pipeline runs: the first `warm` batches do not count."""
+    repeat(lambda: next(batches), warm)
+    return measure(lambda: repeat(lambda: next(batches), count), count * size)
+
+
+def _ours(order: Order, views: ViewsConfig, threads: int) -> TrainLoader:
+    return TrainLoader(
+        order,
+        rank_streams(order.streams, rank=0, world=1),
+        views,
+        DataConfig(),
+        micro=1,
+        start=0,
+        threads=threads,
+        pin_memory=CUDA,
+        report=partial(print, file=sys.stderr),
+    )
+
+
+def _device_batch(order: Order, views: ViewsConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """One batch's crops [V*B, 3, S, S] and parameters [V*B, P] on the device."""
+    with closing(_ours(order, views, threads=1)) as batches:
+        batch = next(batches)
+    return batch.views.flatten(0, 1).to(device), batch.params.flatten(0, 1).to(device)
+
+
+class _StockImages(Dataset[tuple[Tensor, Tensor]]):
+    """Both augmented views of JPEGs in memory: one decode, then torchvision on PIL images."""
+
+    def __init__(self, contents: list[bytes], views: ViewsConfig) -> None:
+        self.contents = contents
+        self.view1, self.view2 = (_stock_view(views, view) for view in views.views)
+
+    def __len__(self) -> int:
+        return len(self.contents)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        image = Image.open(io.BytesIO(self.contents[place])).convert("RGB")
+        return self.view1(image), self.view2(image)
+
+
+def _stock_view(views: ViewsConfig, view: ViewConfig) -> Callable[[Image.Image], Tensor]:
+    jitter = transforms.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
+    blur = transforms.Lambda(partial(_blur, sigma=view.blur_sigma))
+    bicubic = transforms.InterpolationMode.BICUBIC
+    composed: Callable[[Image.Image], Tensor] = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(views.size, views.area, views.ratio, bicubic),
+            transforms.RandomHorizontalFlip(view.flip),
+            transforms.RandomApply([jitter], view.jitter),
+            transforms.RandomGrayscale(view.grayscale),
+            transforms.RandomApply([blur], view.blur),
+            transforms.RandomSolarize(128, view.solarize),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    return composed
+
+
+def _blur(image: Image.Image, sigma: tuple[float, float]) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(random.uniform(*sigma)))
+
+
+def _stock_batches(
+    contents: list[bytes], views: ViewsConfig, batch: int, workers: int
+) -> Iterator[object]:
+    return iter(
+        DataLoader(
+            _StockImages(contents, views),
+            batch,
+            sampler=itertools.cycle(range(len(contents))),
+            num_workers=workers,
+            pin_memory=CUDA,
+            multiprocessing_context="fork",  # the images' bytes are shared, not sent
+        )
+    )
+
+
+def _read_contents(order: Order, steps: int) -> list[bytes]:
+    """The files of the first `steps` batches (of an epoch at most), in the order of TrainLoader."""
+    fetch = cache(BlockReader(order.index).fetch)
+    contents = []
+    for step in range(min(steps, order.steps_per_epoch)):
+        for stream in range(order.streams):
+            for segment in order.batch_segments(step, stream):
+                block = fetch(segment.shard, segment.block)
+                for place in segment.rows.tolist():
+                    offset, length = block.samples[place].image or (0, 0)
+                    contents.append(bytes(block.content[offset : offset + length]))
+    return contents
+
+
+def _find_index(data: str, folder: str, batch: int) -> Index:
+    """The index of `data`; made in `folder` where there is none."""
+    if not data:
+        index = _draw_photos(folder, max(PHOTOS, batch))
+    elif storage.exists(storage.join(data, indexes.NAME)):
+        index = indexes.load(data, "--data")
+    else:
+        _link_tars(data, folder)
+        index = scan.index_tars(folder, classes=None, threads=4, report=lambda _: None)
+    if index.samples < batch:
+        raise InputError(
+            f"--data {storage.redact(data)}: {index.samples} images, fewer than --batch {batch}"
+        )
+    return index
+
+
+def _link_tars(data: str, folder: str) -> None:
+    if not storage.is_local(data):
+        raise InputError(
+            f"--data {storage.redact(data)}: no {indexes.NAME} there; index the tars with "
+            "`python launch/pack.py --index-only`"
+        )
+    path = Path(storage.open_filesystem(data)[1])
+    if not path.exists():
+        raise InputError(f"--data {data}: no such file or folder")
+    tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
+    if not tars:
+        raise InputError(f"--data {data}: no tars there; pack images with `python launch/pack.py`")
+    for tar in tars:
+        (Path(folder) / tar.name).symlink_to(tar.resolve())
+
+
+def _draw_photos(url: str, count: int) -> Index:
+    files = {f"{i}.jpg": draw_photo(i) for i in range(count)}
+    entries = [pack.Image(path, len(content), -1) for path, content in files.items()]
+    plan = pack.plan_shards(pack.ImageSet("", entries, []), 16_000_000, seed=0)
+    index, _ = pack.write_shards(plan, url, lambda image: files[image.path], threads=2)
+    return index
+
+
+def draw_photo(seed: int) -> bytes:
+    """A JPEG of ImageNet's usual kind, 500x375 and about 100 KB: soft shapes under fine grain."""
+    rng = np.random.default_rng(seed)
+    shapes = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
+    soft = np.asarray(shapes.resize((500, 375), Image.Resampling.BICUBIC))
+    picture = np.clip(soft + rng.normal(0, 16, (375, 500, 1)), 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=90, subsampling=0)
+    return buffer.getvalue()

@@ -1,0 +1,117 @@
+"""Costs of two or more sides that take turns, and the table of them."""
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from shards.errors import InputError
+
+CUDA = torch.cuda.is_available()
+CORES = os.cpu_count() or 1
+
+
+class Cost(NamedTuple):
+    """What an image costs."""
+
+    wall: float  # seconds
+    cpu: float  # seconds of a core, in this process and its workers
+    memory: int  # peak bytes, of the GPU or else of this process
+
+    def then(self, other: "Cost") -> "Cost":
+        """One after the other."""
+        memory = max(self.memory, other.memory)
+        return Cost(self.wall + other.wall, self.cpu + other.cpu, memory)
+
+
+def measure(work: Callable[[], object], images: int) -> Cost:
+    """The cost of each of the `images` that a call of `work` goes through."""
+    _reset_peak()
+    wait()
+    wall, cpu = time.perf_counter(), _cpu_seconds()
+    work()
+    wait()
+    wall, cpu = time.perf_counter() - wall, _cpu_seconds() - cpu
+    return Cost(wall / images, cpu / images, _peak())
+
+
+def alternate(sides: Mapping[str, Callable[[], Cost]], rounds: int) -> dict[str, list[Cost]]:
+    """Every side's costs, one a round; every other round goes backwards."""
+    costs: dict[str, list[Cost]] = {name: [] for name in sides}
+    for number in range(rounds):
+        for name in list(sides)[:: -1 if number % 2 else 1]:
+            print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr)
+            costs[name].append(sides[name]())
+    return costs
+
+
+def show(name: str, costs: list[Cost]) -> None:
+    speeds = [1 / median(values) for values in _walls_and_cpus(costs)]
+    row(name, *(f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}" for speed in speeds))
+
+
+def show_ratio(name: str, ours: list[Cost], stock: list[Cost]) -> None:
+    pairs = zip(_walls_and_cpus(ours), _walls_and_cpus(stock), strict=True)
+    row(name, *(ratio(theirs, own) for own, theirs in pairs))
+
+
+def _walls_and_cpus(costs: list[Cost]) -> tuple[list[float], list[float]]:
+    return [cost.wall for cost in costs], [cost.cpu for cost in costs]
+
+
+def ratio(over: list[float], under: list[float]) -> str:
+    single = [a / b for a, b in zip(over, under, strict=True)]
+    return f"{median(over) / median(under):.2f}x ({min(single):.2f} to {max(single):.2f})"
+
+
+def row(name: str, *cells: str) -> None:
+    print(f"{name:<38}" + "".join(f"{cell:>24}" for cell in cells))
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of its living worker processes."""
+    seconds = time.process_time()
+    for worker in multiprocessing.active_children():
+        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
+        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return seconds
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if CUDA else "cpu"
+
+
+def wait() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def _reset_peak() -> None:
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    if CUDA:
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def repeat(work: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        work()
+
+
+def require_positive(**fields: float) -> None:
+    for name, value in fields.items():
+        if value < 1:
+            raise InputError(f"--{name} must be at least 1, not {value}")
