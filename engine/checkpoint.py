@@ -15,13 +15,17 @@ from importlib.metadata import version
 from typing import Any
 
 from torch.distributed.checkpoint.filesystem import FileSystemBase
-from torch.distributed.checkpoint.fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from shards import storage
 from shards.errors import InputError
 from shards.fields import Operation
+
+try:
+    from torch.distributed.checkpoint.fsspec_filesystem import FsspecReader, FsspecWriter
+except ImportError:  # where older releases (2.11) have them
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
 FORMAT = 1
 FOLDER = "checkpoints"
