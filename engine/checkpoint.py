@@ -6,6 +6,7 @@ and the one before it is taken.
 """
 
 import json
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -85,8 +86,7 @@ def load(commit: Commit, state: dict[str, Any]) -> None:
 
 def latest(run: str, report: Callable[[str], None]) -> Commit | None:
     """The newest sound checkpoint of a run, None when it has none; damaged ones are reported."""
-    for name in reversed(storage.list_names(storage.join(run, FOLDER))):
-        url = storage.join(run, FOLDER, name)
+    for url in reversed(_steps(run)):
         try:
             return verify(url)
         except InputError as error:
@@ -129,12 +129,17 @@ def verify(url: str) -> Commit:
 
 
 def prune(run: str, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, after a commit, each one's commit first."""
-    names = storage.list_names(storage.join(run, FOLDER))
-    for name in names[: -max(1, keep)]:
-        url = storage.join(run, FOLDER, name)
+    """Remove all but the newest `keep` (at least 1) committed checkpoints, each commit first."""
+    committed = [url for url in _steps(run) if storage.exists(storage.join(url, COMMIT))]
+    for url in committed[:-keep]:
         storage.remove(storage.join(url, COMMIT))
         storage.remove(url)
+
+
+def _steps(run: str) -> list[str]:
+    """URLs of a run's checkpoints, whole or not, by step; what else lies there is not ours."""
+    names = storage.list_names(storage.join(run, FOLDER))
+    return [storage.join(run, FOLDER, name) for name in names if re.fullmatch(r"step_\d{8}", name)]
 
 
 @contextmanager

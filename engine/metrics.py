@@ -1,6 +1,7 @@
 """What a run tells of itself: metrics.jsonl, tensorboard, progress on the terminal."""
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,10 @@ class MetricsLog:
     def __init__(self, run: str, start: int, total: int, console: Console) -> None:
         self._url = storage.join(run, JSONL)
         self._keep_until(start)
-        self.tensorboard = SummaryWriter(storage.join(run, TENSORBOARD), purge_step=start + 1)
+        folder = storage.join(run, TENSORBOARD)
+        if storage.is_local(folder):  # file:// and ~ are fsspec's, not tensorboard's
+            folder = storage.open_filesystem(folder)[1]
+        self.tensorboard = SummaryWriter(folder, purge_step=start + 1)
         self.console = console
         self._progress = Progress(
             TextColumn("{task.completed}/{task.total}"),
@@ -99,10 +103,17 @@ class MetricsLog:
             if storage.is_local(self._url):
                 storage.write(self._url, b"")  # makes the folder
             return
-        # A process that was killed may have left half a line: it has no end of line.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        kept = [line for line in lines if _step(line) <= step]
         if kept != lines:
             storage.write(self._url, "".join(kept).encode())
+
+
+def _step(line: str) -> float:
+    """The step of a line of the log; infinite for what a killed process left half written."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def data_digest(ids: NDArray[np.int64], crcs: NDArray[np.uint32]) -> str:

@@ -23,8 +23,8 @@ class ParallelConfig:
 
 def setup(threads: int) -> torch.device:
     """Take the device and set torch's threads. Raises InputError for more than one process."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
         raise InputError(
             f"started as {world} processes, but parallel.strategy auto runs one: "
             "use torchrun --nproc-per-node=1 --nnodes=1"

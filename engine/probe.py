@@ -12,6 +12,7 @@ from engine.augment import normalize
 from engine.byol import Online
 from engine.metrics import effective_rank
 from engine.precision import Precision, autocast, parameter_dtype
+from shards.errors import InputError
 from shards.evaluation import EvalBatch, center_crops
 from shards.fields import Operation
 from shards.index import Index
@@ -124,7 +125,10 @@ class Probe:
 def extract(
     encode: Callable[[Tensor], Tensor], batches: Iterable[EvalBatch], device: torch.device
 ) -> Features:
-    """Features of all labelled samples; `encode` takes uint8 images [B, 3, S, S] on the device."""
+    """Features of all labelled samples; `encode` takes uint8 images [B, 3, S, S] on the device.
+
+    Raises InputError when there is none.
+    """
     features, labels = [], []
     for batch in batches:
         known = batch.labels >= 0
@@ -132,6 +136,8 @@ def extract(
             images = batch.images[known].to(device, non_blocking=True)
             features.append(encode(images))
             labels.append(batch.labels[known].to(device))
+    if not features:
+        raise InputError("evaluation found no labelled image that can be decoded: see data.val")
     return Features(torch.cat(features), torch.cat(labels))
 
 

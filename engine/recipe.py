@@ -8,12 +8,14 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import os
 import re
 import runpy
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -66,35 +68,46 @@ class Recipe:
     def check(self) -> None:
         """Raise InputError, naming the field, for what no single config can see or forbid."""
         least = 32 if self.model.encoder.stem == "imagenet" else 8
-        positive = {"batch.size": self.batch.size, "batch.micro": self.batch.micro}
-        positive |= {"data.streams": self.data.streams, "threads": self.threads}
-        positive |= {"log.every": self.log.every, "probe.neighbours": self.probe.neighbours}
-        positive |= {"probe.bank": self.probe.bank, "checkpoint.keep": self.checkpoint.keep}
-        for name, value in positive.items():
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, not {value}")
-        if not self.run:
-            raise InputError("run is not set: give --run URL, the directory to write to")
-        if not self.data.train:
-            raise InputError("data.train is not set: give --data.train URL, a folder of shards")
-        if self.views.size < least:
+        for name, low, high in (
+            ("threads", 1, 1024),
+            ("steps", 0, math.inf),
+            ("seed", 0, 2**62),
+            ("batch.size", 2, 2**31),
+            ("batch.micro", 1, self.batch.size // 2),  # a norm needs two rows
+            ("model.encoder.width", 1 / 64, 64),
+            ("model.hidden", 1, 2**20),
+            ("model.projection", 1, 2**20),
+            ("views.size", least, 2**14),
+            ("schedule.epochs", 1e-9, 1e9),
+            ("schedule.warmup_epochs", 0, self.schedule.epochs),
+            ("schedule.base_lr", 0, 1e9),
+            ("schedule.base_tau", 0, 1),
+            ("optimizer.weight_decay", 0, 1e9),
+            ("data.draw", 0, 2**31),
+            ("data.streams", 1, 2**20),
+            ("data.prefetch", 0, 1024),
+            ("data.corrupt", 0, 1),
+            ("probe.every", 0, math.inf),
+            ("probe.neighbours", 1, 2**31),
+            ("probe.temperature", 1e-3, 1e3),
+            ("probe.bank", 1, math.inf),
+            ("probe.crop", 1e-3, 1),
+            ("checkpoint.every", 0, math.inf),
+            ("checkpoint.keep", 1, math.inf),
+            ("log.every", 1, math.inf),
+            ("log.pictures", 1, 1024),
+        ):
+            value = attrgetter(name)(self)
+            if value is not None and not low <= value <= high:  # nan is in no range
+                raise InputError(f"{name} must be from {low:g} to {high:g}, not {value}")
+        for name, what in (("run", "directory to write to"), ("data.train", "folder of shards")):
+            if not attrgetter(name)(self).strip():
+                raise InputError(f"{name} is not set: give --{name} URL, the {what}")
+        if (self.probe.every or self.probe.baseline) and not self.data.val:
             raise InputError(
-                f"views.size {self.views.size} is too small for the "
-                f"{self.model.encoder.stem} stem: use at least {least}"
+                "evaluations are on but data.val is not set: give --data.val URL, or turn them off "
+                "with --probe.every 0 --probe.no-baseline"
             )
-        if self.schedule.epochs <= 0 or self.schedule.warmup_epochs < 0:
-            raise InputError("schedule.epochs must be positive and warmup_epochs not negative")
-        if self.schedule.warmup_epochs > self.schedule.epochs:
-            raise InputError(
-                f"schedule.warmup_epochs {self.schedule.warmup_epochs} is longer than "
-                f"schedule.epochs {self.schedule.epochs}"
-            )
-        if self.probe.every and not self.data.val:
-            raise InputError(
-                "probe.every is set but data.val is not: give --data.val URL or --probe.every 0"
-            )
-        if self.steps is not None and self.steps < 0:
-            raise InputError(f"steps must not be negative, not {self.steps}")
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -147,10 +160,11 @@ def load(path: str) -> Recipe:
         found = runpy.run_path(path).get("recipe")
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
-        raise InputError(f"{path}, line {line}: {type(error).__name__}: {error}") from None
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{path}, line {line}: {reason}") from None
     if not isinstance(found, Recipe):
         raise InputError(f"{path}: defines no `recipe` that is an engine.recipe.Recipe")
     return found
@@ -191,7 +205,12 @@ def parse(arguments: list[str]) -> Recipe:
         raise InputError(str(error)) from None
     if unknown:
         raise InputError(_unknown(unknown[0], recipe))
-    recipe.check()
+    try:
+        recipe.check()
+    except TypeError as error:  # a recipe file is not held to its types
+        raise InputError(
+            f"{arguments[0]}: a field has a value of the wrong type: {error}"
+        ) from None
     return recipe
 
 
@@ -209,5 +228,6 @@ def _one_line(message: str) -> str:
     """tyro's framed error as one line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", message)
     text = " ".join(re.sub(r"[│╭╮╰╯─]+", " ", text).split())
-    text = re.sub(r"^(Value error|Parsing error|Missing value) ", "", text)
+    # The box's title says what the text behind it says again.
+    text = re.sub(r"^(Value error|Parsing error|Invalid choice|Missing argument) ", "", text)
     return re.split(r" (?:Argument|For full) helptext", text)[0]

@@ -14,7 +14,9 @@ DIGEST = "index_digest"
 
 def write(recipe: Recipe, index_digest: str) -> None:
     """Note the resolved recipe of this start, and the data's digest, in RUN/recipe.json."""
-    document = flatten(recipe) | {DIGEST: index_digest}
+    fields = flatten(recipe)
+    document = {k: storage.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
+    document |= {DIGEST: index_digest}
     storage.write(storage.join(recipe.run, NAME), json.dumps(document, indent=1).encode())
 
 
@@ -23,6 +25,8 @@ def check(recipe: Recipe, index_digest: str, report: Callable[[str], None]) -> N
     url = storage.join(recipe.run, NAME)
     try:
         there = json.loads(storage.read(url))
+        if not isinstance(there, dict):
+            raise ValueError
     except FileNotFoundError:
         return
     except ValueError:
@@ -34,11 +38,16 @@ def check(recipe: Recipe, index_digest: str, report: Callable[[str], None]) -> N
 
 
 def refuse_other(
-    recipe: Recipe, index_digest: str, url: str, method: dict[str, Any], digest_there: str | None
+    recipe: Recipe,
+    index_digest: str,
+    url: str,
+    method: dict[str, Any],
+    digest_there: str | None,
+    mend: str = "give another --run",
 ) -> None:
     """Raise InputError, listing what differs, unless what is at `url` is of this recipe and data.
 
-    `method`: the method fields there, by dotted name.
+    `method`: the method fields there, by dotted name. `mend`: what else the user could do.
     """
     found = differences(method, method_fields(recipe))
     if digest_there != index_digest:
@@ -46,5 +55,5 @@ def refuse_other(
     if found:
         raise InputError(
             f"{storage.redact(url)} is of another recipe or data set ({'; '.join(found)}): "
-            "set these back, or give another --run"
+            f"set these back, or {mend}"
         )

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,7 @@ class Trainer:
         """
         self.recipe = recipe
         self.console = Console(highlight=False, soft_wrap=True)
+        self.report = cache(self.console.print)  # each warning once
         self.device = parallel.setup(recipe.threads)
 
         self._draw_data()
@@ -79,7 +80,10 @@ class Trainer:
         self.val_index = indexes.load(recipe.data.val, "data.val") if recipe.data.val else None
         self.order = Order(self.train_index, recipe.seed, recipe.data.streams, recipe.batch.size)
         self._check_data()
-        run.check(recipe, self.train_index.digest, self.console.print)
+        run.check(recipe, self.train_index.digest, self.report)
+        commit = self._find_checkpoint()
+        if not recipe.debug_step:
+            run.write(recipe, self.train_index.digest)
 
         samples, batch = self.train_index.samples, recipe.batch.size
         self.total_steps = recipe.schedule.total_steps(samples, batch)
@@ -87,6 +91,11 @@ class Trainer:
         self.peak_lr = recipe.schedule.peak_lr(batch)
         self.stop = self.total_steps if recipe.steps is None else recipe.steps
         self.stop = min(self.stop, self.total_steps)
+        if self.total_steps < 1:
+            raise InputError(
+                f"schedule.epochs {recipe.schedule.epochs} of {samples} samples are less than one "
+                f"step of batch.size {batch}: train for longer"
+            )
 
         self.classes = len(self.train_index.classes)
         self.online, self.target = byol.build(recipe.model, self.classes, recipe.seed)
@@ -96,8 +105,13 @@ class Trainer:
         self.augment: Callable[..., Tensor] = partial(augment, blur=recipe.views.ever_blur)
 
         self.probe = self._build_probe()
-        self.baseline = self._measure_baseline()
-        self.step = self._restore()
+        self.step = 0
+        if commit is None:
+            self.baseline = self._measure_baseline()
+        else:
+            self.load(commit)
+            self.step, self.baseline = commit.step, {}
+            self.console.print(f"resumed at step {self.step} from {storage.redact(commit.url)}")
         if recipe.compile:
             parallel.compile_networks(self.online, self.target, self.console.print)
             if self.device.type == "cuda":
@@ -154,7 +168,6 @@ class Trainer:
     def fit(self) -> None:
         """Train to the last step of the recipe, or of this process (`steps`)."""
         recipe, first, measured = self.recipe, self.step, {}
-        run.write(recipe, self.train_index.digest)
         log = MetricsLog(recipe.run, self.step, self.stop, self.console)
         data = self.batches()
         timer = _Timer()
@@ -179,6 +192,7 @@ class Trainer:
                     log.write(record)
                     timer = _Timer()
                 if self._due(recipe.checkpoint.every, self.stop):
+                    self._check_finite(output)
                     self.save()
                     timer = _Timer()
         finally:
@@ -194,7 +208,8 @@ class Trainer:
             say("kNN accuracy on data.val:")
             for name, accuracy in figures.items():
                 say(f"  {name:<18} {accuracy:6.1%}")
-        say(f"checkpoint    {storage.redact(checkpoint.step_url(self.recipe.run, self.step))}")
+        if self.step:
+            say(f"checkpoint    {storage.redact(checkpoint.step_url(self.recipe.run, self.step))}")
         say(f"curves, views tensorboard --logdir {storage.redact(self.recipe.run)}/tensorboard")
         if self.step < self.total_steps:
             say("the same command without --steps goes on")
@@ -211,23 +226,27 @@ class Trainer:
             start=self.step,
             threads=recipe.threads,
             pin_memory=self.device.type == "cuda",
-            report=self.console.print,
+            report=self.report,
         )
 
     def _due(self, every: int, last: int) -> bool:
         return self.step == last or (every > 0 and self.step % every == 0)
 
-    def _record(self, output: StepOutput, batch: Batch) -> dict[str, Any]:
+    def _check_finite(self, output: StepOutput) -> None:
+        """Before a step is logged or saved: a diverged run must not push out its good states."""
         loss = output.loss.item()
         if not math.isfinite(loss):
             raise InputError(
                 f"the loss is {loss} at step {self.step}: training has diverged; the last "
                 "checkpoint is kept: start a new run with a lower --schedule.base-lr"
             )
+
+    def _record(self, output: StepOutput, batch: Batch) -> dict[str, Any]:
+        self._check_finite(output)
         record: dict[str, Any] = {
             "step": self.step,
             "epoch": self.step // self.order.steps_per_epoch,
-            "loss": loss,
+            "loss": output.loss.item(),
             "lr": output.lr,
             "tau": output.tau,
             "feature_std": feature_std(output.features).item(),
@@ -252,7 +271,7 @@ class Trainer:
             device=self.device,
             threads=recipe.threads,
             corrupt=recipe.data.corrupt,
-            report=self.console.print,
+            report=self.report,
         )
 
     def _measure_baseline(self) -> dict[str, float]:
@@ -300,19 +319,19 @@ class Trainer:
             optim_state_dict={"state": state["optimizer"], "param_groups": groups},
         )
 
-    def _restore(self) -> int:
-        """Load this run's newest checkpoint, or the one to start from; return its step."""
-        commit = checkpoint.latest(self.recipe.run, self.console.print)
-        if commit is None and self.recipe.checkpoint.resume:
-            commit = checkpoint.find(self.recipe.checkpoint.resume, self.console.print)
-        if commit is None:
-            return 0
-        run.refuse_other(
-            self.recipe, self.train_index.digest, commit.url, commit.method, commit.index_digest
-        )
-        self.load(commit)
-        self.console.print(f"resumed at step {commit.step} from {storage.redact(commit.url)}")
-        return commit.step
+    def _find_checkpoint(self) -> checkpoint.Commit | None:
+        """This run's newest checkpoint, or the one to start from, if it is of this recipe."""
+        resume, mend = self.recipe.checkpoint.resume, "give another --run"
+        commit = checkpoint.latest(self.recipe.run, self.report)
+        if commit is None and resume:
+            commit = checkpoint.find(resume, self.report)
+            mend = "give another --checkpoint.resume"
+        if commit is not None:
+            digest = self.train_index.digest
+            run.refuse_other(
+                self.recipe, digest, commit.url, commit.method, commit.index_digest, mend
+            )
+        return commit
 
     # Data -----------------------------------------------------------------------------------
 
@@ -333,16 +352,17 @@ class Trainer:
         if self.val_index is None:
             return
         train, val = self.train_index.classes, self.val_index.classes
-        if self.recipe.probe.every and not (train and val):
+        if (self.recipe.probe.every or self.recipe.probe.baseline) and not (train and val):
             name = "data.val" if train else "data.train"
             raise InputError(
-                f"probe.every is set but {name} has no labels: use --probe.every 0, or pack the "
-                "images in one folder for each class"
+                f"evaluations are on but {name} has no labels: use --probe.every 0 "
+                "--probe.no-baseline, or pack the images in one folder for each class"
             )
         if train and val and train != val:
+            odd = sorted(set(train) ^ set(val)) or ["their order"]
             raise InputError(
-                f"data.val has other classes than data.train ({len(val)} and {len(train)}): "
-                "pack both with the same class folders"
+                f"data.val has other classes than data.train ({len(val)} and {len(train)}, "
+                f"differing in {odd[0]}): pack both with the same class folders"
             )
 
 

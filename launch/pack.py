@@ -53,6 +53,8 @@ def main(
     """
     if threads < 1:
         raise InputError("--threads must be at least 1")
+    if not 0 < shard_mb < 1e6:  # nan is in no range
+        raise InputError("--shard-mb must be positive and below 1,000,000")
     if index_only:
         if out:
             raise InputError("OUT: --index-only writes next to the tars; leave OUT out")

@@ -25,7 +25,10 @@ def decode(content: bytearray, offset: int, size: int) -> Tensor:
             ImageReadMode.RGB,
         )
     except RuntimeError as error:
-        raise DecodeError(str(error).splitlines()[0].rsplit(", ", 1)[-1]) from None
+        text = str(error).splitlines()[0]
+        unknown = "Unsupported image file" in text
+        reason = "no JPEG, PNG or WebP image" if unknown else text.rsplit(", ", 1)[-1]
+        raise DecodeError(reason) from None
     if image.ndim != 3:
         raise DecodeError("an animation, not an image")
     if image.dtype == torch.uint16:  # PNG with 16 bits a channel

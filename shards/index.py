@@ -141,13 +141,16 @@ def load(url: str, field_name: str) -> Index:
             f"{place}: no {NAME} there; pack images with `python launch/pack.py`, "
             "or index existing tars with its --index-only"
         ) from None
+    except (InputError, OSError) as error:
+        hint = f"; give the folder that holds {NAME}" if url.endswith(NAME) else ""
+        raise InputError(f"{place}: {error}{hint}") from None
     try:
         version, digest = document["version"], document["digest"]
         if version != VERSION:
             raise InputError(f"{place}: index version {version}, not {VERSION}; {_REINDEX}")
         shards = [_shard(entry) for entry in document["shards"]]
         index = Index(url, shards, document["classes"], document["plan"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise InputError(f"{place}: {NAME} is damaged; {_REINDEX}") from None
     if index.digest != digest:
         raise InputError(f"{place}: {NAME} does not match its own digest; {_REINDEX}")
@@ -171,7 +174,9 @@ def _check_sizes(index: Index, place: str) -> None:
         try:
             size = storage.size(index.shard_url(i))
         except FileNotFoundError:
-            raise InputError(f"{place}: shard {shard.name} is missing") from None
+            raise InputError(
+                f"{place}: shard {shard.name} is missing; restore it, or pack the data set again"
+            ) from None
         if size != shard.bytes:
             state = "truncated" if size < shard.bytes else "changed"
             raise InputError(

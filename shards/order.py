@@ -51,6 +51,11 @@ class Order:
 
     def __init__(self, index: Index, seed: int, streams: int, batch: int) -> None:
         """Raises InputError unless C divides B and the data set holds at least one batch."""
+        if index.samples < batch:
+            raise InputError(
+                f"data.train has {index.samples} samples, fewer than batch.size {batch}: "
+                "use a smaller --batch.size"
+            )
         if streams < 1 or batch % streams:
             fit = [c for c in range(1, batch + 1) if batch % c == 0]
             near = min(fit, key=lambda c: abs(c - streams))
@@ -58,11 +63,6 @@ class Order:
             raise InputError(
                 f"batch.size {batch} is not divisible by data.streams {streams}: "
                 f"use --data.streams {near} or --batch.size {up}"
-            )
-        if index.samples < batch:
-            raise InputError(
-                f"data.train has {index.samples} samples, fewer than batch.size {batch}: "
-                "use a smaller --batch.size"
             )
         self.index, self.seed, self.streams, self.batch = index, seed, streams, batch
         self.steps_per_epoch = index.samples // batch

@@ -75,6 +75,8 @@ def find_images(source: str) -> tuple[list[ImageSet], int]:
         else:
             others[extension] += 1
     place = storage.redact(source)
+    if not found and not storage.exists(source):
+        raise InputError(f"SOURCE {place}: no such folder")
     if not found:
         hint = "; it holds tars: use --index-only" if others["tar"] else ""
         raise InputError(f"SOURCE {place}: no {', '.join(EXTENSIONS)} files there{hint}")

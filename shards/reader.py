@@ -40,7 +40,7 @@ class Faults:
                 f"{name}: {reason}; {count} corrupt samples, more than data.corrupt allows "
                 f"({self.limit}): repair the data set or raise the bound"
             )
-        self.report(f"{name}: {reason}; left out, sample {count} of at most {self.limit}")
+        self.report(f"{name}: {reason}; left out (at most {self.limit} samples may be)")
 
 
 class BlockReader:
@@ -66,6 +66,12 @@ class BlockReader:
             raise InputError(str(error)) from None
         except TarError as error:
             raise InputError(f"{place}: not the tar that the index describes: {error}") from None
+        classes = len(self.index.classes)
+        if classes and (wrong := [n for n in map(found.label, range(len(found))) if n >= classes]):
+            raise InputError(
+                f"{place}: label {wrong[0]}, but the index has {classes} classes; index the data "
+                "set again"
+            )
         if len(found) != samples:
             raise InputError(
                 f"{place}: {len(found)} samples, the index says {samples}; index the data set again"

@@ -72,7 +72,10 @@ def index_tars(
 
 def _tar_urls(source: str) -> Iterator[str]:
     if source.endswith(".tar"):
-        yield from expand_urls(source)
+        try:
+            yield from expand_urls(source)
+        except ValueError as error:
+            raise InputError(f"SOURCE {source}: not a brace pattern: {error}") from None
         return
     names = [name for name in storage.list_names(source) if name.endswith(".tar")]
     if not names:

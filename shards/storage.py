@@ -35,8 +35,8 @@ def join(url: str, *names: str) -> str:
 
 
 def redact(url: str) -> str:
-    """The URL without what may be secret: user and password, query."""
-    return re.sub(r"(?<=://)[^/@]*@", "", url).split("?")[0]
+    """The URL without what may be secret: user and password, query. Plain paths stay whole."""
+    return re.sub(r"(?<=://)[^/@]*@", "", url).split("?")[0] if "://" in url else url
 
 
 def is_local(url: str) -> bool:
@@ -136,6 +136,7 @@ def _retry(url: str, call: Callable[[], _T]) -> _T:
             raise
         except Exception as error:  # botocore's and aiohttp's are no OSErrors
             if attempt == ATTEMPTS - 1:
-                raise OSError(f"{redact(url)}: gave up after {ATTEMPTS} tries: {error}") from error
+                reason = str(error).replace(url, redact(url))
+                raise OSError(f"{redact(url)}: gave up after {ATTEMPTS} tries: {reason}") from error
             time.sleep(BACKOFF * 2**attempt * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, NamedTuple
 
 BLOCK = 512  # bytes of a header; contents are padded to it
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "ppm", "img")
+IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELD = "cls"
 
 _NAME = re.compile(r"^((?:.*/)?[^/.]+)\.([^/]*)$")
@@ -84,7 +84,7 @@ def read_members(file: BinaryIO, *, whole: bool = False) -> Iterator[Member]:
             else:
                 records = _pax_records(extended, offset)
                 name = records.get("path", name)
-                size = int(records["size"]) if "size" in records else size
+                size = _pax_size(records["size"], offset) if "size" in records else size
         else:
             if kind in (b"0", b"\0"):
                 yield Member(name or _header_name(header), start, content, length)
@@ -102,9 +102,24 @@ def _header_size(header: bytes, offset: int) -> int:
             raise ValueError
         if header[124] & 0x80:  # base 256, for sizes of 8 GiB and more
             return int.from_bytes(header[125:136], "big")
-        return int(header[124:136].rstrip(b" \0") or b"0", 8)
+        return _natural(header[124:136].rstrip(b" \0") or b"0", 8)
     except ValueError:
         raise TarError(f"no tar header at byte {offset}") from None
+
+
+def _natural(text: bytes | str, base: int) -> int:
+    """A number that is not negative. Raises ValueError."""
+    number = int(text, base)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
+def _pax_size(text: str, offset: int) -> int:
+    try:
+        return _natural(text, 10)
+    except ValueError:
+        raise TarError(f"damaged PAX header at byte {offset}") from None
 
 
 def _header_name(header: bytes) -> str:
@@ -172,4 +187,5 @@ class Block:
 
 def parse_label(text: bytes) -> int:
     """The decimal class index in a `.cls` member, -1 when it is anything else."""
-    return int(text) if text.strip().isdigit() else -1
+    text = text.strip()
+    return int(text) if text.isdigit() and len(text) < 18 else -1

@@ -104,6 +104,26 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     ]
 
 
+def test_prune_leaves_alone_what_is_not_a_whole_checkpoint(tmp_path: Path) -> None:
+    """A newer save that was cut off must not push out the newest whole one."""
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (folder / "step_00000003" / "commit.json").unlink()
+    (folder / "best").mkdir()
+    (folder / "zz.txt").write_text("a note")
+    checkpoint.prune(str(tmp_path), keep=1)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "best",
+        "step_00000002",
+        "step_00000003",
+        "zz.txt",
+    ]
+    commit = checkpoint.latest(str(tmp_path), lambda _: None)
+    assert commit is not None
+    assert commit.step == 2
+
+
 def test_any_fsspec_url() -> None:
     save("memory://bucket/run", 5)
     commit = checkpoint.latest("memory://bucket/run", print)

@@ -25,6 +25,12 @@ def test_reopened_log_drops_what_comes_again(tmp_path: Path) -> None:
     assert lines == [record(step) for step in (1, 2, 3, 4)]  # floats in full precision
 
 
+def test_garbage_in_the_log_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\ngarbage\n[]\n{"step": 2}\n{"st')
+    MetricsLog(str(tmp_path), 2, 4, Console(quiet=True)).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 def test_digest_is_order_free_and_tells_samples_apart() -> None:
     ids, crcs = np.arange(100) * 7919, np.zeros(100, np.uint32)
     digest = data_digest(ids, crcs)

@@ -10,6 +10,7 @@ from engine import run
 from engine.lars import AdamWConfig
 from engine.recipe import Recipe, differences, flatten, load, method_fields, operation_names, parse
 from shards.errors import InputError
+from shards.loader import DataConfig
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.py") if p.name != "__init__.py")
@@ -87,11 +88,17 @@ def test_kinds_of_fields() -> None:
         ([QUICKSTART, "--batch.size"], "--batch.size"),
         ([QUICKSTART, "--precision", "fp12"], "--precision"),
         ([QUICKSTART, "--views.view1.flip", "3"], "flip must be in [0, 1]"),
-        ([QUICKSTART, "--views.size", "7"], "views.size 7 is too small"),
-        ([QUICKSTART, "--batch.size", "0"], "batch.size must be at least 1"),
+        ([QUICKSTART, "--views.size", "7"], "views.size must be from 8 to 16384, not 7"),
+        ([QUICKSTART, "--batch.size", "0"], "batch.size must be from 2"),
+        ([QUICKSTART, "--batch.micro", "100"], "batch.micro must be from 1 to 64"),
+        ([QUICKSTART, "--model.encoder.width", "nan"], "model.encoder.width must be from"),
+        ([QUICKSTART, "--schedule.epochs", "inf"], "schedule.epochs must be from"),
+        ([QUICKSTART, "--schedule.base-tau", "2"], "schedule.base_tau must be from 0 to 1"),
+        ([QUICKSTART, "--checkpoint.every", "-1"], "checkpoint.every must be from 0"),
+        ([QUICKSTART, "--threads", "100000000"], "threads must be from 1 to 1024"),
         ([QUICKSTART, "--run", ""], "run is not set"),
         ([QUICKSTART, "--data.train", ""], "data.train is not set"),
-        ([QUICKSTART, "--data.val", ""], "probe.every is set but data.val is not"),
+        ([QUICKSTART, "--data.val", ""], "evaluations are on but data.val is not set"),
         ([QUICKSTART, "--schedule.epochs", "0"], "schedule.epochs"),
     ],
 )
@@ -109,6 +116,8 @@ def test_bad_input_is_one_clear_line(arguments: list[str], text: str) -> None:
         ("recipe = 3", "defines no `recipe`"),
         ("a = 1\nimport nothing_here", "line 2: ModuleNotFoundError"),
         ("recipe = (", "line 1: SyntaxError"),
+        ("import sys\nsys.exit()", "line 2: SystemExit"),
+        ("raise RuntimeError('one\\ntwo')", "RuntimeError: one two"),
     ],
 )
 def test_unreadable_recipe_file(tmp_path: Path, source: str, text: str) -> None:
@@ -133,6 +142,24 @@ def test_run_of_another_recipe_is_refused_with_what_differs(tmp_path: Path) -> N
     other = dataclasses.replace(recipe, optimizer=AdamWConfig(betas=(0.8, 0.9)))
     with pytest.raises(InputError, match=r"optimizer\.betas"):
         run.check(other, "aaaa", print)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", ""])
+def test_damaged_recipe_json_is_reported(tmp_path: Path, content: str) -> None:
+    recipe = dataclasses.replace(load(QUICKSTART), run=str(tmp_path))
+    (tmp_path / "recipe.json").write_text(content)
+    reports: list[str] = []
+    run.check(recipe, "aaaa", reports.append)
+    assert "damaged" in reports[0]
+
+
+def test_recipe_json_holds_no_secrets(tmp_path: Path) -> None:
+    data = DataConfig(train="s3://user:canary1@host/train", val="https://host/val?sign=canary2")
+    recipe = dataclasses.replace(load(QUICKSTART), run=str(tmp_path), data=data)
+    run.write(recipe, "aaaa")
+    text = (tmp_path / "recipe.json").read_text()
+    assert "canary" not in text
+    assert "s3://host/train" in text
 
 
 def test_recipe_json_has_every_field(tmp_path: Path) -> None:

@@ -16,13 +16,18 @@ from torch import Tensor, nn
 from engine.byol import Online, Target, update_target
 from engine.checkpoint import CheckpointConfig
 from engine.debug import debug_step
+from engine.metrics import LogConfig
 from engine.norm import BatchNorm
+from engine.probe import ProbeConfig
 from engine.recipe import Recipe
+from engine.schedule import ScheduleConfig
 from engine.trainer import Trainer
 from shards.errors import InputError
+from shards.index import Index
 from shards.loader import DataConfig
 from shards.order import BatchConfig
 from tests import tiny
+from tests.conftest import PackFiles, draw_photo
 
 TIMING = {"images_per_second", "data_wait"}
 
@@ -352,6 +357,42 @@ def test_diverged_training_stops(tiny_data: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="diverged"):
         trainer.fit()
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_diverged_state_is_not_saved(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """Also where no step is logged between two checkpoints."""
+    config = tiny.recipe(
+        tiny_data,
+        tmp_path,
+        schedule=ScheduleConfig(epochs=2, warmup_epochs=0, base_lr=1e30),
+        log=LogConfig(every=1000),
+        probe=ProbeConfig(),
+        checkpoint=CheckpointConfig(every=1, keep=1),
+    )
+    with pytest.raises(InputError, match="diverged"):
+        train(config)
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert saved.name == "step_00000001"  # the loss of step 2 is the first that is not finite
+
+
+def test_labels_beyond_the_classes_are_refused(packed: Index, tmp_path: Path) -> None:
+    fewer = Index(packed.url, packed.shards, packed.classes[:2])
+    fewer.save()
+    data = DataConfig(train=packed.url, streams=4)
+    with pytest.raises(InputError, match="label 2, but the index has 2 classes"):
+        train(tiny.recipe(data, tmp_path / "run", probe=ProbeConfig()))
+
+
+def test_corrupt_images_are_named_once_for_the_whole_run(
+    pack_files: PackFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {f"{c}/{c}{i}.jpg": draw_photo(i, 40, 40) for c in "ab" for i in range(30)}
+    files["a/a7.jpg"] = b"no image"
+    url = pack_files(str(tmp_path / "data"), files).url
+    data = DataConfig(train=url, val=url, streams=4)
+    probe = ProbeConfig(every=2, neighbours=3)
+    train(tiny.recipe(data, tmp_path / "run", probe=probe, steps=6))
+    assert capsys.readouterr().out.count("a7: no JPEG, PNG or WebP image") == 1
 
 
 @pytest.mark.gpu
