@@ -16,7 +16,7 @@ from shards.views import Column, Operation
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB
 STD = (0.229, 0.224, 0.225)
 LUMA = (0.2989, 0.5870, 0.1140)
-CPU_PIXELS = 1 << 19  # of the rows that a CPU takes at once
+CPU_PIXELS = 1 << 18  # of the rows that a CPU takes at once
 
 
 def augment(images: Tensor, params: Tensor, *, blur: bool = True) -> Tensor:

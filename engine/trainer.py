@@ -80,11 +80,6 @@ class Trainer:
         self.val_index = indexes.load(recipe.data.val, "data.val") if recipe.data.val else None
         self.order = Order(self.train_index, recipe.seed, recipe.data.streams, recipe.batch.size)
         self._check_data()
-        run.check(recipe, self.train_index.digest, self.report)
-        commit = self._find_checkpoint()
-        if not recipe.debug_step:
-            run.write(recipe, self.train_index.digest)
-
         samples, batch = self.train_index.samples, recipe.batch.size
         self.total_steps = recipe.schedule.total_steps(samples, batch)
         self.warmup_steps = recipe.schedule.warmup_steps(samples, batch)
@@ -96,6 +91,11 @@ class Trainer:
                 f"schedule.epochs {recipe.schedule.epochs} of {samples} samples are less than one "
                 f"step of batch.size {batch}: train for longer"
             )
+
+        run.check(recipe, self.train_index.digest, self.report)
+        commit = self._find_checkpoint()
+        if not recipe.debug_step:
+            run.write(recipe, self.train_index.digest)
 
         self.classes = len(self.train_index.classes)
         self.online, self.target = byol.build(recipe.model, self.classes, recipe.seed)
@@ -170,6 +170,11 @@ class Trainer:
         recipe, first, measured = self.recipe, self.step, {}
         log = MetricsLog(recipe.run, self.step, self.stop, self.console)
         data = self.batches()
+        self.console.print(
+            f"{self.train_index.samples:,} images, {self.order.steps_per_epoch:,} steps an epoch; "
+            f"steps {self.step:,} to {self.stop:,} on {self.device}; blocks in memory: up to about "
+            f"{data.block_memory / 2**20:,.0f} MiB"
+        )
         timer = _Timer()
         try:
             while self.step < self.stop:

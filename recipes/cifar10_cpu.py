@@ -1,11 +1,11 @@
-"""CIFAR-10 in half an hour on two CPU cores: for those who have no GPU yet.
+"""CIFAR-10 in forty minutes on two CPU cores: for those who have no GPU yet.
 
 Paper        none. ResNet-10 at a quarter of the width with the small-image stem, 20 epochs, AdamW
 Data         as recipes/cifar10.py
 Command      torchrun launch/train.py recipes/cifar10_cpu.py
 Hardware     two CPU cores with bfloat16 instructions (else --precision fp32), 2 GB of memory
-Time         see the README's results
-Expected     see the README's results
+Time         37 min
+Expected     kNN 53.9% (raw pixels 41.5%, untrained encoder 31.9%)
 """
 
 from dataclasses import replace

@@ -155,8 +155,11 @@ def test_linked_folders_are_followed(tmp_path: Path) -> None:
 
 
 def test_nothing_to_pack(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"SOURCE .*no jpg, jpeg, png, webp files there$"):
+    with pytest.raises(InputError, match=r"SOURCE .*/missing: no such folder$"):
         pack.find_images(str(tmp_path / "missing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"SOURCE .*no jpg, jpeg, png, webp files there$"):
+        pack.find_images(str(tmp_path / "empty"))
     write_files(tmp_path / "tars", ["shard-0.tar"])
     with pytest.raises(InputError, match="use --index-only"):
         pack.find_images(str(tmp_path / "tars"))
