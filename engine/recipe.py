@@ -40,8 +40,10 @@ from shards.views import ViewsConfig
 class Recipe:
     """Everything that a run is, but its data's bytes. The defaults are the official method's."""
 
-    run: Operation[str] = ""
-    """URL of the run's directory: checkpoints, metrics, tensorboard. Made when it is not there."""
+    # torchrun takes --run for an abbreviation of its own --run-path, also behind the script.
+    run: Annotated[Operation[str], tyro.conf.arg(aliases=["--run-url"])] = ""
+    """URL of the run's directory: checkpoints, metrics, tensorboard. Made when it is not there.
+    Under torchrun write --run-url."""
     seed: int = 0
     """Decides the initial weights, the order of the data and every random view."""
     steps: Operation[int | None] = None
@@ -100,7 +102,10 @@ class Recipe:
             value = attrgetter(name)(self)
             if value is not None and not low <= value <= high:  # nan is in no range
                 raise InputError(f"{name} must be from {low:g} to {high:g}, not {value}")
-        for name, what in (("run", "directory to write to"), ("data.train", "folder of shards")):
+        for name, what in (
+            ("run", "directory to write to (under torchrun: --run-url)"),
+            ("data.train", "folder of shards"),
+        ):
             if not attrgetter(name)(self).strip():
                 raise InputError(f"{name} is not set: give --{name} URL, the {what}")
         if (self.probe.every or self.probe.baseline) and not self.data.val:

@@ -4,7 +4,7 @@ Paper        table 1: 74.3 linear top-1
 Data         python launch/pack.py IMAGENET_FOLDER s3://bucket/imagenet   (its train/ and val/)
 Command      torchrun launch/train.py recipes/r50_4096.py
                  --data.train s3://bucket/imagenet/train --data.val s3://bucket/imagenet/val
-                 --run s3://bucket/runs/r50_4096
+                 --run-url s3://bucket/runs/r50_4096
 Hardware     the paper's: 512 TPU v3 cores
 Time         the paper's: about 8 hours for 1000 epochs; not measured here
 Expected     74.3 linear top-1, 91.6 top-5

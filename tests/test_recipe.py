@@ -51,6 +51,7 @@ def test_defaults_are_the_official_method() -> None:
 
 def test_overrides() -> None:
     recipe = parse([QUICKSTART, "--batch.size", "64", "--compile", "--precision", "fp64"])
+    assert parse([QUICKSTART, "--run", "a"]).run == parse([QUICKSTART, "--run-url", "a"]).run == "a"
     assert (recipe.batch.size, recipe.compile, recipe.precision) == (64, True, "fp64")
     assert recipe.optimizer == load(QUICKSTART).optimizer
 

@@ -36,7 +36,7 @@ def test_quickstart_twice_is_equal_bit_for_bit(tmp_path: Path) -> None:
     for name in ("first", "second"):
         data, run = tmp_path / name / "data", tmp_path / name / "run"
         done = torchrun(
-            *("--data.train", f"{data}/train", "--data.val", f"{data}/val", "--run", str(run)),
+            *("--data.train", f"{data}/train", "--data.val", f"{data}/val", "--run-url", str(run)),
             *("--data.draw", "512", "--steps", "20", "--log.every", "1", "--threads", "1"),
             *("--probe.every", "10"),
         )
@@ -55,7 +55,7 @@ def test_quickstart_learns(tmp_path: Path) -> None:
     """The whole quickstart: 25 points of kNN above the untrained encoder and above raw pixels."""
     done = torchrun(
         *("--data.train", f"{tmp_path}/train", "--data.val", f"{tmp_path}/val"),
-        *("--run", f"{tmp_path}/run"),
+        *("--run-url", f"{tmp_path}/run"),
     )
     assert done.returncode == 0, done.stderr
     figures = {
