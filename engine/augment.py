@@ -30,8 +30,8 @@ def augment(images: Tensor, params: Tensor, *, blur: bool = True) -> Tensor:
     Returns:
         [N, 3, H, W], float32 (or the images' float dtype), channels_last.
     """
-    # A GPU takes all rows at once. A CPU takes as many as its caches hold: at 224 px that is four
-    # times as fast.
+    # A GPU takes all rows at once. A CPU takes as many as its caches hold: at 224 px that is about
+    # three times as fast.
     rows = len(images) if images.is_cuda else max(1, CPU_PIXELS // images[0, 0].numel())
     parts = [
         normalize(distort(some_images, some_params, blur=blur))
