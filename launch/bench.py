@@ -2,6 +2,7 @@
 
     python launch/bench.py input     images per second, and per second of a core, of the pipeline
     python launch/bench.py step      images per second and peak memory of a training step
+    python launch/bench.py order     seconds and memory until a rank knows its batch at any step
 
 Both sides take turns in every round. A figure is the median over the rounds, a ratio is that of
 the medians, and behind it stand the smallest and the largest ratio of a single round. On a machine
@@ -14,6 +15,7 @@ import sys
 import tyro
 
 from launch.benchmarks.input import bench_input
+from launch.benchmarks.order import bench_order
 from launch.benchmarks.step import bench_step
 from shards.errors import InputError
 
@@ -21,7 +23,7 @@ from shards.errors import InputError
 def main(arguments: list[str]) -> int:
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"input": bench_input, "step": bench_step},
+            {"input": bench_input, "step": bench_step, "order": bench_order},
             prog="python launch/bench.py",
             description=__doc__,
             args=arguments,

@@ -39,10 +39,13 @@ def center_crops(
     corrupt: float,
     report: Callable[[str], None],
     limit: int | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[EvalBatch]:
     """The central square of `fraction` of each image's shorter side, at `size` pixels.
 
-    With a `limit`, of evenly spaced blocks that hold about that many samples. Undecodable samples
+    With a `limit`, of evenly spaced blocks that hold about that many samples; of these, every
+    n-th from the i-th on, where `part` is (i, n): what one of n processes measures. There is at
+    least one batch, perhaps an empty one. Undecodable samples
     are left out and reported. Raises InputError when they are more than the fraction `corrupt`
     (and more than 10).
     """
@@ -50,7 +53,7 @@ def center_crops(
     faults = Faults(index.samples, corrupt, report)
 
     def plan() -> Iterator[_Chunk | InputError]:
-        places = _places(index, limit)
+        places = _places(index, limit)[part[0] :: part[1]]
         with ThreadPoolExecutor(4, thread_name_prefix="fetch") as pool:
             blocks = StreamReader(iter(places), reader, pool, ahead=4)
             try:
@@ -85,10 +88,14 @@ def center_crops(
     decoded = ParallelMapper(
         IterableWrapper(plan()), load, num_workers=threads, method="thread", snapshot_frequency=0
     )
+    empty = True
     for batch in decoded:
         if isinstance(batch, InputError):
             raise batch
         yield batch
+        empty = False
+    if empty:
+        yield EvalBatch(torch.empty((0, 3, size, size)).byte(), torch.empty(0, dtype=torch.int64))
 
 
 def _places(index: Index, limit: int | None) -> list[tuple[int, int]]:

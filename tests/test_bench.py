@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from engine.resnet import ResNetConfig
 from engine.schedule import ScheduleConfig
 from launch import bench
 from launch.benchmarks.input import draw_photo
+from launch.benchmarks.order import VISITS, Setting, write_data_set
 from launch.benchmarks.step import Stock, prepare
 from shards.index import Index
 from shards.order import BatchConfig
@@ -75,6 +77,13 @@ def test_input_on_tars_without_an_index(
         ("input --threads 0", "--threads must be at least 1"),
         ("step --steps 0", "--steps must be at least 1"),
         ("step --recipe NONE.py", "no such recipe file"),
+        ("order --ranks 0", "--ranks must be at least 1"),
+        ("order --walk 0", "--walk must be at least 1"),
+        ("order --ranks 9000", "--ranks 9000 is more than --streams 8192"),
+        ("order --streams 5000", "--batch 65536 is not divisible by --streams 5000"),
+        ("order --samples 5000", "--samples 5000 is less than --batch 65536"),
+        ("order --stock 60000", "--stock 60000 is less than --batch 65536"),
+        ("order --shards 2000000000", "--shards 2000000000 is more than --samples 1000000000"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -84,6 +93,31 @@ def test_mistakes_are_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert error in lines[0]
+
+
+def test_order(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--samples 2050 --shards 13 --ranks 3 --streams 4 --batch 40 --walk 5 --stock 500"
+    lines = run(f"order {options} --rounds 2", capsys)
+    for rank in (0, 1, 2):
+        for step in (0, 25, 50, 51_025):  # first, middle, last; far away
+            assert rows(lines, f"rank {rank}, step {step:,} ") == 1
+    assert rows(lines, "memory: ") == 2 + len(VISITS)
+    assert rows(lines, "ours / stock, 500 samples") == 1
+
+
+def test_order_plans_on_a_sound_data_set(tmp_path: Path) -> None:
+    """Its index, sidecars and shards pass every check, and each sample is in it once."""
+    setting = Setting(str(tmp_path / "set"), samples=2051, streams=4, batch=40, ranks=3)
+    write_data_set(setting, shards=13)
+    order = setting.load()
+    assert order.index.samples == 2051
+    assert all(shard.blocks is None for shard in order.index.shards)
+    for i, shard in enumerate(order.index.shards):
+        blocks = order.index.blocks(i)
+        assert blocks[:, 1].sum() == shard.samples
+        assert blocks[0].tolist() == [0, 41]
+    ids = [i.ids for i in order.segments(0, 0, 2051)]
+    assert sorted(np.concatenate(ids).tolist()) == list(range(2051))
 
 
 @pytest.mark.parametrize("recipe", ["", f"--recipe {QUICKSTART}"])  # LARS, AdamW

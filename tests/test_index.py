@@ -59,6 +59,20 @@ def test_sidecars(packed: Index, monkeypatch: pytest.MonkeyPatch) -> None:
         found.blocks(2)
 
 
+def test_few_sidecars_are_kept(packed: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "INLINE_BLOCKS", 3)
+    monkeypatch.setattr(index, "KEPT_SIDECARS", 2)
+    packed.save()
+    found = index.load(packed.url, "data.train")
+    lists = [found.blocks(i) for i in range(3)]
+    for shard in found.shards:
+        (Path(packed.url) / index.sidecar(shard.name)).unlink()
+    assert found.blocks(1) is lists[1]
+    assert found.blocks(2) is lists[2]
+    with pytest.raises(InputError, match="missing"):
+        found.blocks(0)
+
+
 def test_no_index(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^data\.train .*no index\.json there; pack images"):
         index.load(str(tmp_path), "data.train")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from engine import parallel
+from engine import world
 from engine.augment import MEAN, STD, augment
 from launch.benchmarks.measuring import (
     CORES,
@@ -72,7 +72,7 @@ def bench_input(
         threads: Decode threads for ours, worker processes for stock.
     """
     require_positive(size=size, images=images, batch=batch, rounds=rounds, threads=threads)
-    device = parallel.setup(threads)
+    device = world.enter(threads, distributed=False).device
     # A stock worker makes whole batches: whole rounds of workers make their count exact.
     warm, count = 2 * threads, threads * math.ceil(images / batch / threads)
     views = ViewsConfig(size=size)

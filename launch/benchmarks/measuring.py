@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -15,6 +15,8 @@ from shards.errors import InputError
 
 CUDA = torch.cuda.is_available()
 CORES = os.cpu_count() or 1
+
+_T = TypeVar("_T")
 
 
 class Cost(NamedTuple):
@@ -41,9 +43,9 @@ def measure(work: Callable[[], object], images: int) -> Cost:
     return Cost(wall / images, cpu / images, _peak())
 
 
-def alternate(sides: Mapping[str, Callable[[], Cost]], rounds: int) -> dict[str, list[Cost]]:
-    """Every side's costs, one a round; every other round goes backwards."""
-    costs: dict[str, list[Cost]] = {name: [] for name in sides}
+def alternate(sides: Mapping[str, Callable[[], _T]], rounds: int) -> dict[str, list[_T]]:
+    """What every side says it cost, once a round; every other round goes backwards."""
+    costs: dict[str, list[_T]] = {name: [] for name in sides}
     for number in range(rounds):
         for name in list(sides)[:: -1 if number % 2 else 1]:
             print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr)
@@ -96,12 +98,21 @@ def _reset_peak() -> None:
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        reset_host_peak()
 
 
 def _peak() -> int:
-    if CUDA:
-        return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() if CUDA else host_peak()
+
+
+def reset_host_peak() -> int:
+    """Make what this process holds in RAM now its peak; returns it, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return host_peak()
+
+
+def host_peak() -> int:
+    """The most bytes that this process held in RAM since `reset_host_peak`."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 

@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine import byol
+from engine.adamw import AdamWConfig
 from engine.byol import BYOLConfig, Online, Target, regression_loss
-from engine.lars import LARS, AdamWConfig, LARSConfig, parameter_groups
+from engine.lars import LARS, LARSConfig, parameter_groups
 from engine.norm import BatchNorm
 from engine.precision import autocast
 from engine.recipe import Recipe, load

@@ -1,0 +1,259 @@
+"""From index.json to a rank's batch at any step: our plan beside a permutation of all samples."""
+
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+from torch.utils.data import BatchSampler, Dataset, DistributedSampler
+
+from launch.benchmarks.measuring import (
+    alternate,
+    host_peak,
+    ratio,
+    require_positive,
+    reset_host_peak,
+    row,
+)
+from shards import index as indexes
+from shards import storage
+from shards.errors import InputError
+from shards.index import BLOCK_BYTES, Blocks, Index, Shard
+from shards.order import Order, rank_streams
+
+SAMPLE_BYTES = 100_000  # about ImageNet's
+FAR = 1000  # epochs
+VISITS = (1, 2, 4, 8)
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A data set that `ranks` processes train on."""
+
+    url: str
+    samples: int
+    streams: int
+    batch: int
+    ranks: int
+
+    def load(self) -> Order:
+        index = indexes.load(self.url, "--samples")
+        return Order(index, 0, self.streams, self.batch)
+
+    def plan(self, order: Order, rank: int, step: int) -> None:
+        """Which samples the rank gives to the batch of `step`."""
+        for stream in rank_streams(self.streams, rank, self.ranks):
+            order.batch_segments(step, stream)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.samples // self.batch
+
+    @property
+    def steps(self) -> list[int]:
+        """First, middle and last step of the first epoch, and one of a far epoch."""
+        epoch = self.steps_per_epoch
+        return sorted({0, epoch // 2, epoch - 1, FAR * epoch + epoch // 2})
+
+
+class Start(NamedTuple):
+    """Seconds from nothing to the first batch's plan."""
+
+    load: float
+    plan: float
+
+
+def bench_order(
+    *,
+    samples: int = 1_000_000_000,
+    shards: int = 100_000,
+    ranks: int = 4096,
+    streams: int = 8192,
+    batch: int = 65_536,
+    walk: int = 2000,
+    stock: int = 10_000_000,
+    rounds: int = 3,
+) -> None:
+    """From index.json to a rank's batch at any step: our plan beside a permutation of all samples.
+
+    Ours reads index.json from a local disk, checks that every shard is there and has its length,
+    reads the sidecars it needs and says which samples the rank takes at the step. Index and
+    sidecars are real, the shards are files of the right length without content, all in a temporary
+    folder: 200,000 files by default. They are in the page cache.
+
+    Stock is a DistributedSampler under a BatchSampler that skips to the step. It reads nothing and
+    loads no image of a skipped batch. It permutes all samples in memory, at about 48 bytes each:
+    so the two are compared at a smaller size, with as many samples in a shard.
+
+    Both run on one core. Memory is what fresh processes grow by.
+
+    Args:
+        samples: Samples of the data set.
+        shards: Shards of the data set, of equal size.
+        ranks: Processes that share out a batch.
+        streams: Parallel readers that an epoch is cut into: data.streams of a recipe.
+        batch: Images in the global batch.
+        walk: Consecutive batches, across the end of an epoch, that a rank plans to see memory grow.
+        stock: Samples at which stock is measured, and ours again; at most `samples`.
+        rounds: Times that each start is measured.
+    """
+    require_positive(samples=samples, shards=shards, ranks=ranks, streams=streams, batch=batch)
+    require_positive(walk=walk, stock=stock, rounds=rounds)
+    common = min(stock, samples)
+    _check(common, samples, shards, ranks, streams, batch)
+    with TemporaryDirectory() as folder:
+        full = Setting(f"{folder}/full", samples, streams, batch, ranks)
+        small = Setting(f"{folder}/small", common, streams, batch, ranks)
+        write_data_set(full, shards)
+        write_data_set(small, math.ceil(shards * common / samples))
+        cases = {
+            f"rank {rank:,}, step {step:,}": partial(start, full, rank, step)
+            for rank in sorted({0, ranks // 2, ranks - 1})
+            for step in full.steps
+        }
+        starts = alternate(cases, rounds)
+        where = small, ranks // 2, small.steps_per_epoch // 2
+        sides: dict[str, Callable[[], Start]] = {
+            "ours": partial(start, *where),
+            "stock": partial(stock_start, *where),
+        }
+        costs = alternate(sides, rounds)
+        memory = {name: _in_fresh_process(growth, sides[name]) for name in sides}
+        walked = _in_fresh_process(walk_growths, full, ranks // 2, walk)
+
+    print(f"order: {samples:,} samples, {shards:,} shards, {ranks:,} ranks, {streams:,} streams,")
+    print(f"batch {batch:,}, {full.steps_per_epoch:,} steps an epoch; medians of {rounds} rounds")
+    row("seconds", "index loaded", "order at the step", "both")
+    for name, values in starts.items():
+        row(name, *(f"{seconds:.3f}" for seconds in _medians(values)))
+    slowest = max(_medians(values)[-1] for values in starts.values())
+    row("slowest", "", "", f"{slowest:.3f}")
+    for name, grown in walked.items():
+        row(f"memory: {name}", f"{grown / 1e6:+,.1f} MB")
+    for name, values in costs.items():
+        row(
+            f"{name}, {common:,} samples",
+            f"{_medians(values)[-1]:.3f} s",
+            f"{memory[name] / 1e6:+,.1f} MB",
+        )
+    times = ratio(*([sum(value) for value in costs[name]] for name in ("stock", "ours")))
+    row(f"ours / stock, {common:,} samples", times, f"{memory['stock'] / memory['ours']:.1f}x less")
+
+
+def _check(common: int, samples: int, shards: int, ranks: int, streams: int, batch: int) -> None:
+    if batch > common:
+        name = "stock" if common < samples else "samples"
+        raise InputError(f"--{name} {common} is less than --batch {batch}")
+    if shards > samples:
+        raise InputError(f"--shards {shards} is more than --samples {samples}")
+    if batch % streams:
+        raise InputError(f"--batch {batch} is not divisible by --streams {streams}")
+    if ranks > streams:
+        raise InputError(f"--ranks {ranks} is more than --streams {streams}")
+
+
+def _medians(starts: list[Start]) -> list[float]:
+    columns = list(zip(*starts, strict=True))
+    return [median(column) for column in columns] + [median(map(sum, starts))]
+
+
+def start(setting: Setting, rank: int, step: int) -> Start:
+    """What a process does before it can fetch the first image."""
+    begin = time.perf_counter()
+    order = setting.load()
+    loaded = time.perf_counter()
+    setting.plan(order, rank, step)
+    return Start(loaded - begin, time.perf_counter() - loaded)
+
+
+def stock_start(setting: Setting, rank: int, step: int) -> Start:
+    """The same with PyTorch's samplers."""
+    begin = time.perf_counter()
+    epoch, k = divmod(step, setting.steps_per_epoch)
+    images = cast(Dataset[Any], range(setting.samples))  # samplers only ask for its length
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        images, setting.ranks, rank, drop_last=True
+    )
+    sampler.set_epoch(epoch)
+    batches = BatchSampler(sampler, setting.batch // setting.ranks, drop_last=True)
+    next(islice(batches, k, None))
+    return Start(0.0, time.perf_counter() - begin)
+
+
+def growth(work: Callable[[], object]) -> int:
+    """Bytes that a call of `work` adds to the peak of this process; one page or more."""
+    held = reset_host_peak()
+    work()
+    return max(os.sysconf("SC_PAGE_SIZE"), host_peak() - held)
+
+
+def walk_growths(setting: Setting, rank: int, walk: int) -> dict[str, int]:
+    """Bytes that this process has grown by after each part of a long way.
+
+    It ends with the batches of all ranks, as one process alone would plan them: that visits most
+    shards of the data set, so it shows what the caches come to.
+    """
+    grown = {}
+    held = reset_host_peak()
+    order = setting.load()
+    setting.plan(order, rank, 0)
+    grown["first batch"] = host_peak() - held
+    first = max(0, setting.steps_per_epoch - walk // 2)
+    for step in range(first, first + walk):
+        setting.plan(order, rank, step)
+    grown[f"{walk:,} batches"] = host_peak() - held
+    visited = 0
+    for visits in VISITS:
+        for visit in range(visited, visits):
+            step = setting.steps_per_epoch * visit // max(VISITS)
+            for other in range(setting.ranks):
+                setting.plan(order, other, step)
+        visited = visits
+        grown[f"all ranks, {visits} step(s)"] = host_peak() - held
+    return grown
+
+
+def _in_fresh_process(work: Callable[..., _T], *arguments: object) -> _T:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def write_data_set(setting: Setting, shards: int) -> None:
+    """index.json, sidecars, and shards of the right length without content."""
+    ends = setting.samples * np.arange(shards + 1) // shards
+    sizes = np.diff(ends).tolist()  # one size, or two that differ by one sample
+    kinds = {samples: _blocks(samples) for samples in set(sizes)}
+    os.mkdir(setting.url)
+    for samples, blocks in kinds.items():
+        storage.write(f"{setting.url}/{samples}.json", json.dumps(blocks.tolist()).encode())
+    entries = []
+    for i, samples in enumerate(sizes):
+        blocks, name = kinds[samples], f"shard-{i:06d}.tar"
+        length = samples * SAMPLE_BYTES
+        entries.append(Shard(name, samples, length, blocks, indexes.checksum(blocks)))
+        # Equal shards share a sidecar: 100,000 of them would fill 800 MB.
+        os.symlink(f"{samples}.json", f"{setting.url}/{indexes.sidecar(name)}")
+        with open(f"{setting.url}/{name}", "wb") as file:
+            file.truncate(length)
+    document = Index(setting.url, entries).document(inline=False)
+    storage.write(storage.join(setting.url, indexes.NAME), json.dumps(document).encode())
+
+
+def _blocks(samples: int) -> Blocks:
+    """The blocks of a shard: as many samples in each as fill it."""
+    most = BLOCK_BYTES // SAMPLE_BYTES
+    firsts = np.arange(0, samples, most)
+    return np.stack((firsts * SAMPLE_BYTES, np.minimum(most, samples - firsts)), axis=1)
