@@ -124,12 +124,20 @@ def byol_loss(prediction: Tensor, projection: Tensor) -> Tensor:
     return regression_loss(q1, z2) + regression_loss(q2, z1)
 
 
-@torch.no_grad()
-def update_target(target: Target, online: Online, tau: float) -> None:
-    """target += (1 - tau) * (online - target), for every parameter of the target. Equation 1.
-
-    Running statistics are left alone: the target has those of its own forwards.
-    """
+def paired(target: Target, online: Online) -> tuple[list[Tensor], list[Tensor]]:
+    """Every parameter of the target, and the online network's of the same name."""
     source = dict(online.named_parameters())
     moved = dict(target.named_parameters())
-    torch._foreach_lerp_(list(moved.values()), [source[name] for name in moved], 1 - tau)
+    return list(moved.values()), [source[name] for name in moved]
+
+
+@torch.no_grad()
+def update_target(target: list[Tensor], online: list[Tensor], step: Tensor) -> None:
+    """target += step * (online - target) for every parameter. Equation 1, with step = 1 - tau.
+
+    `step` [] is on the parameters' device, so that it can be 0 where the online network's own step
+    was skipped. Running statistics are left alone: the target has those of its own forwards.
+    """
+    difference = torch._foreach_sub(online, target)
+    torch._foreach_mul_(difference, step)
+    torch._foreach_add_(target, difference)

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemBase
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from engine.world import World
 from shards import storage
 from shards.errors import InputError
 from shards.fields import Operation
@@ -28,7 +29,7 @@ try:
 except ImportError:  # where older releases (2.11) have them
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "checkpoints"
 COMMIT = "commit.json"
 
@@ -61,27 +62,40 @@ def step_url(run: str, step: int) -> str:
 
 
 def save(
-    run: str, step: int, state: dict[str, Any], method: dict[str, Any], index_digest: str
+    run: str,
+    step: int,
+    state: dict[str, Any],
+    method: dict[str, Any],
+    index_digest: str,
+    world: World,
 ) -> Commit:
-    """Write `state`, nested dicts of tensors, as the checkpoint of `step`, and commit it."""
+    """Write `state`, nested dicts of tensors, as the checkpoint of `step`, and commit it.
+
+    Every process writes what it holds; the first one commits when all have.
+    """
     url = step_url(run, step)
-    storage.remove(url)  # what a process that was killed may have left there
+    world.tell(lambda: storage.remove(url))  # what a process that was killed may have left there
     writer = FsspecWriter(url, sync_files=False)
     files = _CountingFiles(writer.fs)
     writer.fs = files  # type: ignore[assignment]
-    with _single_process():
-        dcp_save(state, storage_writer=writer, no_dist=True)
-    packages = {name: version(name) for name in ("torch", "torchvision", "numpy")}
-    document = {"format": FORMAT, "step": step, "method": method, "index_digest": index_digest}
-    document |= {"packages": packages, "files": files.sums}
-    storage.write(storage.join(url, COMMIT), json.dumps(document, indent=1).encode())
-    return Commit(url, step, method, index_digest, files.sums)
+    with _one_process_is_fine():
+        dcp_save(state, storage_writer=writer, no_dist=not world.distributed)
+    sums = {name: entry for part in world.collect(files.sums) for name, entry in part.items()}
+
+    def commit() -> Commit:
+        packages = {name: version(name) for name in ("torch", "torchvision", "numpy")}
+        document = {"format": FORMAT, "step": step, "method": method, "index_digest": index_digest}
+        document |= {"packages": packages, "files": sums}
+        storage.write(storage.join(url, COMMIT), json.dumps(document, indent=1).encode())
+        return Commit(url, step, method, index_digest, sums)
+
+    return world.tell(commit)
 
 
-def load(commit: Commit, state: dict[str, Any]) -> None:
+def load(commit: Commit, state: dict[str, Any], world: World) -> None:
     """Fill the tensors of `state` from a checkpoint that `latest` or `find` has verified."""
-    with _single_process():
-        dcp_load(state, storage_reader=FsspecReader(commit.url), no_dist=True)
+    with _one_process_is_fine():
+        dcp_load(state, storage_reader=FsspecReader(commit.url), no_dist=not world.distributed)
 
 
 def latest(run: str, report: Callable[[str], None]) -> Commit | None:
@@ -143,7 +157,7 @@ def _steps(run: str) -> list[str]:
 
 
 @contextmanager
-def _single_process() -> Iterator[None]:
+def _one_process_is_fine() -> Iterator[None]:
     """Without torch's warning that there is no process group: there is none on purpose."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")

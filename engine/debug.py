@@ -54,13 +54,13 @@ def debug_step(trainer: Trainer) -> None:
             )
         commit = part(
             "save",
-            lambda: checkpoint.save(url, trainer.step, trainer.state(), {}, ""),
+            lambda: checkpoint.save(url, trainer.step, trainer.state(), {}, "", trainer.world),
             lambda c: f"{_bytes(c)} in {len(c.files)} files",
         )
         part("restore", lambda: trainer.load(checkpoint.verify(commit.url)), lambda _: commit.url)
     finally:
         data.close()
-        storage.remove(url)
+        trainer.world.tell(lambda: storage.remove(url))
     parameters = sum(p.numel() for p in trainer.online.parameters())
     table.caption = (
         f"{trainer.device}, {trainer.recipe.precision}, {parameters / 1e6:.1f} M parameters, "

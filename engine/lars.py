@@ -1,4 +1,4 @@
-"""The optimizers: LARS for large batches, AdamW for small runs.
+"""LARS: momentum SGD for large batches, right on sharded parameters.
 
 Source: You et al., "Large batch training of convolutional networks" (arXiv 1708.03888);
 BYOL (arXiv 2006.07733), "Implementation details: Optimization".
@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from engine.sharding import foreach_norms, local, not_finite, whole_norms
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -42,7 +45,9 @@ class LARS(torch.optim.Optimizer):
         momentum: float,
         weight_decay: float,
         trust_coefficient: float,
+        shard_group: ProcessGroup | None = None,
     ) -> None:
+        """`shard_group`: the processes that parameters are spread over; None when they are not."""
         defaults = {
             "lr": 0.0,
             "momentum": momentum,
@@ -50,34 +55,67 @@ class LARS(torch.optim.Optimizer):
             "trust_coefficient": trust_coefficient,
         }
         super().__init__(groups, defaults)
+        self.shard_group = shard_group
+        self.directions = directions  # or the same, compiled
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient; there is no closure."""
+    def step(self, scale: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Move every parameter that has a gradient, or none when some gradient is not finite.
+
+        Args:
+            scale: [] by which the gradients were multiplied, float32.
+
+        Returns:
+            [] float32, 1 when the step was skipped, the same on all processes.
+        """
+        moved = []  # for each group: itself, parameters, momenta, updates
+        norms = []  # [2, tensors] for each group: of parameters and updates
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
                 continue
-            grads = [p.grad for p in params]
-            momenta = [self.state[p]["momentum_buffer"] for p in params]
-            updates = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+            params, grads = local(parameters), local(p.grad for p in parameters)
+            momenta = local(self.state[p]["momentum_buffer"] for p in parameters)
+            updates, lengths = self.directions(params, grads, scale, group["weight_decay"])
+            moved.append((group, params, momenta, updates))
+            norms.append(lengths)
+
+        total = whole_norms(torch.cat(norms, dim=1), self.shard_group)  # [2, all tensors]
+        skip = not_finite(total)
+        parts = total.split([lengths.shape[1] for lengths in norms], dim=1)
+        for (group, params, momenta, updates), (p, u) in zip(moved, parts, strict=True):
             if group["adapt"]:
-                ratios = _trust_ratios(params, updates, group["trust_coefficient"])
-                torch._foreach_mul_(updates, ratios)
-            torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, updates)
-            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+                ratios = torch.where((p > 0) & (u > 0), group["trust_coefficient"] * p / u, 1.0)
+                torch._foreach_mul_(updates, list(ratios))
+            torch._fused_sgd_(
+                params,
+                updates,
+                momenta,
+                lr=group["lr"],
+                momentum=group["momentum"],
+                weight_decay=0.0,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,
+                found_inf=skip,
+            )
+        return skip
 
 
-def _trust_ratios(
-    params: list[Tensor], updates: tuple[Tensor, ...], coefficient: float
-) -> list[Tensor]:
-    p = torch.stack(torch._foreach_norm(params))  # [tensors]
-    u = torch.stack(torch._foreach_norm(updates))
-    return list(torch.where((p > 0) & (u > 0), coefficient * p / u, 1.0))
+def directions(
+    params: list[Tensor], grads: list[Tensor], scale: Tensor | None, weight_decay: float
+) -> tuple[list[Tensor], Tensor]:
+    """Updates before adaptation, and the norms [2, tensors] of parameters and updates."""
+    if scale is None:
+        updates = torch._foreach_add(grads, params, alpha=weight_decay)
+    else:
+        updates = torch._foreach_div(grads, scale)
+        torch._foreach_add_(updates, params, alpha=weight_decay)
+    return list(updates), torch.stack([foreach_norms(params), foreach_norms(list(updates))])
 
 
 @dataclass(frozen=True)
@@ -93,29 +131,12 @@ class LARSConfig:
     trust_coefficient: float = 1e-3
     """Length of a weight's update before momentum, as a share of the weight's own length."""
 
-    def build(self, module: nn.Module) -> torch.optim.Optimizer:
+    def build(self, module: nn.Module, shard_group: ProcessGroup | None = None) -> LARS:
         """LARS over the parameters of `module`, at learning rate 0."""
         return LARS(
-            parameter_groups(module), self.momentum, self.weight_decay, self.trust_coefficient
-        )
-
-
-@dataclass(frozen=True)
-class AdamWConfig:
-    """AdamW, for small batches and small networks."""
-
-    weight_decay: float = 1e-2
-    """Pull of the weights towards zero; biases and norm parameters have none."""
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Shares kept of the gradient's running mean and running square."""
-
-    def build(self, module: nn.Module) -> torch.optim.Optimizer:
-        """AdamW over the parameters of `module`, at learning rate 0."""
-        return torch.optim.AdamW(
             parameter_groups(module),
-            lr=0.0,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-            foreach=True,
+            self.momentum,
+            self.weight_decay,
+            self.trust_coefficient,
+            shard_group,
         )

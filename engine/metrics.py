@@ -2,6 +2,9 @@
 
 import json
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +34,26 @@ class LogConfig:
     """Steps from one logged step to the next."""
     pictures: Operation[int] = 8
     """Images of which both views are shown in tensorboard, at the start and at evaluations."""
+
+
+class Timer:
+    """Speed since it was made: of the steps, not of evaluations and checkpoints between them."""
+
+    def __init__(self) -> None:
+        self.steps, self._start, self._waited = 0, time.perf_counter(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def read(self, batch: int) -> dict[str, float]:
+        seconds = time.perf_counter() - self._start
+        return {
+            "images_per_second": self.steps * batch / seconds,
+            "data_wait": self._waited / seconds,
+        }
 
 
 class MetricsLog:
@@ -72,7 +95,8 @@ class MetricsLog:
         for name, value in record.items():
             if isinstance(value, float):
                 self.tensorboard.add_scalar(name, value, record["step"])
-        status = f"loss {record['loss']:.4f}  {record['images_per_second']:,.0f} images/s"
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+        status = f"loss {loss}  {record['images_per_second']:,.0f} images/s"
         if "knn_top1" in record:
             status += f"  kNN {record['knn_top1']:.1%}"
         if "online_top1" in record:
@@ -116,28 +140,79 @@ def _step(line: str) -> float:
         return math.inf
 
 
-def data_digest(ids: NDArray[np.int64], crcs: NDArray[np.uint32]) -> str:
+class NoLog(MetricsLog):
+    """What the other processes have in its place: it writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+    def write(self, record: dict[str, Any]) -> None:
+        pass
+
+    def pictures(self, views: Tensor, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class StepSums:
+    """What is logged of a step, as sums that add up over processes.
+
+    `values` [3 + 2 F] float64 on the CPU: loss, head loss, rows, and the normalised features' sum
+    and sum of squares.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @classmethod
+    def of(cls, loss: Tensor, head_loss: Tensor, features: Tensor) -> "StepSums":
+        """Of one process: losses [] as its share of the global mean, features [N, F]."""
+        unit = torch.nn.functional.normalize(features.double(), dim=1)
+        heads = torch.stack([loss.double(), head_loss.double(), unit.new_tensor(len(unit))])
+        return cls(torch.cat([heads, unit.sum(0), unit.square().sum(0)]).cpu())
+
+    @property
+    def loss(self) -> float | None:
+        """None when it is not finite."""
+        return _finite(self.values[0].item())
+
+    @property
+    def head_loss(self) -> float | None:
+        return _finite(self.values[1].item())
+
+    @property
+    def feature_std(self) -> float | None:
+        """How far features are spread: 1 in all directions alike, 0 when all are one point.
+
+        The mean over F of the standard deviation of the normalised features, times sqrt(F).
+        """
+        rows = self.values[2]
+        total, squares = self.values[3:].chunk(2)
+        variance = (squares - total.square() / rows).clamp(min=0) / (rows - 1)
+        return _finite((variance.sqrt().mean() * len(total) ** 0.5).item())
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def data_digest(ids: NDArray[np.int64], crcs: NDArray[np.uint32]) -> Tensor:
     """An order-free checksum of a batch's sample ids [B] and view CRCs [B] (zeros: ids only).
 
     The sum, modulo 2**64, of a mixed (splitmix64) word for each sample: equal for equal batches,
-    whatever their order, and sums over ranks.
+    whatever their order, and sums over ranks. An int64 [] whose sums wrap as they should.
     """
     words = ids.astype(np.uint64) ^ (crcs.astype(np.uint64) << np.uint64(32))
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     words = words ^ (words >> np.uint64(31))
-    return f"{int(words.sum(dtype=np.uint64)):016x}"
-
-
-def feature_std(features: Tensor) -> Tensor:
-    """How far features [N, F] are spread: 1 in all directions alike, 0 when all are one point.
-
-    The mean over F of the standard deviation of the normalised features, times sqrt(F).
-    """
-    unit = torch.nn.functional.normalize(features.float(), dim=1)
-    spread: Tensor = unit.std(dim=0).mean() * features.shape[1] ** 0.5
-    return spread
+    return torch.tensor(words.sum(dtype=np.uint64).astype(np.int64).item())
 
 
 def effective_rank(features: Tensor) -> Tensor:

@@ -1,66 +1,184 @@
-"""Batch normalisation in which each view keeps statistics of its own.
+"""Batch normalisation in which each view keeps statistics of its own, over all processes.
 
 BYOL sends both views through the network in one forward, yet normalises each by itself, as the
 official implementation does with one forward per view. Statistics over both together would let
 every view see the other.
 
-Source: the official implementation of BYOL (arXiv 2006.07733), one forward for each view.
+A forward leaves its statistics in `batch_statistics`; `RunningStatistics` carries them over into
+the running ones after the backward. So whatever recomputes a forward changes nothing, and a step
+that is skipped leaves no trace.
+
+Source: the official implementation of BYOL (arXiv 2006.07733), one forward for each view; merging
+of moments: Chan et al., "Algorithms for computing the sample variance" (1983).
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
+import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 
 class BatchNorm(nn.Module):
     """Batch norm over [V*B, C] or [V*B, C, H, W], the V views stacked first.
 
-    In training each view is normalised by its own mean and biased variance, and enters the running
-    statistics (with the unbiased variance) in order, once per view. In evaluation it is torch's
-    batch norm. Names and shapes of parameters and buffers are torch's. Statistics and parameters
-    stay in float32 when the input comes in half precision.
+    In training each view is normalised by its own mean and biased variance. In evaluation it is
+    torch's batch norm. Names and shapes of parameters and buffers are torch's. Statistics and
+    parameters stay in float32 when the input comes in half precision.
 
-    Raises ValueError when the rows do not split into the views, or a view has a single value per
-    channel.
+    With a `group`, statistics are over the rows of all its processes, which may differ in number:
+    one all-reduce in the forward and one in the backward, for all views together.
+
+    Raises ValueError when the rows do not split into the views, or, without a group, when a view
+    has a single value per channel.
     """
 
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    batch_statistics: Tensor
 
     def __init__(self, channels: int, views: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
         self.views = views
         self.momentum = momentum
         self.eps = eps
+        self.group: ProcessGroup | None = None
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
+        # Mean and unbiased variance of each view in the last training forward.
+        self.register_buffer("batch_statistics", torch.zeros(views, 2, channels), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[V*B, C, ...] -> the same shape and dtype."""
         if not self.training:
-            return self._normalise(x)
+            return self._normalise(x, self.running_mean, self.running_var)
         if len(x) % self.views:
             raise ValueError(f"{len(x)} rows do not split into {self.views} views")
+        if self.group is not None:
+            views = x.unflatten(0, (self.views, -1))  # [V, B, C, ...]
+            views, mean, variance = _SyncNorm.apply(
+                views, self.weight, self.bias, self.eps, self.group
+            )
+            self.batch_statistics.copy_(torch.stack([mean, variance], dim=1))
+            merged: Tensor = views.flatten(0, 1)
+            return merged
         # Native kernels on each view, then a copy: measured faster than one pass with var_mean.
-        normalised = [self._normalise(view) for view in x.chunk(self.views)]  # V x [B, C, ...]
-        self.num_batches_tracked.add_(self.views)
+        self.batch_statistics.zero_()  # momentum 1 overwrites, but for 0 * nan
+        normalised = [
+            self._normalise(view, mean, variance)
+            for view, (mean, variance) in zip(
+                x.chunk(self.views), self.batch_statistics, strict=True
+            )
+        ]  # V x [B, C, ...]
         return normalised[0] if self.views == 1 else torch.cat(normalised)
 
-    def _normalise(self, x: Tensor) -> Tensor:
+    def _normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        """By the given statistics, or in training by those of `x`, which overwrite them."""
         return F.batch_norm(
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.training,
-            self.momentum,
-            self.eps,
+            x, mean, variance, self.weight, self.bias, self.training, momentum=1.0, eps=self.eps
         )
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, views={self.views}"
+
+
+class _SyncNorm(torch.autograd.Function):
+    """[V, B, C, ...] -> the same, normalised; and each view's mean and unbiased variance [V, C]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: ProcessGroup
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        count = x[0, :, 0].numel()
+        variance, mean = torch.var_mean(x.to(dtype), _rows(x), correction=0)  # [V, C]
+        # Moments about zero merge by a sum. In float64 they keep a small variance about a large
+        # mean, and the count goes along since processes may have different numbers of rows.
+        mean, variance = mean.double(), variance.double()
+        moments = [mean * count, (variance + mean**2) * count, mean.new_full((len(x), 1), count)]
+        moments = _sum(torch.cat(moments, dim=1), group).split([len(weight), len(weight), 1], dim=1)
+        total = moments[2]  # [V, 1]
+        mean = moments[0] / total
+        variance = (moments[1] / total - mean**2).clamp_min(0)
+        rstd = (variance + eps).rsqrt().to(dtype)
+        unbiased = (variance * (total / (total - 1))).to(dtype)
+        mean, total = mean.to(dtype), total.to(dtype)
+
+        y = (x - _like(mean, x)) * _like(rstd * weight, x) + _like(bias, x)
+        ctx.save_for_backward(x, weight, mean, rstd, total)
+        ctx.group = group
+        ctx.mark_non_differentiable(mean, unbiased)
+        return y.to(x.dtype), mean, unbiased
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd, total = ctx.saved_tensors
+        dy = dy.to(mean.dtype)
+        normalised = (x - _like(mean, x)) * _like(rstd, x)
+        sums = torch.cat([dy.sum(_rows(x)), (dy * normalised).sum(_rows(x))], dim=1)  # [V, 2C]
+        dbias, dweight = sums.sum(0).chunk(2)  # of this process's rows, like every gradient
+        dmean, dscale = (_sum(sums, ctx.group) / total).chunk(2, dim=1)  # [V, C]
+        dx = dy - _like(dmean, x) - normalised * _like(dscale, x)
+        return (dx * _like(rstd * weight, x)).to(x.dtype), dweight, dbias, None, None
+
+
+def _rows(x: Tensor) -> list[int]:
+    """The dimensions of [V, B, C, ...] that statistics are over."""
+    return [1, *range(3, x.ndim)]
+
+
+def _like(values: Tensor, x: Tensor) -> Tensor:
+    """[V, C] or [C] -> [V or 1, 1, C, ...], to go with x [V, B, C, ...]."""
+    return values.reshape(-1, 1, values.shape[-1], *(1 for _ in x.shape[3:]))
+
+
+def _sum(values: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum over all processes. A functional collective: torch.compile traces it."""
+    total: Tensor = collectives.wait_tensor(collectives.all_reduce(values, "sum", group))
+    return total
+
+
+def synchronise(module: nn.Module, group: ProcessGroup) -> None:
+    """Let every batch norm of `module` have its statistics over all processes of `group`."""
+    for norm in module.modules():
+        if isinstance(norm, BatchNorm):
+            norm.group = group
+
+
+class RunningStatistics:
+    """The running statistics of several networks, which follow those of training forwards.
+
+    Each view enters once, in order, at the norms' momentum. All norms move together.
+    """
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        modules = [module for network in networks for module in network.modules()]
+        self._norms = [module for module in modules if isinstance(module, BatchNorm)]
+        self._running = [t for norm in self._norms for t in (norm.running_mean, norm.running_var)]
+        self._next: Tensor | None = None  # [all channels]
+
+    @torch.no_grad()
+    def note(self) -> None:
+        """Take in the statistics of the last training forward of all networks."""
+        running = torch.cat(self._running) if self._next is None else self._next
+        for view in torch.cat([norm.batch_statistics.flatten(1) for norm in self._norms], dim=1):
+            running = torch.lerp(running, view, self._norms[0].momentum)
+        self._next = running
+        torch._foreach_add_([n.num_batches_tracked for n in self._norms], self._norms[0].views)
+
+    @torch.no_grad()
+    def apply(self, skip: Tensor | None = None) -> None:
+        """Write down what was noted since the last call, unless `skip` [] is 1."""
+        if self._next is None:
+            return
+        if skip is not None:
+            self._next = torch.where(skip > 0, torch.cat(self._running), self._next)
+        torch._foreach_copy_(self._running, self._next.split([len(t) for t in self._running]))
+        self._next = None

@@ -1,52 +1,187 @@
-"""Where a process computes: its device, its threads, what it compiles."""
+"""How a training step is spread over processes: one function, `parallelize`."""
 
-import os
-import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from engine.byol import Online, Target
+from engine.byol import Online, OnlineOutput, Target
+from engine.compiling import compile_networks
+from engine.norm import synchronise
+from engine.world import World
 from shards.errors import InputError
 from shards.fields import Operation
+
+Strategy = Literal["none", "ddp", "fsdp", "hsdp"]
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a step is spread over devices."""
+    """How a step is spread over processes. No choice changes what is computed, but for rounding."""
 
-    strategy: Operation[Literal["auto"]] = "auto"
-    """auto: one process, on the GPU when there is one."""
+    strategy: Operation[Literal["auto", "ddp", "fsdp", "hsdp"]] = "auto"
+    """ddp: every process holds everything; fsdp: parameters and optimizer state are spread over all
+    processes; hsdp: over the processes of a group, and groups are replicas. auto: ddp unless the
+    networks and the optimizer take more than half of a GPU's memory."""
 
+    shard: Operation[int] = 0
+    """hsdp: processes in a group. 0: those of one machine."""
 
-def setup(threads: int) -> torch.device:
-    """Take the device and set torch's threads. Raises InputError for more than one process."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
-        raise InputError(
-            f"started as {world} processes, but parallel.strategy auto runs one: "
-            "use torchrun --nproc-per-node=1 --nnodes=1"
-        )
-    torch.set_num_threads(threads)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    # Equal runs are equal bit for bit: no timing decides which kernel is used.
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    return device
+    recompute: Operation[bool] = False
+    """Activation checkpointing: keep only each residual block's input, and compute the block again
+    in the backward. Saves memory for about a quarter more time."""
+
+    timeout: Operation[float] = 600
+    """Seconds that a process waits for the others before it fails; half an hour before the first
+    step is done."""
 
 
-def compile_networks(online: Online, target: Target, report: Callable[[str], None]) -> None:
-    """Compile both networks' forwards in place, so that parameter names stay as they are.
+@dataclass(frozen=True)
+class Parallel:
+    """What became of the networks: how a step calls the online one and steers its gradients."""
 
-    Where there is no compiler for the CPU, says so and leaves them eager.
+    strategy: Strategy
+    online: Callable[[Tensor], OnlineOutput]
+    shard_group: ProcessGroup | None  # the processes that parameters are spread over
+    _network: Online
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[object]:
+        """Around the forward and backward of a micro-batch: gradients travel after the last."""
+        if isinstance(self.online, DistributedDataParallel):
+            return nullcontext() if last else self.online.no_sync()
+        if isinstance(self._network, FSDPModule):
+            self._network.set_requires_gradient_sync(last)
+        return nullcontext()
+
+
+def choose(
+    config: ParallelConfig, world: World, state_bytes: int, report: Callable[[str], None]
+) -> Strategy:
+    """The strategy of a run whose parameters, gradients and optimizer state are `state_bytes`.
+
+    Raises InputError when the processes do not allow it.
     """
-    if not torch.cuda.is_available() and not shutil.which(os.environ.get("CXX", "g++")):
-        report("compile: no C++ compiler (g++) found; going on without torch.compile")
-        return
-    online.compile()
-    target.compile()
+    chosen: Strategy
+    if config.strategy == "auto":
+        chosen = "none"
+        if world.size > 1:
+            chosen = _fitting(world, state_bytes)
+            report(
+                f"strategy {chosen}: networks and optimizer take {state_bytes / 2**30:.2f} GiB"
+                + (f" of {_memory(world) / 2**30:.0f}" if world.device.type == "cuda" else "")
+            )
+        return chosen
+    chosen = config.strategy
+    shard = config.shard or world.local_size
+    if chosen == "hsdp" and not (1 < shard < world.size and world.size % shard == 0):
+        fit = [n for n in range(2, world.size) if world.size % n == 0]
+        mend = f"use --parallel.shard {fit[-1]}" if fit else "use --parallel.strategy fsdp"
+        raise InputError(
+            f"parallel.strategy hsdp: {world.size} processes in groups of {shard} are no replicas "
+            f"of a sharded copy: {mend}"
+        )
+    return chosen
+
+
+def _fitting(world: World, state_bytes: int) -> Strategy:
+    if world.device.type != "cuda" or state_bytes <= _memory(world) / 2:
+        return "ddp"
+    return "hsdp" if 1 < world.local_size < world.size else "fsdp"
+
+
+def _memory(world: World) -> int:
+    return torch.cuda.get_device_properties(world.device).total_memory
+
+
+def parallelize(
+    online: Online,
+    target: Target,
+    config: ParallelConfig,
+    strategy: Strategy,
+    world: World,
+    *,
+    compile: bool,
+    static: bool,
+) -> Parallel:
+    """Spread both networks, in place, in this order:
+
+    1. batch norms get their statistics over all processes;
+    2. blocks of the online network recompute their activations, when asked for (the target keeps
+       none);
+    3. regions are compiled, inside of what wraps them: a graph holds its norms' communication,
+       and neither DDP's nor FSDP's hooks;
+    4. FSDP2 shards both networks alike, block by block, so that the moving average needs no
+       communication; or DDP wraps the online one.
+
+    `static`: every step takes the same path (no accumulation), which DDP can rely on.
+    """
+    if world.size > 1:
+        for network in (online, target):
+            synchronise(network, _world_group())
+    if config.recompute:
+        for block in online.encoder.blocks():
+            _recompute(block)
+    if compile:
+        compile_networks(online, target)
+    if strategy == "none":
+        return Parallel(strategy, online, None, online)
+    if strategy == "ddp":
+        wrapped = DistributedDataParallel(
+            online,
+            broadcast_buffers=False,  # running statistics are equal by construction
+            gradient_as_bucket_view=True,
+            static_graph=static,
+        )
+        return Parallel(strategy, wrapped, None, online)
+    mesh = _mesh(strategy, config, world)
+    for network in (online, target):
+        for block in network.encoder.blocks():
+            fully_shard(block, mesh=mesh)
+        fully_shard(network, mesh=mesh)
+    return Parallel(strategy, online, mesh.get_group(mesh.ndim - 1), online)
+
+
+def _mesh(strategy: Strategy, config: ParallelConfig, world: World) -> DeviceMesh:
+    if strategy == "fsdp":
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    shard = config.shard or world.local_size
+    shape, names = (world.size // shard, shard), ("replicate", "shard")
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+
+
+def _world_group() -> ProcessGroup:
+    return cast(ProcessGroup, dist.group.WORLD)
+
+
+def _recompute(block: nn.Module) -> None:
+    """Keep only the block's input for the backward, and the sums that its norms communicated."""
+    forward = block.forward
+    kept = partial(create_selective_checkpoint_contexts, _keep_communicated)
+
+    def again(x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(
+            forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=kept
+        )
+        return y
+
+    block.forward = again
+
+
+def _keep_communicated(_: object, operation: Any, *__: object, **___: object) -> CheckpointPolicy:
+    if operation is torch.ops._c10d_functional.all_reduce.default:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,11 +1,20 @@
-"""In which floating-point format a step computes. Parameters are float32 (float64 to verify)."""
+"""In which floating-point format a step computes, and what becomes of one that is not finite.
+
+Parameters, statistics, the loss, LARS norms and the moving average are float32 (float64 to verify).
+"""
 
 from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-Precision = Literal["fp64", "fp32", "bf16"]
+Precision = Literal["fp64", "fp32", "bf16", "fp16"]
+
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FIRST_SCALE = 2.0**16
+GROWTH_STEPS = 2000  # finite ones, until the scale doubles
+PATIENCE = 20  # skipped steps in a row: from 2**16 the scale is then below 1
 
 
 def parameter_dtype(precision: Precision) -> torch.dtype:
@@ -14,5 +23,54 @@ def parameter_dtype(precision: Precision) -> torch.dtype:
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """The context of the forward passes: bfloat16 where it is safe, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """The context of the forward passes: half precision where it is safe, or nothing."""
+    half = _HALF.get(precision)
+    return torch.autocast(device.type, half, enabled=half is not None)
+
+
+class StepGuard:
+    """Counts skipped steps and, in fp16, keeps the factor on the loss that suits the gradients.
+
+    Everything stays on the device: the host never waits for the step that is under way. The loss
+    scale halves at a skipped step and doubles after 2000 others (Micikevicius et al.,
+    arXiv 1710.03740).
+    """
+
+    def __init__(self, precision: Precision, device: torch.device) -> None:
+        """`scale` [] float32 is None where losses are not scaled."""
+        self.scale = torch.full((), FIRST_SCALE, device=device) if precision == "fp16" else None
+        self._finite = torch.zeros((), dtype=torch.int32, device=device)  # since the scale grew
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self._seen = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._seen_at: torch.cuda.Event | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors to save and, in place, to load."""
+        tensors = {"finite": self._finite, "skipped": self.skipped, "in_a_row": self._in_a_row}
+        return tensors if self.scale is None else tensors | {"scale": self.scale}
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss to call `backward` on."""
+        return loss if self.scale is None else loss * self.scale
+
+    @torch.no_grad()
+    def update(self, skip: Tensor) -> None:
+        """Note whether a step was skipped: [] 1 or 0."""
+        if self.scale is not None:
+            torch._amp_update_scale_(self.scale, self._finite, skip, 2.0, 0.5, GROWTH_STEPS)
+        skipped = skip.to(torch.int64)
+        self.skipped += skipped
+        self._in_a_row += 1
+        self._in_a_row *= skipped
+
+    def in_a_row(self) -> int:
+        """How many steps on end were skipped, as of this function's last call."""
+        if self._seen_at is not None:
+            self._seen_at.synchronize()
+        count = int(self._seen)
+        self._seen.copy_(self._in_a_row, non_blocking=True)
+        if self._in_a_row.is_cuda:
+            self._seen_at = torch.cuda.Event()
+            self._seen_at.record()
+        return count

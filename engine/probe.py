@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.augment import normalize
-from engine.byol import Online
+from engine.byol import VIEWS, Online
 from engine.metrics import effective_rank
 from engine.precision import Precision, autocast, parameter_dtype
+from engine.resnet import ResNet, ResNetConfig
+from engine.sharding import whole
+from engine.world import World
 from shards.errors import InputError
 from shards.evaluation import EvalBatch, center_crops
 from shards.fields import Operation
@@ -44,36 +47,46 @@ class Features(NamedTuple):
 
 
 class Probe:
-    """Measures an online network on data.val, with data.train to look for neighbours in."""
+    """Measures an online network on data.val, with data.train to look for neighbours in.
+
+    Images are shared out among the processes by blocks. Features come from an encoder of its own
+    that takes over the online one's weights: whole where those are sharded, and in evaluation mode
+    without disturbing the training.
+    """
 
     def __init__(
         self,
         config: ProbeConfig,
         online: Online,
+        encoder: ResNetConfig,
         train: Index,
         val: Index,
+        world: World,
         *,
         size: int,
         precision: Precision,
-        device: torch.device,
         threads: int,
         corrupt: float,
         report: Callable[[str], None],
     ) -> None:
         """`size`: side of the network's input in pixels; `report` takes warnings about the data."""
         self.config, self.online, self.train, self.val = config, online, train, val
-        self.size, self.precision, self.device = size, precision, device
+        self.world, self.size, self.precision = world, size, precision
         self.threads, self.corrupt, self.report = threads, corrupt, report
+        self.encoder = ResNet(encoder, VIEWS).to(world.device, parameter_dtype(precision)).eval()
 
     def evaluate(self) -> dict[str, float]:
         """kNN and the online head on data.val (fractions), and the rank of its features."""
         queries = self.features(self.val)
         found = {"knn_top1": self.knn(self.features(self.train, self.config.bank), queries)}
-        if self.online.classifier is not None:
+        head = self.online.classifier
+        if head is not None:
             with torch.no_grad():
-                logits = self.online.classifier(queries.features)
-            found["online_top1"] = top1(logits, queries.labels)
-        found["feature_rank"] = effective_rank(queries.features[:10_000]).item()
+                logits = F.linear(queries.features, whole(head.weight), whole(head.bias))
+            correct = logits.argmax(dim=1) == queries.labels
+            found["online_top1"] = self._fraction(correct)
+        some = self.world.gather(queries.features[: 10_000 // self.world.size])
+        found["feature_rank"] = effective_rank(some).item()
         return found
 
     def pixels_top1(self) -> float:
@@ -87,14 +100,17 @@ class Probe:
         `pixels`: the images themselves instead.
         """
 
+        @torch.no_grad()
         def encode(images: Tensor) -> Tensor:
             images = normalize(images.to(parameter_dtype(self.precision)) / 255)
             if pixels:
                 return images.flatten(1)
-            with autocast(self.precision, self.device):
-                features: Tensor = self.online.encoder(images)
+            with autocast(self.precision, self.world.device):
+                features: Tensor = self.encoder(images)
             return features.to(images.dtype)
 
+        if not pixels:
+            self._take_weights()
         crops = center_crops(
             index,
             size=self.size,
@@ -103,55 +119,66 @@ class Probe:
             corrupt=self.corrupt,
             report=self.report,
             limit=limit,
+            part=(self.world.rank, self.world.size),
         )
-        self.online.eval()
-        try:
-            return extract(encode, crops, self.device)
-        finally:
-            self.online.train()
+        return extract(encode, crops, self.world.device)
 
     def knn(self, bank: Features, queries: Features) -> float:
         """`knn_top1` with the recipe's k and temperature."""
-        return knn_top1(
+        bank = Features(self.world.gather(bank.features), self.world.gather(bank.labels))
+        if len(bank.labels) == 0:
+            raise InputError("evaluation found no labelled image to look up: see data.train")
+        correct = knn_correct(
             bank,
             queries,
             neighbours=self.config.neighbours,
             temperature=self.config.temperature,
             classes=len(self.train.classes),
         )
+        return self._fraction(correct)
+
+    @torch.no_grad()
+    def _take_weights(self) -> None:
+        own = self.encoder.state_dict()
+        for name, value in self.online.encoder.state_dict().items():
+            own[name].copy_(whole(value))
+
+    def _fraction(self, correct: Tensor) -> float:
+        """Of `correct` [n] over all processes. Raises InputError when there is no row."""
+        right, rows = self.world.sum(torch.tensor([int(correct.sum()), len(correct)])).tolist()
+        if rows == 0:
+            raise InputError("evaluation found no labelled image that can be decoded: see data.val")
+        return float(right / rows)
 
 
-@torch.no_grad()
 def extract(
     encode: Callable[[Tensor], Tensor], batches: Iterable[EvalBatch], device: torch.device
 ) -> Features:
-    """Features of all labelled samples; `encode` takes uint8 images [B, 3, S, S] on the device.
-
-    Raises InputError when there is none.
-    """
-    features, labels = [], []
+    """Features of all labelled samples; `encode` takes uint8 images [B, 3, S, S] on the device."""
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
     for batch in batches:
         known = batch.labels >= 0
-        if known.any():
+        # The first batch goes through even without labels: it tells how long features are.
+        if known.any() or not features:
             images = batch.images[known].to(device, non_blocking=True)
             features.append(encode(images))
             labels.append(batch.labels[known].to(device))
-    if not features:
-        raise InputError("evaluation found no labelled image that can be decoded: see data.val")
     return Features(torch.cat(features), torch.cat(labels))
 
 
-def knn_top1(
+@torch.no_grad()
+def knn_correct(
     bank: Features, queries: Features, *, neighbours: int, temperature: float, classes: int
-) -> float:
-    """Fraction of queries whose weighted vote of nearest neighbours (by cosine) is right.
+) -> Tensor:
+    """Which queries [N] the weighted vote of their nearest neighbours (by cosine) gets right.
 
     Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination"
     (arXiv 1805.01978), section 3.4.
     """
     keys = F.normalize(bank.features, dim=1)  # [N, F]
     k = min(neighbours, len(keys))
-    correct = torch.zeros((), dtype=torch.int64, device=keys.device)
+    correct = []
     for features, labels in zip(
         queries.features.split(1024), queries.labels.split(1024), strict=True
     ):
@@ -159,10 +186,5 @@ def knn_top1(
         nearest, which = similarity.topk(k)  # [b, k]
         votes = similarity.new_zeros(len(features), classes)
         votes.scatter_add_(1, bank.labels[which], (nearest / temperature).exp())
-        correct += (votes.argmax(dim=1) == labels).sum()
-    return correct.item() / len(queries.labels)
-
-
-def top1(logits: Tensor, labels: Tensor) -> float:
-    """Fraction of rows [N, classes] whose largest logit is the label's."""
-    return (logits.argmax(dim=1) == labels).float().mean().item()
+        correct.append(votes.argmax(dim=1) == labels)
+    return torch.cat(correct)

@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import io
 import math
-import os
 import re
 import runpy
 import traceback
@@ -21,9 +20,10 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
+from engine.adamw import AdamWConfig
 from engine.byol import BYOLConfig
 from engine.checkpoint import CheckpointConfig
-from engine.lars import AdamWConfig, LARSConfig
+from engine.lars import LARSConfig
 from engine.metrics import LogConfig
 from engine.parallel import ParallelConfig
 from engine.precision import Precision
@@ -48,12 +48,16 @@ class Recipe:
     """Decides the initial weights, the order of the data and every random view."""
     steps: Operation[int | None] = None
     """Stop this process after that step; never changes a schedule. None: train to the end."""
-    threads: Operation[int] = os.cpu_count() or 1
-    """Threads of this process, for decoding and for torch on the CPU."""
+    threads: Operation[int | None] = None
+    """Threads of each process, for decoding and for torch on the CPU. None: the machine's cores,
+    shared out among its processes."""
     compile: Operation[bool] = True
-    """Compile the networks with torch.compile."""
+    """Compile networks, augmentation and optimizer with torch.compile."""
+    compile_artefacts: Operation[bool] = True
+    """Keep what torch.compile made in RUN/compile, and start from it."""
     precision: Precision = "fp32"
-    """Of the forward passes; parameters are float32. fp64 computes all in float64, to verify."""
+    """Of the forward passes; parameters are float32. fp16 scales the loss. fp64 computes all in
+    float64, to verify."""
     debug_step: Operation[bool] = False
     """Take one batch through training, evaluation and checkpoint, report, and stop."""
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -84,6 +88,7 @@ class Recipe:
             ("schedule.warmup_epochs", 0, self.schedule.epochs),
             ("schedule.base_lr", 0, 1e9),
             ("schedule.base_tau", 0, 1),
+            ("schedule.paper_batch", 1, 2**31),
             ("optimizer.weight_decay", 0, 1e9),
             ("data.draw", 0, 2**31),
             ("data.streams", 1, 2**20),
@@ -97,6 +102,8 @@ class Recipe:
             ("checkpoint.every", 0, math.inf),
             ("checkpoint.keep", 1, math.inf),
             ("log.every", 1, math.inf),
+            ("parallel.shard", 0, 2**20),
+            ("parallel.timeout", 1, 1e6),
             ("log.pictures", 1, 1024),
         ):
             value = attrgetter(name)(self)

@@ -72,9 +72,9 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(inputs, channels, stride, project, views)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu_(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        return torch.relu_(y.add_(self.downsample(x)))
+        return torch.relu(y + self.downsample(x))
 
 
 class Bottleneck(nn.Module):
@@ -95,10 +95,10 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(inputs, outputs, stride, project, views)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu_(self.bn1(self.conv1(x)))
-        y = torch.relu_(self.bn2(self.conv2(y)))
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
-        return torch.relu_(y.add_(self.downsample(x)))
+        return torch.relu(y + self.downsample(x))
 
 
 _BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
@@ -142,9 +142,19 @@ class ResNet(nn.Module):
         self.layer4 = group(c3 * block.expansion, c4, n4, 2, False)
         self.feature_dim = c4 * block.expansion
 
+    def blocks(self) -> list[nn.Module]:
+        """All residual blocks, in order."""
+        layers = (self.layer1, self.layer2, self.layer3, self.layer4)
+        return [block for layer in layers for block in layer]
+
+    def stem(self, x: Tensor) -> Tensor:
+        """The layers before the first block: [N, 3, H, W] -> [N, 64, H/4, W/4] at width 1."""
+        x = torch.relu(self.bn1(self.conv1(x)))  # [N, 64, H/2, W/2]
+        pooled: Tensor = self.maxpool(x)
+        return pooled
+
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu_(self.bn1(self.conv1(x)))  # [N, 64, H/2, W/2] at width 1
-        x = self.maxpool(x)
+        x = self.stem(x)
         x = self.layer1(x)  # [N, 64 or 256, H/4, W/4]
         x = self.layer2(x)
         x = self.layer3(x)

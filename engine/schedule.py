@@ -7,6 +7,7 @@ Source: BYOL (arXiv 2006.07733), "Implementation details".
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,17 @@ class ScheduleConfig:
     base_tau: float = 0.996
     """Averaging rate of the target network at the first step; it rises to 1 at the last."""
 
+    lr_rule: Literal["linear", "fixed"] = "linear"
+    """How the peak rate goes with batch.size: in proportion, as base_lr * size / 256; or fixed, as
+    if batch.size were paper_batch."""
+
+    tau_rule: Literal["fixed", "power"] = "fixed"
+    """How tau goes with batch.size: not at all; or to the power of batch.size / paper_batch, so
+    that the target forgets at the same rate for each image seen (arXiv 2307.13813)."""
+
+    paper_batch: int = 4096
+    """The batch size that base_tau (and base_lr, when fixed) are meant for."""
+
     def total_steps(self, samples: int, batch: int) -> int:
         """floor(epochs * samples / batch), exact where `epochs` is a whole number."""
         return int(self.epochs * samples // batch)
@@ -35,7 +47,11 @@ class ScheduleConfig:
 
     def peak_lr(self, batch: int) -> float:
         """The learning rate at the end of the warm-up."""
-        return self.base_lr * batch / 256
+        return self.base_lr * (batch if self.lr_rule == "linear" else self.paper_batch) / 256
+
+    def tau_power(self, batch: int) -> float:
+        """kappa, the power that `tau` is raised to."""
+        return batch / self.paper_batch if self.tau_rule == "power" else 1.0
 
 
 def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
@@ -47,7 +63,12 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
     return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
-def tau(step: int, base: float, total: int) -> float:
-    """The target's averaging rate: `base` at step 0, along a cosine to 1 at `total`."""
+def tau(step: int, base: float, total: int, power: float = 1.0) -> float:
+    """The target's averaging rate: `base` at step 0, along a cosine to 1 at `total`; to a power.
+
+    With kappa times the batch and tau**kappa the target averages over as many images as before:
+    Busbridge et al., "How to scale your EMA" (arXiv 2307.13813), definition 1.2.
+    """
     progress = min(step / total, 1.0)
-    return 1 - (1 - base) * (1 + math.cos(math.pi * progress)) / 2
+    rate = 1 - (1 - base) * (1 + math.cos(math.pi * progress)) / 2
+    return math.pow(rate, power)

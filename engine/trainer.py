@@ -1,9 +1,6 @@
 """The training: what is built, and in which order; the step; the loop around it."""
 
-import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -16,93 +13,74 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from engine import byol, checkpoint, parallel, run
+from engine import byol, checkpoint, compiling, parallel, run, world
+from engine.adamw import AdamWConfig
+from engine.artefacts import Artefacts
 from engine.augment import augment
 from engine.byol import byol_loss, update_target
-from engine.metrics import MetricsLog, data_digest, feature_std
-from engine.precision import autocast, parameter_dtype
+from engine.data import open_data, train_batches
+from engine.metrics import MetricsLog, NoLog, StepSums, Timer, data_digest
+from engine.norm import RunningStatistics
+from engine.precision import PATIENCE, StepGuard, autocast, parameter_dtype
 from engine.probe import Probe
 from engine.recipe import Recipe, method_fields
 from engine.schedule import learning_rate, tau
-from shards import index as indexes
-from shards import storage, synthetic
+from engine.sharding import foreach_norms, local, not_finite, whole_norms
+from shards import storage
 from shards.errors import InputError
 from shards.loader import Batch, TrainLoader
-from shards.order import Order, rank_streams
 
 
 class StepOutput(NamedTuple):
     """What a step leaves for the log, on the device; images, features: the last micro-batch's."""
 
-    loss: Tensor  # [] mean over the batch, 0 to 8
-    head_loss: Tensor  # [] of the online classifier, 0 without labels
+    loss: Tensor  # [] this process's share of the mean over the global batch, 0 to 8
+    head_loss: Tensor  # [] of the online classifier, likewise; 0 without labels
     features: Tensor  # [V*b, F]
     images: Tensor  # [V*b, 3, S, S], as the network saw them
     lr: float
     tau: float
 
 
-class _Timer:
-    """Speed since it was made: of the steps, not of evaluations and checkpoints between them."""
-
-    def __init__(self) -> None:
-        self.steps, self._start, self._waited = 0, time.perf_counter(), 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    def read(self, batch: int) -> dict[str, float]:
-        seconds = time.perf_counter() - self._start
-        return {
-            "images_per_second": self.steps * batch / seconds,
-            "data_wait": self._waited / seconds,
-        }
-
-
 class Trainer:
-    """A run in this process: data, networks and optimizer, with `step` updates done."""
+    """A run, in this process: data, networks and optimizer, with `step` updates done."""
 
     def __init__(self, recipe: Recipe) -> None:
-        """Build, in this order: device, data, networks, optimizer, saved state.
+        """Build, in this order: processes, data, networks, saved state, strategy, optimizer.
 
         Raises InputError for what the user got wrong, before the first expensive thing.
         """
         self.recipe = recipe
-        self.console = Console(highlight=False, soft_wrap=True)
-        self.report = cache(self.console.print)  # each warning once
-        self.device = parallel.setup(recipe.threads)
+        self.world = world.enter(recipe.threads, recipe.parallel.strategy != "auto")
+        self.device = self.world.device
+        self.threads = recipe.threads or world.share_of_cores()
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not self.world.main)
+        # Every process tells of the faults that it sees in its data, each once.
+        self.report = cache(Console(highlight=False, soft_wrap=True).print)
 
-        self._draw_data()
-        self.train_index = indexes.load(recipe.data.train, "data.train")
-        self.val_index = indexes.load(recipe.data.val, "data.val") if recipe.data.val else None
-        self.order = Order(self.train_index, recipe.seed, recipe.data.streams, recipe.batch.size)
-        self._check_data()
+        self.train_index, self.val_index, self.order = open_data(
+            recipe, self.world, self.console.print
+        )
         samples, batch = self.train_index.samples, recipe.batch.size
         self.total_steps = recipe.schedule.total_steps(samples, batch)
         self.warmup_steps = recipe.schedule.warmup_steps(samples, batch)
         self.peak_lr = recipe.schedule.peak_lr(batch)
+        self.tau_power = recipe.schedule.tau_power(batch)
         self.stop = self.total_steps if recipe.steps is None else recipe.steps
         self.stop = min(self.stop, self.total_steps)
-        if self.total_steps < 1:
-            raise InputError(
-                f"schedule.epochs {recipe.schedule.epochs} of {samples} samples are less than one "
-                f"step of batch.size {batch}: train for longer"
-            )
-
-        run.check(recipe, self.train_index.digest, self.report)
-        commit = self._find_checkpoint()
-        if not recipe.debug_step:
-            run.write(recipe, self.train_index.digest)
 
         self.classes = len(self.train_index.classes)
         self.online, self.target = byol.build(recipe.model, self.classes, recipe.seed)
-        self.online.to(self.device, parameter_dtype(recipe.precision))
-        self.target.to(self.device, parameter_dtype(recipe.precision))
-        self.optimizer = recipe.optimizer.build(self.online)
-        self.augment: Callable[..., Tensor] = partial(augment, blur=recipe.views.ever_blur)
+        strategy = parallel.choose(
+            recipe.parallel, self.world, self._state_bytes(), self.console.print
+        )
+        commit = self.world.tell(self._open_run)
+        self._parallelize(strategy)
+        self.optimizer = recipe.optimizer.build(self.online, self.parallel.shard_group)
+        self.statistics = RunningStatistics([self.online, self.target])
+        self.guard = StepGuard(recipe.precision, self.device)
+        if self.compile:
+            compiling.compile_optimizer(self.optimizer)
 
         self.probe = self._build_probe()
         self.step = 0
@@ -112,10 +90,41 @@ class Trainer:
             self.load(commit)
             self.step, self.baseline = commit.step, {}
             self.console.print(f"resumed at step {self.step} from {storage.redact(commit.url)}")
-        if recipe.compile:
-            parallel.compile_networks(self.online, self.target, self.console.print)
-            if self.device.type == "cuda":
-                self.augment = torch.compile(self.augment)
+
+    def _open_run(self) -> checkpoint.Commit | None:
+        """Claim the run's directory for this recipe, and find what to go on from."""
+        run.check(self.recipe, self.train_index.digest, self.report)
+        commit = self._find_checkpoint()
+        if not self.recipe.debug_step:
+            run.write(self.recipe, self.train_index.digest)
+        return commit
+
+    def _parallelize(self, strategy: parallel.Strategy) -> None:
+        recipe = self.recipe
+        missing = compiling.missing_compiler(self.device) if recipe.compile else ""
+        if missing:
+            self.console.print(f"compile: {missing}; going on without torch.compile")
+        self.compile = recipe.compile and not missing
+        self.artefacts = Artefacts(recipe, self.world, strategy)
+        if self.compile and recipe.compile_artefacts:
+            self.artefacts.load(self.console.print)
+        for network in (self.online, self.target):
+            network.to(self.device, parameter_dtype(recipe.precision))
+        self.parallel = parallel.parallelize(
+            self.online,
+            self.target,
+            recipe.parallel,
+            strategy,
+            self.world,
+            compile=self.compile,
+            static=recipe.batch.micro == 1,
+        )
+        self.augment: Callable[..., Tensor] = partial(augment, blur=recipe.views.ever_blur)
+        self.update_target = update_target
+        if self.compile:
+            self.update_target = compiling.compiled(update_target)
+            if self.device.type == "cuda":  # a CPU takes rows in parts that its caches hold
+                self.augment = compiling.compiled(self.augment)
 
     # The step -------------------------------------------------------------------------------
 
@@ -123,30 +132,39 @@ class Trainer:
         """One update: both networks see both views, the online one learns, the target follows.
 
         Section 3.1 and algorithm 1 of the paper. With micro-batches, gradients are averaged over
-        them and everything after the backward passes happens once, as in the paper.
+        them and everything after the backward passes happens once, as in the paper. A step with a
+        gradient that is not finite changes nothing but the guard's counters.
         """
         lr = learning_rate(self.step, self.peak_lr, self.warmup_steps, self.total_steps)
-        rate = tau(self.step, self.recipe.schedule.base_tau, self.total_steps)
-        micro = self.recipe.batch.micro
+        rate = tau(self.step, self.recipe.schedule.base_tau, self.total_steps, self.tau_power)
+        parts = self._micro_batches(batch)
+        share = len(batch.ids) / self.recipe.batch.size / len(parts)  # of the global batch
         loss = head_loss = torch.zeros((), device=self.device)
 
-        for views, params, labels in self._micro_batches(batch):
+        for number, (views, params, labels) in enumerate(parts, start=1):
             images = self.augment(views, params)  # [V*b, 3, S, S]
-            with autocast(self.recipe.precision, self.device):
-                online = self.online(images)
-                with torch.no_grad():
-                    projection = self.target(images)  # [V*b, D]
-            byol_term = byol_loss(online.prediction, projection).mean()
-            head_term = _head_loss(online.logits, labels)
-            ((byol_term + head_term) / micro).backward()
-            loss = loss + byol_term.detach() / micro
-            head_loss = head_loss + head_term.detach() / micro
+            with self.parallel.micro_batch(last=number == len(parts)):
+                with autocast(self.recipe.precision, self.device):
+                    online = self.parallel.online(images)
+                    with torch.no_grad():
+                        projection = self.target(images)  # [V*b, D]
+                byol_term = byol_loss(online.prediction, projection).mean() * share
+                head_term = _head_loss(online.logits, labels) * share
+                # Gradients are averaged over the processes, shares of a batch add up.
+                self.guard.scaled((byol_term + head_term) * self.world.size).backward()
+            self.statistics.note()
+            loss = loss + byol_term.detach()
+            head_loss = head_loss + head_term.detach()
 
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        skip = self.optimizer.step(self.guard.scale)  # [] 1 where a gradient is not finite
         self.optimizer.zero_grad()
-        update_target(self.target, self.online, rate)
+        follow = (1 - rate) * (1 - skip).to(parameter_dtype(self.recipe.precision))
+        moved, towards = byol.paired(self.target, self.online)
+        self.update_target(local(moved), local(towards), follow)
+        self.statistics.apply(skip)
+        self.guard.update(skip)
         return StepOutput(loss, head_loss, online.features, images, lr, rate)
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -168,14 +186,18 @@ class Trainer:
     def fit(self) -> None:
         """Train to the last step of the recipe, or of this process (`steps`)."""
         recipe, first, measured = self.recipe, self.step, {}
-        log = MetricsLog(recipe.run, self.step, self.stop, self.console)
+        log = (
+            MetricsLog(recipe.run, self.step, self.stop, self.console)
+            if self.world.main
+            else NoLog()
+        )
         data = self.batches()
         self.console.print(
             f"{self.train_index.samples:,} images, {self.order.steps_per_epoch:,} steps an epoch; "
             f"steps {self.step:,} to {self.stop:,} on {self.device}; blocks in memory: up to about "
             f"{data.block_memory / 2**20:,.0f} MiB"
         )
-        timer = _Timer()
+        timer = Timer()
         try:
             while self.step < self.stop:
                 with timer.waiting():
@@ -184,6 +206,12 @@ class Trainer:
                 self.step += 1
                 timer.steps += 1
                 log.advance()
+                if self.guard.in_a_row() >= PATIENCE:
+                    raise self._diverged(output)
+                if self.step == first + 1:
+                    world.set_timeout(recipe.parallel.timeout)
+                if self.step == first + 2 and self.compile and recipe.compile_artefacts:
+                    self.artefacts.save(self.console.print)
 
                 measure = recipe.probe.every > 0 and self._due(recipe.probe.every, self.total_steps)
                 if measure or self.step == first + 1:
@@ -192,14 +220,15 @@ class Trainer:
                 if measure or self.step % recipe.log.every == 0:
                     record = self._record(output, batch) | timer.read(recipe.batch.size)
                     if measure and self.probe is not None:
+                        self._check_finite(output)
                         measured = self.probe.evaluate()
                         record |= measured
                     log.write(record)
-                    timer = _Timer()
+                    timer = Timer()
                 if self._due(recipe.checkpoint.every, self.stop):
                     self._check_finite(output)
                     self.save()
-                    timer = _Timer()
+                    timer = Timer()
         finally:
             data.close()
             log.close()
@@ -220,17 +249,13 @@ class Trainer:
             say("the same command without --steps goes on")
 
     def batches(self) -> TrainLoader:
-        """The batches from the next step on."""
-        recipe = self.recipe
-        return TrainLoader(
+        """This process's rows of the batches, from the next step on."""
+        return train_batches(
+            self.recipe,
             self.order,
-            rank_streams(recipe.data.streams, rank=0, world=1),
-            recipe.views,
-            recipe.data,
-            micro=recipe.batch.micro,
+            self.world,
             start=self.step,
-            threads=recipe.threads,
-            pin_memory=self.device.type == "cuda",
+            threads=self.threads,
             report=self.report,
         )
 
@@ -238,27 +263,38 @@ class Trainer:
         return self.step == last or (every > 0 and self.step % every == 0)
 
     def _check_finite(self, output: StepOutput) -> None:
-        """Before a step is logged or saved: a diverged run must not push out its good states."""
-        loss = output.loss.item()
-        if not math.isfinite(loss):
-            raise InputError(
-                f"the loss is {loss} at step {self.step}: training has diverged; the last "
-                "checkpoint is kept: start a new run with a lower --schedule.base-lr"
-            )
+        """Before a step is measured or saved: a diverged run must not push out good states."""
+        norms = foreach_norms(local(self.online.parameters()))
+        if not_finite(whole_norms(norms, self.parallel.shard_group)):
+            raise self._diverged(output)
+
+    def _diverged(self, output: StepOutput) -> InputError:
+        scale = "" if self.guard.scale is None else f", loss scale {self.guard.scale.item():g}"
+        return InputError(
+            f"training has diverged: steps without a finite gradient at step {self.step} "
+            f"(loss {output.loss.item() * self.world.size:g}, learning rate {output.lr:g}{scale}); "
+            "the last checkpoint is kept: start a new run with a lower --schedule.base-lr"
+            + (" or --precision bf16" if self.recipe.precision == "fp16" else "")
+        )
 
     def _record(self, output: StepOutput, batch: Batch) -> dict[str, Any]:
-        self._check_finite(output)
+        own = StepSums.of(output.loss, output.head_loss, output.features)
+        sums = StepSums(self.world.sum(own.values))
+        digest = self.world.sum(data_digest(batch.ids, batch.crcs)).item()
         record: dict[str, Any] = {
             "step": self.step,
             "epoch": self.step // self.order.steps_per_epoch,
-            "loss": output.loss.item(),
+            "loss": sums.loss,
             "lr": output.lr,
             "tau": output.tau,
-            "feature_std": feature_std(output.features).item(),
-            "data_digest": data_digest(batch.ids, batch.crcs),
+            "feature_std": sums.feature_std,
+            "data_digest": f"{digest % 2**64:016x}",
+            "skipped": int(self.guard.skipped),
         }
+        if self.guard.scale is not None:
+            record["loss_scale"] = self.guard.scale.item()
         if self.classes:
-            record["head_loss"] = output.head_loss.item()
+            record["head_loss"] = sums.head_loss
         return record
 
     def _build_probe(self) -> Probe | None:
@@ -269,12 +305,13 @@ class Trainer:
         return Probe(
             recipe.probe,
             self.online,
+            recipe.model.encoder,
             self.train_index,
             self.val_index,
+            self.world,
             size=recipe.views.size,
             precision=recipe.precision,
-            device=self.device,
-            threads=recipe.threads,
+            threads=self.threads,
             corrupt=recipe.data.corrupt,
             report=self.report,
         )
@@ -300,21 +337,27 @@ class Trainer:
             "online": self.online.state_dict(),
             "target": self.target.state_dict(),
             "optimizer": optimizer["state"],
+            "guard": self.guard.state(),
         }
 
     def save(self) -> checkpoint.Commit:
         """Commit the state as this step's checkpoint, then remove the oldest ones."""
         recipe = self.recipe
         commit = checkpoint.save(
-            recipe.run, self.step, self.state(), method_fields(recipe), self.train_index.digest
+            recipe.run,
+            self.step,
+            self.state(),
+            method_fields(recipe),
+            self.train_index.digest,
+            self.world,
         )
-        checkpoint.prune(recipe.run, recipe.checkpoint.keep)
+        self.world.tell(lambda: checkpoint.prune(recipe.run, recipe.checkpoint.keep))
         return commit
 
     def load(self, commit: checkpoint.Commit) -> None:
         """Take over a checkpoint's tensors."""
         state = self.state()
-        checkpoint.load(commit, state)
+        checkpoint.load(commit, state, self.world)
         self.online.load_state_dict(state["online"])
         self.target.load_state_dict(state["target"])
         groups = get_optimizer_state_dict(self.online, self.optimizer)["param_groups"]
@@ -338,43 +381,20 @@ class Trainer:
             )
         return commit
 
-    # Data -----------------------------------------------------------------------------------
-
-    def _draw_data(self) -> None:
-        data, size = self.recipe.data, self.recipe.views.size
-        for url, samples, seed in ((data.train, data.draw, 0), (data.val, data.draw // 4, 1)):
-            if url and samples and not storage.exists(storage.join(url, indexes.NAME)):
-                self.console.print(f"drawing {samples} images to {storage.redact(url)}")
-                synthetic.write(url, samples, size, seed)
-
-    def _check_data(self) -> None:
-        micro = self.recipe.batch.micro
-        if self.order.rows % micro:
-            raise InputError(
-                f"batch.micro {micro} does not divide the {self.order.rows} rows that each of "
-                f"data.streams {self.order.streams} gives to a batch: use fewer streams"
-            )
-        if self.val_index is None:
-            return
-        train, val = self.train_index.classes, self.val_index.classes
-        if (self.recipe.probe.every or self.recipe.probe.baseline) and not (train and val):
-            name = "data.val" if train else "data.train"
-            raise InputError(
-                f"evaluations are on but {name} has no labels: use --probe.every 0 "
-                "--probe.no-baseline, or pack the images in one folder for each class"
-            )
-        if train and val and train != val:
-            odd = sorted(set(train) ^ set(val)) or ["their order"]
-            raise InputError(
-                f"data.val has other classes than data.train ({len(val)} and {len(train)}, "
-                f"differing in {odd[0]}): pack both with the same class folders"
-            )
+    def _state_bytes(self) -> int:
+        """Of parameters, gradients and optimizer state, when one process holds everything."""
+        online, target = (
+            sum(p.numel() for p in network.parameters()) for network in (self.online, self.target)
+        )
+        slots = 2 if isinstance(self.recipe.optimizer, AdamWConfig) else 1
+        width: int = parameter_dtype(self.recipe.precision).itemsize
+        return width * (online * (2 + slots) + target)
 
 
 def _head_loss(logits: Tensor | None, labels: Tensor) -> Tensor:
-    """Cross-entropy [] of the online classifier, over the rows that have a label (not -1)."""
+    """Cross-entropy [] of the online classifier, mean over the rows; those without a label (-1)
+    count as 0, so that nobody needs to know how many there are elsewhere."""
     if logits is None:
         return torch.zeros((), device=labels.device)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    known = (labels >= 0).sum().clamp(min=1)
-    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / known
+    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / len(labels)

@@ -10,8 +10,8 @@ Expected     kNN 53.9% (raw pixels 41.5%, untrained encoder 31.9%)
 
 from dataclasses import replace
 
+from engine.adamw import AdamWConfig
 from engine.byol import BYOLConfig
-from engine.lars import AdamWConfig
 from engine.resnet import ResNetConfig
 from engine.schedule import ScheduleConfig
 from recipes.cifar10 import recipe as base

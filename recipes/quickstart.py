@@ -10,9 +10,9 @@ Time         4 min 25 s
 Expected     kNN 71.8% (raw pixels 45.1%, untrained encoder 32.9%)
 """
 
+from engine.adamw import AdamWConfig
 from engine.byol import BYOLConfig
 from engine.checkpoint import CheckpointConfig
-from engine.lars import AdamWConfig
 from engine.metrics import LogConfig
 from engine.probe import ProbeConfig
 from engine.recipe import Recipe

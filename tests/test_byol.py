@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator
 
-from engine.byol import BYOLConfig, build, byol_loss, regression_loss, update_target
+from engine.byol import BYOLConfig, build, byol_loss, paired, regression_loss, update_target
 from engine.resnet import ResNetConfig
 from tests.golden_files import golden
 
@@ -116,7 +116,7 @@ def test_target_moves_towards_online() -> None:
     online(images)
     target(images)
     before = {name: value.clone() for name, value in target.state_dict().items()}
-    update_target(target, online, tau=0.75)
+    update_target(*paired(target, online), torch.tensor(1 - 0.75))
     source = online.state_dict()
     parameters = {name for name, _ in target.named_parameters()}
     for name, value in target.state_dict().items():
@@ -129,7 +129,7 @@ def test_target_needs_every_name() -> None:
     online, _ = build(SMALL, 10, seed=0)
     _, deeper = build(BYOLConfig(ResNetConfig(18, 0.125, "cifar"), 32, 16), 10, seed=0)
     with pytest.raises(KeyError, match=r"layer1\.1\.conv1\.weight"):
-        update_target(deeper, online, tau=0.9)
+        paired(deeper, online)
 
 
 def test_compiles_to_one_graph() -> None:

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from engine import checkpoint
+from engine.world import World
 from shards.errors import InputError
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 def state(value: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -16,7 +19,7 @@ def state(value: float) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def save(run: Path | str, step: int) -> checkpoint.Commit:
-    return checkpoint.save(str(run), step, state(step), {"seed": 0}, "digest")
+    return checkpoint.save(str(run), step, state(step), {"seed": 0}, "digest", ALONE)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -25,7 +28,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert commit is not None
     assert (commit.step, commit.method, commit.index_digest) == (3, {"seed": 0}, "digest")
     found = state(0)
-    checkpoint.load(commit, found)
+    checkpoint.load(commit, found, ALONE)
     torch.testing.assert_close(found, state(3))
 
 
@@ -129,11 +132,11 @@ def test_any_fsspec_url() -> None:
     commit = checkpoint.latest("memory://bucket/run", print)
     assert commit is not None
     found = state(0)
-    checkpoint.load(commit, found)
+    checkpoint.load(commit, found, ALONE)
     torch.testing.assert_close(found, state(5))
 
 
 def test_commit_is_readable_without_this_package(tmp_path: Path) -> None:
     document = json.loads((Path(save(tmp_path, 3).url) / "commit.json").read_text())
-    assert document["format"] == 1
+    assert document["format"] == 2
     assert document["packages"]["torch"] == torch.__version__.split("+")[0]

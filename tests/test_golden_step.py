@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.byol import BYOLConfig, Online, Target, byol_loss, update_target
+from engine.byol import BYOLConfig, Online, Target, byol_loss, paired, update_target
 from engine.lars import LARSConfig
-from engine.norm import BatchNorm
+from engine.norm import BatchNorm, RunningStatistics
 from engine.resnet import ResNetConfig
 from tests.golden_files import deviation, golden
 
@@ -143,6 +143,11 @@ def replay(
     watch(online.predictor, "online/prediction", outputs)
     watch(target.projector, "target/projection", outputs)
 
+    statistics = RunningStatistics([online, target])
+
+    def follow() -> None:
+        update_target(*paired(target, online), torch.tensor(1 - tau, dtype=case.dtype))
+
     run = Replay({})
     for step in range(steps):
         optimizer.zero_grad()
@@ -159,10 +164,12 @@ def replay(
             run.forward = {name: outputs[name] for name in outputs if "/" in name}
             run.forward["online/logits_view1"] = output.logits.detach()
         if target_first:
-            update_target(target, online, tau)
+            follow()
         optimizer.step()
         if not target_first:
-            update_target(target, online, tau)
+            follow()
+        statistics.note()
+        statistics.apply()
 
         run.online.append(snapshot(online))
         run.target.append(snapshot(target))
@@ -354,6 +361,7 @@ def mixed_views(online: Online, target: Target) -> None:
     for module in (*online.modules(), *target.modules()):
         if isinstance(module, BatchNorm):
             module.views = 1
+            module.batch_statistics = module.batch_statistics[:1]
 
 
 def test_figures_tell_mistakes() -> None:

@@ -1,16 +1,19 @@
 import re
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.adamw import AdamWConfig
 from engine.byol import BYOLConfig, Online, build
-from engine.lars import LARS, AdamWConfig, LARSConfig, parameter_groups
+from engine.lars import LARS, LARSConfig, parameter_groups
 from engine.resnet import ResNetConfig
 from tests.golden_files import golden
 
@@ -65,21 +68,87 @@ def test_without_gradient_nothing_moves() -> None:
     assert optimizer.state[module.weight]["momentum_buffer"].count_nonzero() == 0
 
 
-def test_step_reads_nothing_on_the_host() -> None:
-    module = nn.Linear(3, 2, device="meta")  # where every look at a value raises
-    optimizer = LARSConfig().build(module)
+class NoReading(TorchDispatchMode):
+    """Fails on whatever waits for the device to look at a value."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("config", [LARSConfig(), AdamWConfig()])
+def test_step_reads_nothing_on_the_host(config: LARSConfig | AdamWConfig) -> None:
+    module = nn.Linear(3, 2)
+    optimizer = config.build(module)
     for p in module.parameters():
         p.grad = torch.ones_like(p)
-    optimizer.step()
+    with NoReading():
+        optimizer.step()
+        with pytest.raises(AssertionError):
+            module.weight.sum().item()
 
 
-def advance(online: Online, optimizer: torch.optim.Optimizer, step: int) -> None:
+def state(online: Online, optimizer: torch.optim.Optimizer) -> list[Any]:
+    return [online.state_dict(), get_optimizer_state_dict(online, optimizer)["state"]]
+
+
+@pytest.mark.parametrize("config", [LARSConfig(), AdamWConfig()])
+@pytest.mark.parametrize("fault", [float("inf"), float("nan")])
+def test_a_step_that_is_not_finite_changes_nothing(
+    config: LARSConfig | AdamWConfig, fault: float
+) -> None:
+    online, _ = build(SMALL, 10, seed=0)
+    optimizer = config.build(online)
+    assert advance(online, optimizer, 1) == 0
+    before = deepcopy(state(online, optimizer))
+    bias = online.get_parameter("projector.1.bias")  # not even adapted
+
+    def spoil(*_: object) -> None:
+        assert bias.grad is not None
+        bias.grad[3] = fault
+
+    hook = optimizer.register_step_pre_hook(spoil)
+    assert advance(online, optimizer, 2) == 1
+    torch.testing.assert_close(state(online, optimizer), before, rtol=0, atol=0)
+    hook.remove()
+    assert advance(online, optimizer, 3) == 0
+
+
+@pytest.mark.parametrize("config", [LARSConfig(), AdamWConfig()])
+def test_scaled_gradients_take_the_same_step(config: LARSConfig | AdamWConfig) -> None:
+    plain, _ = build(SMALL, 10, seed=0)
+    scaled, _ = build(SMALL, 10, seed=0)
+    advance(plain, config.build(plain), 1)
+    advance(scaled, config.build(scaled), 1, scale=torch.tensor(1024.0))
+    for p, q in zip(plain.parameters(), scaled.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_adamw_is_torchs() -> None:
+    ours, _ = build(SMALL, 10, seed=0)
+    torchs, _ = build(SMALL, 10, seed=0)
+    config = AdamWConfig(weight_decay=0.1)
+    optimizer = config.build(ours)
+    other = torch.optim.AdamW(parameter_groups(torchs), betas=config.betas, weight_decay=0.1)
+    for step in range(3):
+        advance(ours, optimizer, step)
+        advance(torchs, other, step)
+    for p, q in zip(ours.parameters(), torchs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+def advance(
+    online: Online, optimizer: torch.optim.Optimizer, step: int, scale: Tensor | None = None
+) -> Any:
+    """One step on random gradients, multiplied by `scale`; returns what the step does."""
     generator = torch.Generator().manual_seed(step)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     for p in online.parameters():
         p.grad = torch.randn(p.shape, generator=generator)
-    optimizer.step()
+        if scale is not None:
+            p.grad *= scale
+    return optimizer.step() if scale is None else optimizer.step(scale)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize("config", [LARSConfig(), AdamWConfig()])

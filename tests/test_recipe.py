@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine import run
-from engine.lars import AdamWConfig
+from engine.adamw import AdamWConfig
 from engine.recipe import Recipe, differences, flatten, load, method_fields, operation_names, parse
 from shards.errors import InputError
 from shards.loader import DataConfig

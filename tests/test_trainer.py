@@ -1,5 +1,6 @@
 """The trainer: a step against an independent replay, determinism, resuming, what it leaves."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.byol import Online, Target, update_target
+from engine.byol import update_target
 from engine.checkpoint import CheckpointConfig
 from engine.debug import debug_step
 from engine.metrics import LogConfig
@@ -163,17 +164,23 @@ def test_step_equals_a_replay_in_stock_pytorch(tiny_data: DataConfig, tmp_path: 
 
 def _target_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """The target follows where the online network was, before its step."""
-    before: list[Online] = []
+    before: list[list[Tensor]] = []
 
-    def late(target: Target, online: Online, rate: float) -> None:
-        update_target(target, before[-1] if before else online, rate)
-        before.append(copy.deepcopy(online))
+    def late(target: list[Tensor], online: list[Tensor], step: Tensor) -> None:
+        update_target(target, before[-1] if before else online, step)
+        before.append([p.detach().clone() for p in online])
 
     monkeypatch.setattr("engine.trainer.update_target", late)
 
 
 def _mixed_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BatchNorm, "forward", BatchNorm._normalise)
+    def forward(self: BatchNorm, x: Tensor) -> Tensor:
+        statistics = torch.zeros_like(self.batch_statistics[0])
+        y = self._normalise(x, *statistics)
+        self.batch_statistics.copy_(statistics.expand_as(self.batch_statistics))
+        return y
+
+    monkeypatch.setattr(BatchNorm, "forward", forward)
 
 
 def _views_not_crossed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,12 +358,16 @@ def test_debug_step_leaves_nothing(
 
 
 def test_diverged_training_stops(tiny_data: DataConfig, tmp_path: Path) -> None:
-    trainer = Trainer(tiny.recipe(tiny_data, tmp_path))
+    config = tiny.recipe(
+        tiny_data, tmp_path, checkpoint=CheckpointConfig(every=0), probe=ProbeConfig()
+    )
+    trainer = Trainer(dataclasses.replace(config, schedule=ScheduleConfig(epochs=10)))
     with torch.no_grad():
         next(trainer.online.parameters()).fill_(math.nan)
-    with pytest.raises(InputError, match="diverged"):
+    with pytest.raises(InputError, match=r"diverged.* at step 2[01] \(loss nan, learning rate"):
         trainer.fit()
     assert not (tmp_path / "checkpoints").exists()
+    assert lines(tmp_path)[-1]["loss"] is None
 
 
 def test_diverged_state_is_not_saved(tiny_data: DataConfig, tmp_path: Path) -> None:
@@ -364,7 +375,7 @@ def test_diverged_state_is_not_saved(tiny_data: DataConfig, tmp_path: Path) -> N
     config = tiny.recipe(
         tiny_data,
         tmp_path,
-        schedule=ScheduleConfig(epochs=2, warmup_epochs=0, base_lr=1e30),
+        schedule=ScheduleConfig(epochs=2, warmup_epochs=1, base_lr=1e30),
         log=LogConfig(every=1000),
         probe=ProbeConfig(),
         checkpoint=CheckpointConfig(every=1, keep=1),
@@ -372,7 +383,34 @@ def test_diverged_state_is_not_saved(tiny_data: DataConfig, tmp_path: Path) -> N
     with pytest.raises(InputError, match="diverged"):
         train(config)
     (saved,) = (tmp_path / "checkpoints").iterdir()
-    assert saved.name == "step_00000001"  # the loss of step 2 is the first that is not finite
+    assert saved.name == "step_00000001"  # at learning rate 0; the next step blows up
+
+
+def test_a_skipped_step_leaves_no_trace_but_its_count(
+    tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    trainer = Trainer(tiny.recipe(tiny_data, tmp_path, precision="fp16"))
+    trainer.step = 2
+    with contextlib.closing(trainer.batches()) as batches:
+        trainer.train_step(next(batches))
+        before = copy.deepcopy(trainer.state())
+        weight = trainer.online.get_parameter("projector.0.weight")
+        hook = weight.register_hook(lambda grad: grad * math.inf)
+        trainer.train_step(next(batches))
+        hook.remove()
+        after = copy.deepcopy(trainer.state())
+        guards = before.pop("guard"), after.pop("guard")
+        counters = [k for k in after["online"] if k.endswith("num_batches_tracked")]
+        for part in ("online", "target"):
+            for key in counters:  # how many were seen, not what is kept of them
+                before[part].pop(key, None), after[part].pop(key, None)
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+        assert guards[1]["scale"] == guards[0]["scale"] / 2
+        assert guards[1]["skipped"] == guards[0]["skipped"] + 1
+        kept = weight.detach().clone()
+        trainer.train_step(next(batches))
+        assert trainer.guard.skipped == guards[1]["skipped"]
+        assert not torch.equal(weight, kept)
 
 
 def test_labels_beyond_the_classes_are_refused(packed: Index, tmp_path: Path) -> None:

@@ -1,0 +1,98 @@
+"""The data of a run, opened and checked against the recipe before anything expensive."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from engine.recipe import Recipe
+from engine.world import World
+from shards import index as indexes
+from shards import storage, synthetic
+from shards.errors import InputError
+from shards.index import Index
+from shards.loader import TrainLoader
+from shards.order import Order, rank_streams
+
+
+class Data(NamedTuple):
+    """Training and validation set, and the order of the former."""
+
+    train: Index
+    val: Index | None
+    order: Order
+
+
+def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Data:
+    """Read the indexes, after drawing the images that the recipe asks for.
+
+    Raises InputError for data that does not fit the recipe, or more processes than streams.
+    """
+    rank_streams(recipe.data.streams, world.rank, world.size)
+    world.tell(lambda: _draw(recipe, report))
+    train = indexes.load(recipe.data.train, "data.train")
+    val = indexes.load(recipe.data.val, "data.val") if recipe.data.val else None
+    data = Data(train, val, Order(train, recipe.seed, recipe.data.streams, recipe.batch.size))
+    _check_batches(recipe, data.order)
+    if val is not None:
+        _check_classes(recipe, train.classes, val.classes)
+    return data
+
+
+def train_batches(
+    recipe: Recipe,
+    order: Order,
+    world: World,
+    *,
+    start: int,
+    threads: int,
+    report: Callable[[str], None],
+) -> TrainLoader:
+    """This process's rows of every batch from step `start` on."""
+    return TrainLoader(
+        order,
+        rank_streams(recipe.data.streams, world.rank, world.size),
+        recipe.views,
+        recipe.data,
+        micro=recipe.batch.micro,
+        start=start,
+        threads=threads,
+        pin_memory=world.device.type == "cuda",
+        report=report,
+    )
+
+
+def _draw(recipe: Recipe, report: Callable[[str], None]) -> None:
+    data, size = recipe.data, recipe.views.size
+    for url, samples, seed in ((data.train, data.draw, 0), (data.val, data.draw // 4, 1)):
+        if url and samples and not storage.exists(storage.join(url, indexes.NAME)):
+            report(f"drawing {samples} images to {storage.redact(url)}")
+            synthetic.write(url, samples, size, seed)
+
+
+def _check_batches(recipe: Recipe, order: Order) -> None:
+    micro = recipe.batch.micro
+    if order.rows % micro:
+        raise InputError(
+            f"batch.micro {micro} does not divide the {order.rows} rows that each of "
+            f"data.streams {order.streams} gives to a batch: use fewer streams"
+        )
+    samples = order.index.samples
+    if recipe.schedule.total_steps(samples, recipe.batch.size) < 1:
+        raise InputError(
+            f"schedule.epochs {recipe.schedule.epochs} of {samples} samples are less than one "
+            f"step of batch.size {recipe.batch.size}: train for longer"
+        )
+
+
+def _check_classes(recipe: Recipe, train: list[str], val: list[str]) -> None:
+    if (recipe.probe.every or recipe.probe.baseline) and not (train and val):
+        name = "data.val" if train else "data.train"
+        raise InputError(
+            f"evaluations are on but {name} has no labels: use --probe.every 0 "
+            "--probe.no-baseline, or pack the images in one folder for each class"
+        )
+    if train and val and train != val:
+        odd = sorted(set(train) ^ set(val)) or ["their order"]
+        raise InputError(
+            f"data.val has other classes than data.train ({len(val)} and {len(train)}, "
+            f"differing in {odd[0]}): pack both with the same class folders"
+        )

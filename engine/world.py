@@ -1,0 +1,187 @@
+"""The processes of a run: which one this is, its device, and the few things they tell each other.
+
+Plain torchrun starts one process for each GPU, or as many as wanted on a CPU; without torchrun a
+run is one process. Tensors on a GPU travel by NCCL, everything else by gloo.
+"""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+
+from shards.errors import InputError
+
+START_TIMEOUT = 1800.0  # seconds: until the first step is done, somebody may compile or fetch
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run. `local`: among those of its machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that reports and writes."""
+        return self.rank == 0
+
+    @property
+    def distributed(self) -> bool:
+        """Whether there is a process group."""
+        return dist.is_initialized()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes of a tensor on the CPU, which is overwritten."""
+        if self.distributed:
+            dist.all_reduce(values)
+        return values
+
+    def tell(self, make: Callable[[], _T]) -> _T:
+        """What the first process makes, on every process; an error it finds, likewise."""
+        if not self.distributed:
+            return make()
+        made: list[_T | Exception | None] = [None]
+        if self.main:
+            try:
+                made = [make()]
+            except (InputError, OSError) as error:
+                made = [error]
+        dist.broadcast_object_list(made, src=0)
+        if isinstance(made[0], Exception):
+            raise made[0]
+        return made[0]  # type: ignore[return-value]
+
+    def collect(self, own: _T) -> list[_T]:
+        """What each process has, on every process, in the order of their ranks."""
+        if not self.distributed:
+            return [own]
+        found: list[_T | None] = [None] * self.size
+        dist.all_gather_object(found, own)
+        return found  # type: ignore[return-value]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows [n, ...] of all processes, in the order of their ranks; n may differ."""
+        if not self.distributed:
+            return rows
+        counts = torch.zeros(self.size, dtype=torch.int64)
+        counts[self.rank] = len(rows)
+        self.sum(counts)
+        padded = rows.new_zeros((int(counts.max()), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:n] for part, n in zip(parts, counts.tolist(), strict=True)])
+
+
+def rank() -> int:
+    """This process's rank, before anything is set up."""
+    return _from_launcher("RANK", 0)
+
+
+def enter(threads: int | None, distributed: bool) -> World:
+    """Take the device, set torch's threads, and meet the other processes.
+
+    Args:
+        threads: Of torch on the CPU; None shares the machine's cores among its processes.
+        distributed: Make a process group even for a single process.
+
+    Raises InputError when this machine has fewer GPUs than processes.
+    """
+    size, local_size = _from_launcher("WORLD_SIZE", 1), _from_launcher("LOCAL_WORLD_SIZE", 1)
+    local_rank = _from_launcher("LOCAL_RANK", 0)
+    torch.set_num_threads(threads or share_of_cores())
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"{local_size} processes on a machine with {torch.cuda.device_count()} GPUs: "
+                f"use torchrun --nproc-per-node={torch.cuda.device_count()}"
+            )
+        # Equal runs are equal bit for bit: no timing decides which kernel is used.
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    world = World(rank(), size, local_rank, local_size, device)
+    if (size > 1 or distributed) and not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=_store(),
+            rank=world.rank,
+            world_size=size,
+            timeout=timedelta(seconds=START_TIMEOUT),
+            device_id=device if device.type == "cuda" else None,
+        )
+    return world
+
+
+def _store() -> HashStore | None:
+    """Where processes meet: None leaves it to the launcher's address, which a lone one lacks."""
+    return None if "MASTER_ADDR" in os.environ else HashStore()
+
+
+def share_of_cores() -> int:
+    """Cores of this machine for each of its processes, at least one."""
+    return max(1, (os.cpu_count() or 1) // _from_launcher("LOCAL_WORLD_SIZE", 1))
+
+
+def set_timeout(seconds: float) -> None:
+    """How long a process waits for the others from now on, before it fails."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def leave() -> None:
+    """Part from the other processes at the end of a run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def report_failure(error: BaseException) -> None:
+    """Tell of an error on stderr, unless another process of the run has failed before this one.
+
+    What fails after the first is most often a consequence: a closed connection. A user's mistake
+    is one line, which the first process tells when all have found it.
+    """
+    known = isinstance(error, InputError | OSError)
+    if not dist.is_initialized():
+        if rank() != 0 and known:
+            return  # found by all before they met
+    elif not _is_first_failure(patience=1.0 if known and rank() != 0 else 0.0):
+        return
+    if known:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        if dist.is_initialized():
+            print(f"rank {rank()} failed:", file=sys.stderr)
+        traceback.print_exception(error)
+        sys.stderr.flush()
+
+
+def _is_first_failure(patience: float) -> bool:
+    time.sleep(patience)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return int(store.add(f"failures of attempt {attempt}", 1)) == 1
+    except (RuntimeError, ValueError):  # the store went away with its host
+        return rank() == 0
+
+
+def _from_launcher(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))
