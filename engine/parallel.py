@@ -1,5 +1,6 @@
 """How a training step is spread over processes: one function, `parallelize`."""
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -140,19 +141,27 @@ def parallelize(
     if strategy == "none":
         return Parallel(strategy, online, None, online)
     if strategy == "ddp":
-        wrapped = DistributedDataParallel(
+        return Parallel(strategy, _ddp(online, static), None, online)
+    mesh = _mesh(strategy, config, world)
+    for network in (online, target):
+        for block in network.encoder.blocks():
+            fully_shard(block, mesh=mesh)
+        # The target has no backward that would give its outermost parameters back.
+        fully_shard(network, mesh=mesh, reshard_after_forward=True if network is target else None)
+    return Parallel(strategy, online, mesh.get_group(mesh.ndim - 1), online)
+
+
+def _ddp(online: Online, static: bool) -> DistributedDataParallel:
+    # A 1x1 convolution's gradient may be laid out as channels last, which is the same memory.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch renames broadcast_buffers
+        return DistributedDataParallel(
             online,
             broadcast_buffers=False,  # running statistics are equal by construction
             gradient_as_bucket_view=True,
             static_graph=static,
         )
-        return Parallel(strategy, wrapped, None, online)
-    mesh = _mesh(strategy, config, world)
-    for network in (online, target):
-        for block in network.encoder.blocks():
-            fully_shard(block, mesh=mesh)
-        fully_shard(network, mesh=mesh)
-    return Parallel(strategy, online, mesh.get_group(mesh.ndim - 1), online)
 
 
 def _mesh(strategy: Strategy, config: ParallelConfig, world: World) -> DeviceMesh:

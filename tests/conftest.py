@@ -1,7 +1,7 @@
 """Fixtures that several test files share: small images, and shards made of them."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from shards import pack
 from shards.index import Index
 from shards.loader import DataConfig
 from tests import tiny
+from tests.ranks import Ranks
 
 Files = dict[str, bytes]
 PackFiles = Callable[[str, Files], Index]
@@ -70,6 +71,14 @@ def pack_files(monkeypatch: pytest.MonkeyPatch) -> PackFiles:
 def packed(pack_files: PackFiles, photos: Files, tmp_path: Path) -> Index:
     """The photos in about five shards of about four blocks each, on disk."""
     return pack_files(str(tmp_path / "packed"), photos)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Four processes that act as ranks."""
+    pool = Ranks(4)
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="session")
