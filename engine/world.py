@@ -20,6 +20,11 @@ from torch._C._distributed_c10d import HashStore
 
 from shards.errors import InputError
 
+try:
+    from torch.distributed import set_timeout as _set_timeout
+except ImportError:  # as older releases (2.11) call it
+    from torch.distributed.distributed_c10d import _set_pg_timeout as _set_timeout
+
 START_TIMEOUT = 1800.0  # seconds: until the first step is done, somebody may compile or fetch
 
 _T = TypeVar("_T")
@@ -143,7 +148,7 @@ def share_of_cores() -> int:
 def set_timeout(seconds: float) -> None:
     """How long a process waits for the others from now on, before it fails."""
     if dist.is_initialized():
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+        _set_timeout(timedelta(seconds=seconds))
 
 
 def leave() -> None:
@@ -161,7 +166,9 @@ def report_failure(error: BaseException) -> None:
     known = isinstance(error, InputError | OSError)
     if not dist.is_initialized():
         if rank() != 0 and known:
-            return  # found by all before they met
+            # All find it, before they met. The first tells, and then its end is everybody's.
+            time.sleep(30)
+            return
     elif not _is_first_failure(patience=1.0 if known and rank() != 0 else 0.0):
         return
     if known:

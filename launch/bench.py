@@ -3,6 +3,7 @@
     python launch/bench.py input     images per second, and per second of a core, of the pipeline
     python launch/bench.py step      images per second and peak memory of a training step
     python launch/bench.py order     seconds and memory until a rank knows its batch at any step
+    python launch/bench.py plan      memory and communication of a process among many, none needed
 
 Both sides take turns in every round. A figure is the median over the rounds, a ratio is that of
 the medians, and behind it stand the smallest and the largest ratio of a single round. On a machine
@@ -16,6 +17,7 @@ import tyro
 
 from launch.benchmarks.input import bench_input
 from launch.benchmarks.order import bench_order
+from launch.benchmarks.plan import bench_plan
 from launch.benchmarks.step import bench_step
 from shards.errors import InputError
 
@@ -23,7 +25,7 @@ from shards.errors import InputError
 def main(arguments: list[str]) -> int:
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"input": bench_input, "step": bench_step, "order": bench_order},
+            {"input": bench_input, "step": bench_step, "order": bench_order, "plan": bench_plan},
             prog="python launch/bench.py",
             description=__doc__,
             args=arguments,

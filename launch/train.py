@@ -4,12 +4,13 @@ The same command starts a run, continues it after a stop or a crash, and, with o
 fields, continues it differently. RECIPE --help lists all fields.
 """
 
+import os
 import sys
 
+from engine import world
 from engine.debug import debug_step
 from engine.recipe import parse
 from engine.trainer import Trainer
-from shards.errors import InputError
 
 
 def main(arguments: list[str]) -> int:
@@ -20,14 +21,19 @@ def main(arguments: list[str]) -> int:
             debug_step(trainer)
         else:
             trainer.fit()
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        world.leave()
     except KeyboardInterrupt:
         print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
         return 130
+    except Exception as error:
+        world.report_failure(error)
+        return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    if status:
+        # Without Python's own end, which could wait for processes that wait for this one.
+        os._exit(status)

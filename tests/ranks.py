@@ -71,8 +71,9 @@ class Ranks:
                 seconds = 10  # for the others, which may be waiting for this one
             answers.append(answer)
         if failures:
-            self.close()
-            self._start()
+            if len(answers) < size:  # somebody hangs, or may be on the way to do so
+                self.close()
+                self._start()
             raise RankFailure("\n".join(failures))
         return answers
 

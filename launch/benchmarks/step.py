@@ -2,32 +2,29 @@
 
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext, redirect_stderr
 from dataclasses import replace
-from functools import partial
+from io import StringIO
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
-import torchvision
-from torch import Tensor, nn
-from torch.optim import Optimizer
+import torch.distributed as dist
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine import byol
-from engine.adamw import AdamWConfig
-from engine.byol import BYOLConfig, Online, Target, regression_loss
-from engine.lars import LARS, LARSConfig, parameter_groups
-from engine.norm import BatchNorm
-from engine.precision import autocast
+from engine import world
+from engine.byol import BYOLConfig
+from engine.metrics import Timer
+from engine.parallel import ParallelConfig
 from engine.recipe import Recipe, load
-from engine.resnet import ResNet, ResNetConfig
-from engine.trainer import Trainer
+from engine.resnet import ResNetConfig
+from engine.trainer import StepOutput, Trainer
+from launch.benchmarks.input import PHOTOS, draw_photo
 from launch.benchmarks.measuring import (
-    CORES,
     CUDA,
+    Cost,
     alternate,
     device_name,
     measure,
@@ -38,12 +35,14 @@ from launch.benchmarks.measuring import (
     show_ratio,
     wait,
 )
-from shards import synthetic
+from launch.benchmarks.stock import Stock
+from shards import pack, synthetic
+from shards.errors import InputError
 from shards.loader import Batch, DataConfig
 from shards.order import BatchConfig
 from shards.views import ViewsConfig
 
-PEAK_TFLOPS = {  # dense bf16, by torch's name of the device
+PEAK_TFLOPS = {  # dense bf16 and fp16, by torch's name of the device
     "NVIDIA A100-SXM4-40GB": 312,
     "NVIDIA A100-SXM4-80GB": 312,
     "NVIDIA H100 PCIe": 756,
@@ -52,6 +51,9 @@ PEAK_TFLOPS = {  # dense bf16, by torch's name of the device
     "NVIDIA GeForce RTX 4090": 165,
     "NVIDIA L4": 121,
 }
+SETTLING = 2  # steps after the first: DDP plans its buckets in one, fp16 halves its scale
+
+_T = TypeVar("_T")
 
 
 def bench_step(
@@ -60,9 +62,11 @@ def bench_step(
     batch: int | None = None,
     steps: int = 10,
     rounds: int = 3,
-    threads: int = CORES,
-    precision: Literal["fp32", "bf16"] = "bf16" if CUDA else "fp32",
+    threads: int | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16" if CUDA else "fp32",
     compile: bool = CUDA,
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto",
+    shard: int = 0,
     peak_tflops: float | None = None,
 ) -> None:
     """A training step: both networks forward, backward, optimizer, moving average.
@@ -71,57 +75,73 @@ def bench_step(
     norm, torchvision's ResNet where it has the recipe's, contiguous NCHW images, LARS and moving
     average in Python loops over the tensors, cuDNN free to choose its kernels by timing. Both
     sides start from the same weights and see the same images, augmented before; the augmentation
-    is timed by itself.
+    is timed by itself, and so is our training from the loader, with the time it waits for data.
+
+    Under torchrun both sides are distributed, stock by DDP and, on GPUs, torch's synchronised
+    norm. Figures are of the global batch: the slowest process's time, the CPU time of all.
 
     Args:
         recipe: Recipe file whose networks, views and optimizer are taken. Without it: on CUDA
             ResNet-50 at 224 px, batch 256; else ResNet-18, width 0.25, at 32 px, batch 128.
-        batch: Images in a batch, in place of the recipe's.
+        batch: Images in a global batch, in place of the recipe's.
         steps: Steps in a round.
         rounds: Times that each side is measured.
-        threads: Of torch on the CPU.
-        precision: Of both sides' forward passes.
-        compile: Compile our networks.
-        peak_tflops: What the device can do, to tell the share that is used. Known for some GPUs
-            in bf16.
+        threads: Of each process, for torch on the CPU and for decoding. Without it the machine's
+            cores are shared out.
+        precision: Of both sides' forward passes; in fp16 both scale the loss.
+        compile: Compile our networks, with empty caches.
+        strategy: How our step is spread over processes.
+        shard: Processes in a group of hsdp; 0 for those of one machine.
+        peak_tflops: What a device can do, to tell the share that is used. Known for some GPUs in
+            bf16 and fp16.
     """
     base = load(recipe) if recipe else _default_recipe()
     batch = base.batch.size if batch is None else batch
-    require_positive(batch=batch, steps=steps, rounds=rounds, threads=threads)
+    require_positive(batch=batch, steps=steps, rounds=rounds)
+    if threads is not None:
+        require_positive(threads=threads)
     config = replace(
-        base, threads=threads, compile=compile, precision=precision, batch=BatchConfig(batch)
+        base,
+        threads=threads,
+        compile=compile,
+        precision=precision,
+        batch=BatchConfig(batch),
+        parallel=ParallelConfig(strategy, shard),
     )
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, _empty_caches(compile):
         trainer, data = prepare(config, folder)
-    work, flops = _step_work(trainer, data)
-    sides = {
-        name: partial(measure, partial(repeat, step, steps), steps * batch)
-        for name, step in work.items()
-    }
-    costs = alternate(sides, rounds)
+        sides = _Sides(trainer, data, steps)
+        with nullcontext() if trainer.world.main else redirect_stderr(StringIO()):
+            costs = alternate(sides.work(), rounds)
+    main, distributed = trainer.world.main, trainer.world.distributed
+    world.leave()
+    if not main:
+        return
 
     encoder = config.model.encoder
     print(
         f"step: ResNet-{encoder.depth} x{encoder.width:g}, {config.views.size} px, batch {batch}, "
-        f"{precision}, {'compiled' if compile else 'eager'}, {device_name()}, threads {threads}"
+        f"{precision}, {'compiled' if trainer.compile else 'eager'}, {device_name()}, "
+        f"threads {trainer.threads}"
     )
+    if distributed:
+        size, ours = trainer.world.size, trainer.parallel.strategy
+        print(f"processes {size}: ours {ours}, stock ddp; figures are of all together")
+        if size > 1 and not CUDA:
+            print("stock has no synchronised norm on a CPU: each process normalises by itself")
     print(f"medians of {rounds} rounds of {steps} steps")
     row("", "images/s", "images/core-s")
     show("ours: step on augmented images", costs["ours"])
     show("ours: augmentation", costs["augmentation"])
+    show("ours: training from the loader", costs["training"])
     show("stock: step on augmented images", costs["stock"])
     show_ratio("ours / stock", costs["ours"], costs["stock"])
-    own, theirs = (max(cost.memory for cost in costs[side]) for side in ("ours", "stock"))
-    print(f"peak memory: ours {own / 2**30:.2f} GiB, stock {theirs / 2**30:.2f} GiB")
-    known = PEAK_TFLOPS.get(device_name()) if precision == "bf16" else None
+    sides.tell(costs)
+    known = PEAK_TFLOPS.get(device_name()) if precision in ("bf16", "fp16") else None
     if peak := peak_tflops or known:
-        own_share, share = (
-            flops / median(cost.wall for cost in costs[side]) / (peak * 1e12)
-            for side in ("ours", "stock")
-        )
-        print(
-            f"model FLOPs utilisation of {peak:g} TFLOP/s: ours {own_share:.1%}, stock {share:.1%}"
-        )
+        available = peak * 1e12 * trainer.world.size
+        own, theirs = (sides.flops / _wall(costs[side]) / available for side in ("ours", "stock"))
+        print(f"model FLOPs utilisation of {peak:g} TFLOP/s: ours {own:.1%}, stock {theirs:.1%}")
 
 
 def _default_recipe() -> Recipe:
@@ -135,14 +155,33 @@ def _default_recipe() -> Recipe:
     )
 
 
+def _empty_caches(compile: bool) -> AbstractContextManager[None]:
+    """Compile as at a first start: what earlier runs left on this machine stays out of it."""
+    if not compile:
+        return nullcontext()
+    from torch._inductor.utils import fresh_cache
+
+    caches: AbstractContextManager[None] = fresh_cache()
+    return caches
+
+
 def prepare(recipe: Recipe, folder: str) -> tuple[Trainer, Batch]:
-    """A trainer of the recipe, and a batch of drawn images; files go to `folder`."""
+    """A trainer of the recipe, and a batch of drawn images; files go to `folder`.
+
+    Every process draws all images to a folder of its own: machines may share none.
+    """
+    size, batch = world.enter(recipe.threads, recipe.parallel.strategy != "auto").size, recipe.batch
+    if batch.size % size:
+        raise InputError(f"--batch {batch.size} is not divisible by {size} processes")
     data = f"{folder}/data"
-    synthetic.write(data, recipe.batch.size, 32, seed=0)
+    if recipe.views.size > 64:
+        _write_photos(data, batch.size)
+    else:
+        synthetic.write(data, batch.size, 32, seed=0)
     recipe = replace(
         recipe,
         run=f"{folder}/run",
-        data=DataConfig(data, streams=1),
+        data=DataConfig(data, streams=size),
         probe=replace(recipe.probe, every=0, baseline=False),
         checkpoint=replace(recipe.checkpoint, resume=""),
     )
@@ -153,129 +192,132 @@ def prepare(recipe: Recipe, folder: str) -> tuple[Trainer, Batch]:
         return trainer, next(batches)
 
 
-def _step_work(trainer: Trainer, data: Batch) -> tuple[dict[str, Callable[[], object]], float]:
-    """What is timed, each run once; and the FLOPs that a step takes for an image."""
-    data = data._replace(
-        views=data.views.to(trainer.device),
-        params=data.params.to(trainer.device),
-        labels=data.labels.to(trainer.device),
-    )
-    views, params = data.views.flatten(0, 1), data.params.flatten(0, 1)
-    augment_views = trainer.augment
+def _write_photos(url: str, samples: int) -> None:
+    """Shards of photos as large as ImageNet's, so that decoding costs what it does in training."""
+    files = [draw_photo(i) for i in range(min(samples, PHOTOS))]
+    entries = [pack.Image(f"{i}.jpg", len(files[i % len(files)]), i % 8) for i in range(samples)]
+    plan = pack.plan_shards(pack.ImageSet("", entries, list("abcdefgh")), 16_000_000, seed=0)
+    pack.write_shards(plan, url, lambda image: files[int(image.path[:-4]) % len(files)], threads=1)
+
+
+class _Sides:
+    """What takes turns. Making it takes each side's first steps, which compile."""
+
+    def __init__(self, trainer: Trainer, data: Batch, steps: int) -> None:
+        self.trainer, self.steps, self.batch = trainer, steps, trainer.recipe.batch.size
+        self.data = data._replace(
+            views=data.views.to(trainer.device),
+            params=data.params.to(trainer.device),
+            labels=data.labels.to(trainer.device),
+        )
+        self.augment = trainer.augment
+        self.waits: list[float] = []  # share of each round's time
+
+        self.images, seconds = _timed(self._augmented)  # [V*b, 3, S, S]
+        first, more = _timed(self._own_step)
+        self.first = {"ours": seconds + more}  # seconds
+        repeat(self._own_step, SETTLING)
+        self.held = {"ours": _allocated()}  # bytes between steps, with the images for both
+
+        self.stock = Stock(trainer.recipe, trainer.classes, trainer.device)
+        self.view1, self.view2 = self.images.contiguous().chunk(2)
+        self.rates = first.lr, first.tau
+        loss, self.first["stock"] = _timed(self._stock_step)
+        with FlopCounterMode(display=False) as counter:
+            self._stock_step()
+        self.flops = counter.get_total_flops() / len(self.view1)  # for an image
+        repeat(self._stock_step, SETTLING)
+        self.held["stock"] = _allocated() - self.held["ours"]
+
+        losses = torch.stack([first.loss, loss / trainer.world.size]).detach().cpu()
+        self.losses = trainer.world.sum(losses).tolist()
+        self.first = {
+            side: max(trainer.world.collect(seconds)) for side, seconds in self.first.items()
+        }
+
+    def work(self) -> dict[str, Callable[[], Cost]]:
+        return {
+            "ours": lambda: self._cost(self._own_step, without="stock"),
+            "augmentation": lambda: self._cost(self._augmented),
+            "training": self._train,
+            "stock": lambda: self._cost(self._stock_step, without="ours"),
+        }
+
+    def tell(self, costs: dict[str, list[Cost]]) -> None:
+        """Print all but the speeds."""
+        steady = {side: self.batch * _wall(costs[side]) for side in costs}
+        own = max(0.0, self.first["ours"] - steady["ours"] - steady["augmentation"])
+        theirs = max(0.0, self.first["stock"] - steady["stock"])
+        print(f"first step less a steady one: ours {own:.1f} s, stock {theirs:.1f} s")
+        peaks = (max(cost.memory for cost in costs[side]) / 2**30 for side in ("ours", "stock"))
+        both = "" if CUDA else " (one process holds both sides)"
+        print("peak memory: ours {:.2f} GiB, stock {:.2f} GiB".format(*peaks) + both)
+        print(f"data wait of our training: {median(self.waits):.1%}")
+        print("loss of the same batch and weights: ours {:.5f}, stock {:.5f}".format(*self.losses))
+
+    def _own_step(self) -> StepOutput:
+        self.trainer.augment = lambda *_: self.images
+        return self.trainer.train_step(self.data)
+
+    def _augmented(self) -> Tensor:
+        return self.augment(self.data.views.flatten(0, 1), self.data.params.flatten(0, 1))
+
+    def _stock_step(self) -> Tensor:
+        return self.stock.step(self.view1, self.view2, self.data.labels, *self.rates)
+
+    def _cost(self, step: Callable[[], object], without: str | None = None) -> Cost:
+        """Of some steps, but for the memory that the side `without` holds."""
+        self._meet()
+        cost = measure(lambda: repeat(step, self.steps), self.steps * self.batch)
+        held = 0 if without is None else self.held[without]
+        return self._together(cost._replace(memory=cost.memory - held))
+
+    def _train(self) -> Cost:
+        """Of some steps of training as `Trainer.fit` does it; notes the share of data waits."""
+        trainer = self.trainer
+        trainer.augment = self.augment
+        with closing(trainer.batches()) as batches:
+
+            def step() -> None:
+                with timer.waiting():
+                    batch = next(batches)
+                trainer.train_step(batch)
+                trainer.guard.in_a_row()  # waits, like `fit`, for the step before this one
+
+            timer = Timer()
+            step()  # opens the shards
+            self._meet()
+            wait()
+            timer = Timer()
+            cost = measure(lambda: repeat(step, self.steps), self.steps * self.batch)
+            share = timer.read(self.batch)["data_wait"]
+        self.waits.append(max(trainer.world.collect(share)))
+        return self._together(cost)
+
+    def _meet(self) -> None:
+        if self.trainer.world.distributed:
+            dist.barrier()
+
+    def _together(self, cost: Cost) -> Cost:
+        """The slowest process's time, the CPU time of all, the largest memory."""
+        walls, cpus, memories = zip(*self.trainer.world.collect(cost), strict=True)
+        return Cost(max(walls), sum(cpus), max(memories))
+
+
+def _timed(work: Callable[[], _T]) -> tuple[_T, float]:
+    """What `work` returns, and how many seconds it took."""
     start = time.perf_counter()
-    images = augment_views(views, params)  # [V*B, 3, S, S]
-    trainer.augment = lambda *_: images
-    first = trainer.train_step(data)
+    result = work()
     wait()
-    seconds = time.perf_counter() - start
-
-    stock = Stock(trainer.recipe, trainer.classes, trainer.device)
-    view1, view2 = images.contiguous().chunk(2)
-    stock_step = partial(stock.step, view1, view2, data.labels, first.lr, first.tau)
-    with FlopCounterMode(display=False) as counter:
-        loss = stock_step()
-    print(f"first step, compiling where compiled: {seconds:.1f} s")
-    print(f"loss of the same batch and weights: ours {first.loss:.5f}, stock {loss:.5f}")
-    work: dict[str, Callable[[], object]] = {
-        "ours": lambda: trainer.train_step(data),
-        "augmentation": lambda: augment_views(views, params),
-        "stock": stock_step,
-    }
-    return work, counter.get_total_flops() / len(view1)
+    return result, time.perf_counter() - start
 
 
-class Stock:
-    """BYOL as it is usually written: one network, one view, one tensor at a time."""
-
-    def __init__(self, recipe: Recipe, classes: int, device: torch.device) -> None:
-        """The weights are those that a Trainer of the same recipe starts from."""
-        online, target = byol.build(recipe.model, classes, recipe.seed)
-        self.online = _StockNetwork(online, recipe.model.encoder).to(device)
-        self.target = _StockNetwork(target, recipe.model.encoder).to(device).requires_grad_(False)
-        self.optimizer = _stock_optimizer(recipe.optimizer, self.online)
-        self.autocast = partial(autocast, recipe.precision, device)
-
-    def step(self, view1: Tensor, view2: Tensor, labels: Tensor, lr: float, tau: float) -> Tensor:
-        """One update on views [B, 3, S, S]; returns the loss before it."""
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            with self.autocast():
-                (_, q1, logits), (_, q2, _) = self.online(view1), self.online(view2)
-                with torch.no_grad():
-                    (z1, _, _), (z2, _, _) = self.target(view1), self.target(view2)
-            loss = (regression_loss(q1, z2) + regression_loss(q2, z1)).mean()
-            (loss + F.cross_entropy(logits, labels)).backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        online = dict(self.online.named_parameters())
-        with torch.no_grad():
-            for name, p in self.target.named_parameters():
-                p.mul_(tau).add_(online[name], alpha=1 - tau)
-        return loss.detach()
+def _allocated() -> int:
+    """Bytes of the GPU that are in use; on the CPU nobody counts them."""
+    wait()
+    return torch.cuda.memory_allocated() if CUDA else 0
 
 
-class _StockNetwork(nn.Module):
-    """Ours with torchvision's encoder where it has the same, and torch's batch norm."""
-
-    def __init__(self, ours: Online | Target, config: ResNetConfig) -> None:
-        super().__init__()
-        self.encoder = _stock_encoder(ours.encoder, config)
-        self.projector = _use_torch_norm(ours.projector, nn.BatchNorm1d)
-        self.predictor: nn.Module = nn.Identity()
-        self.classifier: nn.Module = nn.Identity()
-        if isinstance(ours, Online):
-            assert ours.classifier is not None  # the drawn images have labels
-            self.predictor = _use_torch_norm(ours.predictor, nn.BatchNorm1d)
-            self.classifier = ours.classifier
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images [B, 3, S, S] -> projection, prediction and logits."""
-        features = self.encoder(images)
-        projection = self.projector(features)
-        return projection, self.predictor(projection), self.classifier(features.detach())
-
-
-def _stock_encoder(ours: ResNet, config: ResNetConfig) -> nn.Module:
-    if config != ResNetConfig(config.depth) or config.depth in (10, 200):
-        return _use_torch_norm(ours, nn.BatchNorm2d)
-    encoder: nn.Module = torchvision.models.get_model(f"resnet{config.depth}")
-    encoder.fc = nn.Identity()
-    encoder.load_state_dict(ours.state_dict())
-    return encoder
-
-
-def _use_torch_norm(module: nn.Module, norm: type[nn.BatchNorm1d | nn.BatchNorm2d]) -> nn.Module:
-    """`module`, changed in place."""
-    for name, child in module.named_children():
-        if isinstance(child, BatchNorm):
-            replacement = norm(len(child.weight), child.eps, child.momentum)
-            replacement.load_state_dict(child.state_dict())
-            setattr(module, name, replacement)
-        else:
-            _use_torch_norm(child, norm)
-    return module
-
-
-def _stock_optimizer(config: LARSConfig | AdamWConfig, module: nn.Module) -> Optimizer:
-    if not isinstance(config, LARSConfig):
-        return config.build(module)
-    groups = parameter_groups(module)
-    return StockLARS(groups, config.momentum, config.weight_decay, config.trust_coefficient)
-
-
-class StockLARS(LARS):
-    """The same update, one tensor after the other."""
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                update = p.grad.add(p, alpha=group["weight_decay"])
-                if group["adapt"]:
-                    length, step = p.norm(), update.norm()
-                    ratio = group["trust_coefficient"] * length / step
-                    update *= torch.where((length > 0) & (step > 0), ratio, 1.0)
-                momentum = self.state[p]["momentum_buffer"]
-                momentum.mul_(group["momentum"]).add_(update)
-                p.add_(momentum, alpha=-group["lr"])
+def _wall(costs: list[Cost]) -> float:
+    """Median seconds for an image."""
+    return median(cost.wall for cost in costs)

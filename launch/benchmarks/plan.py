@@ -1,0 +1,286 @@
+"""What a training step will ask of each process on machines that are not here."""
+
+import gc
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._distributed_c10d import FakeProcessGroup, _resolve_process_group
+from torch._ops import OpOverload
+from torch.distributed import ProcessGroup
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from engine import byol, parallel
+from engine.byol import VIEWS, Online, Target, byol_loss, update_target
+from engine.parallel import Parallel
+from engine.precision import autocast, parameter_dtype
+from engine.recipe import Recipe, load
+from engine.sharding import local
+from engine.world import World
+from launch.benchmarks.measuring import require_positive, row
+from shards.errors import InputError
+from shards.order import rank_streams
+
+Spreading = Literal["ddp", "fsdp", "hsdp"]
+Depth = Literal[10, 18, 34, 50, 101, 152, 200]
+
+ROWS, SIZE = 2, 32  # of a view: nothing that is counted depends on the images
+SETTLING = 3  # steps until DDP has arranged its buckets, and told the others of it
+
+KINDS = {  # the engine's batch norms are the only ones to use functional collectives
+    "_c10d_functional::all_reduce": "norms' all-reduce",
+    "c10d::allreduce_": "all-reduce",
+    "c10d::_allgather_base_": "all-gather",
+    "c10d::_reduce_scatter_base_": "reduce-scatter",
+}
+PARTS = ("online forward", "target forward", "backward", "optimizer", "moving average")
+
+
+class Entry(NamedTuple):
+    """Collectives that belong together."""
+
+    part: str  # of the step, one of PARTS
+    kind: str
+    processes: int  # that take part in each
+
+
+class Traffic(NamedTuple):
+    """What became of an entry in one step."""
+
+    collectives: int
+    bytes: int  # of the tensors that this process handed in
+
+
+class Need(NamedTuple):
+    """What one process needs."""
+
+    state: dict[str, int]  # bytes that it holds all the time, or from backward to optimizer
+    traffic: dict[Entry, Traffic]
+
+
+def bench_plan(
+    *,
+    recipe: str = "recipes/r50_4096.py",
+    processes: tuple[int, ...] = (64, 512),
+    strategies: tuple[Spreading, ...] = ("ddp", "fsdp", "hsdp"),
+    shard: int = 8,
+    depth: Depth | None = None,
+    width: float | None = None,
+    classes: int = 1000,
+) -> None:
+    """What a training step will ask of each process on machines that are not here.
+
+    The first of all processes runs, on this CPU; the others are taken to hold the same and to be
+    done at once. It builds the networks and the optimizer as a training does, and takes eager steps
+    on tiny images, on which neither the parameters nor their communication depend. The last step
+    is counted.
+
+    Counted are the tensors' bytes: of parameters, of gradients after the backward and of the
+    optimizer's state, each this process's part, of which the first process has the largest. Not
+    counted: activations, and parameters that are gathered for the time that they are used.
+    Communication is every collective that the process takes part in and the bytes of the tensors
+    that it hands in: its own part to an all-gather, the whole to a reduce-scatter. What of it
+    travels how often depends on the library's algorithm.
+
+    The plain all-reduce of the backward is of gradients, the optimizer's of squared norms.
+
+    Args:
+        recipe: Recipe file whose networks, precision, micro-batches and optimizer are taken.
+        processes: Sizes of the run.
+        strategies: Of spreading a step over the processes, each at every size.
+        shard: hsdp: processes in a group, as a rule those of one machine.
+        depth: Of the ResNet, in place of the recipe's.
+        width: Of the ResNet, in place of the recipe's.
+        classes: Of the data set, for the online classifier; 0 leaves it out.
+    """
+    config = _with_encoder(load(recipe), depth, width)
+    require_positive(shard=shard)
+    if classes < 0:
+        raise InputError(f"--classes must be at least 0, not {classes}")
+    for size in processes:
+        _check(config, size, shard if "hsdp" in strategies else None)
+    encoder, optimizer = config.model.encoder, type(config.optimizer).__name__
+    print(
+        f"plan: ResNet-{encoder.depth} x{encoder.width:g}, {classes} classes, {config.precision}, "
+        f"{optimizer.removesuffix('Config')}; the largest part that a process has"
+    )
+    for strategy in strategies:
+        for size in processes:
+            _show(strategy, size, shard, need(config, strategy, size, shard, classes))
+            gc.collect()  # wrapped networks hold on to themselves
+
+
+def _with_encoder(recipe: Recipe, depth: Depth | None, width: float | None) -> Recipe:
+    """Checked, but for where the data is and where to write."""
+    encoder = recipe.model.encoder
+    encoder = replace(
+        encoder,
+        depth=encoder.depth if depth is None else depth,
+        width=encoder.width if width is None else width,
+    )
+    recipe = replace(recipe, model=replace(recipe.model, encoder=encoder))
+    replace(recipe, run="-", data=replace(recipe.data, train="-", val="-")).check()
+    return recipe
+
+
+def _check(recipe: Recipe, processes: int, shard: int | None) -> None:
+    if processes < 2:
+        raise InputError(f"--processes must be at least 2, not {processes}")
+    rank_streams(recipe.data.streams, 0, processes)
+    if shard is not None and not (1 < shard < processes and processes % shard == 0):
+        raise InputError(
+            f"--shard {shard}: hsdp divides {processes} processes into two or more equal groups "
+            "of at least two"
+        )
+
+
+def _show(strategy: str, processes: int, shard: int, need: Need) -> None:
+    groups = f" in groups of {shard}" if strategy == "hsdp" else ""
+    print(f"\n{strategy}, {processes} processes{groups}")
+    row("  held by a process", "", "", "MiB")
+    for name, size in need.state.items():
+        row(f"  {name}", "", "", _mib(size))
+    row("  total", "", "", _mib(sum(need.state.values())))
+    row("  handed over in a step", "collectives", "processes in each", "MiB")
+    for part in PARTS:
+        entries = {entry: t for entry, t in need.traffic.items() if entry.part == part}
+        if not entries:
+            row(f"  {part}", "0", "", "")
+        for entry, traffic in entries.items():
+            name = f"  {part}, {entry.kind}"
+            row(name, str(traffic.collectives), str(entry.processes), _mib(traffic.bytes))
+    count = sum(traffic.collectives for traffic in need.traffic.values())
+    row("  total", str(count), "", _mib(sum(t.bytes for t in need.traffic.values())))
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.3f}"
+
+
+def need(recipe: Recipe, strategy: Spreading, processes: int, shard: int, classes: int) -> Need:
+    """Of the first of `processes` processes; hsdp spreads parameters over groups of `shard`."""
+    with _pretended(processes, shard) as world:
+        online, target = byol.build(recipe.model, classes, recipe.seed)
+        for network in (online, target):
+            network.to(world.device, parameter_dtype(recipe.precision))
+        spread = parallel.parallelize(
+            online,
+            target,
+            replace(recipe.parallel, shard=shard),
+            strategy,
+            world,
+            compile=False,
+            static=recipe.batch.micro == 1,
+        )
+        optimizer: torch.optim.Optimizer = recipe.optimizer.build(online, spread.shard_group)
+        for _ in range(SETTLING):
+            _step(recipe, world, spread, online, target, optimizer)
+        traffic, gradients = _step(recipe, world, spread, online, target, optimizer)
+        state = {
+            "parameters": _bytes(online.parameters()),
+            "gradients": gradients,
+            "optimizer": _bytes(tree_leaves(list(optimizer.state.values()))),
+            "target's parameters": _bytes(target.parameters()),
+        }
+        return Need(state, traffic)
+
+
+@contextmanager
+def _pretended(processes: int, shard: int) -> Iterator[World]:
+    """A process group without the other processes. Raises InputError where torch has none."""
+    options = FakeProcessGroup.Options()
+    if not hasattr(options, "simulate_uniform_ranks"):
+        raise InputError(f"torch {torch.__version__} is too old to plan with: use 2.15 or later")
+    options.simulate_uniform_ranks = True  # else collectives have no result, which DDP asks for
+    dist.init_process_group(
+        "fake", store=FakeStore(), rank=0, world_size=processes, pg_options=options
+    )
+    try:
+        yield World(0, processes, 0, shard, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+
+
+def _step(
+    recipe: Recipe,
+    world: World,
+    spread: Parallel,
+    online: Online,
+    target: Target,
+    optimizer: torch.optim.Optimizer,
+) -> tuple[dict[Entry, Traffic], int]:
+    """One step as the trainer takes it, at learning rate 0; its traffic, and bytes of gradients."""
+    counts = {part: Count() for part in PARTS}
+    dtype = parameter_dtype(recipe.precision)
+    micro = recipe.batch.micro
+    for number in range(1, micro + 1):
+        images = torch.rand(VIEWS * ROWS, 3, SIZE, SIZE, dtype=dtype)
+        with spread.micro_batch(last=number == micro):
+            with autocast(recipe.precision, world.device):
+                with counts["online forward"]:
+                    output = spread.online(images)
+                with counts["target forward"], torch.no_grad():
+                    projection = target(images)
+            loss = byol_loss(output.prediction, projection).mean()
+            if output.logits is not None:
+                labels = torch.zeros(ROWS, dtype=torch.int64)
+                loss = loss + F.cross_entropy(output.logits.to(dtype), labels)
+            with counts["backward"]:
+                loss.backward()
+    gradients = _bytes(p.grad for p in online.parameters() if p.grad is not None)
+    with counts["optimizer"]:
+        optimizer.step()
+    optimizer.zero_grad()
+    moved, towards = byol.paired(target, online)
+    with counts["moving average"]:
+        update_target(local(moved), local(towards), torch.zeros((), dtype=dtype))
+    traffic = {
+        Entry(part, *key): Traffic(len(sizes), sum(sizes))
+        for part, count in counts.items()
+        for key, sizes in count.sizes.items()
+    }
+    return traffic, gradients
+
+
+class Count(TorchDispatchMode):
+    """While it is entered, notes the bytes handed to each collective, by kind and group size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[tuple[str, int], list[int]] = defaultdict(list)
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._note(func, args)
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, func: OpOverload, args: Any) -> None:
+        given = {
+            argument.name: value
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+        }
+        if "process_group" in given:
+            group = ProcessGroup.unbox(given["process_group"])
+        elif "group_name" in given:
+            group = _resolve_process_group(given["group_name"])
+        else:
+            return  # no collective, but the wait for one
+        # Gathers and scatters are also given where the result goes to.
+        inputs = [value for name, value in given.items() if not name.startswith("output")]
+        name = func._schema.name
+        self.sizes[KINDS.get(name, name), group.size()].append(_bytes(tree_leaves(inputs)))
+
+
+def _bytes(values: Iterable[Any]) -> int:
+    """Of the tensors among `values`, of each the part that this process holds."""
+    return sum(t.nbytes for t in local(v for v in values if isinstance(v, Tensor)))

@@ -1,0 +1,143 @@
+"""BYOL as it is usually written in eager PyTorch: what a step of ours is measured against."""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from engine import byol
+from engine.adamw import AdamWConfig
+from engine.byol import Online, Target, regression_loss
+from engine.lars import LARS, LARSConfig, parameter_groups
+from engine.norm import BatchNorm
+from engine.precision import autocast
+from engine.recipe import Recipe
+from engine.resnet import ResNet, ResNetConfig
+
+_Outputs = tuple[Tensor, Tensor, Tensor]  # projection, prediction, logits
+
+
+class Stock:
+    """One network, one view, one tensor at a time.
+
+    Where there is a process group: DDP, and torch's synchronised norm, which a CPU does not have.
+    """
+
+    def __init__(self, recipe: Recipe, classes: int, device: torch.device) -> None:
+        """The weights are those that a Trainer of the same recipe starts from."""
+        online, target = byol.build(recipe.model, classes, recipe.seed)
+        self.online = _StockNetwork(online, recipe.model.encoder).to(device)
+        self.target = _StockNetwork(target, recipe.model.encoder).to(device).requires_grad_(False)
+        self.see: Callable[[Tensor], _Outputs] = self.online
+        if dist.is_initialized():
+            if device.type == "cuda":
+                self.online = nn.SyncBatchNorm.convert_sync_batchnorm(self.online)
+                self.target = nn.SyncBatchNorm.convert_sync_batchnorm(self.target)
+            self.see = _ddp(self.online)
+        self.optimizer = _stock_optimizer(recipe.optimizer, self.online)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+        self.autocast = partial(autocast, recipe.precision, device)
+
+    def step(self, view1: Tensor, view2: Tensor, labels: Tensor, lr: float, tau: float) -> Tensor:
+        """One update on views [B, 3, S, S]; returns the loss [] of these rows before it."""
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            with self.autocast():
+                (_, q1, logits), (_, q2, _) = self.see(view1), self.see(view2)
+                with torch.no_grad():
+                    (z1, _, _), (z2, _, _) = self.target(view1), self.target(view2)
+            loss = (regression_loss(q1, z2) + regression_loss(q2, z1)).mean()
+            self.scaler.scale(loss + F.cross_entropy(logits, labels)).backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        online = dict(self.online.named_parameters())
+        with torch.no_grad():
+            for name, p in self.target.named_parameters():
+                p.mul_(tau).add_(online[name], alpha=1 - tau)
+        return loss.detach()
+
+
+def _ddp(network: nn.Module) -> DistributedDataParallel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch renames broadcast_buffers
+        # Two forwards come before the backward. With the default, each begins by overwriting the
+        # running statistics, and torch 2.11 raises for those that the first one's backward has
+        # noted down (https://github.com/pytorch/pytorch/issues/175024, mended later).
+        return DistributedDataParallel(network, broadcast_buffers=False)
+
+
+class _StockNetwork(nn.Module):
+    """Ours with torchvision's encoder where it has the same, and torch's batch norm."""
+
+    def __init__(self, ours: Online | Target, config: ResNetConfig) -> None:
+        super().__init__()
+        self.encoder = _stock_encoder(ours.encoder, config)
+        self.projector = _use_torch_norm(ours.projector, nn.BatchNorm1d)
+        self.predictor: nn.Module = nn.Identity()
+        self.classifier: nn.Module = nn.Identity()
+        if isinstance(ours, Online):
+            assert ours.classifier is not None  # the drawn images have labels
+            self.predictor = _use_torch_norm(ours.predictor, nn.BatchNorm1d)
+            self.classifier = ours.classifier
+
+    def forward(self, images: Tensor) -> _Outputs:
+        """Images [B, 3, S, S] -> projection, prediction and logits."""
+        features = self.encoder(images)
+        projection = self.projector(features)
+        return projection, self.predictor(projection), self.classifier(features.detach())
+
+
+def _stock_encoder(ours: ResNet, config: ResNetConfig) -> nn.Module:
+    if config != ResNetConfig(config.depth) or config.depth in (10, 200):
+        return _use_torch_norm(ours, nn.BatchNorm2d)
+    encoder: nn.Module = torchvision.models.get_model(f"resnet{config.depth}")
+    encoder.fc = nn.Identity()
+    encoder.load_state_dict(ours.state_dict())
+    return encoder
+
+
+def _use_torch_norm(module: nn.Module, norm: type[nn.BatchNorm1d | nn.BatchNorm2d]) -> nn.Module:
+    """`module`, changed in place."""
+    for name, child in module.named_children():
+        if isinstance(child, BatchNorm):
+            replacement = norm(len(child.weight), child.eps, child.momentum)
+            replacement.load_state_dict(child.state_dict())
+            setattr(module, name, replacement)
+        else:
+            _use_torch_norm(child, norm)
+    return module
+
+
+def _stock_optimizer(config: LARSConfig | AdamWConfig, module: nn.Module) -> Optimizer:
+    groups = parameter_groups(module)
+    if isinstance(config, AdamWConfig):
+        return torch.optim.AdamW(
+            groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay
+        )
+    return StockLARS(groups, config.momentum, config.weight_decay, config.trust_coefficient)
+
+
+class StockLARS(LARS):
+    """The same update, one tensor after the other."""
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                update = p.grad.add(p, alpha=group["weight_decay"])
+                if group["adapt"]:
+                    length, step = p.norm(), update.norm()
+                    ratio = group["trust_coefficient"] * length / step
+                    update *= torch.where((length > 0) & (step > 0), ratio, 1.0)
+                momentum = self.state[p]["momentum_buffer"]
+                momentum.mul_(group["momentum"]).add_(update)
+                p.add_(momentum, alpha=-group["lr"])

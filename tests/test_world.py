@@ -1,0 +1,193 @@
+"""Runs of several processes: what they agree on, save, measure, and how they fail."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.checkpoint import CheckpointConfig
+from engine.parallel import ParallelConfig
+from engine.probe import ProbeConfig
+from engine.recipe import Recipe
+from engine.trainer import Trainer
+from shards.errors import InputError
+from shards.loader import DataConfig
+from tests import parity
+from tests.parity import SGDConfig
+from tests.ranks import RankFailure, Ranks
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
+
+
+def train(recipe: Recipe) -> int:
+    """On a rank: train to the recipe's last step."""
+    trainer = Trainer(recipe)
+    trainer.fit()
+    return trainer.step
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def recipe(data: DataConfig, run: Path, strategy: Any = "auto", **changes: Any) -> Recipe:
+    changes = {"checkpoint": CheckpointConfig(every=3)} | changes
+    spread = ParallelConfig(strategy=strategy, timeout=60)
+    return parity.recipe(data, str(run), optimizer=SGDConfig(), parallel=spread, **changes)
+
+
+@pytest.fixture(scope="module")
+def alone(ranks: Ranks, tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps of one process."""
+    run = tmp_path_factory.mktemp("alone")
+    ranks.run(train, recipe(tiny_data, run, steps=6), size=1)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("strategy", "first", "then"),
+    [("fsdp", 4, [("auto", 1), ("ddp", 2), ("fsdp", 3)]), ("ddp", 2, [("fsdp", 4)])],
+)
+def test_any_world_size_goes_on_from_any_other(
+    ranks: Ranks,
+    tiny_data: DataConfig,
+    tmp_path: Path,
+    alone: Path,
+    strategy: str,
+    first: int,
+    then: list[tuple[str, int]],
+) -> None:
+    run = tmp_path / "first"
+    ranks.run(train, recipe(tiny_data, run, strategy, steps=3), size=first)
+    for number, (other, size) in enumerate(then):
+        copy = CheckpointConfig(every=3, resume=str(run))
+        second = tmp_path / f"second{number}"
+        config = recipe(tiny_data, second, other, steps=6, checkpoint=copy)
+        assert ranks.run(train, config, size=size) == [6] * size
+        records = lines(run) + lines(second)
+        for record, expected in zip(records, lines(alone), strict=True):
+            for key in ("step", "epoch", "lr", "tau", "data_digest", "skipped"):
+                assert record[key] == expected[key]
+            assert record["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+            assert record["feature_std"] == pytest.approx(expected["feature_std"], rel=1e-3)
+
+
+def measure(config: Recipe) -> dict[str, float]:
+    """On a rank: what evaluations say of the untrained networks."""
+    config = dataclasses.replace(config, probe=ProbeConfig(every=5, neighbours=5))
+    probe = Trainer(config).probe
+    assert probe is not None
+    return probe.evaluate() | {"pixels": probe.pixels_top1()}
+
+
+def test_evaluations_do_not_depend_on_the_world_size(
+    ranks: Ranks, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    (expected,) = ranks.run(measure, recipe(tiny_data, tmp_path / "1"), size=1)
+    for strategy, size in (("ddp", 2), ("fsdp", 3)):
+        config = recipe(tiny_data, tmp_path / strategy, strategy)
+        for found in ranks.run(measure, config, size=size):
+            assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_more_ranks_than_streams(ranks: Ranks, tiny_data: DataConfig, tmp_path: Path) -> None:
+    few = dataclasses.replace(tiny_data, streams=2)
+    with pytest.raises(RankFailure) as failure:
+        ranks.run(train, recipe(few, tmp_path), size=3)
+    assert str(failure.value).count("3 ranks but data.streams is 2: use at most 2 ranks") == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "shard", "mend"),
+    [(3, 2, "--parallel.strategy fsdp"), (4, 4, "--parallel.shard 2"), (4, 3, "--parallel.shard")],
+)
+def test_hsdp_needs_replicas(
+    ranks: Ranks, tiny_data: DataConfig, tmp_path: Path, size: int, shard: int, mend: str
+) -> None:
+    config = recipe(tiny_data, tmp_path)
+    config = dataclasses.replace(config, parallel=ParallelConfig("hsdp", shard=shard))
+    with pytest.raises(RankFailure, match=f"parallel.strategy hsdp: {size} processes .*{mend}"):
+        ranks.run(train, config, size=size)
+    assert not (tmp_path / "recipe.json").exists()
+
+
+def test_hsdp_alone_is_refused(tiny_data: DataConfig, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"use --parallel\.strategy fsdp"):
+        Trainer(recipe(tiny_data, tmp_path, "hsdp"))
+    torch.distributed.destroy_process_group()
+
+
+# torchrun ---------------------------------------------------------------------------------------
+
+
+def torchrun(size: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "launch" / "train.py"), QUICKSTART, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def common(data: DataConfig, run: Path) -> list[str]:
+    return [
+        *("--data.train", data.train, "--data.val", data.val, "--run-url", str(run)),
+        *("--batch.size", "16", "--data.streams", "4", "--threads", "1"),
+    ]
+
+
+def test_torchrun_trains_and_goes_on(tiny_data: DataConfig, tmp_path: Path) -> None:
+    arguments = [*common(tiny_data, tmp_path), "--log.every", "1", "--precision", "fp16"]
+    done = torchrun(2, *arguments, "--steps", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 of 91 steps done") == 1  # by one process
+    assert "strategy ddp" in done.stdout
+    again = torchrun(3, *arguments, "--steps", "3", "--parallel.strategy", "fsdp")
+    assert again.returncode == 0, again.stderr
+    assert "resumed at step 2" in again.stdout
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3]
+    assert lines(tmp_path)[-1]["loss_scale"] <= 2**16
+
+
+def errors_of(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+
+
+def test_mistakes_are_told_once(tiny_data: DataConfig, tmp_path: Path) -> None:
+    for wrong, text in (
+        (["--data.streams", "1"], "2 ranks but data.streams is 1: use at most 1 ranks"),
+        (["--batch.micro", "16"], "batch.micro must be from 1 to 8, not 16"),
+    ):
+        done = torchrun(2, *common(tiny_data, tmp_path), *wrong)
+        assert done.returncode == 1
+        (line,) = errors_of(done)
+        assert text in line
+        assert "Traceback (most recent call last)" not in done.stderr.split("torch/distributed")[0]
+
+
+def test_a_fault_of_one_rank_is_told_by_that_rank(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """A shard that one rank reads goes away during the run: nobody hangs, one line says why."""
+    from shards import synthetic
+
+    synthetic.write(f"{tmp_path}/train", 64, 32, seed=0)
+    index = json.loads((tmp_path / "train" / "index.json").read_text())
+    shard = tmp_path / "train" / index["shards"][0]["name"]
+    content = bytearray(shard.read_bytes())
+    content[: len(content) // 2] = bytes(len(content) // 2)
+    shard.write_bytes(content)
+    data = DataConfig(train=f"{tmp_path}/train", val=tiny_data.val)
+    done = torchrun(2, *common(data, tmp_path / "run"), "--probe.every", "0", "--probe.no-baseline")
+    assert done.returncode != 0
+    (line,) = errors_of(done)
+    assert shard.name in line
+    assert "Connection" not in done.stderr
