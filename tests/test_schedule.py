@@ -64,3 +64,29 @@ def test_step_counts_are_exact() -> None:
 def test_cosine_halfway() -> None:
     assert learning_rate(55, 1.0, 10, 100) == pytest.approx(0.5)
     assert 1 - tau(25, 0.9, 100) == pytest.approx(0.1 * (1 + math.sqrt(0.5)) / 2)
+
+
+def test_linear_rule() -> None:
+    """Twice the batch, twice the rate; or the paper batch's rate whatever the batch."""
+    linear, fixed = ScheduleConfig(base_lr=0.2), ScheduleConfig(base_lr=0.2, lr_rule="fixed")
+    assert [linear.peak_lr(batch) for batch in (256, 512, 4096)] == [0.2, 0.4, 3.2]
+    assert [fixed.peak_lr(batch) for batch in (256, 4096)] == [3.2, 3.2]
+    assert ScheduleConfig(lr_rule="fixed", paper_batch=512, base_lr=0.2).peak_lr(64) == 0.4
+
+
+@pytest.mark.parametrize("batch", [512, 4096, 16384])
+def test_power_rule_forgets_at_the_same_rate_for_each_image(batch: int) -> None:
+    """What is left of the first target after 2**20 images does not depend on the batch."""
+    config = ScheduleConfig(tau_rule="power")
+    power = config.tau_power(batch)
+    assert power == batch / 4096
+    # Far from the schedule's end, where it is all but flat.
+    left = math.prod(tau(step, 0.99, 10**9, power) for step in range(2**20 // batch))
+    assert left == pytest.approx(0.99 ** (2**20 / 4096), rel=1e-6)
+
+
+def test_power_rule_at_equal_times() -> None:
+    for progress in (0, 0.25, 0.5, 1):
+        whole = tau(round(1000 * progress), 0.996, 1000)
+        assert tau(round(4000 * progress), 0.996, 4000, 0.25) == pytest.approx(whole**0.25)
+    assert ScheduleConfig().tau_power(256) == 1

@@ -9,9 +9,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.byol import update_target
@@ -27,7 +29,7 @@ from shards.errors import InputError
 from shards.index import Index
 from shards.loader import DataConfig
 from shards.order import BatchConfig
-from tests import tiny
+from tests import parity, tiny
 from tests.conftest import PackFiles, draw_photo
 
 TIMING = {"images_per_second", "data_wait"}
@@ -433,10 +435,36 @@ def test_corrupt_images_are_named_once_for_the_whole_run(
     assert capsys.readouterr().out.count("a7: no JPEG, PNG or WebP image") == 1
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_runs_on_a_gpu(tiny_data: DataConfig, tmp_path: Path, precision: str) -> None:
-    train(tiny.recipe(tiny_data, tmp_path / "a", precision=precision, steps=8, compile=True))
-    train(tiny.recipe(tiny_data, tmp_path / "b", precision=precision, steps=8, compile=True))
-    assert comparable(tmp_path / "a") == comparable(tmp_path / "b")
+def first_gradient(config: Recipe) -> Tensor:
+    """All gradients of one step, flat, and unscaled."""
+    trainer = Trainer(config)
+    trainer.step = 2
+    if trainer.guard.scale is not None:
+        trainer.guard.scale.fill_(1024)  # where no step of so small a network is skipped
+    seen: list[Tensor] = []
+
+    def look(*_: object) -> None:
+        seen.extend(p.grad.flatten().clone() for p in trainer.online.parameters())  # type: ignore[union-attr]
+
+    trainer.optimizer.register_step_pre_hook(look)
+    with contextlib.closing(trainer.batches()) as batches:
+        trainer.train_step(next(batches))
+    assert trainer.guard.skipped == 0
+    for value in [*trainer.online.state_dict().values(), *trainer.target.state_dict().values()]:
+        assert value.dtype in (torch.float32, torch.int64)
+    return torch.cat(seen) / (1 if trainer.guard.scale is None else trainer.guard.scale)
+
+
+@pytest.mark.parametrize(("precision", "within"), [("bf16", 0.1), ("fp16", 0.02)])
+def test_half_precision_is_near(
+    tiny_data: DataConfig, tmp_path: Path, precision: str, within: float
+) -> None:
+    # Rounding flips signs at ReLU's kinks, which moves stock PyTorch's gradients by a third too.
+    with patch("torch.relu", F.softplus):
+        exact, found = (
+            first_gradient(parity.recipe(tiny_data, str(tmp_path / name), precision=name))
+            for name in ("fp32", precision)
+        )
+    error = (found - exact).norm() / exact.norm()
+    print(f"{precision}: {error:.3g}")
+    assert 0 < error <= within

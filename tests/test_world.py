@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from engine.checkpoint import CheckpointConfig
 from engine.parallel import ParallelConfig
 from engine.probe import ProbeConfig
 from engine.recipe import Recipe
+from engine.sharding import local
 from engine.trainer import Trainer
 from shards.errors import InputError
 from shards.loader import DataConfig
@@ -122,6 +125,49 @@ def test_hsdp_alone_is_refused(tiny_data: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"use --parallel\.strategy fsdp"):
         Trainer(recipe(tiny_data, tmp_path, "hsdp"))
     torch.distributed.destroy_process_group()
+
+
+# Steps that are skipped -------------------------------------------------------------------------
+
+
+def skip_a_step(config: Recipe, where: str) -> tuple[float, bool, float]:
+    """On a rank: one step that only rank 1 finds not finite.
+
+    Returns the loss scale's factor, whether the rank's parameters stayed, and the steps skipped.
+    """
+    trainer = Trainer(config)
+    trainer.step = 2
+    scale = trainer.guard.scale
+    assert scale is not None
+    scale.fill_(1024)
+    before = [p.detach().clone() for p in local(trainer.online.parameters())]
+    if trainer.world.rank == 1 and where == "loss":
+        trainer.guard.scaled = lambda loss: loss * math.inf  # type: ignore[method-assign]
+
+    def spoil(*_: object) -> None:
+        gradients = [p.grad for p in trainer.online.parameters() if p.grad is not None]
+        if trainer.world.rank == 1 and where == "shard":
+            next(g for g in local(gradients) if g.numel()).fill_(math.nan)
+
+    trainer.optimizer.register_step_pre_hook(spoil)
+    with closing(trainer.batches()) as batches:
+        trainer.train_step(next(batches))
+    after = local(trainer.online.parameters())
+    same = all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+    return scale.item() / 1024, same, trainer.guard.skipped.item()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "where", "skipped"),
+    [("ddp", "loss", 1), ("fsdp", "loss", 1), ("fsdp", "shard", 1), ("fsdp", "nowhere", 0)],
+)
+def test_ranks_agree_to_skip(
+    ranks: Ranks, tiny_data: DataConfig, tmp_path: Path, strategy: str, where: str, skipped: int
+) -> None:
+    config = recipe(tiny_data, tmp_path, strategy, precision="fp16")
+    factor = 0.5 if skipped else 1.0
+    expected = [(factor, bool(skipped), skipped)] * 2
+    assert ranks.run(skip_a_step, config, where, size=2) == expected
 
 
 # torchrun ---------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from shards.loader import DataConfig
 from shards.order import BatchConfig
 from shards.views import ViewsConfig
 
+NO_PROBE = ProbeConfig()
 SAMPLES = 104  # 6 batches of 16 an epoch, 8 samples left over
 
 

@@ -1,0 +1,130 @@
+"""What only a GPU can show; skipped, and said so, without one."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from engine import world
+from engine.norm import BatchNorm, synchronise
+from engine.parallel import ParallelConfig
+from engine.trainer import Trainer
+from shards.loader import DataConfig
+from tests import tiny
+from tests.test_trainer import comparable, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture
+def nccl() -> Iterator[world.World]:
+    """One process in a group of its own."""
+    yield world.enter(None, distributed=True)
+    world.leave()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_equal_runs_are_equal_bit_for_bit(
+    tiny_data: DataConfig, tmp_path: Path, precision: str
+) -> None:
+    for name in ("a", "b"):
+        recipe = tiny.recipe(tiny_data, tmp_path / name, precision=precision, steps=8, compile=True)
+        train(recipe)
+    assert comparable(tmp_path / "a") == comparable(tmp_path / "b")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_one_rank_of_nccl_is_one_process(
+    tiny_data: DataConfig, tmp_path: Path, strategy: Any, compile: bool
+) -> None:
+    train(tiny.recipe(tiny_data, tmp_path / "alone", steps=3, probe=tiny.NO_PROBE))
+    parallel = ParallelConfig(strategy=strategy)
+    try:
+        train(
+            tiny.recipe(
+                tiny_data,
+                tmp_path / "nccl",
+                steps=3,
+                probe=tiny.NO_PROBE,
+                parallel=parallel,
+                compile=compile,
+            )
+        )
+    finally:
+        world.leave()
+    for ours, alone in zip(
+        comparable(tmp_path / "nccl"), comparable(tmp_path / "alone"), strict=True
+    ):
+        assert ours["data_digest"] == alone["data_digest"]
+        assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0, 1e3])
+def test_norm_is_as_close_to_float64_as_torchs(nccl: world.World, offset: float) -> None:
+    group: Any = dist.group.WORLD
+    torch.manual_seed(0)
+    x = offset + torch.randn(64, 16, 8, 8, device=nccl.device)
+    ours = BatchNorm(16, views=1).to(nccl.device)
+    synchronise(ours, group)
+    torchs = nn.SyncBatchNorm(16, process_group=group).to(nccl.device)
+    exact = nn.BatchNorm2d(16).to(nccl.device, torch.float64)
+    upstream = torch.randn_like(x)
+    errors = {}
+    expected = x.double().requires_grad_()
+    y = exact(expected)
+    y.backward(upstream.double())
+    assert expected.grad is not None
+    for name, norm in (("ours", ours), ("torchs", torchs)):
+        mine = x.clone().requires_grad_()
+        found = norm(mine)
+        found.backward(upstream)
+        assert mine.grad is not None
+        errors[name] = [
+            ((a.double() - b).norm() / b.norm()).item()
+            for a, b in ((found, y), (mine.grad, expected.grad))
+        ]
+    print(errors)
+    for our_error, torchs_error in zip(errors["ours"], errors["torchs"], strict=True):
+        assert our_error <= 1.1 * torchs_error + 1e-7
+
+
+def test_images_and_features_are_channels_last(tiny_data: DataConfig, tmp_path: Path) -> None:
+    trainer = Trainer(tiny.recipe(tiny_data, tmp_path))
+    shapes = []
+
+    def look(_: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        for tensor in (*inputs, output):
+            shapes.append(tensor.is_contiguous(memory_format=torch.channels_last))
+
+    trainer.online.encoder.conv1.register_forward_hook(look)
+    trainer.online.encoder.bn1.register_forward_hook(look)
+    with contextlib.closing(trainer.batches()) as batches:
+        output = trainer.train_step(next(batches))
+    assert output.images.is_contiguous(memory_format=torch.channels_last)
+    assert shapes
+    assert all(shapes)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_never_waits_for_the_device(
+    tiny_data: DataConfig, tmp_path: Path, precision: str
+) -> None:
+    trainer = Trainer(tiny.recipe(tiny_data, tmp_path, precision=precision))
+    with contextlib.closing(trainer.batches()) as batches:
+        trainer.train_step(next(batches))
+        batch = next(batches)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer.train_step(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
