@@ -27,6 +27,7 @@ class Artefacts:
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         self._url = storage.join(recipe.run, FOLDER, f"{key}.bin")
         self._digest_url = storage.join(recipe.run, FOLDER, f"{key}.sha256")
+        self._main = world.main
         self.loaded = False
 
     def load(self, report: Callable[[str], None]) -> None:
@@ -46,9 +47,9 @@ class Artefacts:
         self.loaded = True
 
     def save(self, report: Callable[[str], None]) -> None:
-        """Keep what was compiled since the start; the digest goes last."""
-        found = torch.compiler.save_cache_artifacts()
-        if found is None or self.loaded:
+        """Keep what the first process compiled since the start; the digest goes last."""
+        found = torch.compiler.save_cache_artifacts() if self._main and not self.loaded else None
+        if found is None:
             return
         content = found[0]
         try:

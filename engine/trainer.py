@@ -270,9 +270,10 @@ class Trainer:
 
     def _diverged(self, output: StepOutput) -> InputError:
         scale = "" if self.guard.scale is None else f", loss scale {self.guard.scale.item():g}"
+        loss = self.world.sum(output.loss.double().cpu()).item()
         return InputError(
             f"training has diverged: steps without a finite gradient at step {self.step} "
-            f"(loss {output.loss.item() * self.world.size:g}, learning rate {output.lr:g}{scale}); "
+            f"(loss {loss:g}, learning rate {output.lr:g}{scale}); "
             "the last checkpoint is kept: start a new run with a lower --schedule.base-lr"
             + (" or --precision bf16" if self.recipe.precision == "fp16" else "")
         )

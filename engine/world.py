@@ -173,11 +173,20 @@ def report_failure(error: BaseException) -> None:
         return
     if known:
         print(f"error: {error}", file=sys.stderr, flush=True)
+    elif _is_lost_connection(error):
+        reason = str(error).strip().splitlines()[0]
+        print(f"error: rank {rank()} lost another process: {reason}", file=sys.stderr, flush=True)
     else:
         if dist.is_initialized():
             print(f"rank {rank()} failed:", file=sys.stderr)
         traceback.print_exception(error)
         sys.stderr.flush()
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    signs = ("closed by peer", "connection reset", "timed out", "timeout", "socket closed")
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
 def _is_first_failure(patience: float) -> bool:

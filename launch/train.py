@@ -23,7 +23,9 @@ def main(arguments: list[str]) -> int:
             trainer.fit()
         world.leave()
     except KeyboardInterrupt:
-        print("interrupted: the same command continues from the last checkpoint", file=sys.stderr)
+        if world.rank() == 0:
+            message = "interrupted: the same command continues from the last checkpoint"
+            print(message, file=sys.stderr)
         return 130
     except Exception as error:
         world.report_failure(error)
