@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from engine import checkpoint
-from engine.trainer import Trainer
+from engine.trainer import StepOutput, Trainer
 from shards import storage
 
 FOLDER = "debug_step"  # in the run's directory, while it lasts
@@ -32,6 +32,9 @@ def debug_step(trainer: Trainer) -> None:
         table.add_row(name, f"{time.perf_counter() - start:.2f}", describe(result))
         return result
 
+    def loss_of(output: StepOutput) -> float:
+        return trainer.world.sum(output.loss.double().cpu()).item()
+
     url = storage.join(trainer.recipe.run, FOLDER)
     data = trainer.batches()
     try:
@@ -44,7 +47,7 @@ def debug_step(trainer: Trainer) -> None:
         part(
             "second step",
             lambda: trainer.train_step(batch),
-            lambda o: f"loss {output.loss.item():.4f} -> {o.loss.item():.4f}",
+            lambda o: f"loss {loss_of(output):.4f} -> {loss_of(o):.4f}",
         )
         if (probe := trainer.probe) is not None:
             part(

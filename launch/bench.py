@@ -1,7 +1,8 @@
 """Ours beside the stock PyTorch way, measured in the same run.
 
     python launch/bench.py input     images per second, and per second of a core, of the pipeline
-    python launch/bench.py step      images per second and peak memory of a training step
+    python launch/bench.py step      images per second, compile time, memory and data wait of a
+                                     training step; also under torchrun
     python launch/bench.py order     seconds and memory until a rank knows its batch at any step
     python launch/bench.py plan      memory and communication of a process among many, none needed
 
@@ -15,6 +16,7 @@ import sys
 
 import tyro
 
+from engine import world
 from launch.benchmarks.input import bench_input
 from launch.benchmarks.order import bench_order
 from launch.benchmarks.plan import bench_plan
@@ -31,7 +33,7 @@ def main(arguments: list[str]) -> int:
             args=arguments,
         )
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        world.report_failure(error)
         return 1
     except KeyboardInterrupt:
         return 130

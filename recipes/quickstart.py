@@ -6,8 +6,8 @@ Data         drawn at the first start: 8 classes of grey textures (shards/synthe
              data/quickstart
 Command      torchrun launch/train.py recipes/quickstart.py
 Hardware     two CPU cores, 2 GB of memory
-Time         4 min 25 s
-Expected     kNN 71.8% (raw pixels 45.1%, untrained encoder 32.9%)
+Time         4 min 30 s
+Expected     kNN, k = 20: 79.5% (raw pixels 53.0%, untrained encoder 42.4%)
 """
 
 from engine.adamw import AdamWConfig
@@ -34,7 +34,7 @@ recipe = Recipe(
     schedule=ScheduleConfig(epochs=14, warmup_epochs=1, base_lr=4e-3, base_tau=0.97),
     optimizer=AdamWConfig(weight_decay=1e-4),
     data=DataConfig(train="data/quickstart/train", val="data/quickstart/val", draw=8000, streams=8),
-    probe=ProbeConfig(every=300, crop=1.0, baseline=True),
+    probe=ProbeConfig(every=300, neighbours=20, crop=1.0, baseline=True),
     checkpoint=CheckpointConfig(every=500),
     log=LogConfig(every=25),
 )
