@@ -5,7 +5,7 @@ Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (arXiv 17
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,8 @@ class AdamWConfig:
 
     betas: tuple[float, float] = (0.9, 0.999)
     """Shares kept of the gradient's running mean and running square."""
+
+    slots: ClassVar[int] = 2  # tensors of state for each parameter
 
     def build(self, module: nn.Module, shard_group: ProcessGroup | None = None) -> AdamW:
         """AdamW over the parameters of `module`, at learning rate 0."""

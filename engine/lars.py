@@ -6,7 +6,7 @@ BYOL (arXiv 2006.07733), "Implementation details: Optimization".
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +130,8 @@ class LARSConfig:
 
     trust_coefficient: float = 1e-3
     """Length of a weight's update before momentum, as a share of the weight's own length."""
+
+    slots: ClassVar[int] = 1  # tensors of state for each parameter
 
     def build(self, module: nn.Module, shard_group: ProcessGroup | None = None) -> LARS:
         """LARS over the parameters of `module`, at learning rate 0."""

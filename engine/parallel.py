@@ -69,6 +69,13 @@ class Parallel:
         return nullcontext()
 
 
+def state_bytes(online: Online, target: Target, slots: int) -> int:
+    """Of parameters, gradients and optimizer state (`slots` tensors for each parameter) in float32,
+    when one process holds everything."""
+    trained, moved = (sum(p.numel() for p in network.parameters()) for network in (online, target))
+    return 4 * (trained * (2 + slots) + moved)
+
+
 def choose(
     config: ParallelConfig, world: World, state_bytes: int, report: Callable[[str], None]
 ) -> Strategy:

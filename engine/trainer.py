@@ -14,7 +14,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from engine import byol, checkpoint, compiling, parallel, run, world
-from engine.adamw import AdamWConfig
 from engine.artefacts import Artefacts
 from engine.augment import augment
 from engine.byol import byol_loss, update_target
@@ -71,9 +70,8 @@ class Trainer:
 
         self.classes = len(self.train_index.classes)
         self.online, self.target = byol.build(recipe.model, self.classes, recipe.seed)
-        strategy = parallel.choose(
-            recipe.parallel, self.world, self._state_bytes(), self.console.print
-        )
+        held = parallel.state_bytes(self.online, self.target, recipe.optimizer.slots)
+        strategy = parallel.choose(recipe.parallel, self.world, held, self.console.print)
         commit = self.world.tell(self._open_run)
         self._parallelize(strategy)
         self.optimizer = recipe.optimizer.build(self.online, self.parallel.shard_group)
@@ -381,15 +379,6 @@ class Trainer:
                 self.recipe, digest, commit.url, commit.method, commit.index_digest, mend
             )
         return commit
-
-    def _state_bytes(self) -> int:
-        """Of parameters, gradients and optimizer state, when one process holds everything."""
-        online, target = (
-            sum(p.numel() for p in network.parameters()) for network in (self.online, self.target)
-        )
-        slots = 2 if isinstance(self.recipe.optimizer, AdamWConfig) else 1
-        width: int = parameter_dtype(self.recipe.precision).itemsize
-        return width * (online * (2 + slots) + target)
 
 
 def _head_loss(logits: Tensor | None, labels: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 import torchvision
 from torch import Generator, nn
 
+from engine.norm import RunningStatistics
 from engine.resnet import Bottleneck, ResNet, ResNetConfig, initialise
 
 Depth = Literal[10, 18, 34, 50, 101, 152, 200]
@@ -31,6 +32,10 @@ def test_equals_torchvision(depth: Depth) -> None:
             features = net.train(training)(x)
             assert features.shape == (4, net.feature_dim)
             torch.testing.assert_close(features, theirs.train(training)(x), rtol=1e-11, atol=1e-12)
+            statistics = RunningStatistics([net])
+            if training:
+                statistics.note()
+            statistics.apply()
     torch.testing.assert_close(net.state_dict(), theirs.state_dict(), rtol=1e-11, atol=1e-12)
 
 
