@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -78,7 +79,7 @@ def save(
     writer = FsspecWriter(url, sync_files=False)
     files = _CountingFiles(writer.fs)
     writer.fs = files  # type: ignore[assignment]
-    with _one_process_is_fine():
+    with _one_process_is_fine(), _plain_errors(url, "written"):
         dcp_save(state, storage_writer=writer, no_dist=not world.distributed)
     sums = {name: entry for part in world.collect(files.sums) for name, entry in part.items()}
 
@@ -94,7 +95,7 @@ def save(
 
 def load(commit: Commit, state: dict[str, Any], world: World) -> None:
     """Fill the tensors of `state` from a checkpoint that `latest` or `find` has verified."""
-    with _one_process_is_fine():
+    with _one_process_is_fine(), _plain_errors(commit.url, "read"):
         dcp_load(state, storage_reader=FsspecReader(commit.url), no_dist=not world.distributed)
 
 
@@ -162,6 +163,18 @@ def _one_process_is_fine() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+@contextmanager
+def _plain_errors(url: str, what: str) -> Iterator[None]:
+    """OSError in place of torch's CheckpointException, which is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        place = storage.redact(url)
+        raise OSError(f"{place} could not be {what} by rank {rank}: {reason}") from None
 
 
 class _CountingFiles(FileSystemBase):

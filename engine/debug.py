@@ -61,9 +61,11 @@ def debug_step(trainer: Trainer) -> None:
             lambda c: f"{_bytes(c)} in {len(c.files)} files",
         )
         part("restore", lambda: trainer.load(checkpoint.verify(commit.url)), lambda _: commit.url)
+        trainer.world.collect(None)  # all have restored
     finally:
         data.close()
-        trainer.world.tell(lambda: storage.remove(url))
+        if trainer.world.main:
+            storage.remove(url)
     parameters = sum(p.numel() for p in trainer.online.parameters())
     table.caption = (
         f"{trainer.device}, {trainer.recipe.precision}, {parameters / 1e6:.1f} M parameters, "

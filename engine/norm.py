@@ -179,6 +179,7 @@ class RunningStatistics:
         self._norms = [module for module in modules if isinstance(module, BatchNorm)]
         self._running = [t for norm in self._norms for t in (norm.running_mean, norm.running_var)]
         self._next: Tensor | None = None  # [all channels]
+        self._seen = 0
 
     @torch.no_grad()
     def note(self) -> None:
@@ -187,14 +188,18 @@ class RunningStatistics:
         for view in torch.cat([norm.batch_statistics.flatten(1) for norm in self._norms], dim=1):
             running = torch.lerp(running, view, self._norms[0].momentum)
         self._next = running
-        torch._foreach_add_([n.num_batches_tracked for n in self._norms], self._norms[0].views)
+        self._seen += self._norms[0].views
 
     @torch.no_grad()
     def apply(self, skip: Tensor | None = None) -> None:
         """Write down what was noted since the last call, unless `skip` [] is 1."""
         if self._next is None:
             return
+        counters = [norm.num_batches_tracked for norm in self._norms]
+        seen = torch.full_like(counters[0], self._seen)
         if skip is not None:
+            seen = torch.where(skip > 0, 0, seen)
             self._next = torch.where(skip > 0, torch.cat(self._running), self._next)
         torch._foreach_copy_(self._running, self._next.split([len(t) for t in self._running]))
-        self._next = None
+        torch._foreach_add_(counters, [seen] * len(counters))
+        self._next, self._seen = None, 0

@@ -58,6 +58,7 @@ class Parallel:
     strategy: Strategy
     online: Callable[[Tensor], OnlineOutput]
     shard_group: ProcessGroup | None  # the processes that parameters are spread over
+    groups: list[ProcessGroup]  # of some of the processes
     _network: Online
 
     def micro_batch(self, last: bool) -> AbstractContextManager[object]:
@@ -84,6 +85,10 @@ def choose(
     Raises InputError when the processes do not allow it.
     """
     chosen: Strategy
+    if config.shard and config.strategy != "hsdp":
+        raise InputError(
+            f"parallel.shard {config.shard} is for hsdp: give --parallel.strategy hsdp too"
+        )
     if config.strategy == "auto":
         chosen = "none"
         if world.size > 1:
@@ -146,16 +151,17 @@ def parallelize(
     if compile:
         compile_networks(online, target)
     if strategy == "none":
-        return Parallel(strategy, online, None, online)
+        return Parallel(strategy, online, None, [], online)
     if strategy == "ddp":
-        return Parallel(strategy, _ddp(online, static), None, online)
+        return Parallel(strategy, _ddp(online, static), None, [], online)
     mesh = _mesh(strategy, config, world)
     for network in (online, target):
         for block in network.encoder.blocks():
             fully_shard(block, mesh=mesh)
         # The target has no backward that would give its outermost parameters back.
         fully_shard(network, mesh=mesh, reshard_after_forward=True if network is target else None)
-    return Parallel(strategy, online, mesh.get_group(mesh.ndim - 1), online)
+    groups = mesh.get_all_groups()
+    return Parallel(strategy, online, groups[-1], groups, online)
 
 
 def _ddp(online: Online, static: bool) -> DistributedDataParallel:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from engine.recipe import Recipe, differences, flatten, method_fields
+from engine.world import World
 from shards import storage
 from shards.errors import InputError
 
@@ -35,6 +36,26 @@ def check(recipe: Recipe, index_digest: str, report: Callable[[str], None]) -> N
     operations = flatten(recipe).keys() - method_fields(recipe).keys()
     method = {name: there[name] for name in there.keys() - operations - {DIGEST}}
     refuse_other(recipe, index_digest, recipe.run, method, there.get(DIGEST))
+
+
+# Machines may differ in these; all else is one run.
+_MACHINES_OWN = {"run", "data.train", "data.val", "data.prefetch", "threads", "compile"}
+
+
+def check_alike(world: World, facts: dict[str, Any]) -> None:
+    """Raise InputError, on every process, when they were not all started with the same `facts`."""
+    found = world.collect(facts)
+    for rank, there in enumerate(found):
+        if listed := differences(there, found[0]):
+            raise InputError(
+                f"processes were started for different runs ({'; '.join(listed)}; here is rank 0, "
+                f"there rank {rank}): start every machine with the same command and data"
+            )
+
+
+def shared_fields(recipe: Recipe) -> dict[str, Any]:
+    """The fields that all processes of a run must agree on."""
+    return {k: v for k, v in flatten(recipe).items() if k not in _MACHINES_OWN}
 
 
 def refuse_other(

@@ -57,9 +57,11 @@ class Trainer:
         # Every process tells of the faults that it sees in its data, each once.
         self.report = cache(Console(highlight=False, soft_wrap=True).print)
 
+        run.check_alike(self.world, run.shared_fields(recipe))
         self.train_index, self.val_index, self.order = open_data(
             recipe, self.world, self.console.print
         )
+        run.check_alike(self.world, {"digest of data.train": self.train_index.digest})
         samples, batch = self.train_index.samples, recipe.batch.size
         self.total_steps = recipe.schedule.total_steps(samples, batch)
         self.warmup_steps = recipe.schedule.warmup_steps(samples, batch)
@@ -207,7 +209,7 @@ class Trainer:
                 if self.guard.in_a_row() >= PATIENCE:
                     raise self._diverged(output)
                 if self.step == first + 1:
-                    world.set_timeout(recipe.parallel.timeout)
+                    world.set_timeout(recipe.parallel.timeout, self.parallel.groups)
                 if self.step == first + 2 and self.compile and recipe.compile_artefacts:
                     self.artefacts.save(self.console.print)
 
@@ -270,7 +272,7 @@ class Trainer:
         scale = "" if self.guard.scale is None else f", loss scale {self.guard.scale.item():g}"
         loss = self.world.sum(output.loss.double().cpu()).item()
         return InputError(
-            f"training has diverged: steps without a finite gradient at step {self.step} "
+            f"training has diverged: gradients or weights are not finite at step {self.step} "
             f"(loss {loss:g}, learning rate {output.lr:g}{scale}); "
             "the last checkpoint is kept: start a new run with a lower --schedule.base-lr"
             + (" or --precision bf16" if self.recipe.precision == "fp16" else "")

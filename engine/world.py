@@ -5,10 +5,11 @@ run is one process. Tensors on a GPU travel by NCCL, everything else by gloo.
 """
 
 import os
+import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
+from torch.distributed import ProcessGroup
 
 from shards.errors import InputError
 
@@ -145,10 +147,11 @@ def share_of_cores() -> int:
     return max(1, (os.cpu_count() or 1) // _from_launcher("LOCAL_WORLD_SIZE", 1))
 
 
-def set_timeout(seconds: float) -> None:
-    """How long a process waits for the others from now on, before it fails."""
+def set_timeout(seconds: float, groups: Iterable[ProcessGroup]) -> None:
+    """How long a process waits for the others from now on, in all or in `groups` of them."""
     if dist.is_initialized():
-        _set_timeout(timedelta(seconds=seconds))
+        for group in (None, *groups):
+            _set_timeout(timedelta(seconds=seconds), group)
 
 
 def leave() -> None:
@@ -165,16 +168,16 @@ def report_failure(error: BaseException) -> None:
     """
     known = isinstance(error, InputError | OSError)
     if not dist.is_initialized():
-        if rank() != 0 and known:
-            # All find it, before they met. The first tells, and then its end is everybody's.
+        if _from_launcher("LOCAL_RANK", 0) != 0 and known:
+            # Most likely all found it, before they met. The machine's first tells, and its end is
+            # everybody's; who is still there after this while is the only one.
             time.sleep(30)
-            return
     elif not _is_first_failure(patience=1.0 if known and rank() != 0 else 0.0):
         return
     if known:
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif _is_lost_connection(error):
-        reason = str(error).strip().splitlines()[0]
+        reason = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0])
         print(f"error: rank {rank()} lost another process: {reason}", file=sys.stderr, flush=True)
     else:
         if dist.is_initialized():
@@ -184,7 +187,11 @@ def report_failure(error: BaseException) -> None:
 
 
 def _is_lost_connection(error: BaseException) -> bool:
-    signs = ("closed by peer", "connection reset", "timed out", "timeout", "socket closed")
+    signs = (
+        *("closed by peer", "connection was likely closed", "connection reset", "broken pipe"),
+        *("connection refused", "failed to recv", "socket closed"),
+        *("timed out waiting", "collective operation timeout"),
+    )
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 

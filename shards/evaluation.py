@@ -43,11 +43,10 @@ def center_crops(
 ) -> Iterator[EvalBatch]:
     """The central square of `fraction` of each image's shorter side, at `size` pixels.
 
-    With a `limit`, of evenly spaced blocks that hold about that many samples; of these, every
-    n-th from the i-th on, where `part` is (i, n): what one of n processes measures. There is at
-    least one batch, perhaps an empty one. Undecodable samples
-    are left out and reported. Raises InputError when they are more than the fraction `corrupt`
-    (and more than 10).
+    With a `limit`, of evenly spaced blocks that hold about that many samples; of these, every n-th
+    from the i-th on, where `part` is (i, n): what one of n processes measures. There is at least
+    one batch, perhaps an empty one. Undecodable samples are left out and reported. Raises
+    InputError when they are more than the fraction `corrupt` (and more than 10).
     """
     reader = BlockReader(index)
     faults = Faults(index.samples, corrupt, report)

@@ -44,7 +44,8 @@ class DataConfig:
     prefetch: Operation[int] = 1
     """Blocks (about 4 MB) fetched ahead of need for each stream that this process reads."""
     corrupt: Operation[float] = 0.01
-    """Fraction of the training images that may be undecodable (10 always may) before it stops."""
+    """Fraction of the training images that a process may find undecodable (10 always may) before
+    it stops."""
     audit: Operation[bool] = False
     """Fold a CRC of the decoded uint8 views into data_digest."""
 

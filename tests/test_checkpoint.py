@@ -3,9 +3,11 @@
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from engine import checkpoint
 from engine.world import World
@@ -125,6 +127,19 @@ def test_prune_leaves_alone_what_is_not_a_whole_checkpoint(tmp_path: Path) -> No
     commit = checkpoint.latest(str(tmp_path), lambda _: None)
     assert commit is not None
     assert commit.step == 2
+
+
+def test_a_failed_save_is_an_oserror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own exception is none that `except Exception` would catch."""
+
+    def fail(*_: object, **__: object) -> None:
+        failures: Any = {1: (OSError("No space left on device"), None)}
+        raise CheckpointException("save", failures)
+
+    monkeypatch.setattr(checkpoint, "dcp_save", fail)
+    with pytest.raises(OSError, match="step_00000003 could not be written by rank 1: No space"):
+        save(tmp_path, 3)
+    assert checkpoint.latest(str(tmp_path), print) is None
 
 
 def test_any_fsspec_url() -> None:

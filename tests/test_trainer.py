@@ -208,10 +208,6 @@ def test_a_skipped_step_leaves_no_trace_but_its_count(
         hook.remove()
         after = copy.deepcopy(trainer.state())
         guards = before.pop("guard"), after.pop("guard")
-        counters = [k for k in after["online"] if k.endswith("num_batches_tracked")]
-        for part in ("online", "target"):
-            for key in counters:  # how many were seen, not what is kept of them
-                before[part].pop(key, None), after[part].pop(key, None)
         torch.testing.assert_close(after, before, rtol=0, atol=0)
         assert guards[1]["scale"] == guards[0]["scale"] / 2
         assert guards[1]["skipped"] == guards[0]["skipped"] + 1

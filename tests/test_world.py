@@ -107,6 +107,30 @@ def test_more_ranks_than_streams(ranks: Ranks, tiny_data: DataConfig, tmp_path: 
     assert str(failure.value).count("3 ranks but data.streams is 2: use at most 2 ranks") == 3
 
 
+def start_differently(first: Recipe, other: Recipe) -> int:
+    """On a rank: train; the last rank was started with another recipe."""
+    return train(first if os.environ["RANK"] == "0" else other)
+
+
+def test_processes_of_different_runs_are_refused(
+    ranks: Ranks, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    first = recipe(tiny_data, tmp_path / "run", steps=1)
+    for other, text in (
+        (dataclasses.replace(first, seed=5), "seed: there 5, here 0"),
+        (dataclasses.replace(first, steps=2), "steps: there 2, here 1"),
+        (
+            dataclasses.replace(first, data=dataclasses.replace(tiny_data, train=tiny_data.val)),
+            "digest of data.train: there",
+        ),
+    ):
+        with pytest.raises(RankFailure) as failure:
+            ranks.run(start_differently, first, other, size=2)
+        assert str(failure.value).count(text) == 2
+    threads = dataclasses.replace(first, threads=2)  # a machine's own
+    assert ranks.run(start_differently, first, threads, size=2) == [1, 1]
+
+
 @pytest.mark.parametrize(
     ("size", "shard", "mend"),
     [(3, 2, "--parallel.strategy fsdp"), (4, 4, "--parallel.shard 2"), (4, 3, "--parallel.shard")],
