@@ -77,6 +77,7 @@ class Trainer:
         commit = self.world.tell(self._open_run)
         self._parallelize(strategy)
         self.optimizer = recipe.optimizer.build(self.online, self.parallel.shard_group)
+        self.moved, self.towards = byol.paired(self.target, self.online)
         self.statistics = RunningStatistics([self.online, self.target])
         self.guard = StepGuard(recipe.precision, self.device)
         if self.compile:
@@ -161,8 +162,7 @@ class Trainer:
         skip = self.optimizer.step(self.guard.scale)  # [] 1 where a gradient is not finite
         self.optimizer.zero_grad()
         follow = (1 - rate) * (1 - skip).to(parameter_dtype(self.recipe.precision))
-        moved, towards = byol.paired(self.target, self.online)
-        self.update_target(local(moved), local(towards), follow)
+        self.update_target(local(self.moved), local(self.towards), follow)
         self.statistics.apply(skip)
         self.guard.update(skip)
         return StepOutput(loss, head_loss, online.features, images, lr, rate)
