@@ -89,6 +89,16 @@ def test_resumed_run_equals_the_whole_one(
     assert comparable(tmp_path) == comparable(whole_run)
 
 
+def test_resumed_run_has_the_loss_scale(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """The first scale is too large for this network: it has changed before the stop."""
+    for name, stops in (("whole", (4,)), ("parts", (2, 4))):
+        for steps in stops:
+            run = tmp_path / name
+            train(tiny.recipe(tiny_data, run, precision="fp16", steps=steps, probe=tiny.NO_PROBE))
+    assert lines(tmp_path / "whole")[1]["skipped"] > 0
+    assert comparable(tmp_path / "parts") == comparable(tmp_path / "whole")
+
+
 def test_a_killed_run_repeats_what_was_not_saved(
     whole_run: Path, tiny_data: DataConfig, tmp_path: Path
 ) -> None:
