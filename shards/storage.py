@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar, cast
@@ -18,7 +19,10 @@ ATTEMPTS = 5
 BACKOFF = 0.2  # seconds before the first retry; doubles each time, with jitter
 READ_BLOCK = 4 << 20  # bytes that `open_reader` asks an object store for at a time
 
-_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_PERMANENT = (
+    *(FileNotFoundError, FileExistsError, PermissionError),
+    *(IsADirectoryError, NotADirectoryError),
+)
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -81,6 +85,31 @@ def write(url: str, content: bytes) -> None:
         os.replace(f"{path}.partial", path)
 
     _retry(url, put)
+
+
+def create(url: str, content: bytes) -> bool:
+    """Write an object that does not exist yet; False when it does, and then nothing is written.
+
+    Of many that try at once one succeeds. `content` must be like no other's: when an answer got
+    lost, it tells whether the object that stands there is this call's.
+    """
+    filesystem, path = open_filesystem(url)
+
+    def put() -> None:
+        if not is_local(url):
+            filesystem.pipe_file(path, content, mode="create")
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), suffix=".partial") as file:
+            file.write(content)
+            file.flush()
+            os.link(file.name, path)
+
+    try:
+        _retry(url, put)
+    except FileExistsError:
+        return read(url) == content
+    return True
 
 
 def exists(url: str) -> bool:
