@@ -60,7 +60,11 @@ def debug_step(trainer: Trainer) -> None:
             lambda: checkpoint.save(url, trainer.step, trainer.state(), {}, "", trainer.world),
             lambda c: f"{_bytes(c)} in {len(c.files)} files",
         )
-        part("restore", lambda: trainer.load(checkpoint.verify(commit.url)), lambda _: commit.url)
+        part(
+            "restore",
+            lambda: trainer.load(checkpoint.verify(commit.url, trainer.world)),
+            lambda _: commit.url,
+        )
         trainer.world.collect(None)  # all have restored
     finally:
         data.close()

@@ -1,28 +1,27 @@
 """What a run tells of itself: metrics.jsonl, tensorboard, progress on the terminal."""
 
-import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import make_grid
 
 from engine.augment import MEAN, STD
+from engine.events import EventLog
+from engine.journal import JSONL, Journal
 from shards import storage
 from shards.fields import Operation
 
-JSONL = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 
 
@@ -57,20 +56,23 @@ class Timer:
 
 
 class MetricsLog:
-    """Appends to RUN/metrics.jsonl and RUN/tensorboard, and moves the progress bar.
+    """Keeps RUN/metrics.jsonl and RUN/tensorboard, and moves the progress bar.
 
     Opened at step `start`: what an earlier process logged beyond it is dropped, since it comes
-    again.
+    again. On an object store what is logged waits in memory, and a thread writes it now and then.
+    When storage fails the training goes on; nothing is dropped, and it is tried again.
     """
 
     def __init__(self, run: str, start: int, total: int, console: Console) -> None:
-        self._url = storage.join(run, JSONL)
-        self._keep_until(start)
-        folder = storage.join(run, TENSORBOARD)
-        if storage.is_local(folder):  # file:// and ~ are fsspec's, not tensorboard's
-            folder = storage.open_filesystem(folder)[1]
-        self.tensorboard = SummaryWriter(folder, purge_step=start + 1)
+        """Raises OSError."""
         self.console = console
+        self._run = run
+        self._journal = Journal(run, start)
+        self._events = EventLog(storage.join(run, TENSORBOARD), start)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
+        self._flush: Future[None] | None = None
+        self._flushed = time.monotonic()
+        self._failing = False
         self._progress = Progress(
             TextColumn("{task.completed}/{task.total}"),
             BarColumn(),
@@ -85,16 +87,90 @@ class MetricsLog:
         if self.console.is_terminal:
             self._progress.start()
 
+    @property
+    def last(self) -> dict[str, Any] | None:
+        """The newest record, also of an earlier process."""
+        return self._journal.last
+
     def advance(self) -> None:
         self._progress.advance(self._task)
 
     def write(self, record: dict[str, Any]) -> None:
-        """One logged step: a line of metrics.jsonl, a point in tensorboard, a status."""
-        with fsspec.open(self._url, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if isinstance(value, float):
-                self.tensorboard.add_scalar(name, value, record["step"])
+        """One logged step: a line of metrics.jsonl, a point in tensorboard, a status.
+
+        The step logged last may come again, with keys that it had not.
+        """
+        step, last = record["step"], self._journal.last
+        known = last.keys() if last is not None and last["step"] == step else ()
+        self._events.scalars(
+            {k: v for k, v in record.items() if isinstance(v, float) and k not in known}, step
+        )
+        self._journal.write(record)
+        self._store()
+        self._show(record)
+
+    def pictures(self, views: Tensor, step: int) -> None:
+        """Both views [2, n, 3, S, S], as the network sees them, one row for each view."""
+        mean, std = (views.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+        images = (views * std + mean).clamp(0, 1).flatten(0, 1).float().cpu()
+        grid = make_grid(images, nrow=views.shape[1]).mul(255).round().byte()
+        self._events.picture("views", grid.permute(1, 2, 0).numpy(), step)
+        self._store()
+
+    def flush(self) -> None:
+        """Have all that was logged in storage, as before a checkpoint: it will not come again."""
+        # Events first: a line of metrics.jsonl says that its points need not be written again.
+        self._attempt(self._events.flush, self._journal.flush)
+        self._flushed = time.monotonic()
+
+    def compact(self) -> None:
+        """Put all lines in metrics.jsonl; for after a checkpoint, in any thread."""
+        self._attempt(self._journal.compact)
+
+    def close(self) -> None:
+        """Write what is left. Never raises; what could not be written is told."""
+        if self._progress.live.is_started:
+            self._progress.stop()
+        self._thread.shutdown()
+        self._failing = True  # one line is enough
+        self._attempt(self._events.flush, self._journal.compact)
+        lines, events = self._journal.unwritten, self._events.unwritten
+        if lines or events:
+            self.console.print(
+                f"{storage.redact(self._run)}: not written, storage fails: {lines} lines of "
+                f"{JSONL}, {events} events of {TENSORBOARD}"
+            )
+
+    def _store(self) -> None:
+        """Write now to a local disk; to an object store when it is time, in the thread."""
+        if storage.is_local(self._run):
+            self.flush()
+            return
+        if self._flush is not None:
+            if not self._flush.done():
+                return
+            self._flush.result()
+        if time.monotonic() - self._flushed >= interval(self._events.files):
+            self._flush = self._thread.submit(self.flush)
+
+    def _attempt(self, *calls: Callable[[], None]) -> None:
+        """Call each; the first failure of an outage is told, in one line."""
+        failed = False
+        for call in calls:
+            try:
+                call()
+            except OSError as error:
+                failed = True
+                if not self._failing:
+                    self._failing = True
+                    reason = " ".join(str(error).split())
+                    self.console.print(
+                        f"{storage.redact(self._run)}: the log cannot be written: {reason}; "
+                        "training goes on, the log is kept in memory and tried again"
+                    )
+        self._failing = failed
+
+    def _show(self, record: dict[str, Any]) -> None:
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
         status = f"loss {loss}  {record['images_per_second']:,.0f} images/s"
         if "knn_top1" in record:
@@ -109,35 +185,16 @@ class MetricsLog:
         if not self.console.is_terminal or "knn_top1" in record:
             self.console.print(f"step {record['step']}  {status}{left}")
 
-    def pictures(self, views: Tensor, step: int) -> None:
-        """Both views [2, n, 3, S, S], as the network sees them, one row for each view."""
-        mean, std = (views.new_tensor(values)[:, None, None] for values in (MEAN, STD))
-        images = (views * std + mean).clamp(0, 1).flatten(0, 1).float().cpu()
-        self.tensorboard.add_image("views", make_grid(images, nrow=views.shape[1]), step)
 
-    def close(self) -> None:
-        if self._progress.live.is_started:
-            self._progress.stop()
-        self.tensorboard.close()
+def interval(files: int) -> float:
+    """Seconds from one write to an object store to the next, when there are `files` event files.
 
-    def _keep_until(self, step: int) -> None:
-        try:
-            lines = storage.read(self._url).decode().splitlines(keepends=True)
-        except FileNotFoundError:
-            if storage.is_local(self._url):
-                storage.write(self._url, b"")  # makes the folder
-            return
-        kept = [line for line in lines if _step(line) <= step]
-        if kept != lines:
-            storage.write(self._url, "".join(kept).encode())
-
-
-def _step(line: str) -> float:
-    """The step of a line of the log; infinite for what a killed process left half written."""
-    try:
-        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    As many as there are files, so that curves are fresh while a run is young, but at least 30 and
+    at most 600. Five days make 1,000 files and not 14,000, restarts or not: tensorboard lists the
+    folder again for each file that it reads. A kill loses nothing by it but steps that come again:
+    all is written before a checkpoint.
+    """
+    return min(max(files, 30), 600)
 
 
 class NoLog(MetricsLog):
@@ -146,6 +203,10 @@ class NoLog(MetricsLog):
     def __init__(self) -> None:
         pass
 
+    @property
+    def last(self) -> None:
+        return None
+
     def advance(self) -> None:
         pass
 
@@ -153,6 +214,12 @@ class NoLog(MetricsLog):
         pass
 
     def pictures(self, views: Tensor, step: int) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def compact(self) -> None:
         pass
 
     def close(self) -> None:

@@ -39,6 +39,10 @@ class ProbeConfig:
     """Also measure raw pixels and the untrained encoder, before the first step."""
 
 
+class Stopped(Exception):
+    """An evaluation was left because the process is to stop; all processes raise it together."""
+
+
 class Features(NamedTuple):
     """Features of labelled images."""
 
@@ -75,10 +79,14 @@ class Probe:
         self.threads, self.corrupt, self.report = threads, corrupt, report
         self.encoder = ResNet(encoder, VIEWS).to(world.device, parameter_dtype(precision)).eval()
 
-    def evaluate(self) -> dict[str, float]:
-        """kNN and the online head on data.val (fractions), and the rank of its features."""
-        queries = self.features(self.val)
-        found = {"knn_top1": self.knn(self.features(self.train, self.config.bank), queries)}
+    def evaluate(self, leave: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        """kNN and the online head on data.val (fractions), and the rank of its features.
+
+        Raises Stopped, on all processes, once `leave` says so on one.
+        """
+        queries = self.features(self.val, leave=leave)
+        bank = self.features(self.train, self.config.bank, leave=leave)
+        found = {"knn_top1": self.knn(bank, queries)}
         head = self.online.classifier
         if head is not None:
             with torch.no_grad():
@@ -94,10 +102,17 @@ class Probe:
         bank = self.features(self.train, self.config.bank, pixels=True)
         return self.knn(bank, self.features(self.val, pixels=True))
 
-    def features(self, index: Index, limit: int | None = None, pixels: bool = False) -> Features:
+    def features(
+        self,
+        index: Index,
+        limit: int | None = None,
+        *,
+        pixels: bool = False,
+        leave: Callable[[], bool] = lambda: False,
+    ) -> Features:
         """Features of a data set's labelled images, from the encoder in evaluation mode.
 
-        `pixels`: the images themselves instead.
+        `pixels`: the images themselves instead. Raises Stopped as `evaluate`.
         """
 
         @torch.no_grad()
@@ -121,7 +136,10 @@ class Probe:
             limit=limit,
             part=(self.world.rank, self.world.size),
         )
-        return extract(encode, crops, self.world.device)
+        found = extract(encode, crops, self.world.device, leave)
+        if self.world.sum(torch.tensor(int(leave()))) > 0:
+            raise Stopped
+        return found
 
     def knn(self, bank: Features, queries: Features) -> float:
         """`knn_top1` with the recipe's k and temperature."""
@@ -152,9 +170,15 @@ class Probe:
 
 
 def extract(
-    encode: Callable[[Tensor], Tensor], batches: Iterable[EvalBatch], device: torch.device
+    encode: Callable[[Tensor], Tensor],
+    batches: Iterable[EvalBatch],
+    device: torch.device,
+    leave: Callable[[], bool] = lambda: False,
 ) -> Features:
-    """Features of all labelled samples; `encode` takes uint8 images [B, 3, S, S] on the device."""
+    """Features of all labelled samples; `encode` takes uint8 images [B, 3, S, S] on the device.
+
+    Of those before `leave` said so, asked at each batch.
+    """
     features: list[Tensor] = []
     labels: list[Tensor] = []
     for batch in batches:
@@ -164,6 +188,8 @@ def extract(
             images = batch.images[known].to(device, non_blocking=True)
             features.append(encode(images))
             labels.append(batch.labels[known].to(device))
+        if leave():
+            break
     return Features(torch.cat(features), torch.cat(labels))
 
 

@@ -101,6 +101,8 @@ class Recipe:
             ("probe.crop", 1e-3, 1),
             ("checkpoint.every", 0, math.inf),
             ("checkpoint.keep", 1, math.inf),
+            ("checkpoint.keep_every", 0, math.inf),
+            ("checkpoint.grace", 0, 1e6),
             ("log.every", 1, math.inf),
             ("parallel.shard", 0, 2**20),
             ("parallel.timeout", 1, 1e6),

@@ -1,9 +1,11 @@
-"""The run directory's recipe.json: what the run is, and the refusal to mix it with another one."""
+"""The run directory: whose it is, what stands in it, and the refusal to mix it with another run."""
 
 import json
 from collections.abc import Callable
 from typing import Any
 
+from engine import checkpoint
+from engine.checkpoint import Commit
 from engine.recipe import Recipe, differences, flatten, method_fields
 from engine.world import World
 from shards import storage
@@ -78,3 +80,21 @@ def refuse_other(
             f"{storage.redact(url)} is of another recipe or data set ({'; '.join(found)}): "
             f"set these back, or {mend}"
         )
+
+
+def find_checkpoint(
+    recipe: Recipe, index_digest: str, world: World, report: Callable[[str], None]
+) -> Commit | None:
+    """This run's newest checkpoint, or the one to start from, if it is of this recipe.
+
+    All processes call it together. Raises InputError.
+    """
+    resume, mend = recipe.checkpoint.resume, "give another --run"
+    commit = checkpoint.latest(recipe.run, world, report)
+    if commit is None and resume:
+        commit = checkpoint.find(resume, world, report)
+        mend = "give another --checkpoint.resume"
+    if commit is not None:
+        there = commit.method, commit.index_digest
+        refuse_other(recipe, index_digest, commit.url, *there, mend)
+    return commit

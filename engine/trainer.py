@@ -1,4 +1,4 @@
-"""The training: what is built, and in which order; the step; the loop around it."""
+"""The training: what is built, and in which order; the step. Around it is the loop of fit.py."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -13,20 +13,18 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from engine import byol, checkpoint, compiling, parallel, run, world
+from engine import byol, checkpoint, compiling, lease, parallel, run, world
 from engine.artefacts import Artefacts
 from engine.augment import augment
 from engine.byol import byol_loss, update_target
 from engine.data import open_data, train_batches
-from engine.metrics import MetricsLog, NoLog, StepSums, Timer, data_digest
 from engine.norm import RunningStatistics
-from engine.precision import PATIENCE, StepGuard, autocast, parameter_dtype
+from engine.precision import StepGuard, autocast, parameter_dtype
 from engine.probe import Probe
-from engine.recipe import Recipe, method_fields
+from engine.recipe import Recipe
 from engine.schedule import learning_rate, tau
-from engine.sharding import foreach_norms, local, not_finite, whole_norms
+from engine.sharding import local
 from shards import storage
-from shards.errors import InputError
 from shards.loader import Batch, TrainLoader
 
 
@@ -67,14 +65,15 @@ class Trainer:
         self.warmup_steps = recipe.schedule.warmup_steps(samples, batch)
         self.peak_lr = recipe.schedule.peak_lr(batch)
         self.tau_power = recipe.schedule.tau_power(batch)
-        self.stop = self.total_steps if recipe.steps is None else recipe.steps
-        self.stop = min(self.stop, self.total_steps)
 
         self.classes = len(self.train_index.classes)
         self.online, self.target = byol.build(recipe.model, self.classes, recipe.seed)
         held = parallel.state_bytes(self.online, self.target, recipe.optimizer.slots)
         strategy = parallel.choose(recipe.parallel, self.world, held, self.console.print)
-        commit = self.world.tell(self._open_run)
+        self.lease = self._claim_run()
+        commit = run.find_checkpoint(recipe, self.train_index.digest, self.world, self.report)
+        if not recipe.debug_step:
+            self.world.tell(lambda: run.write(recipe, self.train_index.digest))
         self._parallelize(strategy)
         self.optimizer = recipe.optimizer.build(self.online, self.parallel.shard_group)
         self.moved, self.towards = byol.paired(self.target, self.online)
@@ -92,13 +91,20 @@ class Trainer:
             self.step, self.baseline = commit.step, {}
             self.console.print(f"resumed at step {self.step} from {storage.redact(commit.url)}")
 
-    def _open_run(self) -> checkpoint.Commit | None:
-        """Claim the run's directory for this recipe, and find what to go on from."""
-        run.check(self.recipe, self.train_index.digest, self.report)
-        commit = self._find_checkpoint()
-        if not self.recipe.debug_step:
-            run.write(self.recipe, self.train_index.digest)
-        return commit
+    def _claim_run(self) -> lease.Lease | None:
+        """Make sure that the run's directory is of this recipe, and no other job's; None on all
+        processes but the first, and when nothing is going to be written."""
+        claimed: list[lease.Lease] = []
+        agents = self.world.collect(lease.agent_identity())
+
+        def claim() -> None:
+            run.check(self.recipe, self.train_index.digest, self.report)
+            if not self.recipe.debug_step:
+                say = self.console.print
+                claimed.append(lease.acquire(self.recipe.run, agents, lease.PERIOD, say))
+
+        self.world.tell(claim)
+        return claimed[0] if claimed else None
 
     def _parallelize(self, strategy: parallel.Strategy) -> None:
         recipe = self.recipe
@@ -181,72 +187,7 @@ class Trainer:
         )
         return [(v.flatten(0, 1), p.flatten(0, 1), label) for v, p, label in parts]
 
-    # The loop -------------------------------------------------------------------------------
-
-    def fit(self) -> None:
-        """Train to the last step of the recipe, or of this process (`steps`)."""
-        recipe, first, measured = self.recipe, self.step, {}
-        log = (
-            MetricsLog(recipe.run, self.step, self.stop, self.console)
-            if self.world.main
-            else NoLog()
-        )
-        data = self.batches()
-        self.console.print(
-            f"{self.train_index.samples:,} images, {self.order.steps_per_epoch:,} steps an epoch; "
-            f"steps {self.step:,} to {self.stop:,} on {self.device}; blocks in memory: up to about "
-            f"{data.block_memory / 2**20:,.0f} MiB"
-        )
-        timer = Timer()
-        try:
-            while self.step < self.stop:
-                with timer.waiting():
-                    batch = next(data)
-                output = self.train_step(batch)
-                self.step += 1
-                timer.steps += 1
-                log.advance()
-                if self.guard.in_a_row() >= PATIENCE:
-                    raise self._diverged(output)
-                if self.step == first + 1:
-                    world.set_timeout(recipe.parallel.timeout, self.parallel.groups)
-                if self.step == first + 2 and self.compile and recipe.compile_artefacts:
-                    self.artefacts.save(self.console.print)
-
-                measure = recipe.probe.every > 0 and self._due(recipe.probe.every, self.total_steps)
-                if measure or self.step == first + 1:
-                    views = output.images.unflatten(0, (2, -1))[:, : recipe.log.pictures]
-                    log.pictures(views, self.step)  # [V, n, 3, S, S]
-                if measure or self.step % recipe.log.every == 0:
-                    record = self._record(output, batch) | timer.read(recipe.batch.size)
-                    if measure and self.probe is not None:
-                        self._check_finite(output)
-                        measured = self.probe.evaluate()
-                        record |= measured
-                    log.write(record)
-                    timer = Timer()
-                if self._due(recipe.checkpoint.every, self.stop):
-                    self._check_finite(output)
-                    self.save()
-                    timer = Timer()
-        finally:
-            data.close()
-            log.close()
-        self._farewell(measured)
-
-    def _farewell(self, measured: dict[str, float]) -> None:
-        say = self.console.print
-        say(f"{self.step} of {self.total_steps} steps done")
-        if self.baseline and measured:
-            figures = self.baseline | {"trained encoder": measured["knn_top1"]}
-            say("kNN accuracy on data.val:")
-            for name, accuracy in figures.items():
-                say(f"  {name:<18} {accuracy:6.1%}")
-        if self.step:
-            say(f"checkpoint    {storage.redact(checkpoint.step_url(self.recipe.run, self.step))}")
-        say(f"curves, views tensorboard --logdir {storage.redact(self.recipe.run)}/tensorboard")
-        if self.step < self.total_steps:
-            say("the same command without --steps goes on")
+    # The parts ------------------------------------------------------------------------------
 
     def batches(self) -> TrainLoader:
         """This process's rows of the batches, from the next step on."""
@@ -259,44 +200,15 @@ class Trainer:
             report=self.report,
         )
 
-    def _due(self, every: int, last: int) -> bool:
-        return self.step == last or (every > 0 and self.step % every == 0)
+    def is_measured(self, step: int) -> bool:
+        """Whether an evaluation belongs to `step`."""
+        every = self.recipe.probe.every
+        return every > 0 and (step == self.total_steps or step % every == 0)
 
-    def _check_finite(self, output: StepOutput) -> None:
-        """Before a step is measured or saved: a diverged run must not push out good states."""
-        norms = foreach_norms(local(self.online.parameters()))
-        if not_finite(whole_norms(norms, self.parallel.shard_group)):
-            raise self._diverged(output)
-
-    def _diverged(self, output: StepOutput) -> InputError:
-        scale = "" if self.guard.scale is None else f", loss scale {self.guard.scale.item():g}"
-        loss = self.world.sum(output.loss.double().cpu()).item()
-        return InputError(
-            f"training has diverged: gradients or weights are not finite at step {self.step} "
-            f"(loss {loss:g}, learning rate {output.lr:g}{scale}); "
-            "the last checkpoint is kept: start a new run with a lower --schedule.base-lr"
-            + (" or --precision bf16" if self.recipe.precision == "fp16" else "")
-        )
-
-    def _record(self, output: StepOutput, batch: Batch) -> dict[str, Any]:
-        own = StepSums.of(output.loss, output.head_loss, output.features)
-        sums = StepSums(self.world.sum(own.values))
-        digest = self.world.sum(data_digest(batch.ids, batch.crcs)).item()
-        record: dict[str, Any] = {
-            "step": self.step,
-            "epoch": self.step // self.order.steps_per_epoch,
-            "loss": sums.loss,
-            "lr": output.lr,
-            "tau": output.tau,
-            "feature_std": sums.feature_std,
-            "data_digest": f"{digest % 2**64:016x}",
-            "skipped": int(self.guard.skipped),
-        }
-        if self.guard.scale is not None:
-            record["loss_scale"] = self.guard.scale.item()
-        if self.classes:
-            record["head_loss"] = sums.head_loss
-        return record
+    def evaluate(self, leave: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        """What the probe finds. Raises Stopped, on all processes, when `leave` says so on one."""
+        assert self.probe is not None
+        return self.probe.evaluate(leave)
 
     def _build_probe(self) -> Probe | None:
         """None when the recipe asks for no evaluations."""
@@ -341,20 +253,6 @@ class Trainer:
             "guard": self.guard.state(),
         }
 
-    def save(self) -> checkpoint.Commit:
-        """Commit the state as this step's checkpoint, then remove the oldest ones."""
-        recipe = self.recipe
-        commit = checkpoint.save(
-            recipe.run,
-            self.step,
-            self.state(),
-            method_fields(recipe),
-            self.train_index.digest,
-            self.world,
-        )
-        self.world.tell(lambda: checkpoint.prune(recipe.run, recipe.checkpoint.keep))
-        return commit
-
     def load(self, commit: checkpoint.Commit) -> None:
         """Take over a checkpoint's tensors."""
         state = self.state()
@@ -367,20 +265,6 @@ class Trainer:
             self.optimizer,
             optim_state_dict={"state": state["optimizer"], "param_groups": groups},
         )
-
-    def _find_checkpoint(self) -> checkpoint.Commit | None:
-        """This run's newest checkpoint, or the one to start from, if it is of this recipe."""
-        resume, mend = self.recipe.checkpoint.resume, "give another --run"
-        commit = checkpoint.latest(self.recipe.run, self.report)
-        if commit is None and resume:
-            commit = checkpoint.find(resume, self.report)
-            mend = "give another --checkpoint.resume"
-        if commit is not None:
-            digest = self.train_index.digest
-            run.refuse_other(
-                self.recipe, digest, commit.url, commit.method, commit.index_digest, mend
-            )
-        return commit
 
 
 def _head_loss(logits: Tensor | None, labels: Tensor) -> Tensor:

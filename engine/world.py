@@ -10,15 +10,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed import ProcessGroup
+from torch.distributed.rendezvous import rendezvous
 
 from shards.errors import InputError
 
@@ -41,6 +42,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    group: ProcessGroup | None = None  # that the calls below travel on; None: the default one
 
     @property
     def main(self) -> bool:
@@ -52,11 +54,33 @@ class World:
         """Whether there is a process group."""
         return dist.is_initialized()
 
+    def apart(self) -> "World":
+        """The same processes on a process group of their own, for a thread beside the training.
+
+        All processes have to call it at the same point.
+        """
+        if not self.distributed:
+            return self
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=START_TIMEOUT))
+        return replace(self, group=cast(ProcessGroup, group))
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes of a tensor on the CPU, which is overwritten."""
         if self.distributed:
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
+
+    def sum_later(self, values: Tensor) -> Callable[[], Tensor]:
+        """`sum`, begun now; the call that is returned waits for it."""
+        if not self.distributed:
+            return lambda: values
+        work = dist.all_reduce(values, group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return values
+
+        return wait
 
     def tell(self, make: Callable[[], _T]) -> _T:
         """What the first process makes, on every process; an error it finds, likewise."""
@@ -68,7 +92,7 @@ class World:
                 made = [make()]
             except (InputError, OSError) as error:
                 made = [error]
-        dist.broadcast_object_list(made, src=0)
+        dist.broadcast_object_list(made, src=0, group=self.group)
         if isinstance(made[0], Exception):
             raise made[0]
         return made[0]  # type: ignore[return-value]
@@ -78,7 +102,7 @@ class World:
         if not self.distributed:
             return [own]
         found: list[_T | None] = [None] * self.size
-        dist.all_gather_object(found, own)
+        dist.all_gather_object(found, own, group=self.group)
         return found  # type: ignore[return-value]
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -128,7 +152,7 @@ def enter(threads: int | None, distributed: bool) -> World:
     if (size > 1 or distributed) and not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=_store(),
+            store=_store(world),
             rank=world.rank,
             world_size=size,
             timeout=timedelta(seconds=START_TIMEOUT),
@@ -137,9 +161,22 @@ def enter(threads: int | None, distributed: bool) -> World:
     return world
 
 
-def _store() -> HashStore | None:
-    """Where processes meet: None leaves it to the launcher's address, which a lone one lacks."""
-    return None if "MASTER_ADDR" in os.environ else HashStore()
+def _store(world: World) -> Store:
+    """Where processes meet: at the launcher's address, which a lone process lacks.
+
+    The launcher may keep one store over its restarts: what the processes of an earlier attempt left
+    there, their addresses among it, must not be found.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        return HashStore()
+    timeout = timedelta(seconds=START_TIMEOUT)
+    store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
+    return PrefixStore(f"attempt {attempt()}", store)
+
+
+def attempt() -> int:
+    """How often torchrun has started the processes again."""
+    return _from_launcher("TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def share_of_cores() -> int:
@@ -152,6 +189,11 @@ def set_timeout(seconds: float, groups: Iterable[ProcessGroup]) -> None:
     if dist.is_initialized():
         for group in (None, *groups):
             _set_timeout(timedelta(seconds=seconds), group)
+
+
+def shared_store() -> Store:
+    """The store that the processes of this attempt met at."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def leave() -> None:
@@ -198,10 +240,8 @@ def _is_lost_connection(error: BaseException) -> bool:
 
 def _is_first_failure(patience: float) -> bool:
     time.sleep(patience)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     try:
-        store = dist.distributed_c10d._get_default_store()
-        return int(store.add(f"failures of attempt {attempt}", 1)) == 1
+        return int(shared_store().add("failures", 1)) == 1
     except (RuntimeError, ValueError):  # the store went away with its host
         return rank() == 0
 

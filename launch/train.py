@@ -9,18 +9,22 @@ import sys
 
 from engine import world
 from engine.debug import debug_step
+from engine.fit import fit
 from engine.recipe import parse
 from engine.trainer import Trainer
+
+START_AGAIN = 75  # any failure would do: torchrun starts the processes again, without who left
 
 
 def main(arguments: list[str]) -> int:
     try:
         recipe = parse(arguments)
         trainer = Trainer(recipe)
+        ended = True
         if recipe.debug_step:
             debug_step(trainer)
         else:
-            trainer.fit()
+            ended = fit(trainer)
         world.leave()
     except KeyboardInterrupt:
         if world.rank() == 0:
@@ -30,7 +34,7 @@ def main(arguments: list[str]) -> int:
     except Exception as error:
         world.report_failure(error)
         return 1
-    return 0
+    return 0 if ended else START_AGAIN
 
 
 if __name__ == "__main__":

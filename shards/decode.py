@@ -8,6 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
+from shards.dimensions import image_size
+
+# Pillow's own bound, above which it suspects a decompression bomb: 268 MB of pixels in RGB.
+MOST_PIXELS = 89_478_485
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
@@ -19,21 +23,27 @@ def decode(content: bytearray, offset: int, size: int) -> Tensor:
     """The image in content[offset : offset + size] as uint8 RGB [3, H, W]. Raises DecodeError."""
     if size == 0:
         raise DecodeError("empty")
+    _check_size(memoryview(content)[offset : offset + size])
     try:
         image: Tensor = decode_image(
             torch.frombuffer(content, dtype=torch.uint8, count=size, offset=offset),
             ImageReadMode.RGB,
         )
     except RuntimeError as error:
-        text = str(error).splitlines()[0]
-        unknown = "Unsupported image file" in text
-        reason = "no JPEG, PNG or WebP image" if unknown else text.rsplit(", ", 1)[-1]
-        raise DecodeError(reason) from None
-    if image.ndim != 3:
-        raise DecodeError("an animation, not an image")
+        raise DecodeError(str(error).splitlines()[0].rsplit(", ", 1)[-1]) from None
     if image.dtype == torch.uint16:  # PNG with 16 bits a channel
         image = (image.int() >> 8).byte()
     return image
+
+
+def _check_size(content: memoryview) -> None:
+    """Decoders believe a header, and allocate what it says before they look at the rest."""
+    found = image_size(content)
+    if found is None:
+        raise DecodeError("no JPEG, PNG or WebP image")
+    width, height = found
+    if width * height > MOST_PIXELS:
+        raise DecodeError(f"{width} x {height} pixels, more than {MOST_PIXELS:,}")
 
 
 def crop_resize(image: Tensor, box: Box, size: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchdata.nodes import IterableWrapper, ParallelMapper
 
+from shards import storage
 from shards.decode import DecodeError, center_box, crop_resize
 from shards.errors import InputError
 from shards.index import Index
@@ -15,6 +16,7 @@ from shards.reader import BlockReader, Faults, StreamReader
 from shards.tar import Block
 
 CHUNK = 64  # samples that a decode thread takes at a time
+LOCAL_AHEAD, REMOTE_AHEAD = 4, 16  # blocks (about 4 MB) fetched ahead of need
 
 
 class EvalBatch(NamedTuple):
@@ -48,13 +50,14 @@ def center_crops(
     one batch, perhaps an empty one. Undecodable samples are left out and reported. Raises
     InputError when they are more than the fraction `corrupt` (and more than 10).
     """
-    reader = BlockReader(index)
+    reader = BlockReader(index, report=report)
     faults = Faults(index.samples, corrupt, report)
+    ahead = LOCAL_AHEAD if storage.is_local(index.url) else REMOTE_AHEAD
 
     def plan() -> Iterator[_Chunk | InputError]:
         places = _places(index, limit)[part[0] :: part[1]]
-        with ThreadPoolExecutor(4, thread_name_prefix="fetch") as pool:
-            blocks = StreamReader(iter(places), reader, pool, ahead=4)
+        with ThreadPoolExecutor(ahead, thread_name_prefix="fetch") as pool:
+            blocks = StreamReader(iter(places), reader, pool, ahead)
             try:
                 for shard, number in places:
                     block = blocks.get(shard, number)

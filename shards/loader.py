@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, Prefetcher
 
+from shards import storage
+from shards.cache import ShardCache
 from shards.decode import crop_resize
 from shards.errors import InputError
 from shards.fields import Operation
@@ -26,6 +28,7 @@ from shards.views import COLUMNS, ViewsConfig, crop_box, draw_views
 
 CHUNK = 16  # samples that a decode thread takes at a time
 BATCHES_AHEAD = 2
+REMOTE_FETCHES = 32  # at a time, from an object store: threads that wait, each for one answer
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,11 @@ class DataConfig:
     """Parallel readers that an epoch is cut into; part of the order. Divides batch.size."""
     prefetch: Operation[int] = 1
     """Blocks (about 4 MB) fetched ahead of need for each stream that this process reads."""
+    cache: Operation[str] = ""
+    """Local folder that training shards are kept in once fetched; none when empty. Several
+    processes of a machine may share it. The first use of a shard waits for all of it."""
+    cache_gb: Operation[float] = 50
+    """Gigabytes that data.cache may hold of a data set: of its shards, the first that fit."""
     corrupt: Operation[float] = 0.01
     """Fraction of the training images that a process may find undecodable (10 always may) before
     it stops."""
@@ -96,10 +104,15 @@ class TrainLoader:
         """`micro`: equal slices that a batch is cut into, see `_plan`; `report` takes warnings."""
         self.order, self.streams, self.views, self.config = order, streams, views, config
         self.micro, self.start, self.pin_memory = micro, start, pin_memory
-        self.reader = BlockReader(order.index)
+        remote = not storage.is_local(order.index.url)
+        cache = None
+        if remote and config.cache:
+            cache = ShardCache(order.index, config.cache, config.cache_gb, report)
+        self.reader = BlockReader(order.index, cache, report)
         self.faults = Faults(order.index.samples, config.corrupt, report)
         self._closed = False
-        self._pool = ThreadPoolExecutor(max(4, threads), thread_name_prefix="fetch")
+        fetches = min(REMOTE_FETCHES, len(streams) * (1 + config.prefetch)) if remote else 4
+        self._pool = ThreadPoolExecutor(max(fetches, threads), thread_name_prefix="fetch")
         chunks: BaseNode[Any] = IterableWrapper(self._plan())
         decoded = ParallelMapper(
             chunks, self._decode, num_workers=threads, method="thread", snapshot_frequency=0

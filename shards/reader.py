@@ -1,6 +1,7 @@
 """Blocks of a data set, fetched ahead of need; undecodable samples, replaced and counted."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from shards import storage
+from shards.cache import ShardCache
 from shards.decode import DecodeError, decode
 from shards.errors import InputError
 from shards.index import Index
@@ -43,40 +45,81 @@ class Faults:
         self.report(f"{name}: {reason}; left out (at most {self.limit} samples may be)")
 
 
+class DamagedBlock(InputError):
+    """The bytes of a block are not what the index says."""
+
+
 class BlockReader:
     """Fetches and parses blocks of one data set."""
 
-    def __init__(self, index: Index) -> None:
-        self.index = index
+    def __init__(
+        self,
+        index: Index,
+        cache: ShardCache | None = None,
+        report: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """`report` takes a warning for each shard that did not arrive sound at once."""
+        self.index, self.cache, self._report = index, cache, report
+        self._reported: set[int] = set()
+        self._lock = threading.Lock()
 
     def fetch(self, shard: int, block: int) -> Block:
-        """Raises InputError naming the shard when it does not hold what the index says."""
-        url = self.index.shard_url(shard)
+        """Raises InputError naming the shard when it does not hold what the index says.
+
+        What came damaged from an object store is fetched again, a few times.
+        """
+        attempts = 1 if storage.is_local(self.index.url) else storage.CONTENT_ATTEMPTS
+        for attempt in range(1, attempts + 1):
+            try:
+                return self._fetch(shard, block)
+            except DamagedBlock as error:
+                if attempt == attempts:
+                    raise
+                self._warn(shard, f"{error}; fetched again")
+            if self.cache is not None and self.cache.keeps(shard):
+                self.cache.drop(shard)
+            time.sleep(storage.BACKOFF * 2 ** (attempt - 1))
+        raise AssertionError("unreachable")
+
+    def _fetch(self, shard: int, block: int) -> Block:
         start, stop = self.index.block_range(shard, block)
         samples = int(self.index.blocks(shard)[block, 1])
-        place = f"{storage.redact(url)}: bytes {start} to {stop}"
+        url = storage.redact(self.index.shard_url(shard))
+        place = f"{url}: bytes {start} to {stop}"
         try:
-            content = storage.read(url, start, stop)
-            if len(content) != stop - start:
-                raise InputError(f"{place}: the shard ends early; it is truncated, restore it")
-            found = Block(content)
+            found = Block(self._read(shard, start, stop))
         except FileNotFoundError:
-            raise InputError(f"{storage.redact(url)}: the shard is missing") from None
+            raise InputError(f"{url}: the shard is missing") from None
+        except storage.WrongLength as error:
+            raise InputError(f"{error}: the shard is truncated, restore it") from None
         except OSError as error:
             raise InputError(str(error)) from None
         except TarError as error:
-            raise InputError(f"{place}: not the tar that the index describes: {error}") from None
+            raise DamagedBlock(f"{place}: not the tar that the index describes: {error}") from None
         classes = len(self.index.classes)
         if classes and (wrong := [n for n in map(found.label, range(len(found))) if n >= classes]):
-            raise InputError(
+            raise DamagedBlock(
                 f"{place}: label {wrong[0]}, but the index has {classes} classes; index the data "
                 "set again"
             )
         if len(found) != samples:
-            raise InputError(
+            raise DamagedBlock(
                 f"{place}: {len(found)} samples, the index says {samples}; index the data set again"
             )
         return found
+
+    def _read(self, shard: int, start: int, stop: int) -> bytes:
+        if self.cache is not None and self.cache.keeps(shard):
+            return self.cache.read(shard, start, stop)
+        return storage.read(self.index.shard_url(shard), start, stop)
+
+    def _warn(self, shard: int, text: str) -> None:
+        """Report a shard's first fault only."""
+        with self._lock:
+            if shard in self._reported:
+                return
+            self._reported.add(shard)
+        self._report(text)
 
     def decode(self, block: Block, row: int) -> Tensor:
         """One sample's image, uint8 [3, H, W]. Raises DecodeError."""

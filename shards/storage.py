@@ -1,10 +1,10 @@
 """Bytes in and out of any fsspec URL: local paths, s3://, gs://, memory:// and the rest."""
 
 import contextlib
+import io
 import os
 import random
-import re
-import tempfile
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TypeVar, cast
@@ -12,35 +12,73 @@ from typing import Any, BinaryIO, TypeVar, cast
 import fsspec
 
 from shards.errors import InputError
+from shards.failures import explain, is_beyond_end, user_info
+from shards.failures import redact as redact
 
 _T = TypeVar("_T")
 
-ATTEMPTS = 5
-BACKOFF = 0.2  # seconds before the first retry; doubles each time, with jitter
+ATTEMPTS = 8
+CONTENT_ATTEMPTS = 4  # where an answer came, but a wrong one
+BACKOFF = 0.2  # seconds before the first retry, with jitter; doubles each time
+LONGEST_WAIT = 10.0  # seconds between two tries
+PATIENCE = 120.0  # seconds after which no new try begins
 READ_BLOCK = 4 << 20  # bytes that `open_reader` asks an object store for at a time
+PART = 16 << 20  # bytes that large objects are sent, and copied, at a time
+CONNECTIONS = 64  # to a store, for all threads of a process
 
-_PERMANENT = (
-    *(FileNotFoundError, FileExistsError, PermissionError),
-    *(IsADirectoryError, NotADirectoryError),
-)
+
+class WrongLength(OSError):
+    """Another number of bytes came than was asked for: the object ends early."""
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
     """The fsspec filesystem of `url` and the path inside it. Raises InputError if unknown."""
+    return _open(url, {})
+
+
+def _open(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem, path = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
         raise InputError(f"{redact(url)}: no storage for this URL: {error}") from None
     return filesystem, path
 
 
+def _client(url: str, tries: int = 1) -> tuple[Any, str]:
+    """As `open_filesystem`, without retries of the library's own.
+
+    botocore retries each request five times and s3fs what failed then five times, twice over: with
+    ours, a dead server would be told after half an hour. `tries`: of a request, where a call is
+    many of them and only all together can be repeated here.
+    """
+    if not _is_s3(url):
+        return open_filesystem(url)
+    if user_info(url):
+        raise InputError(
+            f"{redact(url)}: credentials are not read from a URL: take them out and set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    ours = {
+        "max_pool_connections": CONNECTIONS,
+        "retries": {"mode": "standard", "total_max_attempts": tries},
+    }
+    given = fsspec.config.apply_config(fsspec.get_filesystem_class("s3"), {})
+    config = ours | given.get("config_kwargs", {})
+    # A listing that is kept would hide what another process, or the other client, writes later.
+    options = {"config_kwargs": config, "use_listings_cache": False}
+    filesystem, path = _open(url, options)
+    filesystem.retries = 1
+    if tries == 1:
+        filesystem.max_concurrency = 1  # else every read of a whole object begins with a HEAD
+    return filesystem, path
+
+
+def _is_s3(url: str) -> bool:
+    return url.startswith(("s3://", "s3a://"))
+
+
 def join(url: str, *names: str) -> str:
     return "/".join([url.rstrip("/"), *names])
-
-
-def redact(url: str) -> str:
-    """The URL without what may be secret: user and password, query. Plain paths stay whole."""
-    return re.sub(r"(?<=://)[^/@]*@", "", url).split("?")[0] if "://" in url else url
 
 
 def is_local(url: str) -> bool:
@@ -50,41 +88,104 @@ def is_local(url: str) -> bool:
 def read(url: str, start: int | None = None, stop: int | None = None) -> bytes:
     """The bytes [start, stop) of an object, the whole of it by default.
 
-    Raises FileNotFoundError at once, and OSError naming the URL after a bounded number of retries.
+    Raises FileNotFoundError at once, WrongLength when the object ends before `stop`, and OSError
+    naming the URL after a bounded number of retries.
     """
-    filesystem, path = open_filesystem(url)
-    content: bytes = _retry(url, lambda: filesystem.cat_file(path, start=start, end=stop))
-    return content
+    filesystem, path = _client(url)
+    asked = None if start is None or stop is None else stop - start
+    # A server that sends a little now and then would keep a read alive for ever.
+    seconds = 600.0 if asked is None else 60 + asked / 1e6
+    options = {"timeout": seconds} if filesystem.async_impl else {}
+
+    def get() -> bytes:
+        try:
+            content: bytes = filesystem.cat_file(path, start=start, end=stop, **options)
+        except OSError as error:
+            if asked is None or not is_beyond_end(error):
+                raise
+            content = b""
+        if asked is not None and len(content) != asked:
+            raise WrongLength(f"bytes {start} to {stop}: {len(content)} of {asked} bytes came")
+        return content
+
+    return _retry(url, get)
+
+
+def download(url: str, size: int, path: str) -> None:
+    """Copy an object of `size` bytes to a local file, whole or not at all. Raises as `read`."""
+    with _new_file(path) as (file, name):
+        for start in range(0, size, PART):
+            file.write(read(url, start, min(start + PART, size)))
+        file.close()
+        os.replace(name, path)
 
 
 def open_reader(url: str) -> BinaryIO:
-    """A seekable file; remote ones are read in large blocks, the last few of which are kept.
+    """A seekable file; remote ones are read in large blocks. Raises FileNotFoundError."""
+    if is_local(url):
+        filesystem, path = open_filesystem(url)
+        return cast(BinaryIO, filesystem.open(path, "rb"))
+    return cast(BinaryIO, io.BufferedReader(_Ranges(url), READ_BLOCK))
 
-    Raises FileNotFoundError.
-    """
-    filesystem, path = open_filesystem(url)
-    keep: dict[str, Any] = {"cache_type": "blockcache", "cache_options": {"maxblocks": 4}}
-    options = {} if is_local(url) else {"block_size": READ_BLOCK} | keep
-    return cast(BinaryIO, _retry(url, lambda: filesystem.open(path, "rb", **options)))
+
+class _Ranges(io.RawIOBase):
+    """A remote object as a file: every read is a range read."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._size, self._position = url, size(url), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._position + len(buffer), self._size)
+        content = read(self._url, self._position, stop) if stop > self._position else b""
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
 
 
 def write(url: str, content: bytes) -> None:
-    """Write an object whole or not at all: one PUT, or a rename on a local disk.
+    """Write an object whole or not at all: one PUT or multipart upload, a rename on a local disk.
 
     A local file's folders are made when they are missing.
     """
-    filesystem, path = open_filesystem(url)
+    if is_local(url):
+        _retry(url, lambda: _write_local(url, content))
+        return
+    parts = _is_s3(url) and len(content) >= 2 * PART
+    filesystem, path = _client(url, tries=4 if parts else 1)
+    options = {"chunksize": PART} if parts else {}
+    _retry(url, lambda: filesystem.pipe_file(path, content, **options))
 
-    def put() -> None:
-        if not is_local(url):
-            filesystem.pipe_file(path, content)
-            return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(f"{path}.partial", "wb") as file:
-            file.write(content)
-        os.replace(f"{path}.partial", path)
 
-    _retry(url, put)
+def _write_local(url: str, content: bytes) -> None:
+    path = open_filesystem(url)[1]
+    with _new_file(path) as (file, name):
+        file.write(content)
+        file.close()
+        os.replace(name, path)
+
+
+@contextlib.contextmanager
+def _new_file(path: str) -> Iterator[tuple[BinaryIO, str]]:
+    """A file beside `path` and its name, no other's; gone at the end unless it was renamed."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    name = f"{path}.{secrets.token_hex(6)}.partial"
+    try:
+        with open(name, "xb") as file:
+            yield file, name
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
 
 
 def create(url: str, content: bytes) -> bool:
@@ -93,17 +194,16 @@ def create(url: str, content: bytes) -> bool:
     Of many that try at once one succeeds. `content` must be like no other's: when an answer got
     lost, it tells whether the object that stands there is this call's.
     """
-    filesystem, path = open_filesystem(url)
+    filesystem, path = _client(url)
 
     def put() -> None:
         if not is_local(url):
             filesystem.pipe_file(path, content, mode="create")
             return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), suffix=".partial") as file:
+        with _new_file(path) as (file, name):
             file.write(content)
-            file.flush()
-            os.link(file.name, path)
+            file.close()
+            os.link(name, path)
 
     try:
         _retry(url, put)
@@ -113,19 +213,19 @@ def create(url: str, content: bytes) -> bool:
 
 
 def exists(url: str) -> bool:
-    filesystem, path = open_filesystem(url)
+    filesystem, path = _client(url)
     return bool(_retry(url, lambda: filesystem.exists(path)))
 
 
 def size(url: str) -> int:
     """Length of an object in bytes. Raises FileNotFoundError."""
-    filesystem, path = open_filesystem(url)
+    filesystem, path = _client(url)
     return int(_retry(url, lambda: filesystem.size(path)))
 
 
 def list_names(url: str) -> list[str]:
     """Names directly under a folder, sorted; empty when it does not exist."""
-    filesystem, path = open_filesystem(url)
+    filesystem, path = _client(url)
     filesystem.invalidate_cache()
     try:
         found = _retry(url, lambda: filesystem.ls(path, detail=False))
@@ -136,7 +236,7 @@ def list_names(url: str) -> list[str]:
 
 def walk(url: str) -> Iterator[tuple[str, int]]:
     """(path relative to the folder, bytes) of all files below it, in no order; links followed."""
-    filesystem, path = open_filesystem(url)
+    filesystem, path = _client(url)
     if is_local(url):
         # fsspec's own listing takes twice as long, and does not follow links to folders.
         for folder, _, names in os.walk(path, followlinks=True):
@@ -152,20 +252,30 @@ def walk(url: str) -> Iterator[tuple[str, int]]:
 
 def remove(url: str) -> None:
     """Delete an object or a folder with all it holds; nothing happens if it is not there."""
-    filesystem, path = open_filesystem(url)
+    filesystem, path = _client(url)
     with contextlib.suppress(FileNotFoundError):
         _retry(url, lambda: filesystem.rm(path, recursive=True))
 
 
 def _retry(url: str, call: Callable[[], _T]) -> _T:
-    for attempt in range(ATTEMPTS):
+    begun, wrong = time.monotonic(), 0
+    for attempt in range(1, ATTEMPTS + 1):
         try:
             return call()
-        except _PERMANENT:
-            raise
         except Exception as error:  # botocore's and aiohttp's are no OSErrors
-            if attempt == ATTEMPTS - 1:
-                reason = str(error).replace(url, redact(url))
-                raise OSError(f"{redact(url)}: gave up after {ATTEMPTS} tries: {reason}") from error
-            time.sleep(BACKOFF * 2**attempt * random.uniform(0.5, 1.5))
+            failure = explain(error, url)
+            if is_local(url) and failure.kind is not OSError:
+                raise
+            short = isinstance(error, WrongLength)
+            wrong += short
+            kind = WrongLength if short else failure.kind
+            spent = time.monotonic() - begun
+            last = attempt == ATTEMPTS or wrong == CONTENT_ATTEMPTS or spent > PATIENCE
+            if failure.hopeless or (short and is_local(url)):
+                raise kind(f"{redact(url)}: {failure.reason}") from None
+            if last:
+                tries = f"gave up after {attempt} tries in {spent:.0f} s"
+                raise kind(f"{redact(url)}: {tries}: {failure.reason}") from None
+        wait = min(BACKOFF * 2 ** (attempt - 1), LONGEST_WAIT)
+        time.sleep(wait * random.uniform(0.5, 1.5))
     raise AssertionError("unreachable")

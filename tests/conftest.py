@@ -1,9 +1,11 @@
 """Fixtures that several test files share: small images, and shards made of them."""
 
 import io
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image as PillowImage
@@ -12,7 +14,9 @@ from shards import index as index_module
 from shards import pack
 from shards.index import Index
 from shards.loader import DataConfig
+from tests import object_store as object_store_module
 from tests import tiny
+from tests.object_store import ObjectStore
 from tests.ranks import Ranks
 
 Files = dict[str, bytes]
@@ -85,3 +89,24 @@ def ranks() -> Iterator[Ranks]:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     """A drawn training and validation set, for `tests.tiny.recipe`."""
     return tiny.draw_data(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[ObjectStore]:
+    """A real S3 server, started by the first test that asks for it."""
+    if reason := object_store_module.missing():
+        pytest.skip(reason)
+    with object_store_module.serve() as store:
+        yield store
+
+
+@pytest.fixture
+def s3(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of a new bucket; s3:// URLs lead to the store, here and in processes started now."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in object_store.environment().items():
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    yield object_store.bucket()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()

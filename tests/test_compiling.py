@@ -11,6 +11,7 @@ import torch
 
 from engine import compiling
 from engine.artefacts import Artefacts
+from engine.fit import fit
 from engine.trainer import Trainer
 from engine.world import World
 from shards.loader import DataConfig
@@ -96,7 +97,7 @@ def test_without_a_compiler_training_goes_on(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     trainer = Trainer(tiny.recipe(tiny_data, tmp_path, compile=True, steps=1))
-    trainer.fit()
+    fit(trainer)
     output = capsys.readouterr().out
     line = "compile: no C++ compiler (no-such-compiler) found; going on without torch.compile"
     assert output.count(line) == 1

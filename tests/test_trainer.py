@@ -14,6 +14,7 @@ import torch
 
 from engine.checkpoint import CheckpointConfig
 from engine.debug import debug_step
+from engine.fit import fit
 from engine.metrics import LogConfig
 from engine.probe import ProbeConfig
 from engine.recipe import Recipe
@@ -38,7 +39,7 @@ def comparable(run: Path) -> list[dict[str, Any]]:
 
 def train(recipe: Recipe) -> Trainer:
     trainer = Trainer(recipe)
-    trainer.fit()
+    fit(trainer)
     return trainer
 
 
@@ -183,7 +184,7 @@ def test_diverged_training_stops(tiny_data: DataConfig, tmp_path: Path) -> None:
     with torch.no_grad():
         next(trainer.online.parameters()).fill_(math.nan)
     with pytest.raises(InputError, match=r"diverged.* at step 2[01] \(loss nan, learning rate"):
-        trainer.fit()
+        fit(trainer)
     assert not (tmp_path / "checkpoints").exists()
     assert lines(tmp_path)[-1]["loss"] is None
 

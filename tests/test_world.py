@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from engine.checkpoint import CheckpointConfig
+from engine.fit import fit
 from engine.parallel import ParallelConfig
 from engine.probe import ProbeConfig
 from engine.recipe import Recipe
@@ -32,7 +33,7 @@ QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
 def train(recipe: Recipe) -> int:
     """On a rank: train to the recipe's last step."""
     trainer = Trainer(recipe)
-    trainer.fit()
+    fit(trainer)
     return trainer.step
 
 

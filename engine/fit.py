@@ -1,0 +1,178 @@
+"""The loop around the step: logging, evaluations, checkpoints, stopping early."""
+
+from contextlib import ExitStack, closing
+from typing import Any
+
+from engine import checkpoint
+from engine import world as processes
+from engine.metrics import MetricsLog, NoLog, StepSums, Timer, data_digest
+from engine.precision import PATIENCE
+from engine.preemption import Preemption
+from engine.probe import Stopped
+from engine.recipe import method_fields
+from engine.saver import Saver
+from engine.sharding import foreach_norms, local, not_finite, whole_norms
+from engine.trainer import StepOutput, Trainer
+from engine.world import World
+from shards import storage
+from shards.errors import InputError
+from shards.loader import Batch
+
+
+def fit(trainer: Trainer) -> bool:
+    """Train to the last step of the recipe, or of this process (`steps`), or until a signal.
+
+    False when only another machine was told to stop: torchrun then starts this process again, to
+    go on without that one. Raises InputError when the data is at fault or training diverges, and
+    OSError when the last state could not be saved.
+    """
+    recipe, world, first = trainer.recipe, trainer.world, trainer.step
+    stop = trainer.total_steps if recipe.steps is None else min(recipe.steps, trainer.total_steps)
+    measured: dict[str, float] = {}
+    preemption: Preemption | None = None
+    stopping = False
+
+    with ExitStack() as stack:
+        if trainer.lease is not None:
+            stack.callback(trainer.lease.release)
+        log = MetricsLog(recipe.run, first, stop, trainer.console) if world.main else NoLog()
+        stack.enter_context(closing(log))
+        data = stack.enter_context(closing(trainer.batches()))
+        saver = stack.enter_context(Saver(world, recipe.checkpoint.background, trainer.report))
+        trainer.console.print(
+            f"{trainer.train_index.samples:,} images, {trainer.order.steps_per_epoch:,} steps an "
+            f"epoch; steps {first:,} to {stop:,} on {trainer.device}; blocks in memory: up to "
+            f"about {data.block_memory / 2**20:,.0f} MiB"
+        )
+        if record := _without_evaluation(trainer, log):
+            measured = trainer.evaluate()
+            log.write(record | measured)
+
+        timer = Timer()
+        while trainer.step < stop and not stopping:
+            with timer.waiting():
+                batch = next(data)
+            output = trainer.train_step(batch)
+            step = trainer.step = trainer.step + 1
+            timer.steps += 1
+            log.advance()
+            if trainer.guard.in_a_row() >= PATIENCE:
+                raise _diverged(trainer, output)
+            if preemption is None:
+                preemption = stack.enter_context(Preemption(world, recipe.checkpoint.grace))
+                processes.set_timeout(recipe.parallel.timeout, trainer.parallel.groups)
+            if step == first + 2 and trainer.compile and recipe.compile_artefacts:
+                trainer.artefacts.save(trainer.console.print)
+            stopping = preemption.agreed()
+
+            measure = trainer.is_measured(step)
+            if measure or step == first + 1:
+                views = output.images.unflatten(0, (2, -1))[:, : recipe.log.pictures]
+                log.pictures(views, step)  # [V, n, 3, S, S]
+            if measure or step % recipe.log.every == 0:
+                if trainer.lease is not None:
+                    trainer.lease.check()
+                record = _record(trainer, output, batch) | timer.read(recipe.batch.size)
+                if measure and trainer.probe is not None and not stopping:
+                    _check_finite(trainer, output)
+                    try:
+                        measured = trainer.evaluate(preemption.looked_for)
+                        record |= measured
+                    except Stopped:  # the next start evaluates
+                        stopping = True
+                log.write(record)
+                timer = Timer()
+            due = recipe.checkpoint.every > 0 and step % recipe.checkpoint.every == 0
+            if due or stopping or step == stop:
+                _check_finite(trainer, output)
+                _save(trainer, saver, log)
+                timer = Timer()
+
+        if not saver.wait():
+            raise OSError(f"the state of step {trainer.step} could not be saved, see above")
+    if preemption is not None and stopping:
+        trainer.console.print(f"stopped after step {trainer.step} by {preemption.reason}")
+    _farewell(trainer, measured)
+    return preemption is None or not (stopping and preemption.only_elsewhere)
+
+
+def _without_evaluation(trainer: Trainer, log: MetricsLog) -> dict[str, Any] | None:
+    """The log's last record, when the evaluation of that step was left because of a signal."""
+    record: dict[str, Any] | None = trainer.world.tell(lambda: log.last)
+    if record is None or trainer.probe is None or not trainer.is_measured(trainer.step):
+        return None
+    return record if record["step"] == trainer.step and "knn_top1" not in record else None
+
+
+def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
+    """Have the state written as this step's checkpoint, and then the oldest ones removed."""
+    recipe, step, digest = trainer.recipe, trainer.step, trainer.train_index.digest
+    confirm = trainer.lease.confirm if trainer.lease is not None else None
+    log.flush()  # what stands before a checkpoint is never logged again
+
+    def write(state: dict[str, Any], world: World) -> None:
+        method = method_fields(recipe)
+        checkpoint.save(recipe.run, step, state, method, digest, world, confirm)
+        if not world.main:
+            return
+        try:
+            checkpoint.prune(recipe.run, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
+            log.compact()
+        except OSError as error:  # the next save does it
+            trainer.report(f"old checkpoints stay for now: {error}")
+
+    saver.save(step, trainer.state(), write)
+
+
+def _record(trainer: Trainer, output: StepOutput, batch: Batch) -> dict[str, Any]:
+    own = StepSums.of(output.loss, output.head_loss, output.features)
+    sums = StepSums(trainer.world.sum(own.values))
+    digest = trainer.world.sum(data_digest(batch.ids, batch.crcs)).item()
+    record: dict[str, Any] = {
+        "step": trainer.step,
+        "epoch": trainer.step // trainer.order.steps_per_epoch,
+        "loss": sums.loss,
+        "lr": output.lr,
+        "tau": output.tau,
+        "feature_std": sums.feature_std,
+        "data_digest": f"{digest % 2**64:016x}",
+        "skipped": int(trainer.guard.skipped),
+    }
+    if trainer.guard.scale is not None:
+        record["loss_scale"] = trainer.guard.scale.item()
+    if trainer.classes:
+        record["head_loss"] = sums.head_loss
+    return record
+
+
+def _check_finite(trainer: Trainer, output: StepOutput) -> None:
+    """Before a step is measured or saved: a diverged run must not push out good states."""
+    norms = foreach_norms(local(trainer.online.parameters()))
+    if not_finite(whole_norms(norms, trainer.parallel.shard_group)):
+        raise _diverged(trainer, output)
+
+
+def _diverged(trainer: Trainer, output: StepOutput) -> InputError:
+    scale = "" if trainer.guard.scale is None else f", loss scale {trainer.guard.scale.item():g}"
+    loss = trainer.world.sum(output.loss.double().cpu()).item()
+    return InputError(
+        f"training has diverged: gradients or weights are not finite at step {trainer.step} "
+        f"(loss {loss:g}, learning rate {output.lr:g}{scale}); "
+        "the last checkpoint is kept: start a new run with a lower --schedule.base-lr"
+        + (" or --precision bf16" if trainer.recipe.precision == "fp16" else "")
+    )
+
+
+def _farewell(trainer: Trainer, measured: dict[str, float]) -> None:
+    say, run = trainer.console.print, storage.redact(trainer.recipe.run)
+    say(f"{trainer.step} of {trainer.total_steps} steps done")
+    if trainer.baseline and measured:
+        figures = trainer.baseline | {"trained encoder": measured["knn_top1"]}
+        say("kNN accuracy on data.val:")
+        for name, accuracy in figures.items():
+            say(f"  {name:<18} {accuracy:6.1%}")
+    if trainer.step:
+        say(f"checkpoint    {checkpoint.step_url(run, trainer.step)}")
+    say(f"curves, views tensorboard --logdir {run}/tensorboard")
+    if trainer.step < trainer.total_steps:
+        say("the same command without --steps goes on")

@@ -1,0 +1,179 @@
+"""RUN/metrics.jsonl: one line for each logged step, on any storage.
+
+A file on a local disk grows line by line. An object cannot grow. There, new lines go to parts that
+never change, one PUT each: RUN/metrics/00000121-000004.jsonl (step of the first line, number of the
+part); now and then `compact` writes RUN/metrics.jsonl whole and removes the parts. At any moment,
+and after any kill, metrics.jsonl and the parts together are the log; what both have counts once.
+"""
+
+import json
+import math
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+from shards import storage
+
+JSONL = "metrics.jsonl"
+PARTS = "metrics"
+
+Record = dict[str, Any]
+
+
+def read(run: str) -> list[Record]:
+    """The log of a run that ended, was killed or goes on: one record for each step, in order.
+
+    Empty when there is none. Of a step that was written twice the later values count. Lines that
+    are no record, half-written ones above all, are left out. Raises OSError.
+    """
+    return _merged(_contents(run))
+
+
+class Journal:
+    """The log of a run, for its one writer. Opened at step `start`: later lines are dropped.
+
+    `flush` and `compact` may run in other threads while `write` is called. After an OSError of
+    theirs the lines are still there and go with the next call.
+    """
+
+    def __init__(self, run: str, start: int) -> None:
+        """Cleans what an earlier writer left. Raises OSError."""
+        self._run, self._url = run, storage.join(run, JSONL)
+        self._local = storage.is_local(run)
+        found, *parts = _contents(run)
+        records = [record for record in _merged([found, *parts]) if record["step"] <= start]
+        self._lines = {record["step"]: _line(record) for record in records}
+        self._last = records[-1] if records else None
+        self._pending: dict[int, bytes] = {}
+        self._lock = threading.Lock()  # of the three above; nobody waits for storage with it
+        self._storing = threading.Lock()  # one at a time
+
+        self._end: float = records[-1]["step"] if records else -1  # of a local file
+        self._parts = 0  # made by this writer
+        self._loose = bool(parts)
+        whole = b"".join(self._lines.values())
+        if whole != found or (self._local and not storage.exists(self._url)):
+            storage.write(self._url, whole)
+        self._remove_parts()
+
+    @property
+    def last(self) -> Record | None:
+        """The newest record."""
+        return self._last
+
+    @property
+    def unwritten(self) -> int:
+        """How many lines are in memory only."""
+        return len(self._pending)
+
+    def write(self, record: Record) -> None:
+        """Note a step's record, in memory. A second one of the same step adds to the first."""
+        step = record["step"]
+        with self._lock:
+            if self._last is not None and self._last["step"] == step:
+                record = self._last | record
+            self._last = record
+            self._lines[step] = self._pending[step] = _line(record)
+
+    def flush(self) -> None:
+        """Put what was noted since the last time in storage. Raises OSError."""
+        with self._storing, self._taken() as lines:
+            if not lines:
+                return
+            if self._local:
+                self._extend(lines)
+                return
+            name = f"{min(lines):08d}-{self._parts:06d}.jsonl"
+            storage.write(storage.join(self._run, PARTS, name), b"".join(lines.values()))
+            self._parts += 1
+            self._loose = True
+
+    def compact(self) -> None:
+        """Put everything in metrics.jsonl, then remove the parts. Raises OSError.
+
+        That is 10 MB late in the longest recipe: little beside a checkpoint, much for every line.
+        """
+        if self._local:
+            self.flush()
+            return
+        with self._storing:
+            with self._taken() as lines:
+                if lines or self._loose:
+                    storage.write(self._url, self._whole()[0])
+            self._remove_parts()
+
+    def _extend(self, lines: dict[int, bytes]) -> None:
+        """Append to the local file; replace it where it ends in one of the steps, or who knows."""
+        append, self._end = min(lines) > self._end, math.inf
+        if append:
+            with open(storage.open_filesystem(self._url)[1], "ab") as file:
+                file.write(b"".join(lines.values()))
+            self._end = max(lines)
+        else:
+            whole, end = self._whole()
+            storage.write(self._url, whole)
+            self._end = end
+
+    def _whole(self) -> tuple[bytes, int]:
+        """All lines, and the last one's step."""
+        with self._lock:
+            return b"".join(self._lines.values()), max(self._lines)
+
+    @contextmanager
+    def _taken(self) -> Iterator[dict[int, bytes]]:
+        """The pending lines by step; they are pending again when they cannot be written."""
+        with self._lock:
+            taken, self._pending = self._pending, {}
+        try:
+            yield taken
+        except BaseException:
+            with self._lock:
+                self._pending = taken | self._pending
+            raise
+
+    def _remove_parts(self) -> None:
+        if self._loose:
+            storage.remove(storage.join(self._run, PARTS))
+            self._loose = False
+
+
+def _line(record: Record) -> bytes:
+    return (json.dumps(record) + "\n").encode()
+
+
+def _contents(run: str) -> list[bytes]:
+    """What metrics.jsonl and then the parts hold; nothing where there is none."""
+    names = storage.list_names(storage.join(run, PARTS))
+    parts = [name for name in names if re.fullmatch(r"\d{8}-\d{6}\.jsonl", name)]
+    urls = [storage.join(run, PARTS, name) for name in parts]
+    with ThreadPoolExecutor(8) as threads:  # a store takes its time for each
+        contents = list(threads.map(_read_if_there, urls))
+    # metrics.jsonl last: a part that was removed meanwhile is in it.
+    return [_read_if_there(storage.join(run, JSONL)), *contents]
+
+
+def _read_if_there(url: str) -> bytes:
+    try:
+        return storage.read(url)
+    except FileNotFoundError:
+        return b""
+
+
+def _merged(contents: list[bytes]) -> list[Record]:
+    """One record for each step, in order of steps, later values winning.
+
+    Of a part and a whole that covers it either may be the newer: so keys are added, never dropped.
+    """
+    found: dict[int, Record] = {}
+    for line in b"\n".join(contents).split(b"\n"):
+        try:
+            record = json.loads(line)
+            step = record["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if isinstance(record, dict) and isinstance(step, int):
+            found[step] = found.get(step, {}) | record
+    return [found[step] for step in sorted(found)]

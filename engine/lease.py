@@ -1,0 +1,263 @@
+"""One job at a time trains in a run directory: RUN/lease/00000001.json and its successors.
+
+The newest number counts. Who made it, by exclusive create, holds the run, and shows that it lives
+by rewriting it with a rising `beat`. Who finds it unchanged for two periods makes the next number;
+a holder that sees a higher one than its own was taken for dead, and has lost the run. Released
+leases stay, so that numbers only rise; what a late holder writes has a number that counts no more.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from shards import storage
+from shards.errors import InputError
+
+FOLDER = "lease"  # in the run's directory
+PERIOD = 10.0  # seconds between two beats
+PATIENCE = 15.0  # seconds that a release waits for storage
+_POLLS = 5  # looks at a watched lease in each period
+_PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a lease's object says; the defaults stand for one that is gone or damaged."""
+
+    number: int
+    owner: str = ""  # like no other's
+    host: str = "an unknown host"
+    process: str = ""  # identity of the process that beats
+    agents: tuple[str, ...] = ()
+    period: float = PERIOD
+    beat: int = 0
+    released: bool = False
+
+    def content(self) -> bytes:
+        return json.dumps(asdict(self), indent=1).encode()
+
+    def is_dead(self) -> bool:
+        """Whether all were on this machine and are gone.
+
+        The beating process counts beside the launchers, which it may outlive.
+        """
+        return all(_is_dead(identity) for identity in (self.process, *self.agents))
+
+
+class Lease:
+    """A run directory that this job holds, from `acquire`."""
+
+    def __init__(self, run: str, record: _Record) -> None:
+        self.lost = False
+        """Whether another job has taken the run."""
+        self._run = run
+        self._record = record
+        self._taker = ""  # host
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._hold, name="lease", daemon=True)
+
+    def check(self) -> None:
+        """Raise InputError once the run was lost, as far as the last beat knows."""
+        if self.lost:
+            raise InputError(
+                f"{storage.redact(self._run)} was taken over by another job ({self._taker}) while "
+                "this one did not answer: stop that job before this one is started again, "
+                "or give another --run"
+            )
+
+    def confirm(self) -> None:
+        """Look now. Raises InputError when the run was lost, OSError when nobody can tell."""
+        self._look()
+        self.check()
+
+    def release(self) -> None:
+        """End the beats and let the next job in at once. A lost lease stays as it is."""
+        self._stop.set()
+        self._thread.join(PATIENCE)
+
+    def _take(self) -> bool:
+        """Make the object and start to beat; False when another job was faster."""
+        # The number may have been used and removed meanwhile: then a higher one is there.
+        if not storage.create(_url(self._run, self._record.number), self._record.content()):
+            return False
+        self._look()
+        if not self.lost:
+            self._thread.start()
+        return not self.lost
+
+    def _look(self) -> None:
+        own, newest = self._record, _newest(self._run)
+        if newest is None or newest.number < own.number:
+            return  # removed by hand; the next beat writes it again
+        # The own number is another's where somebody removed the folder and started a job.
+        if newest.number > own.number or newest.owner not in ("", own.owner):
+            self._taker = newest.host
+            self.lost = True
+
+    def _hold(self) -> None:
+        """The thread: it alone rewrites the object, so that no beat can follow the release."""
+        while not self._stop.wait(self._record.period):
+            self._write(replace(self._record, beat=self._record.beat + 1))
+            if self.lost:
+                return
+        self._write(replace(self._record, released=True))
+
+    def _write(self, record: _Record) -> None:
+        with contextlib.suppress(OSError):  # an outage of storage must not end the job
+            self._look()
+            if not self.lost:
+                self._record = record
+                storage.write(_url(self._run, record.number), record.content())
+
+
+def acquire(run: str, agents: Sequence[str], period: float, report: Callable[[str], None]) -> Lease:
+    """Hold the run directory for this job until `release`; rank 0 alone calls this.
+
+    A job that was restarted by its launcher, and one whose holder is known to be dead or has
+    released it, gets it at once. Otherwise the holder is watched for two of its periods.
+
+    Args:
+        agents: `agent_identity` of each process of the job.
+        period: Seconds between beats.
+
+    Raises InputError when another job holds it.
+    """
+    newest = _newest(run)
+    if newest is not None and not (
+        newest.released or set(newest.agents) & set(agents) or newest.is_dead()
+    ):
+        newest = _watch(run, newest, report)
+    record = _Record(
+        number=newest.number + 1 if newest else 1,
+        owner=uuid.uuid4().hex,
+        host=socket.gethostname(),
+        process=_identity(os.getpid()),
+        agents=tuple(sorted(set(agents))),
+        period=period,
+    )
+    lease = Lease(run, record)
+    if not lease._take():
+        raise _in_use(run, _newest(run))
+    with contextlib.suppress(OSError):  # they do no harm
+        for number in _numbers(run):
+            if number < record.number:
+                storage.remove(_url(run, number))
+    return lease
+
+
+def agent_identity() -> str:
+    """What launched this process: torchrun's agent, which outlives restarts, or the process itself.
+
+    Tells the machine since its boot, the process's namespace and number, and when it was started.
+    """
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    return _identity(os.getppid() if by_torchrun else os.getpid())
+
+
+def _watch(run: str, first: _Record, report: Callable[[str], None]) -> _Record | None:
+    """What is the newest after two periods without a sign of life. Raises InputError on one."""
+    report(
+        f"{storage.redact(storage.join(run, FOLDER))}: held by {first.host}; "
+        f"watching for {2 * first.period:g} s whether it is alive"
+    )
+    # Counted in sleeps, not by a clock: the holder cannot beat while a look hangs in an outage.
+    for _ in range(2 * _POLLS):
+        time.sleep(first.period / _POLLS)
+        newest = _newest(run)
+        if newest is None or newest.released:
+            return newest
+        if newest != first:
+            raise _in_use(run, newest)
+    return first
+
+
+def _in_use(run: str, holder: _Record | None) -> InputError:
+    host = holder.host if holder else _Record.host
+    return InputError(
+        f"{storage.redact(run)} is in use by another job on {host} (its lease changes): "
+        "stop that job, or give another --run"
+    )
+
+
+def _newest(run: str) -> _Record | None:
+    numbers = _numbers(run)
+    if not numbers:
+        return None
+    number, content = max(numbers), b""
+    try:
+        content = storage.read(_url(run, number))
+        there = json.loads(content)
+        return _Record(
+            number=number,
+            owner=str(there["owner"]),
+            host=str(there["host"]),
+            process=str(there["process"]),
+            agents=tuple(map(str, there["agents"])),
+            period=float(there["period"]),
+            beat=int(there["beat"]),
+            released=bool(there["released"]),
+        )
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return _Record(number, beat=zlib.crc32(content))  # it can be watched all the same
+
+
+def _numbers(run: str) -> list[int]:
+    names = storage.list_names(storage.join(run, FOLDER))
+    return [int(name[:8]) for name in names if re.fullmatch(r"\d{8}\.json", name)]
+
+
+def _url(run: str, number: int) -> str:
+    return storage.join(run, FOLDER, f"{number:08d}.json")
+
+
+# Processes --------------------------------------------------------------------------------------
+
+
+def _identity(pid: int) -> str:
+    try:
+        return f"{_machine()}:{pid}:{_state(pid)[1]}"
+    except OSError:  # no Linux: nobody can tell whether this process is dead
+        return f"{_this_process()}:{pid}"
+
+
+def _is_dead(identity: str) -> bool:
+    """Whether a process is known to be dead; False where this machine cannot tell."""
+    try:
+        machine, pid, start = identity.rsplit(":", 2)
+        if machine != _machine():
+            return False
+        os.kill(int(pid), 0)
+        state, started = _state(int(pid))
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError):  # it is hidden from this user, or no such identity
+        return False
+    return state in "ZX" or started != start
+
+
+def _machine() -> str:
+    """Where a process number means one process: this boot of the machine, and the namespace."""
+    # Host names are often alike, and so is the number of every machine's first namespace.
+    boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}:{(_PROC / 'self/ns/pid').stat().st_ino}"
+
+
+def _state(pid: int) -> tuple[str, str]:
+    """State letter, and start in clock ticks since the boot. Raises OSError if there is none."""
+    fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    return fields[0], fields[19]  # fields 3 and 22: the name before them may hold spaces
+
+
+@functools.cache
+def _this_process() -> str:
+    return uuid.uuid4().hex

@@ -1,0 +1,115 @@
+"""Stopping early: a signal sets a flag, all processes agree on the step, save, and end with 0."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from engine.world import World, attempt, shared_store
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+POLL = 0.5  # seconds between looks at the other processes' flags during evaluations
+
+
+class Preemption:
+    """Whether this run is to stop before its end.
+
+    Made when the first step is done. Until then a signal has its usual effect, the end at once:
+    there is nothing to save, and the process may stand in a call that no handler could leave.
+    """
+
+    def __init__(self, world: World, grace: float) -> None:
+        """`grace`: seconds from the signal in which the process has to be over; then it exits."""
+        self._world, self._grace = world, grace
+        self.told = threading.Event()  # this process was, by a signal
+        self._over = threading.Event()
+        self._elsewhere = False
+        self._waiting: Callable[[], Tensor] | None = None
+        self._looked = 0.0
+        self.reason = "another process"
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        # Python runs handlers between two of its own instructions, which a collective that waits
+        # for a dead process does not reach; a thread that reads the signal's number does.
+        self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._old = {number: signal.signal(number, _nothing) for number in SIGNALS}
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+
+    def agreed(self) -> bool:
+        """Whether to stop after the step just done; the same on all processes. Once a step.
+
+        The flags of the step before are read, whose sum has long arrived: nobody waits.
+        """
+        if not self._world.distributed:
+            return self.told.is_set()
+        arrived, self._waiting = self._waiting, self._sum()
+        return arrived is not None and bool(arrived())
+
+    def looked_for(self) -> bool:
+        """Whether this process or, half a second ago, another one was told to stop.
+
+        No collective: for the loops of evaluations, which differ in length.
+        """
+        if self._world.distributed and time.monotonic() - self._looked > POLL:
+            self._looked = time.monotonic()
+            self._elsewhere = self._elsewhere or shared_store().check([self._key()])
+        return self.told.is_set() or self._elsewhere
+
+    @property
+    def only_elsewhere(self) -> bool:
+        """Whether another machine was told to stop and this one was not, so that torchrun can go
+        on here: on one machine all processes end together."""
+        return not self.told.is_set() and self._world.size > self._world.local_size
+
+    def __enter__(self) -> "Preemption":
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        """Give the signals back."""
+        if self._waiting is not None and failure is None:
+            self._waiting()
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_wakeup)
+        self._over.set()
+        os.close(self._write)  # the thread reads the end
+        self._thread.join()
+
+    def _sum(self) -> Callable[[], Tensor]:
+        return self._world.sum_later(torch.tensor(int(self.told.is_set())))
+
+    def _key(self) -> str:
+        return f"stop in attempt {attempt()}"
+
+    def _listen(self) -> None:
+        while told := os.read(self._read, 1):
+            if self.told.is_set():
+                continue
+            self.reason = signal.Signals(told[0]).name
+            self.told.set()
+            threading.Thread(target=self._end, name="grace", daemon=True).start()
+            if self._world.distributed:
+                # The store goes away with its host; the flag travels with the next step too.
+                with contextlib.suppress(RuntimeError, ValueError):
+                    shared_store().set(self._key(), "1")
+        os.close(self._read)
+
+    def _end(self) -> None:
+        if self._over.wait(self._grace):
+            return
+        text = f"error: {self.reason}: not saved within checkpoint.grace ({self._grace:g} s)\n"
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _nothing(_number: int, _frame: FrameType | None) -> None:
+    """In place of the default, so that only the thread acts."""

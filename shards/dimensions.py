@@ -1,0 +1,61 @@
+"""Width and height of an encoded image, from the few bytes that say so; nothing is decoded."""
+
+from typing import cast
+
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG's "start of frame" markers
+_ALONE = {0x01, *range(0xD0, 0xD8)}  # JPEG's markers that no segment follows
+_IMAGE_OR_END = {0xD9, 0xDA}
+
+Size = tuple[int, int]  # width, height in pixels
+
+
+def image_size(content: bytes | bytearray | memoryview) -> Size | None:
+    """What the header of a JPEG, PNG or WebP says; None for other or damaged bytes."""
+    start = bytes(content[:30]).ljust(30, b"\0")  # the smallest WebP images are shorter
+    if start.startswith(_JPEG):
+        return _jpeg_size(content)
+    if start.startswith(_PNG):
+        return (_big(start, 16, 4), _big(start, 20, 4)) if start[12:16] == b"IHDR" else None
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return _webp_size(start)
+    return None
+
+
+def _jpeg_size(content: bytes | bytearray | memoryview) -> Size | None:
+    """From the first frame. Segments, and so the pictures that EXIF data holds, are skipped."""
+    position, end = 2, len(content)
+    while position + 9 <= end:
+        if content[position] != 0xFF:  # decoders skip what stands between two segments
+            position += 1
+            continue
+        marker = content[position + 1]
+        if marker in _FRAMES:
+            return _big(content, position + 7, 2), _big(content, position + 5, 2)
+        if marker in _IMAGE_OR_END:
+            return None
+        if marker == 0xFF or marker == 0 or marker in _ALONE:
+            position += 1 if marker == 0xFF else 2
+        else:
+            position += 2 + _big(content, position + 2, 2)
+    return None
+
+
+def _webp_size(start: bytes) -> Size | None:
+    kind = start[12:16]
+    if kind == b"VP8 " and start[23:26] == b"\x9d\x01\x2a":
+        return _little(start, 26, 2) & 0x3FFF, _little(start, 28, 2) & 0x3FFF
+    if kind == b"VP8L" and start[20] == 0x2F:
+        bits = _little(start, 21, 4)
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8X":
+        return _little(start, 24, 3) + 1, _little(start, 27, 3) + 1
+    return None
+
+
+def _big(content: bytes | bytearray | memoryview, position: int, count: int) -> int:
+    return int.from_bytes(cast(bytes, content[position : position + count]), "big")
+
+
+def _little(content: bytes, position: int, count: int) -> int:
+    return int.from_bytes(content[position : position + count], "little")

@@ -1,0 +1,146 @@
+"""What went wrong in a storage library: one line for users, and whether to try again."""
+
+import errno
+import re
+import socket
+from typing import Any, NamedTuple
+
+LONGEST = 400  # characters of a reason
+
+_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+_REGION = "the bucket is in another region: set AWS_DEFAULT_REGION"
+_MENDS = {  # by the code of S3's answer, or the name of botocore's exception
+    "NoSuchBucket": "create the bucket, or correct the URL",
+    "PermanentRedirect": _REGION,
+    "AuthorizationHeaderMalformed": _REGION,
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "NoCredentialsError": f"{_CREDENTIALS}, or FSSPEC_S3_ANON=true for a public bucket",
+    "PartialCredentialsError": _CREDENTIALS,
+    "ProfileNotFound": "correct AWS_PROFILE",
+    "EndpointConnectionError": "is AWS_ENDPOINT_URL right, and does a server answer there?",
+}
+_DENIED = f"the credentials are not accepted or do not allow this: {_CREDENTIALS}"
+
+# What S3 answers to a request that would succeed another time, though its status is 4xx.
+_PASSING = {
+    *("RequestTimeout", "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"),
+    *("Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests"),
+}
+_PASSING_STATUSES = {408, 409, 425, 429}
+
+# Exceptions of botocore that are no fault of the settings.
+_PASSING_KINDS = {
+    *("HTTPClientError", "ConnectionError", "IncompleteReadError", "ResponseStreamingError"),
+    *("CredentialRetrievalError", "MetadataRetrievalError", "FlexibleChecksumError"),
+}
+_MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError)
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_FINAL = (
+    *(FileNotFoundError, FileExistsError, PermissionError),
+    *(IsADirectoryError, NotADirectoryError),
+)
+
+
+class Failure(NamedTuple):
+    """Why a call failed."""
+
+    reason: str  # one line, without the secrets of any URL
+    hopeless: bool  # the same call would fail again
+    kind: type[OSError]  # to raise it as
+
+
+def redact(url: str) -> str:
+    """The URL without what may be secret: user and password, query. Plain paths stay whole."""
+    scheme, mark, _ = url.partition("://")
+    return f"{scheme}://{_split(url)[1]}" if mark else url
+
+
+def user_info(url: str) -> str:
+    """What stands before the host of a URL: user and password; empty when there is nothing."""
+    return _split(url)[0] if "://" in url else ""
+
+
+def _split(url: str) -> tuple[str, str, str]:
+    """User and password, place, and query of a URL."""
+    rest, _, query = url.partition("://")[2].partition("?")
+    authority, slash, path = rest.partition("/")
+    if "@" in authority:
+        user, _, authority = authority.rpartition("@")
+        return user, authority + slash + path, query
+    if "@" in path and re.match(r"(?!arn:)[^:]*:(.*\D.*)?$", authority):
+        # A password with a slash in it, for what follows the colon is no port.
+        user, _, place = rest.partition("@")
+        return user, place, query
+    return "", rest, query
+
+
+def explain(error: Exception, url: str) -> Failure:
+    """What to tell about an exception that a storage library raised for `url`."""
+    kind = next((kind for kind in _FINAL if isinstance(error, kind)), OSError)
+    code, status, message = _answer(error)
+    if not status:
+        return _without_answer(error, url, kind)
+    text = f"{message.rstrip('.')} ({code})"
+    if status in (401, 403):
+        text, kind = f"access denied: {text}: {_MENDS.get(code, _DENIED)}", PermissionError
+    elif code in _MENDS:  # a bucket that is not there is not just a missing file
+        text, kind = f"{text}: {_MENDS[code]}", OSError
+    passing = status >= 500 or code in _PASSING or status in _PASSING_STATUSES
+    return Failure(_line(text, url), not passing or status == 501, kind)
+
+
+def is_beyond_end(error: Exception) -> bool:
+    """Whether S3 refused a range because the object ends before it."""
+    return _answer(error)[1] == 416
+
+
+def _answer(error: Exception) -> tuple[str, int, str]:
+    """Code, HTTP status and message of the answer that S3 gave; status 0 when it gave none."""
+    for candidate in (error, error.__cause__):
+        response: Any = getattr(candidate, "response", None)
+        if isinstance(response, dict) and "Error" in response:
+            told, head = response["Error"], response.get("ResponseMetadata", {})
+            status = int(head.get("HTTPStatusCode", 0))
+            return str(told.get("Code", "")), status, str(told.get("Message", error))
+    return "", 0, ""
+
+
+def _without_answer(error: Exception, url: str, kind: type[OSError]) -> Failure:
+    """As `explain`, for what fails on this machine or on the way to the store."""
+    names = {entry.__name__ for entry in type(error).__mro__}
+    name, text = type(error).__name__, str(error)
+    hopeless = kind is not OSError
+    if (unknown := _unknown_host(error)) is not None:
+        text, hopeless = f"{text}: {unknown.strerror}: correct AWS_ENDPOINT_URL", True
+    elif "CERTIFICATE_VERIFY_FAILED" in text:
+        text, hopeless = f"{text}: set AWS_CA_BUNDLE to the certificates to trust", True
+    elif "BotoCoreError" in names:
+        text = f"{text}: {_MENDS[name]}" if name in _MENDS else text
+        hopeless = not names & _PASSING_KINDS
+    elif isinstance(error, TimeoutError):
+        text = f"timed out {text}"
+    elif isinstance(error, OSError):
+        hopeless = hopeless or error.errno in _FULL
+    else:
+        text, hopeless = f"{name} {text}", isinstance(error, _MISTAKES)
+    return Failure(_line(text or name, url), hopeless, kind)
+
+
+def _unknown_host(error: BaseException | None) -> socket.gaierror | None:
+    """The name look-up that found no such host, somewhere in an exception's history."""
+    for _ in range(10):
+        if isinstance(error, socket.gaierror):
+            return error if error.errno == socket.EAI_NONAME else None
+        if error is None:
+            return None
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _line(text: str, url: str) -> str:
+    """The text in one line, without the secrets of the URLs in it and of `url`."""
+    user, _, query = _split(url)
+    for secret in filter(None, (user, query) if "://" in url else ()):
+        text = text.replace(secret, "...")
+    text = re.sub(r"[\w.+-]+://[^\s\"'<>]+", lambda found: redact(found[0]), text)
+    return " ".join(text.split())[:LONGEST]

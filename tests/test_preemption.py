@@ -1,0 +1,179 @@
+"""Signals: the run is saved at the next step, on all processes alike, or ends at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.fit import fit
+from engine.journal import read
+from engine.preemption import SIGNALS
+from engine.recipe import Recipe
+from engine.trainer import Trainer
+from shards.loader import DataConfig
+from tests import tiny
+from tests.jobs import ROOT, small
+from tests.ranks import Ranks
+
+TIMINGS = {"images_per_second", "data_wait"}
+
+
+def comparable(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in read(str(run))]
+
+
+def tell_at(trainer: Trainer, step: int, number: signal.Signals) -> None:
+    """This process gets a signal while it computes `step`."""
+    train_step = trainer.train_step
+
+    def told(batch: Any) -> Any:
+        if trainer.step + 1 == step:
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)  # for the thread that listens
+        return train_step(batch)
+
+    trainer.train_step = told  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed")
+    fit(Trainer(tiny.recipe(tiny_data, run, steps=12)))
+    return run
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_and_ends(
+    tiny_data: DataConfig, tmp_path: Path, undisturbed: Path, number: signal.Signals
+) -> None:
+    handlers = [signal.getsignal(n) for n in SIGNALS]
+    trainer = Trainer(tiny.recipe(tiny_data, tmp_path, steps=12))
+    tell_at(trainer, 6, number)
+    assert fit(trainer)
+    assert trainer.step == 6
+    assert (tmp_path / "checkpoints" / "step_00000006" / "commit.json").exists()
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers
+    assert not [t for t in threading.enumerate() if t.name in ("signals", "save", "lease")]
+    fit(Trainer(tiny.recipe(tiny_data, tmp_path, steps=12)))
+    assert comparable(tmp_path) == comparable(undisturbed)
+
+
+def test_a_signal_in_an_evaluation(
+    tiny_data: DataConfig, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation is left and comes again at the next start; its step has one line."""
+    trainer = Trainer(tiny.recipe(tiny_data, tmp_path, steps=12))
+    assert trainer.probe is not None
+    features, calls = trainer.probe.features, []
+
+    def told(*arguments: Any, **options: Any) -> Any:
+        calls.append(trainer.step)
+        if calls == [5, 5, 10]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+        return features(*arguments, **options)
+
+    monkeypatch.setattr(trainer.probe, "features", told)
+    fit(trainer)
+    assert calls == [5, 5, 10]
+    assert trainer.step == 10
+    assert "knn_top1" not in read(str(tmp_path))[-1]
+    fit(Trainer(tiny.recipe(tiny_data, tmp_path, steps=12)))
+    assert comparable(tmp_path) == comparable(undisturbed)
+
+
+def stop_on_one(recipe: Recipe, step: int, where: str) -> tuple[bool, int]:
+    """On a rank: train; the last rank alone gets a signal."""
+    trainer = Trainer(recipe)
+    if os.environ["RANK"] == "1":
+        if where == "step":
+            tell_at(trainer, step, signal.SIGUSR1)
+        else:
+            assert trainer.probe is not None
+            take = trainer.probe._take_weights
+
+            def told() -> None:
+                if trainer.step == step:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                    time.sleep(0.05)
+                take()
+
+            trainer.probe._take_weights = told  # type: ignore[method-assign]
+    return fit(trainer), trainer.step
+
+
+@pytest.mark.parametrize(
+    ("where", "told", "step"),
+    [("step", 6, 7), ("evaluation", 5, 5)],  # flags are read a step later
+)
+def test_processes_agree_on_the_step(
+    ranks: Ranks, tiny_data: DataConfig, tmp_path: Path, where: str, told: int, step: int
+) -> None:
+    recipe = tiny.recipe(tiny_data, tmp_path, steps=20)
+    assert ranks.run(stop_on_one, recipe, told, where, size=2) == [(True, step)] * 2
+    assert (tmp_path / "checkpoints" / f"step_{step:08d}" / "commit.json").exists()
+
+
+def test_machines_that_stay_go_on(ranks: Ranks, tiny_data: DataConfig, tmp_path: Path) -> None:
+    """The one that was told ends well, the other one asks its launcher for a new start."""
+    recipe = tiny.recipe(tiny_data, tmp_path, steps=20, probe=tiny.NO_PROBE)
+    found = ranks.run(stop_on_one, recipe, 5, "step", size=2, machine=1)
+    assert found == [(False, 6), (True, 6)]
+
+
+def hang(recipe: Recipe) -> None:
+    """In a process of its own: a signal comes, and the step never ends."""
+    trainer = Trainer(recipe)
+    train_step = trainer.train_step
+
+    def wait(batch: Any) -> Any:
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(600)
+        return train_step(batch)
+
+    trainer.train_step = wait  # type: ignore[method-assign]
+    fit(trainer)
+
+
+def test_no_end_of_the_step_within_the_grace(tiny_data: DataConfig, tmp_path: Path) -> None:
+    script = (
+        "from tests.test_preemption import *; from tests import tiny;"
+        f"hang(tiny.recipe({tiny_data!r}, {str(tmp_path)!r}, steps=9, probe=tiny.NO_PROBE,"
+        "checkpoint=CheckpointConfig(grace=0.5)))"
+    )
+    imports = "from shards.loader import DataConfig;"
+    done = subprocess.run(
+        [sys.executable, "-c", imports + script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "error: SIGTERM: not saved within checkpoint.grace (0.5 s)"
+    )
+
+
+def test_before_the_first_step_a_signal_ends_at_once(tiny_data: DataConfig, tmp_path: Path) -> None:
+    data = str(Path(tiny_data.train).parent)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch" / "train.py"), *small(data, str(tmp_path))],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        time.sleep(1.5)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(10) == -signal.SIGUSR1
+    finally:
+        process.kill()
+    assert not (tmp_path / "checkpoints").exists()
