@@ -122,11 +122,21 @@ class Reader(StorageReader):
     def __init__(self, url: str, files: Mapping[str, tuple[int, int]]) -> None:
         self._url, self._files = url, files
         self._places: dict[MetadataIndex, Place] = {}
+        self._fault: InputError | OSError | None = None
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """Nothing is kept that a second load would have to forget."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """Does not raise, for torch would lose the reason: `set_up_storage_reader`, next, does."""
+        self._fault = None
+        try:
+            return self._metadata()
+        except (InputError, OSError) as error:
+            self._fault = error
+            return Metadata({})
+
+    def _metadata(self) -> Metadata:
         place = f"{storage.redact(self._url)}: {dcp_metadata.NAME}"
         try:
             for _attempt in range(2):  # as in `verify_file`
@@ -140,6 +150,8 @@ class Reader(StorageReader):
             raise InputError(f"{place} {error}") from None
 
     def set_up_storage_reader(self, metadata: Metadata, *_: Any, **__: Any) -> None:
+        if self._fault:
+            raise self._fault
         self._places = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -220,13 +232,13 @@ class _Span(NamedTuple):
 
 
 def _spans(reads: Iterable[tuple[Place, ReadItem]]) -> list[_Span]:
-    """Neighbours that are read together; a span above SPAN has one tensor only."""
+    """Neighbours that are read together; a span above SPAN is that of a single tensor."""
     spans: list[_Span] = []
     for place, item in sorted(reads, key=lambda read: read[0]):
         stop = place.offset + place.length
         last = spans[-1] if spans else _Span("", 0, 0, [])
         near = place.file == last.file and place.offset - last.stop <= GAP
-        if near and stop - last.start <= SPAN:
+        if near and (stop <= last.stop or stop - last.start <= SPAN):
             spans[-1] = last._replace(stop=max(stop, last.stop))
             last.reads.append((place, item))
         else:

@@ -1,15 +1,17 @@
 """RUN/metrics.jsonl: one line for each logged step, on any storage.
 
 A file on a local disk grows line by line. An object cannot grow. There, new lines go to parts that
-never change, one PUT each: RUN/metrics/00000121-000004.jsonl (step of the first line, number of the
-part); now and then `compact` writes RUN/metrics.jsonl whole and removes the parts. At any moment,
-and after any kill, metrics.jsonl and the parts together are the log; what both have counts once.
+never change, one PUT each: RUN/metrics/00000121-000004-3f9a2c51.jsonl has the step of its first
+line, its number, its writer. Now and then `compact` writes RUN/metrics.jsonl whole, then removes
+the parts. At any moment, and after any kill, both together are the log; what both have counts once.
 """
 
 import json
 import math
 import re
+import secrets
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -52,8 +54,10 @@ class Journal:
         self._storing = threading.Lock()  # one at a time
 
         self._end: float = records[-1]["step"] if records else -1  # of a local file
+        self._writer = secrets.token_hex(4)  # no name is used twice, not even by a restart
         self._parts = 0  # made by this writer
-        self._loose = bool(parts)
+        self._loose = len(parts)  # not compacted
+        self._flushed = time.monotonic()
         whole = b"".join(self._lines.values())
         if whole != found or (self._local and not storage.exists(self._url)):
             storage.write(self._url, whole)
@@ -65,9 +69,18 @@ class Journal:
         return self._last
 
     @property
+    def due(self) -> bool:
+        """Whether it is time for a flush."""
+        return time.monotonic() - self._flushed >= pause(self._loose)
+
+    @property
     def unwritten(self) -> int:
         """How many lines are in memory only."""
         return len(self._pending)
+
+    def after(self, step: int) -> list[Record]:
+        """The records of later steps."""
+        return [json.loads(line) for known, line in self._lines.items() if known > step]
 
     def write(self, record: Record) -> None:
         """Note a step's record, in memory. A second one of the same step adds to the first."""
@@ -80,16 +93,16 @@ class Journal:
 
     def flush(self) -> None:
         """Put what was noted since the last time in storage. Raises OSError."""
+        self._flushed = time.monotonic()
         with self._storing, self._taken() as lines:
-            if not lines:
-                return
-            if self._local:
+            if lines and self._local:
                 self._extend(lines)
-                return
-            name = f"{min(lines):08d}-{self._parts:06d}.jsonl"
-            storage.write(storage.join(self._run, PARTS, name), b"".join(lines.values()))
-            self._parts += 1
-            self._loose = True
+            elif lines:
+                name = f"{min(lines):08d}-{self._parts:06d}-{self._writer}.jsonl"
+                url = storage.join(self._run, PARTS, name)
+                storage.write(url, b"".join(lines.values()))
+                self._parts += 1
+                self._loose += 1
 
     def compact(self) -> None:
         """Put everything in metrics.jsonl, then remove the parts. Raises OSError.
@@ -137,7 +150,18 @@ class Journal:
     def _remove_parts(self) -> None:
         if self._loose:
             storage.remove(storage.join(self._run, PARTS))
-            self._loose = False
+            self._loose = 0
+
+
+def pause(files: int) -> float:
+    """Seconds from one flush to the next on an object store, where `files` objects have piled up.
+
+    N²/10, at least 30: a log is fresh while it is young, and five days of it are about 240 objects,
+    however often a run is restarted. One each 30 s would be 14,000, and a reader asks for each.
+    Nothing is lost by it: what is logged before a checkpoint is flushed with it, the rest comes
+    again.
+    """
+    return max(30, files**2 / 10)
 
 
 def _line(record: Record) -> bytes:
@@ -147,7 +171,7 @@ def _line(record: Record) -> bytes:
 def _contents(run: str) -> list[bytes]:
     """What metrics.jsonl and then the parts hold; nothing where there is none."""
     names = storage.list_names(storage.join(run, PARTS))
-    parts = [name for name in names if re.fullmatch(r"\d{8}-\d{6}\.jsonl", name)]
+    parts = [name for name in names if re.fullmatch(r"\d{8}-\d{6}-\w+\.jsonl", name)]
     urls = [storage.join(run, PARTS, name) for name in parts]
     with ThreadPoolExecutor(8) as threads:  # a store takes its time for each
         contents = list(threads.map(_read_if_there, urls))

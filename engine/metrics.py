@@ -4,9 +4,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +17,9 @@ from torchvision.utils import make_grid
 
 from engine.augment import MEAN, STD
 from engine.events import EventLog
-from engine.journal import JSONL, Journal
+from engine.journal import JSONL, Journal, Record
 from shards import storage
+from shards.errors import InputError
 from shards.fields import Operation
 
 TENSORBOARD = "tensorboard"
@@ -63,15 +63,27 @@ class MetricsLog:
     When storage fails the training goes on; nothing is dropped, and it is tried again.
     """
 
-    def __init__(self, run: str, start: int, total: int, console: Console) -> None:
-        """Raises OSError."""
+    def __init__(
+        self,
+        run: str,
+        start: int,
+        total: int,
+        console: Console,
+        confirm: Callable[[], None] | None = None,
+    ) -> None:
+        """Raises OSError.
+
+        Args:
+            confirm: Called before an object is replaced or removed. Raises InputError when the run
+                is another job's by now.
+        """
         self.console = console
         self._run = run
+        self._confirm = confirm
         self._journal = Journal(run, start)
         self._events = EventLog(storage.join(run, TENSORBOARD), start)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
-        self._flush: Future[None] | None = None
-        self._flushed = time.monotonic()
+        self._storing: Future[None] | None = None
         self._failing = False
         self._progress = Progress(
             TextColumn("{task.completed}/{task.total}"),
@@ -86,25 +98,24 @@ class MetricsLog:
         self._task = self._progress.add_task("train", total=total, completed=start, status="")
         if self.console.is_terminal:
             self._progress.start()
+        for record in self._journal.after(self._events.reached):
+            self._plot(record, {})  # an earlier process did not come to write it
 
     @property
-    def last(self) -> dict[str, Any] | None:
+    def last(self) -> Record | None:
         """The newest record, also of an earlier process."""
         return self._journal.last
 
     def advance(self) -> None:
         self._progress.advance(self._task)
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         """One logged step: a line of metrics.jsonl, a point in tensorboard, a status.
 
         The step logged last may come again, with keys that it had not.
         """
-        step, last = record["step"], self._journal.last
-        known = last.keys() if last is not None and last["step"] == step else ()
-        self._events.scalars(
-            {k: v for k, v in record.items() if isinstance(v, float) and k not in known}, step
-        )
+        last = self._journal.last
+        self._plot(record, last if last and last["step"] == record["step"] else {})
         self._journal.write(record)
         self._store()
         self._show(record)
@@ -118,59 +129,61 @@ class MetricsLog:
         self._store()
 
     def flush(self) -> None:
-        """Have all that was logged in storage, as before a checkpoint: it will not come again."""
-        # Events first: a line of metrics.jsonl says that its points need not be written again.
-        self._attempt(self._events.flush, self._journal.flush)
-        self._flushed = time.monotonic()
+        """Have in storage what does not come again after a kill; for before a checkpoint commits.
+
+        Of scalars metrics.jsonl is enough: the next process completes tensorboard's files from it.
+        """
+        events = [self._events.flush] if self._events.unrepeatable else []
+        self._attempt(self._journal.flush, *events)
 
     def compact(self) -> None:
-        """Put all lines in metrics.jsonl; for after a checkpoint, in any thread."""
-        self._attempt(self._journal.compact)
+        """Have all lines in metrics.jsonl; for after a checkpoint. Raises what `confirm` does."""
+        self._attempt(self._compact)
 
     def close(self) -> None:
-        """Write what is left. Never raises; what could not be written is told."""
+        """Write what is left, if the run is not another job's; tell what could not be written."""
         if self._progress.live.is_started:
             self._progress.stop()
         self._thread.shutdown()
-        self._failing = True  # one line is enough
-        self._attempt(self._events.flush, self._journal.compact)
-        lines, events = self._journal.unwritten, self._events.unwritten
-        if lines or events:
+        reason = ""
+        with suppress(InputError):
+            reason = _failure(self._compact, self._events.flush)
+        if reason:
+            lines, events = self._journal.unwritten, self._events.unwritten
             self.console.print(
-                f"{storage.redact(self._run)}: not written, storage fails: {lines} lines of "
-                f"{JSONL}, {events} events of {TENSORBOARD}"
+                f"{reason}; not written are {lines} lines of {JSONL}, {events} events of "
+                f"{TENSORBOARD}"
             )
 
+    def _compact(self) -> None:
+        if self._confirm is not None:
+            self._confirm()
+        self._journal.compact()
+
+    def _plot(self, record: Record, known: Record) -> None:
+        points = {k: v for k, v in record.items() if isinstance(v, float) and k not in known}
+        self._events.scalars(points, record["step"])
+
     def _store(self) -> None:
-        """Write now to a local disk; to an object store when it is time, in the thread."""
+        """Write now to a local disk; to an object store what is due, in the thread."""
         if storage.is_local(self._run):
-            self.flush()
+            self._attempt(self._journal.flush, self._events.flush)
             return
-        if self._flush is not None:
-            if not self._flush.done():
+        if self._storing is not None:
+            if not self._storing.done():
                 return
-            self._flush.result()
-        if time.monotonic() - self._flushed >= interval(self._events.files):
-            self._flush = self._thread.submit(self.flush)
+            self._storing.result()
+        due = [log.flush for log in (self._journal, self._events) if log.due]
+        self._storing = self._thread.submit(self._attempt, *due) if due else None
 
     def _attempt(self, *calls: Callable[[], None]) -> None:
-        """Call each; the first failure of an outage is told, in one line."""
-        failed = False
-        for call in calls:
-            try:
-                call()
-            except OSError as error:
-                failed = True
-                if not self._failing:
-                    self._failing = True
-                    reason = " ".join(str(error).split())
-                    self.console.print(
-                        f"{storage.redact(self._run)}: the log cannot be written: {reason}; "
-                        "training goes on, the log is kept in memory and tried again"
-                    )
-        self._failing = failed
+        """Make calls that may find storage failing. The first failure in a row is told."""
+        reason = _failure(*calls)
+        if reason and not self._failing:
+            self.console.print(f"{reason}; training goes on, the log is kept and written later")
+        self._failing = bool(reason)
 
-    def _show(self, record: dict[str, Any]) -> None:
+    def _show(self, record: Record) -> None:
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
         status = f"loss {loss}  {record['images_per_second']:,.0f} images/s"
         if "knn_top1" in record:
@@ -186,15 +199,14 @@ class MetricsLog:
             self.console.print(f"step {record['step']}  {status}{left}")
 
 
-def interval(files: int) -> float:
-    """Seconds from one write to an object store to the next, when there are `files` event files.
-
-    As many as there are files, so that curves are fresh while a run is young, but at least 30 and
-    at most 600. Five days make 1,000 files and not 14,000, restarts or not: tensorboard lists the
-    folder again for each file that it reads. A kill loses nothing by it but steps that come again:
-    all is written before a checkpoint.
-    """
-    return min(max(files, 30), 600)
+def _failure(*calls: Callable[[], None]) -> str:
+    """Make calls, up to one that finds storage failing: why it does; empty when all succeed."""
+    try:
+        for call in calls:
+            call()
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 class NoLog(MetricsLog):
@@ -210,7 +222,7 @@ class NoLog(MetricsLog):
     def advance(self) -> None:
         pass
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, record: Record) -> None:
         pass
 
     def pictures(self, views: Tensor, step: int) -> None:

@@ -12,9 +12,10 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from engine.world import World, attempt, shared_store
+from engine.world import World, shared_store
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP = "stop"  # the key in the processes' store
 POLL = 0.5  # seconds between looks at the other processes' flags during evaluations
 
 
@@ -60,7 +61,7 @@ class Preemption:
         """
         if self._world.distributed and time.monotonic() - self._looked > POLL:
             self._looked = time.monotonic()
-            self._elsewhere = self._elsewhere or shared_store().check([self._key()])
+            self._elsewhere = self._elsewhere or shared_store().check([STOP])
         return self.told.is_set() or self._elsewhere
 
     @property
@@ -86,9 +87,6 @@ class Preemption:
     def _sum(self) -> Callable[[], Tensor]:
         return self._world.sum_later(torch.tensor(int(self.told.is_set())))
 
-    def _key(self) -> str:
-        return f"stop in attempt {attempt()}"
-
     def _listen(self) -> None:
         while told := os.read(self._read, 1):
             if self.told.is_set():
@@ -99,7 +97,7 @@ class Preemption:
             if self._world.distributed:
                 # The store goes away with its host; the flag travels with the next step too.
                 with contextlib.suppress(RuntimeError, ValueError):
-                    shared_store().set(self._key(), "1")
+                    shared_store().set(STOP, "1")
         os.close(self._read)
 
     def _end(self) -> None:

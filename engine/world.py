@@ -162,21 +162,16 @@ def enter(threads: int | None, distributed: bool) -> World:
 
 
 def _store(world: World) -> Store:
-    """Where processes meet: at the launcher's address, which a lone process lacks.
-
-    The launcher may keep one store over its restarts: what the processes of an earlier attempt left
-    there, their addresses among it, must not be found.
-    """
+    """Where processes meet: at the launcher's address, which a lone process lacks."""
     if "MASTER_ADDR" not in os.environ:
         return HashStore()
     timeout = timedelta(seconds=START_TIMEOUT)
     store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
-    return PrefixStore(f"attempt {attempt()}", store)
-
-
-def attempt() -> int:
-    """How often torchrun has started the processes again."""
-    return _from_launcher("TORCHELASTIC_RESTART_COUNT", 0)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store  # the first process's own
+    # torchrun keeps one store over its restarts. What the processes of an earlier attempt left
+    # there, their addresses among it, must not be found.
+    return PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def share_of_cores() -> int:

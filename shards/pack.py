@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset.writer import TarWriter
 
-from shards import index, storage
+from shards import index, storage, upload
 from shards.errors import InputError
 from shards.index import Blocks, Index, Shard
 from shards.philox import Domain, permutation
@@ -202,7 +202,8 @@ def write_shards(
             if shard is None:
                 content = _build(plan.images[first:last], first, read, readers, advance)
                 shard = describe(name, read_samples(io.BytesIO(content)), len(content))
-                storage.write(storage.join(url, name), content)
+                with upload.open_writer(storage.join(url, name)) as file:
+                    file.write(content)
                 storage.write(record_url, json.dumps(_record(shard)).encode())
             else:
                 advance(sum(image.size for image in plan.images[first:last]))

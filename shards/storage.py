@@ -24,6 +24,7 @@ LONGEST_WAIT = 10.0  # seconds between two tries
 PATIENCE = 120.0  # seconds after which no new try begins
 READ_BLOCK = 4 << 20  # bytes that `open_reader` asks an object store for at a time
 PART = 16 << 20  # bytes that large objects are sent, and copied, at a time
+SECONDS = 60.0  # that one try of a read may take, and one more for each MB
 CONNECTIONS = 64  # to a store, for all threads of a process
 
 
@@ -44,12 +45,11 @@ def _open(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     return filesystem, path
 
 
-def _client(url: str, tries: int = 1) -> tuple[Any, str]:
-    """As `open_filesystem`, without retries of the library's own.
+def _client(url: str) -> tuple[Any, str]:
+    """As `open_filesystem`, without retries of the library's own, for `_retry`.
 
-    botocore retries each request five times and s3fs what failed then five times, twice over: with
-    ours, a dead server would be told after half an hour. `tries`: of a request, where a call is
-    many of them and only all together can be repeated here.
+    botocore sends a request five times, and s3fs does that five times, twice over where it reads:
+    with ours, a dead server would be told after an hour.
     """
     if not _is_s3(url):
         return open_filesystem(url)
@@ -58,18 +58,17 @@ def _client(url: str, tries: int = 1) -> tuple[Any, str]:
             f"{redact(url)}: credentials are not read from a URL: take them out and set "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
-    ours = {
-        "max_pool_connections": CONNECTIONS,
-        "retries": {"mode": "standard", "total_max_attempts": tries},
-    }
+    once = {"mode": "standard", "total_max_attempts": 1}
     given = fsspec.config.apply_config(fsspec.get_filesystem_class("s3"), {})
-    config = ours | given.get("config_kwargs", {})
-    # A listing that is kept would hide what another process, or the other client, writes later.
-    options = {"config_kwargs": config, "use_listings_cache": False}
+    config = {"max_pool_connections": CONNECTIONS, "retries": once}
+    # A listing that is kept would hide what another process writes later.
+    options = {
+        "use_listings_cache": False,
+        "config_kwargs": config | given.get("config_kwargs", {}),
+    }
     filesystem, path = _open(url, options)
     filesystem.retries = 1
-    if tries == 1:
-        filesystem.max_concurrency = 1  # else every read of a whole object begins with a HEAD
+    filesystem.max_concurrency = 1  # else every read of a whole object begins with a HEAD
     return filesystem, path
 
 
@@ -94,7 +93,7 @@ def read(url: str, start: int | None = None, stop: int | None = None) -> bytes:
     filesystem, path = _client(url)
     asked = None if start is None or stop is None else stop - start
     # A server that sends a little now and then would keep a read alive for ever.
-    seconds = 600.0 if asked is None else 60 + asked / 1e6
+    seconds = 10 * SECONDS if asked is None else SECONDS + asked / 1e6
     options = {"timeout": seconds} if filesystem.async_impl else {}
 
     def get() -> bytes:
@@ -154,17 +153,15 @@ class _Ranges(io.RawIOBase):
 
 
 def write(url: str, content: bytes) -> None:
-    """Write an object whole or not at all: one PUT or multipart upload, a rename on a local disk.
+    """Write an object whole or not at all: one request, or a rename on a local disk.
 
-    A local file's folders are made when they are missing.
+    A local file's folders are made when they are missing. Large objects: see shards/upload.py.
     """
     if is_local(url):
         _retry(url, lambda: _write_local(url, content))
         return
-    parts = _is_s3(url) and len(content) >= 2 * PART
-    filesystem, path = _client(url, tries=4 if parts else 1)
-    options = {"chunksize": PART} if parts else {}
-    _retry(url, lambda: filesystem.pipe_file(path, content, **options))
+    filesystem, path = _client(url)
+    _retry(url, lambda: filesystem.pipe_file(path, content))
 
 
 def _write_local(url: str, content: bytes) -> None:

@@ -146,7 +146,7 @@ class _Upload:
 
     def abort(self) -> None:
         """Leave nothing. A part that came after the abort would stay: so they are waited for."""
-        self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown()
         if "UploadId" in self._object:
             with contextlib.suppress(OSError):  # the error on its way is the one that counts
                 self._call("abort_multipart_upload")

@@ -82,6 +82,7 @@ class Chaos:
             processes=processes,
             nodes=f"1:{self.machines}",
             port=self.port,
+            host=number == 0,
             environment=self.store.through(self.proxy.endpoint).environment(),
         )
         self.agents[number:] = [agent, *self.agents[number + 1 :]]
@@ -244,7 +245,7 @@ class Chaos:
         self.rows = {name: Row() for name in kinds}
         self.steps = at[-1] + 4 * MEASURED + 10 * plan.count("told to stop in evaluation")
         with ExitStack() as stack:
-            stack.callback(lambda: [stack.enter_context(ended(agent)) for agent in self.agents])
+            stack.callback(self._end)
             for number in range(self.machines):
                 self.start(number)
             for name, step in zip(plan, at, strict=True):
@@ -259,6 +260,13 @@ class Chaos:
             for agent in self.agents:
                 assert agent.wait() == 0, agent.text()[-3000:]
                 assert not agent.left()
+
+    def _end(self) -> None:
+        """Nothing of the job stays behind; what it said does, when it went wrong."""
+        with ended(*self.agents):
+            if sys.exc_info()[0] is not None:
+                for number, agent in enumerate(self.agents):
+                    print(f"machine {number}:\n{agent.text()[-4000:]}", file=sys.stderr)
 
     def _at(self, step: int) -> bool:
         assert self.agents[0].process.poll() is None, self.agents[0].text()[-3000:]

@@ -45,15 +45,21 @@ class Agent:
         processes: int,
         nodes: str = "1",
         port: int = 0,
+        host: bool = True,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`port`: of the meeting point that all machines of a job share; output is appended."""
+        """`port`: of the meeting point that all machines of a job share, which is at the `host`.
+
+        `output` is appended to.
+        """
         self.output = output
+        # On one machine each would take itself for the host.
+        conf = ["last_call_timeout=2", "keep_alive_interval=1", f"is_host={host}"]
         launcher = [
             *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"),
             *(f"--nnodes={nodes}", "--max-restarts=1000", "--monitor-interval=0.1"),
             *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port or free_port()}"),
-            *("--rdzv-id=job", "--rdzv-conf=last_call_timeout=2,keep_alive_interval=1"),
+            *("--rdzv-id=job", f"--rdzv-conf={','.join(conf)}"),
             *("--local-addr=127.0.0.1", "--shutdown-timeout=30"),
             "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
             str(ROOT / "launch" / "train.py"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import fsspec
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 import webdataset
 
-from shards import index, pack, scan, storage
+from shards import index, pack, scan, storage, upload
 from shards.errors import InputError
 from shards.index import Index
 from shards.order import Order
 from shards.tar import Block
+from shards.upload import Stream
 from tests.conftest import Files, PackFiles
 
 ROOT = Path(__file__).parents[1]
@@ -177,6 +179,22 @@ def test_any_storage(photo_folder: Path, tmp_path: Path) -> None:
     assert not memory.exists("/packed/set/.pack")
 
 
+def watch_writes(patch: pytest.MonkeyPatch, call: Callable[[str], None]) -> None:
+    """Have `call` called with the URL of each object before it is written."""
+    write, open_writer = storage.write, upload.open_writer
+
+    def watched_write(url: str, content: bytes) -> None:
+        call(url)
+        write(url, content)
+
+    def watched_writer(url: str) -> AbstractContextManager[Stream]:
+        call(url)
+        return open_writer(url)
+
+    patch.setattr(storage, "write", watched_write)
+    patch.setattr(upload, "open_writer", watched_writer)
+
+
 @pytest.mark.parametrize("written_before", [0, 1, 3])
 @pytest.mark.parametrize("moment", ["tar", "json"])
 def test_a_stopped_packing_goes_on(
@@ -188,26 +206,21 @@ def test_a_stopped_packing_goes_on(
 ) -> None:
     """Killed while it wrote a shard, or between a shard and its record."""
     pack_folder(photo_folder, tmp_path / "whole")
-    write, calls = storage.write, []
+    calls: list[str] = []
 
-    def dying(url: str, content: bytes) -> None:
+    def dying(url: str) -> None:
         if url.endswith(f".tar{'.json' if moment == 'json' else ''}"):
             calls.append(url)
             if len(calls) > written_before:
                 raise KeyboardInterrupt
-        write(url, content)
 
-    monkeypatch.setattr(storage, "write", dying)
-    with pytest.raises(KeyboardInterrupt):
-        pack_folder(photo_folder, tmp_path / "out", threads=1)
+    with monkeypatch.context() as patch:
+        watch_writes(patch, dying)
+        with pytest.raises(KeyboardInterrupt):
+            pack_folder(photo_folder, tmp_path / "out", threads=1)
     assert not (tmp_path / "out" / index.NAME).exists()
     written: list[str] = []
-
-    def counting(url: str, content: bytes) -> None:
-        written.append(url)
-        write(url, content)
-
-    monkeypatch.setattr(storage, "write", counting)
+    watch_writes(monkeypatch, written.append)
     pack_folder(photo_folder, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not (tmp_path / "out" / ".pack").exists()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from engine.checkpoint import CheckpointConfig
 from engine.fit import fit
 from engine.journal import read
 from engine.preemption import SIGNALS
@@ -127,9 +128,10 @@ def test_machines_that_stay_go_on(ranks: Ranks, tiny_data: DataConfig, tmp_path:
     assert found == [(False, 6), (True, 6)]
 
 
-def hang(recipe: Recipe) -> None:
+def hang(data: DataConfig, run: str) -> None:
     """In a process of its own: a signal comes, and the step never ends."""
-    trainer = Trainer(recipe)
+    soon = CheckpointConfig(grace=0.5)
+    trainer = Trainer(tiny.recipe(data, run, probe=tiny.NO_PROBE, checkpoint=soon))
     train_step = trainer.train_step
 
     def wait(batch: Any) -> Any:
@@ -144,13 +146,11 @@ def hang(recipe: Recipe) -> None:
 
 def test_no_end_of_the_step_within_the_grace(tiny_data: DataConfig, tmp_path: Path) -> None:
     script = (
-        "from tests.test_preemption import *; from tests import tiny;"
-        f"hang(tiny.recipe({tiny_data!r}, {str(tmp_path)!r}, steps=9, probe=tiny.NO_PROBE,"
-        "checkpoint=CheckpointConfig(grace=0.5)))"
+        "from shards.loader import DataConfig; from tests.test_preemption import hang;"
+        f"hang({tiny_data!r}, {str(tmp_path)!r})"
     )
-    imports = "from shards.loader import DataConfig;"
     done = subprocess.run(
-        [sys.executable, "-c", imports + script],
+        [sys.executable, "-c", script],
         cwd=ROOT,
         capture_output=True,
         text=True,
