@@ -7,6 +7,7 @@ and the one before it is taken.
 All processes of a run call these functions together (but `prune`), each with its own `world`.
 """
 
+import hashlib
 import json
 import re
 import warnings
@@ -26,7 +27,7 @@ from shards import storage
 from shards.errors import InputError
 from shards.fields import Operation
 
-FORMAT = 2
+FORMAT = 3
 FOLDER = "checkpoints"
 COMMIT = "commit.json"
 
@@ -97,6 +98,7 @@ def save(
         packages = {name: version(name) for name in ("torch", "torchvision", "numpy")}
         document = {"format": FORMAT, "step": step, "method": method, "index_digest": index_digest}
         document |= {"packages": packages, "files": sums}
+        document["digest"] = _digest(document)
         storage.write(storage.join(url, COMMIT), json.dumps(document, indent=1).encode())
         return Commit(url, step, method, index_digest, sums)
 
@@ -166,7 +168,15 @@ def _read_commit(url: str) -> Commit:
         raise InputError(f"{place}: {COMMIT} is damaged") from None
     if document.get("format") != FORMAT:
         raise InputError(f"{place}: format {document.get('format')}, not {FORMAT}")
+    if document.get("digest") != _digest(document):
+        raise InputError(f"{place}: {COMMIT} is damaged")
     return commit
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """SHA-256 of all that a commit says but this, 16 hex digits."""
+    facts = {name: value for name, value in document.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def prune(run: str, keep: int, keep_every: int = 0) -> None:

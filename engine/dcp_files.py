@@ -161,6 +161,10 @@ class Reader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        for item in plan.items:
+            if item.storage_index not in self._places:
+                where = f"{storage.redact(self._url)}: {dcp_metadata.NAME}"
+                raise InputError(f"{where} is damaged: {item.storage_index.fqn} is in no file")
         spans = _spans((self._places[item.storage_index], item) for item in plan.items)
         pieces = (_pieces(storage.join(self._url, s.file), s.start, s.stop) for s in spans)
         with contextlib.closing(_fetch(itertools.chain.from_iterable(pieces))) as fetched:

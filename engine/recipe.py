@@ -94,6 +94,7 @@ class Recipe:
             ("data.streams", 1, 2**20),
             ("data.prefetch", 0, 1024),
             ("data.corrupt", 0, 1),
+            ("data.cache_gb", 0, 1e6),
             ("probe.every", 0, math.inf),
             ("probe.neighbours", 1, 2**31),
             ("probe.temperature", 1e-3, 1e3),

@@ -41,7 +41,10 @@ def check(recipe: Recipe, index_digest: str, report: Callable[[str], None]) -> N
 
 
 # Machines may differ in these; all else is one run.
-_MACHINES_OWN = {"run", "data.train", "data.val", "data.prefetch", "threads", "compile"}
+_MACHINES_OWN = {
+    *("run", "data.train", "data.val", "data.prefetch", "data.cache", "data.cache_gb"),
+    *("threads", "compile"),
+}
 
 
 def check_alike(world: World, facts: dict[str, Any]) -> None:

@@ -3,6 +3,8 @@
     python launch/bench.py input     images per second, and per second of a core, of the pipeline
     python launch/bench.py step      images per second, compile time, memory and data wait of a
                                      training step; also under torchrun
+    python launch/bench.py checkpoint seconds that training waits for a checkpoint, that it takes,
+                                     and from a process's start to its first step
     python launch/bench.py order     seconds and memory until a rank knows its batch at any step
     python launch/bench.py plan      memory and communication of a process among many, none needed
 
@@ -17,6 +19,7 @@ import sys
 import tyro
 
 from engine import world
+from launch.benchmarks.checkpoint import bench_checkpoint
 from launch.benchmarks.input import bench_input
 from launch.benchmarks.order import bench_order
 from launch.benchmarks.plan import bench_plan
@@ -27,7 +30,13 @@ from shards.errors import InputError
 def main(arguments: list[str]) -> int:
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"input": bench_input, "step": bench_step, "order": bench_order, "plan": bench_plan},
+            {
+                "input": bench_input,
+                "step": bench_step,
+                "checkpoint": bench_checkpoint,
+                "order": bench_order,
+                "plan": bench_plan,
+            },
             prog="python launch/bench.py",
             description=__doc__,
             args=arguments,

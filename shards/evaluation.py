@@ -12,7 +12,7 @@ from shards import storage
 from shards.decode import DecodeError, center_box, crop_resize
 from shards.errors import InputError
 from shards.index import Index
-from shards.reader import BlockReader, Faults, StreamReader
+from shards.reader import BlockReader, Faults, Fetches, StreamReader
 from shards.tar import Block
 
 CHUNK = 64  # samples that a decode thread takes at a time
@@ -57,7 +57,7 @@ def center_crops(
     def plan() -> Iterator[_Chunk | InputError]:
         places = _places(index, limit)[part[0] :: part[1]]
         with ThreadPoolExecutor(ahead, thread_name_prefix="fetch") as pool:
-            blocks = StreamReader(iter(places), reader, pool, ahead)
+            blocks = StreamReader(iter(places), Fetches(reader, pool), ahead)
             try:
                 for shard, number in places:
                     block = blocks.get(shard, number)

@@ -22,7 +22,7 @@ from shards.decode import crop_resize
 from shards.errors import InputError
 from shards.fields import Operation
 from shards.order import Order
-from shards.reader import BlockReader, Faults, StreamReader
+from shards.reader import BlockReader, Faults, Fetches, StreamReader
 from shards.tar import Block
 from shards.views import COLUMNS, ViewsConfig, crop_box, draw_views
 
@@ -154,12 +154,10 @@ class TrainLoader:
         stream's rows, so that which rows share norm statistics does not depend on the world size.
         """
         try:
+            fetches = Fetches(self.reader, self._pool)
             readers = {
                 s: StreamReader(
-                    self.order.stream_blocks(self.start, s),
-                    self.reader,
-                    self._pool,
-                    self.config.prefetch,
+                    self.order.stream_blocks(self.start, s), fetches, self.config.prefetch
                 )
                 for s in self.streams
             }

@@ -1,10 +1,10 @@
 """Blocks of a data set, fetched ahead of need; undecodable samples, replaced and counted."""
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from weakref import WeakValueDictionary
 
 import numpy as np
 from torch import Tensor
@@ -78,7 +78,7 @@ class BlockReader:
                 self._warn(shard, f"{error}; fetched again")
             if self.cache is not None and self.cache.keeps(shard):
                 self.cache.drop(shard)
-            time.sleep(storage.BACKOFF * 2 ** (attempt - 1))
+            storage.pause(attempt)
         raise AssertionError("unreachable")
 
     def _fetch(self, shard: int, block: int) -> Block:
@@ -158,11 +158,10 @@ class StreamReader:
     def __init__(
         self,
         blocks: Iterator[tuple[int, int]],
-        reader: BlockReader,
-        pool: ThreadPoolExecutor,
+        fetches: "Fetches",
         ahead: int,
     ) -> None:
-        self._blocks, self._reader, self._pool = blocks, reader, pool
+        self._blocks, self._fetches = blocks, fetches
         self._pending: deque[tuple[tuple[int, int], Future[Block]]] = deque()
         for _ in range(1 + ahead):
             self._submit()
@@ -177,4 +176,20 @@ class StreamReader:
     def _submit(self) -> None:
         key = next(self._blocks, None)
         if key is not None:
-            self._pending.append((key, self._pool.submit(self._reader.fetch, *key)))
+            self._pending.append((key, self._fetches.submit(*key)))
+
+
+class Fetches:
+    """Fetches in a pool of threads; a block that is in memory for one stream serves all."""
+
+    def __init__(self, reader: BlockReader, pool: ThreadPoolExecutor) -> None:
+        self._reader, self._pool = reader, pool
+        self._known: WeakValueDictionary[tuple[int, int], Future[Block]] = WeakValueDictionary()
+
+    def submit(self, shard: int, block: int) -> Future[Block]:
+        """Not to be called by two threads at a time."""
+        future = self._known.get((shard, block))
+        if future is None:
+            future = self._pool.submit(self._reader.fetch, shard, block)
+            self._known[shard, block] = future
+        return future

@@ -273,6 +273,11 @@ def _retry(url: str, call: Callable[[], _T]) -> _T:
             if last:
                 tries = f"gave up after {attempt} tries in {spent:.0f} s"
                 raise kind(f"{redact(url)}: {tries}: {failure.reason}") from None
-        wait = min(BACKOFF * 2 ** (attempt - 1), LONGEST_WAIT)
-        time.sleep(wait * random.uniform(0.5, 1.5))
+        pause(attempt)
     raise AssertionError("unreachable")
+
+
+def pause(attempt: int) -> None:
+    """Wait before the try that follows number `attempt`, from 1: longer each time, never alike."""
+    wait = min(BACKOFF * 2 ** (attempt - 1), LONGEST_WAIT)
+    time.sleep(wait * random.uniform(0.5, 1.5))

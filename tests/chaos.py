@@ -186,9 +186,7 @@ class Chaos:
         """A second machine is lost; the first goes on without it; it comes back."""
         lost = self.agents[1]
         lost.kill()
-        step = self.agents[0].step()
-        until(lambda: self.agents[0].step() > step)
-        self.start(1, processes=self.random.choice([1, 2]))
+        self._go_on_without()
         return "went on with 2 processes, then with 3 or 4"
 
     def take_one_away(self) -> str:
@@ -196,10 +194,19 @@ class Chaos:
         leaving = self.agents[1]
         os.kill(leaving.process.pid, signal.SIGTERM)
         leaving.wait(60)
-        step = self.agents[0].step()
-        until(lambda: self.agents[0].step() > step)
-        self.start(1, processes=self.random.choice([1, 2]))
+        self._go_on_without()
         return "saved at once, went on with 2 processes, then with 3 or 4"
+
+    def _go_on_without(self) -> None:
+        """The first machine goes on alone; then the second one comes back, and all start again."""
+        for comes_back in (False, True):
+            before = self._starts()
+            if comes_back:
+                self.start(1, processes=self.random.choice([1, 2]))
+            until(lambda before=before: self._starts() > before)  # type: ignore[misc]
+
+    def _starts(self) -> int:
+        return sum(agent.text().count("resumed at step") for agent in self.agents)
 
     def _kill_one(self) -> str:
         pids = [pid for agent in self.agents for pid in agent.workers()]

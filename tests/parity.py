@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -68,13 +69,18 @@ class Outcome:
     strategy: str
 
 
-def take_steps(config: Recipe, fault: Callable[[Trainer], None] | None = None) -> Outcome:
+def take_steps(
+    config: Recipe, fault: Callable[[Trainer], None] | None = None, backend: str = "inductor"
+) -> Outcome:
     """Build the trainer on this rank, plant a `fault`, and take five steps.
+
+    `backend`: of torch.compile, where the recipe compiles.
 
     With softplus for ReLU: an activation that changes its sign in rounding, at a ReLU's kink, moves
     gradients by far more than rounding does, in about every fourth run of one process alone.
     """
-    with patch("torch.relu", F.softplus):
+    made = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+    with patch("torch.relu", F.softplus), patch("engine.compiling.compiled", made):
         return _take_steps(config, fault)
 
 

@@ -26,7 +26,7 @@ def save(run: Path | str, step: int) -> checkpoint.Commit:
 
 def test_round_trip(tmp_path: Path) -> None:
     save(tmp_path, 3)
-    commit = checkpoint.latest(str(tmp_path), print)
+    commit = checkpoint.latest(str(tmp_path), ALONE, print)
     assert commit is not None
     assert (commit.step, commit.method, commit.index_digest) == (3, {"seed": 0}, "digest")
     found = state(0)
@@ -45,13 +45,13 @@ def test_commit_lists_every_file(tmp_path: Path) -> None:
 def test_without_commit_there_is_no_checkpoint(tmp_path: Path) -> None:
     (Path(save(tmp_path, 3).url) / "commit.json").unlink()
     reports: list[str] = []
-    assert checkpoint.latest(str(tmp_path), reports.append) is None
+    assert checkpoint.latest(str(tmp_path), ALONE, reports.append) is None
     assert "not committed" in reports[0]
     with pytest.raises(InputError, match="no committed checkpoint"):
-        checkpoint.find(str(tmp_path), reports.append)
+        checkpoint.find(str(tmp_path), ALONE, reports.append)
 
 
-@pytest.mark.parametrize("damage", ["bit", "cut", "gone", "commit"])
+@pytest.mark.parametrize("damage", ["bit", "cut", "gone", "commit", "seed"])
 def test_damage_is_named_and_the_one_before_taken(tmp_path: Path, damage: str) -> None:
     save(tmp_path, 3)
     newest = Path(save(tmp_path, 4).url)
@@ -63,17 +63,18 @@ def test_damage_is_named_and_the_one_before_taken(tmp_path: Path, damage: str) -
         file.write_bytes(content[:-1])
     elif damage == "gone":
         file.unlink()
-    else:
+    elif damage == "commit":
         (newest / "commit.json").write_text('{"step": 4')
+    else:  # still JSON, and of another run
+        commit_json = newest / "commit.json"
+        commit_json.write_text(commit_json.read_text().replace('"seed": 0', '"seed": 1'))
     reports: list[str] = []
-    commit = checkpoint.latest(str(tmp_path), reports.append)
+    commit = checkpoint.latest(str(tmp_path), ALONE, reports.append)
     assert commit is not None
     assert commit.step == 3
     (report,) = reports
     assert "step_00000004" in report
-    assert {"bit": "damaged", "cut": "damaged", "gone": "missing", "commit": "damaged"}[
-        damage
-    ] in report
+    assert ("missing" if damage == "gone" else "damaged") in report
 
 
 def test_metadata_is_not_unpickled_before_its_crc_matched(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_metadata_is_not_unpickled_before_its_crc_matched(tmp_path: Path) -> Non
             return (Path.touch, (witness,))
 
     (Path(commit.url) / ".metadata").write_bytes(pickle.dumps(Planted()))
-    assert checkpoint.latest(str(tmp_path), lambda _: None) is None
+    assert checkpoint.latest(str(tmp_path), ALONE, lambda _: None) is None
     assert not witness.exists()
 
 
@@ -96,7 +97,7 @@ def test_save_replaces_what_a_killed_one_left(tmp_path: Path) -> None:
     (folder / "__7_0.distcp").write_bytes(b"left over")
     commit = save(tmp_path, 3)
     assert not (folder / "__7_0.distcp").exists()
-    assert checkpoint.verify(commit.url).step == 3
+    assert checkpoint.verify(commit.url, ALONE).step == 3
 
 
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:
@@ -107,6 +108,14 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
         "step_00000002",
         "step_00000030",
     ]
+
+
+def test_prune_keeps_every_so_many(tmp_path: Path) -> None:
+    for step in (10, 15, 20, 25, 30):
+        save(tmp_path, step)
+    checkpoint.prune(str(tmp_path), keep=1, keep_every=20)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_00000020", "step_00000030"]
 
 
 def test_prune_leaves_alone_what_is_not_a_whole_checkpoint(tmp_path: Path) -> None:
@@ -124,7 +133,7 @@ def test_prune_leaves_alone_what_is_not_a_whole_checkpoint(tmp_path: Path) -> No
         "step_00000003",
         "zz.txt",
     ]
-    commit = checkpoint.latest(str(tmp_path), lambda _: None)
+    commit = checkpoint.latest(str(tmp_path), ALONE, lambda _: None)
     assert commit is not None
     assert commit.step == 2
 
@@ -139,12 +148,12 @@ def test_a_failed_save_is_an_oserror(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(checkpoint, "dcp_save", fail)
     with pytest.raises(OSError, match="step_00000003 could not be written by rank 1: No space"):
         save(tmp_path, 3)
-    assert checkpoint.latest(str(tmp_path), print) is None
+    assert checkpoint.latest(str(tmp_path), ALONE, print) is None
 
 
 def test_any_fsspec_url() -> None:
     save("memory://bucket/run", 5)
-    commit = checkpoint.latest("memory://bucket/run", print)
+    commit = checkpoint.latest("memory://bucket/run", ALONE, print)
     assert commit is not None
     found = state(0)
     checkpoint.load(commit, found, ALONE)
@@ -153,5 +162,5 @@ def test_any_fsspec_url() -> None:
 
 def test_commit_is_readable_without_this_package(tmp_path: Path) -> None:
     document = json.loads((Path(save(tmp_path, 3).url) / "commit.json").read_text())
-    assert document["format"] == 2
+    assert document["format"] == 3
     assert document["packages"]["torch"] == torch.__version__.split("+")[0]

@@ -1,0 +1,160 @@
+"""Checkpoints: how long training stands still for one, and how soon a start is over."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from engine import checkpoint
+from engine.recipe import load
+from engine.saver import Saver
+from engine.trainer import Trainer
+from engine.world import World
+from launch.benchmarks.measuring import alternate, device_name, ratio, require_positive, row, wait
+from launch.benchmarks.step import prepare
+from shards import storage, synthetic
+
+ROOT = Path(__file__).parents[2]
+FOLDER = "bench_checkpoint"  # under --url, while it lasts
+IMPORTS = "import torch, torchvision, torch.distributed.checkpoint.state_dict"
+
+
+class Times(NamedTuple):
+    """Of one save, in seconds."""
+
+    stall: float  # until training can go on
+    total: float  # until all is in storage
+
+
+def bench_checkpoint(
+    *,
+    url: str = "",
+    recipe: str = "recipes/cifar10.py",
+    rounds: int = 3,
+    starts: int = 3,
+) -> None:
+    """Checkpoints: how long training stands still, and how soon a start is over.
+
+    Ours in the background and while training waits, beside torch.save to a local file and its
+    upload by fsspec. Then, with the quickstart's networks, the time from a process's start to its
+    first step after a checkpoint, beside the imports that any training would need.
+
+    Args:
+        url: Folder in an object store, measured beside a local disk. A folder in it is written and
+            removed again.
+        recipe: Recipe file whose networks and optimizer are saved.
+        rounds: Times that each way of saving is measured.
+        starts: Times that a start is measured; 0 leaves it out.
+    """
+    require_positive(rounds=rounds)
+    base = load(recipe)
+    base = replace(base, batch=replace(base.batch, size=8, micro=1), compile=False, threads=None)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(TemporaryDirectory())
+        trainer, batch = prepare(base, folder)
+        trainer.train_step(batch)  # the optimizer has state after it
+        places = {"local disk": f"{folder}/saves"}
+        if url:
+            places[url.split("://")[0]] = storage.join(url, FOLDER)
+            stack.callback(storage.remove, storage.join(url, FOLDER))
+        size = sum(t.numel() * t.element_size() for t in tree_leaves(trainer.state()))
+        print(f"checkpoint: {recipe}, {size / 2**20:,.0f} MiB, {device_name()}")
+        print(f"medians of {rounds} rounds, in seconds")
+        row("", "training waits", "in all", "MiB/s")
+        for place, where in places.items():
+            _show_saves(place, where, trainer, rounds, size)
+        if starts:
+            print(f"medians of {starts} starts, in seconds")
+            for place, where in places.items():
+                _show_starts(place, where, starts, folder)
+
+
+def _show_saves(place: str, url: str, trainer: Trainer, rounds: int, size: int) -> None:
+    sides: dict[str, Callable[[], Times]] = {}
+    with contextlib.ExitStack() as stack:
+        for name, background in (("in the background", True), ("waiting", False)):
+            saver = stack.enter_context(Saver(trainer.world, background, print))
+            sides[f"ours, {name}"] = partial(_ours, trainer, saver, url)
+        sides["torch.save and upload"] = partial(_stock, trainer, storage.join(url, "stock.pt"))
+        for side in sides.values():  # buffers and connections are made once
+            side()
+        times = alternate(sides, rounds)
+    for name, found in times.items():
+        stall, total = (median(column) for column in zip(*found, strict=True))
+        row(f"{place}: {name}", f"{stall:.3f}", f"{total:.3f}", f"{size / 2**20 / total:,.0f}")
+    stock = times["torch.save and upload"]
+    for name in list(times)[:2]:
+        columns = zip(zip(*stock, strict=True), zip(*times[name], strict=True), strict=True)
+        ratios = [ratio(list(theirs), list(own)) for theirs, own in columns]
+        row(f"{place}: stock / {name}", *ratios)
+
+
+def _ours(trainer: Trainer, saver: Saver, url: str) -> Times:
+    def write(state: dict[str, Any], world: World) -> None:
+        checkpoint.save(url, 1, state, {}, "", world)
+
+    start = time.perf_counter()
+    saver.save(1, trainer.state(), write)
+    stall = time.perf_counter() - start
+    if not saver.wait():
+        raise OSError(f"{storage.redact(url)}: could not be written, see above")
+    return Times(stall, time.perf_counter() - start)
+
+
+def _stock(trainer: Trainer, url: str) -> Times:
+    start = time.perf_counter()
+    filesystem, path = storage.open_filesystem(url)
+    with TemporaryDirectory() as folder:
+        torch.save(trainer.state(), f"{folder}/state.pt")
+        filesystem.put_file(f"{folder}/state.pt", path)
+    wait()
+    seconds = time.perf_counter() - start
+    return Times(seconds, seconds)
+
+
+def _show_starts(place: str, url: str, starts: int, folder: str) -> None:
+    data = f"{folder}/start"
+    if not storage.exists(f"{data}/train/index.json"):
+        synthetic.write(f"{data}/train", 1024, 32, seed=0)
+        synthetic.write(f"{data}/val", 64, 32, seed=1)
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "recipes/quickstart.py"]
+    command += ["--data.train", f"{data}/train", "--data.val", f"{data}/val"]
+    command += ["--run", storage.join(url, "run"), "--probe.every", "0", "--probe.no-baseline"]
+    command += ["--log.every", "1", "--steps"]
+    _until_first_step([*command, "1"])
+    seconds, imports = [], []
+    for number in range(starts):
+        seconds.append(_until_first_step([*command, str(number + 2)]))
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", IMPORTS], check=True)
+        imports.append(time.perf_counter() - start)
+    row(f"{place}: resumed, start to first step", f"{median(seconds):.1f}")
+    row("imports of torch and torchvision alone", f"{median(imports):.1f}")
+    row("start / imports", ratio(seconds, imports))
+
+
+def _until_first_step(command: list[str]) -> float:
+    """Seconds from a process's start until it tells of its first step; waits for its end."""
+    start, seconds = time.perf_counter(), None
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"}
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if seconds is None and re.match(r"step \d+ ", line):
+                seconds = time.perf_counter() - start
+    if process.returncode or seconds is None:
+        raise OSError(f"the measured start failed: {' '.join(command)}")
+    return seconds
