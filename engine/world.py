@@ -166,7 +166,7 @@ def _store(world: World) -> Store:
     if "MASTER_ADDR" not in os.environ:
         return HashStore()
     timeout = timedelta(seconds=START_TIMEOUT)
-    store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
+    store: Store = next(rendezvous("env://", world.rank, world.size, timeout=timeout))[0]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store  # the first process's own
     # torchrun keeps one store over its restarts. What the processes of an earlier attempt left

@@ -83,6 +83,8 @@ def explain(error: Exception, url: str) -> Failure:
     text = f"{message.rstrip('.')} ({code})"
     if status in (401, 403):
         text, kind = f"access denied: {text}: {_MENDS.get(code, _DENIED)}", PermissionError
+    elif status == 412:  # of an exclusive create: s3fs knows it only in AWS's own words
+        kind = FileExistsError
     elif code in _MENDS:  # a bucket that is not there is not just a missing file
         text, kind = f"{text}: {_MENDS[code]}", OSError
     passing = status >= 500 or code in _PASSING or status in _PASSING_STATUSES

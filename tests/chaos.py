@@ -23,12 +23,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fsspec
 
 from engine import journal
-from shards import storage
-from tests import object_store
+from shards import storage, synthetic
+from tests import object_store, tiny
 from tests.fault_proxy import FaultProxy
 from tests.jobs import Agent, ended, free_port, small, until
 
@@ -52,10 +53,17 @@ class Row:
 class Chaos:
     """The job, and what can happen to it."""
 
-    def __init__(self, store: object_store.ObjectStore, proxy: FaultProxy, folder: Path, args: Any):
-        self.random = random.Random(args.seed)
+    def __init__(
+        self,
+        store: object_store.ObjectStore,
+        proxy: FaultProxy,
+        folder: Path,
+        machines: int,
+        seed: int,
+    ) -> None:
+        self.random = random.Random(seed)
         self.store, self.proxy, self.folder = store, proxy, folder
-        self.machines, self.precision = args.machines, "fp32" if args.machines == 1 else "fp64"
+        self.machines, self.precision = machines, "fp32" if machines == 1 else "fp64"
         self.bucket = store.bucket()
         self.run = f"{self.bucket}/run"
         self.rows: dict[str, Row] = {}
@@ -320,33 +328,30 @@ class Chaos:
         return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> str:
-    """Run it; returns the table. Raises AssertionError when the run is not the undisturbed one."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--faults", type=int, default=12)
-    parser.add_argument("--machines", type=int, choices=(1, 2), default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(arguments)
+def run(store: object_store.ObjectStore, faults: int, machines: int, seed: int) -> str:
+    """One job and its twin; the table. Raises AssertionError when they are not the same run."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        store = stack.enter_context(object_store.serve())
-        os.environ.update(store.environment())
+        stack.enter_context(mock.patch.dict(os.environ, store.environment()))
         fsspec.get_filesystem_class("s3").clear_instance_cache()
-        proxy = stack.enter_context(FaultProxy(store.endpoint, args.seed, HARM))
-        chaos = Chaos(store, proxy, folder, args)
-        draw(f"{chaos.bucket}/data")
-        chaos.go(args.faults)
+        proxy = stack.enter_context(FaultProxy(store.endpoint, seed, HARM))
+        chaos = Chaos(store, proxy, folder, machines, seed)
+        synthetic.write(f"{chaos.bucket}/data/train", tiny.SAMPLES, 32, seed=0)
+        synthetic.write(f"{chaos.bucket}/data/val", 40, 32, seed=1)
+        chaos.go(faults)
         chaos.check()
         return chaos.table()
 
 
-def draw(url: str) -> None:
-    from shards import synthetic
-    from tests import tiny
-
-    synthetic.write(f"{url}/train", tiny.SAMPLES, 32, seed=0)
-    synthetic.write(f"{url}/val", 40, 32, seed=1)
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--faults", type=int, default=60)
+    parser.add_argument("--machines", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    with object_store.serve() as store:
+        print(run(store, args.faults, args.machines, args.seed))
 
 
 if __name__ == "__main__":
-    print(main(sys.argv[1:]))
+    main(sys.argv[1:])

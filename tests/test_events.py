@@ -212,6 +212,13 @@ def test_a_full_disk_leaves_no_half_event(tmp_path: Path, monkeypatch: pytest.Mo
                 log.flush()
         log.flush()
     assert points(str(tmp_path), "loss") == [(1, 1), (2, 2), (3, 3)]
+    sound = EventLog(str(tmp_path / "sound"), 0)
+    for step in (1, 2, 3):
+        sound.scalars({"loss": step}, step)
+    sound.flush()
+    sizes = [path.stat().st_size for path in tmp_path.rglob("*.byol")]
+    assert len(sizes) == 2
+    assert sizes[0] == sizes[1]
 
 
 # Requests and libraries --------------------------------------------------------------------------

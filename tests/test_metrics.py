@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
 from engine import events, journal
+from engine.augment import MEAN, STD
 from engine.metrics import MetricsLog, StepSums, data_digest, effective_rank
 from shards import storage
 from shards.errors import InputError
-from tests.test_events import pictures, points
+from tests.test_events import pictures, points, read
 
 
 def record(step: int, **more: float) -> dict[str, Any]:
@@ -91,6 +93,21 @@ def test_killed_and_resumed(run: str) -> None:
     assert [step for step, _ in points(folder, "loss")] == [1, 2, 3, 4, 5, 6]
     assert points(folder, "head_loss") == [(5, 0.5), (6, 0.5)]
     assert pictures(folder) == [2, 5]
+
+
+def test_pictures_look_as_before_the_normalisation(memory: str) -> None:
+    pixels = torch.randint(256, (2, 3, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    views = (pixels / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    log = open_log(memory, 0)
+    log.pictures(views, 1)
+    log.close()
+    (picture,) = read(f"{memory}/tensorboard").Images("views")
+    grid = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
+    for view in range(2):
+        for n in range(3):
+            top, left = 10 * view + 2, 10 * n + 2
+            shown = grid[top : top + 8, left : left + 8].transpose(2, 0, 1)
+            np.testing.assert_array_equal(shown, pixels[view, n].numpy())
 
 
 @pytest.mark.parametrize("flushed", ["lines", "all"])

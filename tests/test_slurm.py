@@ -283,7 +283,10 @@ def test_torchrun_and_the_recipe_understand_their_arguments(slurm: Slurm, tmp_pa
     shutdown = int(re.findall(r"SHUTDOWN=\$\{SHUTDOWN:-(\d+)\}", text)[0])
     lead = int(re.findall(r"^#SBATCH --signal=B:USR1@(\d+)$", text, re.MULTILINE)[0])
     assert recipe.checkpoint.grace < shutdown < lead
-    assert parse([*known.training_script_args, "--checkpoint.grace", "5"]).checkpoint.grace == 5
+    # What the user gives comes after it, and wins.
+    command = command_of(slurm, tmp_path / "log", *more, "--checkpoint.grace", "5")
+    known = get_args_parser().parse_args(command[3:])
+    assert parse(known.training_script_args).checkpoint.grace == 5
 
 
 def test_agents_get_their_environment(slurm: Slurm, tmp_path: Path) -> None:

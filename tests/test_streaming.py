@@ -146,6 +146,20 @@ def test_memory_bounds_what_is_fetched_ahead(proxy: FaultProxy, remote: str) -> 
         assert proxy.bytes_sent(SHARD) <= loader.block_memory + shards * 5 * 15 / 90
 
 
+def test_a_block_in_memory_serves_all_streams(
+    proxy: FaultProxy,
+    s3: str,
+    pack_files: PackFiles,
+    photos: Files,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(indexes, "BLOCK_BYTES", 1 << 20)  # one block a shard
+    found = pack_files(f"{s3}/few", photos)
+    with loading(found, streams=15) as loader:
+        next(loader)
+        assert proxy.requests(SHARD) == len(found.shards) < 15
+
+
 def test_evaluation_reads_every_byte_once(proxy: FaultProxy, remote: str) -> None:
     found = indexes.load(remote, "data.val")
     proxy.set({"slow_down": 0.1, "drop": 0.1}, only=SHARD)

@@ -1,0 +1,18 @@
+"""Everything at once: jobs on S3 that are killed, stopped, lost and lied to. See tests/chaos.py."""
+
+import pytest
+
+from tests import chaos
+from tests.object_store import ObjectStore
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("machines", "faults", "seed"),
+    [(1, 8, 3), (2, 2, 2)],
+    ids=["one machine", "two machines"],
+)
+def test_the_run_is_the_one_that_was_never_disturbed(
+    object_store: ObjectStore, machines: int, faults: int, seed: int
+) -> None:
+    print(chaos.run(object_store, faults, machines, seed))
