@@ -46,7 +46,7 @@ class ParallelConfig:
     """Activation checkpointing: keep only each residual block's input, and compute the block again
     in the backward. Saves memory for about a quarter more time."""
 
-    timeout: Operation[float] = 600
+    timeout: Operation[float] = 300
     """Seconds that a process waits for the others before it fails; half an hour before the first
     step is done."""
 

@@ -5,6 +5,7 @@ import json
 import secrets
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def records(*steps: int) -> list[dict[str, Any]]:
 
 def whole(run: str) -> list[dict[str, Any]]:
     """What stands in metrics.jsonl alone."""
+    if not storage.exists(f"{run}/metrics.jsonl"):
+        return []
     return [json.loads(line) for line in storage.read(f"{run}/metrics.jsonl").splitlines()]
 
 
@@ -138,6 +141,7 @@ def test_a_part_left_of_a_cut_off_removal_takes_nothing_away(memory: str) -> Non
         log.flush()
     contents = {name: storage.read(f"{memory}/metrics/{name}") for name in parts(memory)}
     log.compact()
+    compacted = storage.read(f"{memory}/metrics.jsonl")
     expected = [record(1, knn_top1=0.5), record(2), record(3)]
     for count in range(len(contents) + 1):
         for left in itertools.combinations(contents, count):
@@ -147,11 +151,7 @@ def test_a_part_left_of_a_cut_off_removal_takes_nothing_away(memory: str) -> Non
             Journal(memory, 2)
             assert whole(memory) == expected[:2]
             assert not parts(memory)
-            storage.write(f"{memory}/metrics.jsonl", b"".join(map(line_of, expected)))
-
-
-def line_of(found: dict[str, Any]) -> bytes:
-    return (json.dumps(found) + "\n").encode()
+            storage.write(f"{memory}/metrics.jsonl", compacted)
 
 
 # Kills -------------------------------------------------------------------------------------------
@@ -215,13 +215,9 @@ def test_killed_at_any_moment(monkeypatch: pytest.MonkeyPatch, before: bool) -> 
         assert safe <= len(found) <= written
         for start in (safe, 1):
             log = Journal(run, start)
-            assert whole_or_nothing(run) == read(run) == records(*range(1, min(start, safe) + 1))
+            assert whole(run) == read(run) == records(*range(1, min(start, safe) + 1))
             assert not parts(run)
     assert at > 10
-
-
-def whole_or_nothing(run: str) -> list[dict[str, Any]]:
-    return whole(run) if storage.exists(f"{run}/metrics.jsonl") else []
 
 
 def test_garbage_and_half_written_lines_are_left_out(run: str) -> None:
@@ -272,23 +268,11 @@ def test_read_while_the_writer_goes_on(memory: str, monkeypatch: pytest.MonkeyPa
             return read_object(url)
 
         monkeypatch.setattr(storage, "read", read_later)
-        monkeypatch.setattr(journal, "ThreadPoolExecutor", lambda _: InOrder())
+        monkeypatch.setattr(journal, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
         found = read(run)
         monkeypatch.setattr(storage, "read", read_object)
         assert found[:3] == records(1, 2, 3)
         assert found[3:] in ([], records(4))
-
-
-class InOrder:
-    """An executor without threads."""
-
-    def __enter__(self) -> "InOrder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    map = staticmethod(map)
 
 
 @pytest.mark.parametrize("kind", ["local", "memory"])

@@ -20,6 +20,7 @@ from torchvision import transforms
 
 from engine import world
 from engine.augment import MEAN, STD, augment
+from launch.benchmarks import remote
 from launch.benchmarks.measuring import (
     CORES,
     CUDA,
@@ -62,6 +63,9 @@ def bench_input(
     Both get the same images in the same order. Stock finds their bytes in memory, ours reads its
     shards.
 
+    Shards in an object store are also compared with a copy of them on a local disk, and the bytes
+    that are fetched for an image with those that it has in the data set.
+
     Args:
         data: URL of a folder of shards, or a local tar or folder of tars, which is indexed in a
             temporary folder. Without it: drawn photos, 500x375, about 100 KB each.
@@ -85,7 +89,7 @@ def bench_input(
             distort = torch.compile(distort)
         distort(sample, params)
 
-        def ours() -> Cost:
+        def ours(order: Order = order) -> Cost:
             with closing(_ours(order, views, threads)) as batches:
                 return _steady(batches, warm, count, batch)
 
@@ -96,7 +100,13 @@ def bench_input(
         def stock() -> Cost:
             return _steady(_stock_batches(contents, views, batch, threads), warm, count, batch)
 
-        costs = alternate({"ours": ours, "augmentation": augmentation, "stock": stock}, rounds)
+        sides = {"ours": ours, "augmentation": augmentation, "stock": stock}
+        fetched = 0.0
+        if data and not storage.is_local(data):
+            copied = Order(remote.copy(order.index, f"{folder}/copy"), 0, order.streams, batch)
+            sides["ours, local"] = partial(ours, copied)
+            fetched = remote.fetched_share(order, lambda order: _ours(order, views, threads))
+        costs = alternate(sides, rounds)
 
     source = storage.redact(data) or "drawn photos"
     print(f"input: {source}, {size} px, batch {batch}, threads or workers {threads}")
@@ -105,6 +115,10 @@ def bench_input(
     show("ours: read, decode, two crops", costs["ours"])
     show(f"ours: augmentation on {device.type}", costs["augmentation"])
     show("stock: decode, augment both views", costs["stock"])
+    if local := costs.get("ours, local"):
+        show("ours from a copy on a local disk", local)
+        show_ratio("object store / local disk", costs["ours"], local)
+        row("bytes fetched / bytes of the images", f"{fetched:.3f}x")
     show_ratio("ours / stock, host work with a GPU", costs["ours"], costs["stock"])
     if not CUDA:
         total = [a.then(b) for a, b in zip(costs["ours"], costs["augmentation"], strict=True)]
