@@ -35,8 +35,7 @@ def fit(trainer: Trainer) -> bool:
     with ExitStack() as stack:
         if trainer.lease is not None:
             stack.callback(trainer.lease.release)
-        log = MetricsLog(recipe.run, first, stop, trainer.console) if world.main else NoLog()
-        stack.enter_context(closing(log))
+        log = stack.enter_context(closing(_open_log(trainer, stop)))
         data = stack.enter_context(closing(trainer.batches()))
         saver = stack.enter_context(Saver(world, recipe.checkpoint.background, trainer.report))
         trainer.console.print(
@@ -96,6 +95,13 @@ def fit(trainer: Trainer) -> bool:
     return preemption is None or not (stopping and preemption.only_elsewhere)
 
 
+def _open_log(trainer: Trainer, stop: int) -> MetricsLog:
+    if not trainer.world.main:
+        return NoLog()
+    confirm = trainer.lease.confirm if trainer.lease is not None else None
+    return MetricsLog(trainer.recipe.run, trainer.step, stop, trainer.console, confirm)
+
+
 def _without_evaluation(trainer: Trainer, log: MetricsLog) -> dict[str, Any] | None:
     """The log's last record, when the evaluation of that step was left because of a signal."""
     record: dict[str, Any] | None = trainer.world.tell(lambda: log.last)
@@ -108,18 +114,18 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
     """Have the state written as this step's checkpoint, and then the oldest ones removed."""
     recipe, step, digest = trainer.recipe, trainer.step, trainer.train_index.digest
     confirm = trainer.lease.confirm if trainer.lease is not None else None
-    log.flush()  # what stands before a checkpoint is never logged again
 
     def write(state: dict[str, Any], world: World) -> None:
+        log.flush()  # what stands before a checkpoint is never logged again
         method = method_fields(recipe)
         checkpoint.save(recipe.run, step, state, method, digest, world, confirm)
         if not world.main:
             return
         try:
             checkpoint.prune(recipe.run, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
-            log.compact()
         except OSError as error:  # the next save does it
             trainer.report(f"old checkpoints stay for now: {error}")
+        log.compact()
 
     saver.save(step, trainer.state(), write)
 

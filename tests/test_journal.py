@@ -104,9 +104,6 @@ def test_a_local_file_grows_line_by_line(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-# Two writings of a step --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("between", ["nothing", "flush", "compact", "reopen"])
 def test_a_step_that_is_completed_later(run: str, between: str) -> None:
     log = Journal(run, 0)
@@ -152,9 +149,6 @@ def test_a_part_left_of_a_cut_off_removal_takes_nothing_away(memory: str) -> Non
             assert whole(memory) == expected[:2]
             assert not parts(memory)
             storage.write(f"{memory}/metrics.jsonl", compacted)
-
-
-# Kills -------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -243,9 +237,6 @@ def test_a_clean_log_is_not_written_again(memory: str, monkeypatch: pytest.Monke
     log.compact()
     Journal(memory, 1)
     assert kill.changes == 0
-
-
-# Readers and threads -----------------------------------------------------------------------------
 
 
 def test_read_while_the_writer_goes_on(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,9 +356,6 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.Mon
     log.write(record(3))
     log.flush()
     assert whole(str(tmp_path)) == records(1, 2, 3)
-
-
-# Requests ----------------------------------------------------------------------------------------
 
 
 def test_only_metrics_jsonl_is_ever_rewritten(
