@@ -128,6 +128,7 @@ def test_no_reader_sees_half_a_copy(
         monkeypatch.setattr(storage, "read", slow)
         running = threads.submit(first.read, 0, 0, 9_000)
         assert inside.wait(20)
+        assert [path.suffix for path in copies(tmp_path)] == [".partial"]
         monkeypatch.setattr(storage, "read", read)
         assert second.read(0, 0, 9_000) == whole(remote, 0)[:9_000]
         go_on.set()

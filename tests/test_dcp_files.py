@@ -87,7 +87,8 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def counted(*arguments: Any) -> bytes:
         content = read(*arguments)
-        lengths.append(len(content))
+        if "/lease/" not in arguments[0]:  # which a run of another test may still look at
+            lengths.append(len(content))
         return content
 
     monkeypatch.setattr(storage, "read", counted)

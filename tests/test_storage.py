@@ -272,6 +272,7 @@ def test_a_dead_endpoint(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "is AWS_ENDPOINT_URL right" in text
 
 
+@pytest.mark.timeout(60)  # s3fs's own 15 s for each of the tries would be 120
 def test_a_server_that_never_answers(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A timeout each, and a user's own settings, from fsspec's configuration, hold."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

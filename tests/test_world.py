@@ -217,16 +217,13 @@ def common(data: DataConfig, run: Path) -> list[str]:
     ]
 
 
-def test_torchrun_trains_and_goes_on(tiny_data: DataConfig, tmp_path: Path) -> None:
+def test_torchrun_trains(tiny_data: DataConfig, tmp_path: Path) -> None:
     arguments = [*common(tiny_data, tmp_path), "--log.every", "1", "--precision", "fp16"]
     done = torchrun(2, *arguments, "--steps", "2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("2 of 91 steps done") == 1  # by one process
     assert "strategy ddp" in done.stdout
-    again = torchrun(3, *arguments, "--steps", "3", "--parallel.strategy", "fsdp")
-    assert again.returncode == 0, again.stderr
-    assert "resumed at step 2" in again.stdout
-    assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3]
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2]
     assert lines(tmp_path)[-1]["loss_scale"] <= 2**16
 
 
@@ -235,15 +232,11 @@ def errors_of(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def test_mistakes_are_told_once(tiny_data: DataConfig, tmp_path: Path) -> None:
-    for wrong, text in (
-        (["--data.streams", "1"], "2 ranks but data.streams is 1: use at most 1 ranks"),
-        (["--batch.micro", "16"], "batch.micro must be from 1 to 8, not 16"),
-    ):
-        done = torchrun(2, *common(tiny_data, tmp_path), *wrong)
-        assert done.returncode == 1
-        (line,) = errors_of(done)
-        assert text in line
-        assert "Traceback (most recent call last)" not in done.stderr.split("torch/distributed")[0]
+    done = torchrun(2, *common(tiny_data, tmp_path), "--batch.micro", "16")
+    assert done.returncode == 1
+    (line,) = errors_of(done)
+    assert "batch.micro must be from 1 to 8, not 16" in line
+    assert "Traceback (most recent call last)" not in done.stderr.split("torch/distributed")[0]
 
 
 def test_a_fault_of_one_rank_is_told_by_that_rank(tiny_data: DataConfig, tmp_path: Path) -> None:
