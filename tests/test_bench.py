@@ -178,7 +178,7 @@ def test_step_of_two_processes() -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    for row in (f"processes 2: ours fsdp, stock ddp", "stock has no sync", *STEP_ROWS):
+    for row in ("processes 2: ours fsdp, stock ddp", "stock has no sync", *STEP_ROWS):
         assert rows(lines, row) == 1, row
 
 

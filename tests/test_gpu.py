@@ -1,6 +1,7 @@
 """What only a GPU can show; skipped, and said so, without one."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from engine import world
 from engine.norm import BatchNorm, synchronise
 from engine.parallel import ParallelConfig
+from engine.saver import Saver
+from engine.sharding import local
 from engine.trainer import Trainer
 from shards.loader import DataConfig
 from tests import tiny
@@ -112,6 +116,38 @@ def test_images_and_features_are_channels_last(tiny_data: DataConfig, tmp_path: 
     assert output.images.is_contiguous(memory_format=torch.channels_last)
     assert shapes
     assert all(shapes)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_background_save_is_of_one_step(
+    tiny_data: DataConfig, tmp_path: Path, strategy: Any
+) -> None:
+    """Copied to pinned memory while the device goes on."""
+    recipe = tiny.recipe(tiny_data, tmp_path, parallel=ParallelConfig(strategy))
+    trainer = Trainer(recipe)
+    go_on, same = threading.Event(), []
+    with (
+        contextlib.closing(trainer.batches()) as batches,
+        Saver(trainer.world, True, print) as save,
+    ):
+        for _ in range(2):  # the second one fills the same buffers
+            trainer.train_step(next(batches))
+            expected = [t.cpu() for t in local(tree_leaves(trainer.state()))]
+
+            def write(state: dict[str, Any], _: world.World, expected: Any = expected) -> None:
+                go_on.wait(60)
+                found = local(tree_leaves(state))
+                same.append(all(map(torch.equal, found, expected)))
+                assert all(t.is_pinned() for t in found if t.numel() > 1)
+
+            go_on.clear()
+            saves.save(1, trainer.state(), write)
+            trainer.train_step(next(batches))
+            torch.cuda.synchronize()
+            go_on.set()
+            assert saves.wait()
+    assert same == [True, True]
+    world.leave()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
