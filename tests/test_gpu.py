@@ -128,7 +128,7 @@ def test_a_background_save_is_of_one_step(
     go_on, same = threading.Event(), []
     with (
         contextlib.closing(trainer.batches()) as batches,
-        Saver(trainer.world, True, print) as save,
+        Saver(trainer.world, True, print) as saves,
     ):
         for _ in range(2):  # the second one fills the same buffers
             trainer.train_step(next(batches))
