@@ -24,6 +24,7 @@ from launch.benchmarks.order import VISITS, Setting, write_data_set
 from launch.benchmarks.plan import Entry, Spreading, Traffic, need
 from launch.benchmarks.step import prepare
 from launch.benchmarks.stock import Stock
+from shards import storage, synthetic
 from shards.index import Index
 from shards.order import BatchConfig
 from shards.views import ViewsConfig
@@ -62,6 +63,29 @@ def test_input_on_drawn_photos(
     lines = run(f"input {options}", capsys)
     assert rows(lines, "ours / stock, host work with a GPU") == 1
     assert rows(lines, "ours / stock, all on the CPU") == (not torch.cuda.is_available())
+
+
+def test_input_from_a_bucket(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shards.index.BLOCK_BYTES", 8192)
+    synthetic.write("memory://bench/data", 64, 32, seed=0)
+    options = "--size 32 --images 16 --batch 8 --rounds 1 --threads 1"
+    lines = run(f"input --data memory://bench/data {options}", capsys)
+    assert rows(lines, "object store / local disk") == 1
+    (share,) = [line for line in lines if line.startswith("bytes fetched")]
+    assert 0.8 < float(share.split()[-1].rstrip("x")) < 1.5
+
+
+def test_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run(
+        f"checkpoint --recipe {QUICKSTART} --url memory://bench --rounds 1 --starts 0", capsys
+    )
+    for place in ("local disk", "memory"):
+        for side in ("ours, in the background", "ours, waiting", "torch.save and upload"):
+            assert rows(lines, f"{place}: {side}") == 1
+        assert rows(lines, f"{place}: stock / ours") == 2
+    assert not storage.list_names("memory://bench/bench_checkpoint")
 
 
 def test_photos_are_of_the_usual_size() -> None:
