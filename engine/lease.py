@@ -7,7 +7,6 @@ leases stay, so that numbers only rise; what a late holder writes has a number t
 """
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -18,8 +17,8 @@ import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
+from engine.identity import identity, is_dead
 from shards import storage
 from shards.errors import InputError
 
@@ -27,7 +26,6 @@ FOLDER = "lease"  # in the run's directory
 PERIOD = 10.0  # seconds between two beats
 PATIENCE = 15.0  # seconds that a release waits for storage
 _POLLS = 5  # looks at a watched lease in each period
-_PROC = Path("/proc")
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class _Record:
 
         The beating process counts beside the launchers, which it may outlive.
         """
-        return all(_is_dead(identity) for identity in (self.process, *self.agents))
+        return all(is_dead(identity) for identity in (self.process, *self.agents))
 
 
 class Lease:
@@ -141,7 +139,7 @@ def acquire(run: str, agents: Sequence[str], period: float, report: Callable[[st
         number=newest.number + 1 if newest else 1,
         owner=uuid.uuid4().hex,
         host=socket.gethostname(),
-        process=_identity(os.getpid()),
+        process=identity(os.getpid()),
         agents=tuple(sorted(set(agents))),
         period=period,
     )
@@ -153,15 +151,6 @@ def acquire(run: str, agents: Sequence[str], period: float, report: Callable[[st
             if number < record.number:
                 storage.remove(_url(run, number))
     return lease
-
-
-def agent_identity() -> str:
-    """What launched this process: torchrun's agent, which outlives restarts, or the process itself.
-
-    Tells the machine since its boot, the process's namespace and number, and when it was started.
-    """
-    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    return _identity(os.getppid() if by_torchrun else os.getpid())
 
 
 def _watch(run: str, first: _Record, report: Callable[[str], None]) -> _Record | None:
@@ -218,46 +207,3 @@ def _numbers(run: str) -> list[int]:
 
 def _url(run: str, number: int) -> str:
     return storage.join(run, FOLDER, f"{number:08d}.json")
-
-
-# Processes --------------------------------------------------------------------------------------
-
-
-def _identity(pid: int) -> str:
-    try:
-        return f"{_machine()}:{pid}:{_state(pid)[1]}"
-    except OSError:  # no Linux: nobody can tell whether this process is dead
-        return f"{_this_process()}:{pid}"
-
-
-def _is_dead(identity: str) -> bool:
-    """Whether a process is known to be dead; False where this machine cannot tell."""
-    try:
-        machine, pid, start = identity.rsplit(":", 2)
-        if machine != _machine():
-            return False
-        os.kill(int(pid), 0)
-        state, started = _state(int(pid))
-    except ProcessLookupError:
-        return True
-    except (OSError, ValueError):  # it is hidden from this user, or no such identity
-        return False
-    return state in "ZX" or started != start
-
-
-def _machine() -> str:
-    """Where a process number means one process: this boot of the machine, and the namespace."""
-    # Host names are often alike, and so is the number of every machine's first namespace.
-    boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}:{(_PROC / 'self/ns/pid').stat().st_ino}"
-
-
-def _state(pid: int) -> tuple[str, str]:
-    """State letter, and start in clock ticks since the boot. Raises OSError if there is none."""
-    fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    return fields[0], fields[19]  # fields 3 and 22: the name before them may hold spaces
-
-
-@functools.cache
-def _this_process() -> str:
-    return uuid.uuid4().hex

@@ -18,6 +18,7 @@ from engine.artefacts import Artefacts
 from engine.augment import augment
 from engine.byol import byol_loss, update_target
 from engine.data import open_data, train_batches
+from engine.identity import agent_identity
 from engine.norm import RunningStatistics
 from engine.precision import StepGuard, autocast, parameter_dtype
 from engine.probe import Probe
@@ -95,7 +96,7 @@ class Trainer:
         """Make sure that the run's directory is of this recipe, and no other job's; None on all
         processes but the first, and when nothing is going to be written."""
         claimed: list[lease.Lease] = []
-        agents = self.world.collect(lease.agent_identity())
+        agents = self.world.collect(agent_identity())
 
         def claim() -> None:
             run.check(self.recipe, self.train_index.digest, self.report)

@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import secrets
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,20 +12,21 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from engine import identity as identity_module
 from engine import lease as lease_module
-from engine.lease import Lease, acquire, agent_identity
+from engine.identity import agent_identity
+from engine.lease import Lease, acquire
 from shards import storage
 from shards.errors import InputError
+from tests.test_identity import identity_of_the_dead
 
 PERIOD = 0.2
 NEVER = 3600.0  # a period in which no beat comes
 ROOT = Path(__file__).parent.parent
-TELL = "from engine.lease import agent_identity; print(agent_identity(), flush=True)"
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -106,13 +105,6 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
-
-
-def identity_of_the_dead(**environment: str) -> str:
-    """Of a process that ran and ended."""
-    command = [sys.executable, "-c", TELL]
-    everything = os.environ | environment
-    return subprocess.check_output(command, cwd=ROOT, env=everything, text=True).strip()
 
 
 # Taking and releasing ---------------------------------------------------------------------------
@@ -444,57 +436,14 @@ def test_older_numbers_that_cannot_be_removed_do_no_harm(
     assert numbers(run) == [3]
 
 
-# Identities -------------------------------------------------------------------------------------
-
-needs_linux = pytest.mark.skipif(not Path("/proc/self/ns").exists(), reason="needs /proc")
-
-
-@needs_linux
-def test_torchrun_is_known_by_its_agent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert identity_of_the_dead(TORCHELASTIC_RUN_ID="none") == agent_identity()
-
-
-@needs_linux
-def test_the_living_and_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    is_dead = lease_module._is_dead
-    assert not is_dead("what is this")
-    command, pipe = [sys.executable, "-c", f"{TELL}; input()"], subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
-        assert process.stdout is not None
-        identity = process.stdout.readline().strip()
-        place, start = identity.rsplit(":", 1)
-        assert not is_dead(identity)
-        assert is_dead(f"{place}:{int(start) - 1}"), "the number was used again"
-        assert not is_dead(f"another {place}:{int(start) - 1}"), "nobody here can tell"
-        process.kill()
-        wait_until(lambda: is_dead(identity))
-        assert process.returncode is None, "a zombie, nobody has waited for it"
-    assert is_dead(identity)
-
-    def refuse(*_: object) -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(lease_module, "os", SimpleNamespace(kill=refuse))
-    assert not is_dead(identity), "another user's process, which /proc may hide"
-
-
 def test_without_proc_a_job_is_watched(
     run: str, jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease_module, "_PROC", tmp_path / "nothing")
+    monkeypatch.setattr(identity_module, "_PROC", tmp_path / "nothing")
     own = agent_identity()
     assert own == agent_identity(), "the same for all the life of the process"
-    assert not lease_module._is_dead(own)
+    assert not identity_module.is_dead(own)
     jobs.acquire(run, own, period=NEVER)
     monkeypatch.setattr(lease_module, "time", Clock(1, lambda: None))
     jobs.acquire(run, "b")
     assert len(jobs.reports) == 1, "it was watched"
-
-
-def test_the_start_is_read_behind_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "12").mkdir()
-    after = " ".join(["R", *map(str, range(4, 53))])  # field n holds n
-    (tmp_path / "12" / "stat").write_text(f"12 (a) S (b) {after}\n")
-    monkeypatch.setattr(lease_module, "_PROC", tmp_path)
-    assert lease_module._state(12) == ("R", "22")
