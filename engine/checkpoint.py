@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from engine import dcp_metadata
 from engine.dcp_files import Reader, Writer, verify_file
 from engine.world import World
 from shards import storage
@@ -139,7 +140,8 @@ def find(url: str, world: World, report: Callable[[str], None]) -> Commit:
 
 
 def verify(url: str, world: World) -> Commit:
-    """Check a checkpoint's commit and the length and CRC32 of its files, shared out.
+    """Check a checkpoint's commit, the length and CRC32 of its files, shared out, and that its
+    metadata names nothing foreign.
 
     Raises InputError, the same on all processes.
     """
@@ -148,6 +150,8 @@ def verify(url: str, world: World) -> Commit:
     for name in sorted(commit.files)[world.rank :: world.size]:
         try:
             verify_file(storage.join(url, name), *commit.files[name])
+            if name == dcp_metadata.NAME:
+                Reader(url, commit.files).metadata()
         except InputError as error:
             fault = fault or str(error)
     if faults := [found for found in world.collect(fault) if found]:
@@ -158,7 +162,7 @@ def verify(url: str, world: World) -> Commit:
 def _read_commit(url: str) -> Commit:
     place = storage.redact(url)
     try:
-        document = json.loads(storage.read(storage.join(url, COMMIT)))
+        document = storage.read_json(storage.join(url, COMMIT))
         files = {name: (length, crc) for name, (length, crc) in document["files"].items()}
         step, method = document["step"], document["method"]
         commit = Commit(url, step, method, document["index_digest"], files)
@@ -179,12 +183,16 @@ def _digest(document: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def prune(run: str, keep: int, keep_every: int = 0) -> None:
+def prune(run: str, step: int, keep: int, keep_every: int = 0) -> None:
     """Remove all but the newest `keep` (at least 1) committed checkpoints, each commit first.
 
-    `keep_every`: those of its multiples stay too, 0 for none.
+    `step`: the one just saved. Those beyond it were found damaged when this process started: they
+    push out no good one, and stay until they are overwritten. `keep_every`: those of its multiples
+    stay too, 0 for none.
     """
-    committed = [url for url in _steps(run) if storage.exists(storage.join(url, COMMIT))]
+    until = step_url(run, step)
+    steps = [url for url in _steps(run) if url <= until]
+    committed = [url for url in steps if storage.exists(storage.join(url, COMMIT))]
     for url in committed[:-keep]:
         if not keep_every or int(url[-8:]) % keep_every:
             storage.remove(storage.join(url, COMMIT))

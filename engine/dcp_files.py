@@ -131,12 +131,13 @@ class Reader(StorageReader):
         """Does not raise, for torch would lose the reason: `set_up_storage_reader`, next, does."""
         self._fault = None
         try:
-            return self._metadata()
+            return self.metadata()
         except (InputError, OSError) as error:
             self._fault = error
             return Metadata({})
 
-    def _metadata(self) -> Metadata:
+    def metadata(self) -> Metadata:
+        """What the checkpoint holds, checked. Raises InputError and OSError."""
         place = f"{storage.redact(self._url)}: {dcp_metadata.NAME}"
         try:
             for _attempt in range(2):  # as in `verify_file`

@@ -29,10 +29,11 @@ def fit(trainer: Trainer) -> bool:
     recipe, world, first = trainer.recipe, trainer.world, trainer.step
     stop = trainer.total_steps if recipe.steps is None else min(recipe.steps, trainer.total_steps)
     measured: dict[str, float] = {}
-    preemption: Preemption | None = None
     stopping = False
 
     with ExitStack() as stack:
+        # What is entered first ends last: a signal that is sent twice harms none of the others.
+        preemption = stack.enter_context(Preemption(world, recipe.checkpoint.grace))
         if trainer.lease is not None:
             stack.callback(trainer.lease.release)
         log = stack.enter_context(closing(_open_log(trainer, stop)))
@@ -57,8 +58,8 @@ def fit(trainer: Trainer) -> bool:
             log.advance()
             if trainer.guard.in_a_row() >= PATIENCE:
                 raise _diverged(trainer, output)
-            if preemption is None:
-                preemption = stack.enter_context(Preemption(world, recipe.checkpoint.grace))
+            if step == first + 1:
+                preemption.begin()
                 processes.set_timeout(recipe.parallel.timeout, trainer.parallel.groups)
             if step == first + 2 and trainer.compile and recipe.compile_artefacts:
                 trainer.artefacts.save(trainer.console.print)
@@ -89,10 +90,10 @@ def fit(trainer: Trainer) -> bool:
 
         if not saver.wait():
             raise OSError(f"the state of step {trainer.step} could not be saved, see above")
-    if preemption is not None and stopping:
+    if stopping:
         trainer.console.print(f"stopped after step {trainer.step} by {preemption.reason}")
     _farewell(trainer, measured)
-    return preemption is None or not (stopping and preemption.only_elsewhere)
+    return not (stopping and preemption.only_elsewhere)
 
 
 def _open_log(trainer: Trainer, stop: int) -> MetricsLog:
@@ -122,7 +123,8 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
         if not world.main:
             return
         try:
-            checkpoint.prune(recipe.run, recipe.checkpoint.keep, recipe.checkpoint.keep_every)
+            keep, keep_every = recipe.checkpoint.keep, recipe.checkpoint.keep_every
+            checkpoint.prune(recipe.run, step, keep, keep_every)
         except OSError as error:  # the next save does it
             trainer.report(f"old checkpoints stay for now: {error}")
         log.compact()

@@ -196,8 +196,8 @@ def _merged(contents: list[bytes]) -> list[Record]:
         try:
             record = json.loads(line)
             step = record["step"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        if isinstance(record, dict) and isinstance(step, int):
+        if isinstance(record, dict) and type(step) is int and step >= 0:
             found[step] = found.get(step, {}) | record
     return [found[step] for step in sorted(found)]

@@ -24,6 +24,7 @@ from shards.errors import InputError
 
 FOLDER = "lease"  # in the run's directory
 PERIOD = 10.0  # seconds between two beats
+LONGEST_PERIOD = 3600.0  # that a lease may ask others to believe in
 PATIENCE = 15.0  # seconds that a release waits for storage
 _POLLS = 5  # looks at a watched lease in each period
 
@@ -186,6 +187,8 @@ def _newest(run: str) -> _Record | None:
     try:
         content = storage.read(_url(run, number))
         there = json.loads(content)
+        if not 0 < there["period"] <= LONGEST_PERIOD:
+            raise ValueError
         return _Record(
             number=number,
             owner=str(there["owner"]),
@@ -196,13 +199,13 @@ def _newest(run: str) -> _Record | None:
             beat=int(there["beat"]),
             released=bool(there["released"]),
         )
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return _Record(number, beat=zlib.crc32(content))  # it can be watched all the same
 
 
 def _numbers(run: str) -> list[int]:
     names = storage.list_names(storage.join(run, FOLDER))
-    return [int(name[:8]) for name in names if re.fullmatch(r"\d{8}\.json", name)]
+    return [int(name[:-5]) for name in names if re.fullmatch(r"\d{8,}\.json", name)]
 
 
 def _url(run: str, number: int) -> str:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import FrameType
 
 import torch
@@ -22,8 +23,9 @@ POLL = 0.5  # seconds between looks at the other processes' flags during evaluat
 class Preemption:
     """Whether this run is to stop before its end.
 
-    Made when the first step is done. Until then a signal has its usual effect, the end at once:
-    there is nothing to save, and the process may stand in a call that no handler could leave.
+    Signals count from `begin` on, when the first step is done. Until then they have their usual
+    effect, the end at once: there is nothing to save, and the process may stand in a call that no
+    handler could leave.
     """
 
     def __init__(self, world: World, grace: float) -> None:
@@ -35,14 +37,24 @@ class Preemption:
         self._waiting: Callable[[], Tensor] | None = None
         self._looked = 0.0
         self.reason = "another process"
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
+        self._stack = ExitStack()
+        self._watch: threading.Thread | None = None  # over the grace
+
+    def begin(self) -> None:
+        """From now on a signal only sets the flag."""
+        read, write = os.pipe()
+        os.set_blocking(write, False)
         # Python runs handlers between two of its own instructions, which a collective that waits
         # for a dead process does not reach; a thread that reads the signal's number does.
-        self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._old = {number: signal.signal(number, _nothing) for number in SIGNALS}
-        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
-        self._thread.start()
+        listener = threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True)
+        listener.start()
+        self._stack.callback(listener.join)
+        self._stack.callback(os.close, write)  # the thread reads the end
+        self._stack.callback(self._over.set)
+        old = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        self._stack.callback(signal.set_wakeup_fd, old)
+        for number in SIGNALS:
+            self._stack.callback(signal.signal, number, signal.signal(number, _nothing))
 
     def agreed(self) -> bool:
         """Whether to stop after the step just done; the same on all processes. Once a step.
@@ -77,28 +89,26 @@ class Preemption:
         """Give the signals back."""
         if self._waiting is not None and failure is None:
             self._waiting()
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(self._old_wakeup)
-        self._over.set()
-        os.close(self._write)  # the thread reads the end
-        self._thread.join()
+        self._stack.close()
+        if self._watch is not None:
+            self._watch.join()
 
     def _sum(self) -> Callable[[], Tensor]:
         return self._world.sum_later(torch.tensor(int(self.told.is_set())))
 
-    def _listen(self) -> None:
-        while told := os.read(self._read, 1):
+    def _listen(self, read: int) -> None:
+        while told := os.read(read, 1):
             if self.told.is_set():
                 continue
             self.reason = signal.Signals(told[0]).name
             self.told.set()
-            threading.Thread(target=self._end, name="grace", daemon=True).start()
+            self._watch = threading.Thread(target=self._end, name="grace", daemon=True)
+            self._watch.start()
             if self._world.distributed:
                 # The store goes away with its host; the flag travels with the next step too.
                 with contextlib.suppress(RuntimeError, ValueError):
                     shared_store().set(STOP, "1")
-        os.close(self._read)
+        os.close(read)
 
     def _end(self) -> None:
         if self._over.wait(self._grace):

@@ -29,6 +29,7 @@ from engine.parallel import ParallelConfig
 from engine.precision import Precision
 from engine.probe import ProbeConfig
 from engine.schedule import ScheduleConfig
+from shards import storage
 from shards.errors import InputError
 from shards.fields import OPERATION, Operation
 from shards.loader import DataConfig
@@ -118,6 +119,8 @@ class Recipe:
         ):
             if not attrgetter(name)(self).strip():
                 raise InputError(f"{name} is not set: give --{name} URL, the {what}")
+        for name in ("run", "data.train", "data.val", "data.cache", "checkpoint.resume"):
+            storage.check(attrgetter(name)(self), name)
         if (self.probe.every or self.probe.baseline) and not self.data.val:
             raise InputError(
                 "evaluations are on but data.val is not set: give --data.val URL, or turn them off "

@@ -27,7 +27,7 @@ def check(recipe: Recipe, index_digest: str, report: Callable[[str], None]) -> N
     """Raise InputError when RUN holds a run of another recipe or of other data."""
     url = storage.join(recipe.run, NAME)
     try:
-        there = json.loads(storage.read(url))
+        there = storage.read_json(url)
         if not isinstance(there, dict):
             raise ValueError
     except FileNotFoundError:

@@ -72,6 +72,16 @@ class Trainer:
         held = parallel.state_bytes(self.online, self.target, recipe.optimizer.slots)
         strategy = parallel.choose(recipe.parallel, self.world, held, self.console.print)
         self.lease = self._claim_run()
+        try:
+            self._build(strategy)
+        except BaseException:
+            if self.lease is not None:
+                self.lease.release()
+            raise
+
+    def _build(self, strategy: parallel.Strategy) -> None:
+        """All that comes after the run's directory is this job's."""
+        recipe = self.recipe
         commit = run.find_checkpoint(recipe, self.train_index.digest, self.world, self.report)
         if not recipe.debug_step:
             self.world.tell(lambda: run.write(recipe, self.train_index.digest))

@@ -51,6 +51,8 @@ def main(
         index_only: Read the headers of the tars in SOURCE and write index.json next to them.
         classes: With --index-only: a file with the name of each class, one a line.
     """
+    storage.check(source, "SOURCE")
+    storage.check(out, "OUT")
     if threads < 1:
         raise InputError("--threads must be at least 1")
     if not 0 < shard_mb < 1e6:  # nan is in no range
@@ -149,4 +151,5 @@ if __name__ == "__main__":
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

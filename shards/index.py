@@ -32,13 +32,18 @@ Blocks = NDArray[np.int64]  # [K, 2]: byte offset in the shard, samples
 
 @dataclass
 class Shard:
-    """One tar. `blocks` is None while they are in the sidecar of `checksum`."""
+    """One tar. `blocks` is None while they are in the sidecar of `checksum`.
+
+    `crcs` has the CRC32 of each block, None where they are not known: in sets that others packed,
+    of which only headers were read, and in those so large that blocks stand in sidecars.
+    """
 
     name: str
     samples: int
     bytes: int
     blocks: Blocks | None
     checksum: str
+    crcs: list[int] | None = None
 
 
 @dataclass
@@ -112,6 +117,8 @@ class Index:
             entry |= {"bytes": shard.bytes, "checksum": shard.checksum}
             if inline:
                 entry["blocks"] = self.blocks(i).tolist()
+                if shard.crcs is not None:
+                    entry["crcs"] = shard.crcs
             entries.append(entry)
         head = {"version": VERSION, "digest": self.digest, "samples": self.samples}
         return head | {"plan": self.plan, "classes": self.classes, "shards": entries}
@@ -196,7 +203,10 @@ def _shard(entry: dict[str, Any]) -> Shard:
     found = entry["checksum"]
     if blocks is not None and (checksum(blocks) != found or blocks[:, 1].sum() != entry["samples"]):
         raise ValueError(entry["name"])
-    return Shard(entry["name"], entry["samples"], entry["bytes"], blocks, found)
+    crcs = entry.get("crcs")
+    if crcs is not None and (blocks is None or len(crcs) != len(blocks)):
+        raise ValueError(entry["name"])
+    return Shard(entry["name"], entry["samples"], entry["bytes"], blocks, found, crcs)
 
 
 def _check_sizes(index: Index, place: str) -> None:
@@ -219,6 +229,6 @@ def _check_sizes(index: Index, place: str) -> None:
 
 def _json(url: str) -> Any:
     try:
-        return json.loads(storage.read(url))
+        return storage.read_json(url)
     except ValueError:
         raise InputError(f"{storage.redact(url)}: not valid JSON; {_REINDEX}") from None

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -202,6 +203,7 @@ def write_shards(
             if shard is None:
                 content = _build(plan.images[first:last], first, read, readers, advance)
                 shard = describe(name, read_samples(io.BytesIO(content)), len(content))
+                shard.crcs = _crcs(shard, content)
                 with upload.open_writer(storage.join(url, name)) as file:
                     file.write(content)
                 storage.write(record_url, json.dumps(_record(shard)).encode())
@@ -240,7 +242,20 @@ def _begin(plan: Plan, url: str) -> Index | None:
 
 def _record(shard: Shard) -> dict[str, Any]:
     assert shard.blocks is not None
-    return {"samples": shard.samples, "bytes": shard.bytes, "blocks": shard.blocks.tolist()}
+    blocks = shard.blocks.tolist()
+    return {
+        "samples": shard.samples,
+        "bytes": shard.bytes,
+        "blocks": blocks,
+        "crcs": shard.crcs,
+    }
+
+
+def _crcs(shard: Shard, content: bytes) -> list[int]:
+    assert shard.blocks is not None
+    starts = shard.blocks[:, 0].tolist()
+    ends = [*starts[1:], len(content)]
+    return [zlib.crc32(content[start:end]) for start, end in zip(starts, ends, strict=True)]
 
 
 def _written(url: str, name: str, record_url: str) -> Shard | None:
@@ -249,7 +264,9 @@ def _written(url: str, name: str, record_url: str) -> Shard | None:
     with contextlib.suppress(FileNotFoundError):
         if storage.size(storage.join(url, name)) == record["bytes"]:
             blocks = np.array(record["blocks"], np.int64)
-            return Shard(name, record["samples"], record["bytes"], blocks, index.checksum(blocks))
+            found = Shard(name, record["samples"], record["bytes"], blocks, index.checksum(blocks))
+            found.crcs = record["crcs"]
+            return found
     return None
 
 

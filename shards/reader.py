@@ -1,6 +1,7 @@
 """Blocks of a data set, fetched ahead of need; undecodable samples, replaced and counted."""
 
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,12 +67,14 @@ class BlockReader:
     def fetch(self, shard: int, block: int) -> Block:
         """Raises InputError naming the shard when it does not hold what the index says.
 
-        What came damaged from an object store is fetched again, a few times.
+        What came damaged from an object store is fetched again, a few times. Where only the CRC32
+        stays another than the index's, that is reported and the block is used: which of its images
+        can't be decoded will show.
         """
         attempts = 1 if storage.is_local(self.index.url) else storage.CONTENT_ATTEMPTS
         for attempt in range(1, attempts + 1):
             try:
-                return self._fetch(shard, block)
+                return self._fetch(shard, block, last=attempt == attempts)
             except DamagedBlock as error:
                 if attempt == attempts:
                     raise
@@ -81,13 +84,15 @@ class BlockReader:
             storage.pause(attempt)
         raise AssertionError("unreachable")
 
-    def _fetch(self, shard: int, block: int) -> Block:
+    def _fetch(self, shard: int, block: int, last: bool) -> Block:
         start, stop = self.index.block_range(shard, block)
         samples = int(self.index.blocks(shard)[block, 1])
         url = storage.redact(self.index.shard_url(shard))
         place = f"{url}: bytes {start} to {stop}"
         try:
-            found = Block(self._read(shard, start, stop))
+            content = self._read(shard, start, stop)
+            self._check_crc(content, shard, block, place, last)
+            found = Block(content)
         except FileNotFoundError:
             raise InputError(f"{url}: the shard is missing") from None
         except storage.WrongLength as error:
@@ -107,6 +112,15 @@ class BlockReader:
                 f"{place}: {len(found)} samples, the index says {samples}; index the data set again"
             )
         return found
+
+    def _check_crc(self, content: bytes, shard: int, block: int, place: str, last: bool) -> None:
+        crcs = self.index.shards[shard].crcs
+        if crcs is None or zlib.crc32(content) == crcs[block]:
+            return
+        text = f"{place}: not what was packed, its CRC32 differs"
+        if not last:
+            raise DamagedBlock(text)
+        self._warn(shard, f"{text}; restore the shard")
 
     def _read(self, shard: int, start: int, stop: int) -> bytes:
         if self.cache is not None and self.cache.keeps(shard):

@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import json
 import os
 import random
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -45,13 +47,13 @@ def _open(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     return filesystem, path
 
 
-def _client(url: str) -> tuple[Any, str]:
-    """As `open_filesystem`, without retries of the library's own, for `_retry`.
+def client(url: str) -> tuple[Any, str]:
+    """As `open_filesystem`, without retries of the library's own, for `retry`.
 
     botocore sends a request five times, and s3fs does that five times, twice over where it reads:
     with ours, a dead server would be told after an hour.
     """
-    if not _is_s3(url):
+    if not is_s3(url):
         return open_filesystem(url)
     if user_info(url):
         raise InputError(
@@ -72,7 +74,7 @@ def _client(url: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def _is_s3(url: str) -> bool:
+def is_s3(url: str) -> bool:
     return url.startswith(("s3://", "s3a://"))
 
 
@@ -90,7 +92,7 @@ def read(url: str, start: int | None = None, stop: int | None = None) -> bytes:
     Raises FileNotFoundError at once, WrongLength when the object ends before `stop`, and OSError
     naming the URL after a bounded number of retries.
     """
-    filesystem, path = _client(url)
+    filesystem, path = client(url)
     asked = None if start is None or stop is None else stop - start
     # A server that sends a little now and then would keep a read alive for ever.
     seconds = 10 * SECONDS if asked is None else SECONDS + asked / 1e6
@@ -107,12 +109,31 @@ def read(url: str, start: int | None = None, stop: int | None = None) -> bytes:
             raise WrongLength(f"bytes {start} to {stop}: {len(content)} of {asked} bytes came")
         return content
 
-    return _retry(url, get)
+    return retry(url, get)
+
+
+def read_json(url: str) -> Any:
+    """The JSON document in an object. Raises ValueError when it is none, and as `read`."""
+    try:
+        return json.loads(read(url))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def check(url: str, name: str) -> None:
+    """Raise InputError for a URL that a slip made another. `name`: of the field or argument."""
+    scheme, mark, place = url.partition("://")
+    if mark and not place.strip("/"):
+        raise InputError(f"{name} {redact(url)}: names no bucket or folder")
+    if not mark and re.match(r"[a-z][a-z0-9+.-]+:/", url):
+        raise InputError(f"{name} {url}: a URL has two slashes: {scheme.partition(':')[0]}://...")
+    if is_s3(url) and "?" in place:
+        raise InputError(f"{name} {redact(url)}: an s3 URL has no query: leave out what follows ?")
 
 
 def download(url: str, size: int, path: str) -> None:
     """Copy an object of `size` bytes to a local file, whole or not at all. Raises as `read`."""
-    with _new_file(path) as (file, name):
+    with new_file(path) as (file, name):
         for start in range(0, size, PART):
             file.write(read(url, start, min(start + PART, size)))
         file.close()
@@ -158,22 +179,22 @@ def write(url: str, content: bytes) -> None:
     A local file's folders are made when they are missing. Large objects: see shards/upload.py.
     """
     if is_local(url):
-        _retry(url, lambda: _write_local(url, content))
+        retry(url, lambda: _write_local(url, content))
         return
-    filesystem, path = _client(url)
-    _retry(url, lambda: filesystem.pipe_file(path, content))
+    filesystem, path = client(url)
+    retry(url, lambda: filesystem.pipe_file(path, content))
 
 
 def _write_local(url: str, content: bytes) -> None:
     path = open_filesystem(url)[1]
-    with _new_file(path) as (file, name):
+    with new_file(path) as (file, name):
         file.write(content)
         file.close()
         os.replace(name, path)
 
 
 @contextlib.contextmanager
-def _new_file(path: str) -> Iterator[tuple[BinaryIO, str]]:
+def new_file(path: str) -> Iterator[tuple[BinaryIO, str]]:
     """A file beside `path` and its name, no other's; gone at the end unless it was renamed."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     name = f"{path}.{secrets.token_hex(6)}.partial"
@@ -191,41 +212,41 @@ def create(url: str, content: bytes) -> bool:
     Of many that try at once one succeeds. `content` must be like no other's: when an answer got
     lost, it tells whether the object that stands there is this call's.
     """
-    filesystem, path = _client(url)
+    filesystem, path = client(url)
 
     def put() -> None:
         if not is_local(url):
             filesystem.pipe_file(path, content, mode="create")
             return
-        with _new_file(path) as (file, name):
+        with new_file(path) as (file, name):
             file.write(content)
             file.close()
             os.link(name, path)
 
     try:
-        _retry(url, put)
+        retry(url, put)
     except FileExistsError:
         return read(url) == content
     return True
 
 
 def exists(url: str) -> bool:
-    filesystem, path = _client(url)
-    return bool(_retry(url, lambda: filesystem.exists(path)))
+    filesystem, path = client(url)
+    return bool(retry(url, lambda: filesystem.exists(path)))
 
 
 def size(url: str) -> int:
     """Length of an object in bytes. Raises FileNotFoundError."""
-    filesystem, path = _client(url)
-    return int(_retry(url, lambda: filesystem.size(path)))
+    filesystem, path = client(url)
+    return int(retry(url, lambda: filesystem.size(path)))
 
 
 def list_names(url: str) -> list[str]:
     """Names directly under a folder, sorted; empty when it does not exist."""
-    filesystem, path = _client(url)
+    filesystem, path = client(url)
     filesystem.invalidate_cache()
     try:
-        found = _retry(url, lambda: filesystem.ls(path, detail=False))
+        found = retry(url, lambda: filesystem.ls(path, detail=False))
     except FileNotFoundError:
         return []
     return sorted(name for entry in found if (name := entry.rstrip("/").rsplit("/", 1)[-1]))
@@ -233,7 +254,7 @@ def list_names(url: str) -> list[str]:
 
 def walk(url: str) -> Iterator[tuple[str, int]]:
     """(path relative to the folder, bytes) of all files below it, in no order; links followed."""
-    filesystem, path = _client(url)
+    filesystem, path = client(url)
     if is_local(url):
         # fsspec's own listing takes twice as long, and does not follow links to folders.
         for folder, _, names in os.walk(path, followlinks=True):
@@ -243,18 +264,18 @@ def walk(url: str) -> Iterator[tuple[str, int]]:
                 yield f"{below}/{name}" if below else name, size
         return
     filesystem.invalidate_cache()
-    for file, info in _retry(url, lambda: filesystem.find(path, detail=True)).items():
+    for file, info in retry(url, lambda: filesystem.find(path, detail=True)).items():
         yield file.removeprefix(path).lstrip("/"), info["size"]
 
 
 def remove(url: str) -> None:
     """Delete an object or a folder with all it holds; nothing happens if it is not there."""
-    filesystem, path = _client(url)
+    filesystem, path = client(url)
     with contextlib.suppress(FileNotFoundError):
-        _retry(url, lambda: filesystem.rm(path, recursive=True))
+        retry(url, lambda: filesystem.rm(path, recursive=True))
 
 
-def _retry(url: str, call: Callable[[], _T]) -> _T:
+def retry(url: str, call: Callable[[], _T]) -> _T:
     begun, wrong = time.monotonic(), 0
     for attempt in range(1, ATTEMPTS + 1):
         try:

@@ -65,7 +65,7 @@ def open_writer(url: str, part: int = storage.PART) -> Iterator[Stream]:
 def _target(url: str, part: int) -> AbstractContextManager[_Write]:
     if storage.is_local(url):
         return _local(url)
-    return _s3(url, part) if storage._is_s3(url) else _other(url)
+    return _s3(url, part) if storage.is_s3(url) else _other(url)
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def _local(url: str) -> Iterator[_Write]:
     path = storage.open_filesystem(url)[1]
     with contextlib.ExitStack() as stack:
         with _named(url):
-            file, name = stack.enter_context(storage._new_file(path))
+            file, name = stack.enter_context(storage.new_file(path))
         yield _named(url)(file.write)
         with _named(url):
             file.flush()
@@ -113,7 +113,7 @@ class _Upload:
 
     def __init__(self, url: str, part: int) -> None:
         self._url, self._part = url, part
-        self._filesystem, self._path = storage._client(url)
+        self._filesystem, self._path = storage.client(url)
         bucket, key, _ = self._filesystem.split_path(self._path)
         self._object = {"Bucket": bucket, "Key": key}
         self._buffer = bytearray()
@@ -185,7 +185,7 @@ class _Upload:
         if content is not None:
             options["Body"], seconds = content, 60 + len(content) / 1e6
         call = self._filesystem.call_s3
-        return storage._retry(
+        return storage.retry(
             self._url, lambda: call(method, timeout=seconds, **self._object, **options)
         )
 

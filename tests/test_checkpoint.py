@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_save_replaces_what_a_killed_one_left(tmp_path: Path) -> None:
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 30):
         save(tmp_path, step)
-    checkpoint.prune(str(tmp_path), keep=2)
+    checkpoint.prune(str(tmp_path), 30, keep=2)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "step_00000002",
         "step_00000030",
@@ -113,9 +114,39 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
 def test_prune_keeps_every_so_many(tmp_path: Path) -> None:
     for step in (10, 15, 20, 25, 30):
         save(tmp_path, step)
-    checkpoint.prune(str(tmp_path), keep=1, keep_every=20)
+    checkpoint.prune(str(tmp_path), 30, keep=1, keep_every=20)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_00000020", "step_00000030"]
+
+
+def test_prune_counts_no_checkpoint_that_was_refused(tmp_path: Path) -> None:
+    """A damaged one of a later step, which is not overwritten yet, pushes out no good one."""
+    for step in (2, 4, 6):
+        save(tmp_path, step)
+    (file,) = Path(checkpoint.step_url(str(tmp_path), 6)).glob("*.distcp")
+    file.write_bytes(b"")
+    save(tmp_path, 5)
+    checkpoint.prune(str(tmp_path), 5, keep=1)
+    commit = checkpoint.latest(str(tmp_path), ALONE, lambda _: None)
+    assert commit is not None
+    assert commit.step == 5
+
+
+def test_foreign_metadata_is_skipped(tmp_path: Path) -> None:
+    """Also where commit.json was made to fit."""
+    save(tmp_path, 3)
+    newest = Path(save(tmp_path, 4).url)
+    content = pickle.dumps(Path("x"))
+    (newest / ".metadata").write_bytes(content)
+    document = json.loads((newest / "commit.json").read_text())
+    document["files"][".metadata"] = [len(content), zlib.crc32(content)]
+    document["digest"] = checkpoint._digest(document)
+    (newest / "commit.json").write_text(json.dumps(document))
+    reports: list[str] = []
+    commit = checkpoint.latest(str(tmp_path), ALONE, reports.append)
+    assert commit is not None
+    assert commit.step == 3
+    assert "which no checkpoint of this engine has" in reports[0]
 
 
 def test_prune_leaves_alone_what_is_not_a_whole_checkpoint(tmp_path: Path) -> None:
@@ -126,7 +157,7 @@ def test_prune_leaves_alone_what_is_not_a_whole_checkpoint(tmp_path: Path) -> No
     (folder / "step_00000003" / "commit.json").unlink()
     (folder / "best").mkdir()
     (folder / "zz.txt").write_text("a note")
-    checkpoint.prune(str(tmp_path), keep=1)
+    checkpoint.prune(str(tmp_path), 3, keep=1)
     assert sorted(path.name for path in folder.iterdir()) == [
         "best",
         "step_00000002",

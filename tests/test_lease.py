@@ -217,7 +217,9 @@ def test_what_may_happen_in_a_watch(
     assert numbers(run) == [{"released": 2, "removed": 1, "next released": 3}[event]]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"beat": 3}', '{"agents": null}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"beat": 3}', '{"agents": null}', '{"period": -1}', "[" * 100_000]
+)
 def test_a_damaged_lease_is_watched(
     run: str, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:

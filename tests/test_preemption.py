@@ -129,6 +129,30 @@ def test_machines_that_stay_go_on(ranks: Ranks, tiny_data: DataConfig, tmp_path:
     assert found == [(False, 6), (True, 6)]
 
 
+def test_signals_that_are_repeated_harm_nothing(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """They come until the very end, as from a launcher that has lost its patience."""
+    data = str(Path(tiny_data.train).parent)
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), *small(data, str(tmp_path))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 3 "):
+                break
+        told = []
+        for _ in range(200):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.01)
+            if any((tmp_path / "lease").glob("*.json")) and _is_released(tmp_path):
+                break
+        told = process.stdout.read().splitlines()
+    assert process.returncode == 0
+    assert any(line.startswith("stopped after step") for line in told)
+
+
+def _is_released(run: Path) -> bool:
+    return '"released": true' in max((run / "lease").glob("*.json")).read_text()
+
+
 def hang(data: DataConfig, run: str) -> None:
     """In a process of its own: a signal comes, and the step never ends."""
     soon = CheckpointConfig(grace=0.5)
