@@ -41,13 +41,13 @@ def fetched_share(order: Order, load: Callable[[Order], TrainLoader]) -> float:
 @contextmanager
 def _counted(url: str) -> Iterator[list[int]]:
     """The bytes of each answer that the store gives meanwhile."""
-    kind, sizes = type(storage.open_filesystem(url)[0]), []
-    get = kind.cat_file
+    filesystem, sizes = storage.client(url)[0], []
+    get = filesystem.cat_file
 
     def counted(*arguments: object, **options: object) -> bytes:
         content: bytes = get(*arguments, **options)
         sizes.append(len(content))
         return content
 
-    with mock.patch.object(kind, "cat_file", counted):
+    with mock.patch.object(filesystem, "cat_file", counted):
         yield sizes
