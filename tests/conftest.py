@@ -2,6 +2,7 @@
 
 import io
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -110,3 +111,11 @@ def s3(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     yield object_store.bucket()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A URL where nothing is yet."""
+    if request.param == "s3":
+        return str(request.getfixturevalue("s3"))
+    return str(tmp_path) if request.param == "local" else f"memory://{secrets.token_hex(6)}"

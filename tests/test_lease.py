@@ -1,63 +1,28 @@
 """Leases: one job at a time in a run directory, whoever dies, hangs or comes late."""
 
-import json
 import multiprocessing
 import os
-import secrets
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from engine import identity as identity_module
 from engine import lease as lease_module
 from engine.identity import agent_identity
-from engine.lease import Lease, acquire
+from engine.lease import acquire
 from shards import storage
 from shards.errors import InputError
+from tests.leases import PERIOD, Clock, Jobs, leave, numbers, read, url
 from tests.test_identity import identity_of_the_dead
 
-PERIOD = 0.2
 NEVER = 3600.0  # a period in which no beat comes
 ROOT = Path(__file__).parent.parent
 SPAWN = multiprocessing.get_context("spawn")
-
-
-class Jobs:
-    """Takes leases as rank 0 of any job would, and releases them after the test."""
-
-    def __init__(self) -> None:
-        self.reports: list[str] = []
-        self._leases: list[Lease] = []
-
-    def acquire(self, run: str, *agents: str, period: float = PERIOD) -> Lease:
-        lease = acquire(run, agents, period, self.reports.append)
-        self._leases.append(lease)
-        return lease
-
-    def close(self) -> None:
-        for lease in self._leases:
-            lease.release()
-
-
-class Clock:
-    """Stands for `time`: sleeping takes none, and at one moment something happens."""
-
-    def __init__(self, moment: float, event: Callable[[], object]) -> None:
-        self._left = moment
-        self._events = [event]
-
-    def sleep(self, seconds: float) -> None:
-        self._left -= seconds
-        if self._left <= 0 and self._events:
-            self._events.pop()()
 
 
 @pytest.fixture
@@ -67,37 +32,9 @@ def jobs() -> Iterator[Jobs]:
     all_jobs.close()
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A URL where nothing is yet."""
-    if request.param == "s3":
-        return str(request.getfixturevalue("s3"))
-    return str(tmp_path) if request.param == "local" else f"memory://{secrets.token_hex(6)}"
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> str:
     return str(tmp_path / "run")
-
-
-def leave(run: str, number: int, **fields: Any) -> None:
-    """A lease that a job on another machine made."""
-    document = {"owner": f"owner {number}", "host": "far", "process": "far:1:2:3", "beat": 0}
-    document |= {"agents": ["far:1:2:3"], "period": PERIOD, "released": False} | fields
-    storage.write(url(run, number), json.dumps(document).encode())
-
-
-def read(run: str, number: int) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(storage.read(url(run, number)))
-    return found
-
-
-def url(run: str, number: int) -> str:
-    return f"{run}/lease/{number:08d}.json"
-
-
-def numbers(run: str) -> list[int]:
-    return [int(name.removesuffix(".json")) for name in storage.list_names(f"{run}/lease")]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -233,54 +170,6 @@ def test_a_damaged_lease_is_watched(
 
 
 # One among many ---------------------------------------------------------------------------------
-
-STATES: dict[str, Callable[[str], None]] = {
-    "fresh": lambda _: None,
-    "stale": lambda run: leave(run, 1),
-    "released": lambda run: leave(run, 1, released=True),
-}
-
-
-@pytest.mark.parametrize("state", STATES)
-def test_one_of_many_wins(store: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All have looked, and watched, before the first one creates its own."""
-    STATES[state](store)
-    barrier, create = threading.Barrier(8, timeout=60), storage.create
-
-    def create_together(url: str, content: bytes) -> bool:
-        barrier.wait()
-        return create(url, content)
-
-    def attempt(name: str) -> list[Lease]:
-        with suppress(InputError):
-            return [acquire(store, [name], PERIOD, lambda _: None)]
-        return []
-
-    monkeypatch.setattr(storage, "create", create_together)
-    with ThreadPoolExecutor(8) as pool:
-        won = [lease for wins in pool.map(attempt, "abcdefgh") for lease in wins]
-    # In memory, exclusive create is not quite so: there who was overwritten finds itself lost.
-    assert len(won) == 1 or store.startswith("memory:")
-    for lease in won:
-        lease._look()
-    assert [lease.lost for lease in won].count(False) == 1
-    for lease in won:
-        lease.release()
-    assert numbers(store) == [1 if state == "fresh" else 2]
-    assert read(store, numbers(store)[0])["released"]
-
-
-def win(run: str) -> bool:
-    """Whether this process, which lives on, gets the run."""
-    with suppress(InputError):
-        acquire(run, [agent_identity()], 1.0, lambda _: None)
-        return True
-    return False
-
-
-def test_one_of_many_processes_wins(run: str) -> None:
-    with ProcessPoolExecutor(4, SPAWN) as pool:
-        assert sum(pool.map(win, [run] * 4)) == 1
 
 
 def test_a_number_that_was_used_and_removed_wins_nothing(

@@ -398,32 +398,3 @@ def test_a_remote_file_reads_as_a_local_one(
     assert proxy.counts()["drop"] > 0
     with pytest.raises(FileNotFoundError):
         storage.open_reader(f"{s3}/none")
-
-
-@pytest.mark.parametrize(
-    ("url", "text"),
-    [
-        ("s3://", "names no bucket or folder"),
-        ("file:///", "names no bucket or folder"),
-        ("s3:/try/run", "a URL has two slashes: s3://..."),
-        ("s3://try/run?X-Amz-Signature=c4n4ry", "an s3 URL has no query"),
-    ],
-)
-def test_slips_in_urls_are_told(url: str, text: str) -> None:
-    with pytest.raises(InputError, match=re.escape(text)) as error:
-        storage.check(url, "run")
-    assert str(error.value).startswith("run ")
-    assert "c4n4ry" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "url", ["", "run", "/run", "a:b/c", "s3://try", "memory://a?b", "file:///a"]
-)
-def test_other_urls_are_left_alone(url: str) -> None:
-    storage.check(url, "run")
-
-
-def test_json_that_is_nested_too_deeply_is_none(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="nested"):
-        storage.read_json(f"{tmp_path}/a.json")
