@@ -98,7 +98,7 @@ class Preemption:
 
     def _listen(self, read: int) -> None:
         while told := os.read(read, 1):
-            if self.told.is_set():
+            if told[0] not in SIGNALS or self.told.is_set():  # others may have handlers too
                 continue
             self.reason = signal.Signals(told[0]).name
             self.told.set()

@@ -29,6 +29,7 @@ class Saver:
         self._world, self._background, self._report = world.apart(), background, report
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._running: Future[bool] | None = None
+        self._committed = True
         self._device = world.device
         self._copy: State | None = None
 
@@ -46,7 +47,9 @@ class Saver:
     def wait(self) -> bool:
         """Whether the last save was committed, once it is over; True when there was none."""
         running, self._running = self._running, None
-        return running is None or running.result()
+        if running is not None:
+            self._committed = running.result()
+        return self._committed
 
     def __enter__(self) -> "Saver":
         return self

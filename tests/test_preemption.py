@@ -66,6 +66,18 @@ def test_a_signal_saves_and_ends(
     assert comparable(tmp_path) == comparable(undisturbed)
 
 
+def test_other_signals_mean_nothing(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """Such as that of a child's end, which torch's DataLoader has a handler for."""
+    old = signal.signal(signal.SIGCHLD, lambda *_: None)
+    try:
+        trainer = Trainer(tiny.recipe(tiny_data, tmp_path, steps=8, probe=tiny.NO_PROBE))
+        tell_at(trainer, 4, signal.SIGCHLD)
+        assert fit(trainer)
+    finally:
+        signal.signal(signal.SIGCHLD, old)
+    assert trainer.step == 8
+
+
 def test_a_signal_in_an_evaluation(
     tiny_data: DataConfig, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -127,12 +127,15 @@ def test_training_goes_on_without_a_checkpoint(
     assert capsys.readouterr().out.count("no space") == 6
 
 
+@pytest.mark.parametrize("background", [True, False])
 def test_the_last_state_must_be_saved(
-    tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
 ) -> None:
     failing(monkeypatch, {6})
+    how = CheckpointConfig(every=4, background=background)
+    recipe = tiny.recipe(tiny_data, tmp_path, steps=6, probe=tiny.NO_PROBE, checkpoint=how)
     with pytest.raises(OSError, match="the state of step 6 could not be saved"):
-        fit.fit(Trainer(tiny.recipe(tiny_data, tmp_path, steps=6, probe=tiny.NO_PROBE)))
+        fit.fit(Trainer(recipe))
 
 
 def test_a_save_that_was_begun_outlives_a_fault_of_the_data(

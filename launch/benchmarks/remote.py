@@ -31,7 +31,7 @@ def fetched_share(order: Order, load: Callable[[Order], TrainLoader]) -> float:
     with closing(load(order)) as batches:
         for _ in range(steps):
             next(batches)
-        with _counted(order.index.url) as fetched:
+        with _counted() as fetched:
             for _ in range(steps):
                 next(batches)
     total = sum(shard.bytes for shard in order.index.shards)
@@ -39,15 +39,14 @@ def fetched_share(order: Order, load: Callable[[Order], TrainLoader]) -> float:
 
 
 @contextmanager
-def _counted(url: str) -> Iterator[list[int]]:
-    """The bytes of each answer that the store gives meanwhile."""
-    filesystem, sizes = storage.client(url)[0], []
-    get = filesystem.cat_file
+def _counted() -> Iterator[list[int]]:
+    """The bytes of each answer that a store gives meanwhile."""
+    sizes, read = [], storage.read
 
-    def counted(*arguments: object, **options: object) -> bytes:
-        content: bytes = get(*arguments, **options)
+    def counted(url: str, start: int | None = None, stop: int | None = None) -> bytes:
+        content = read(url, start, stop)
         sizes.append(len(content))
         return content
 
-    with mock.patch.object(filesystem, "cat_file", counted):
+    with mock.patch.object(storage, "read", counted):
         yield sizes
