@@ -214,7 +214,7 @@ class Chaos:
             until(lambda before=before: self._starts() > before)  # type: ignore[misc]
 
     def _starts(self) -> int:
-        return sum(agent.text().count("resumed at step") for agent in self.agents)
+        return sum(agent.text().count("steps an epoch;") for agent in self.agents)
 
     def _kill_one(self) -> str:
         pids = [pid for agent in self.agents for pid in agent.workers()]
