@@ -9,7 +9,7 @@ from tests.object_store import ObjectStore
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("machines", "faults", "seed"),
-    [(1, 6, 3), (2, 1, 2)],
+    [(1, 4, 3), (2, 1, 2)],
     ids=["one machine", "two machines"],
 )
 def test_the_run_is_the_one_that_was_never_disturbed(

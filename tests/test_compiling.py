@@ -53,7 +53,8 @@ def compile_somewhere(run: Path, cache: Path) -> str:
     ).stdout.strip()
 
 
-def test_artefacts_are_met_again_unless_damaged(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_artefacts_are_met_again(tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = compile_somewhere(run, tmp_path / "a")
     hits, misses = (int(word) for word in first.split()[1::2])
@@ -61,6 +62,11 @@ def test_artefacts_are_met_again_unless_damaged(tmp_path: Path) -> None:
     assert misses > 0
     assert compile_somewhere(run, tmp_path / "b") == f"hits {misses} misses 0"
 
+
+def test_damaged_artefacts_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"code", None))
+    Artefacts(tiny.recipe(DataConfig(), run), ALONE, "none").save(print)
     (content,) = (run / "compile").glob("*.bin")
     content.write_bytes(content.read_bytes()[:-1] + b"?")
     reports: list[str] = []

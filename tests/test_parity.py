@@ -96,14 +96,11 @@ COMPILED = {
     "ddp 2": (2, spread("ddp") | {"compile": True}),
     "fsdp 2": (2, spread("fsdp") | {"compile": True}),
 }
-# Code for this CPU takes a minute a cell: one makes it by default. The others check what is traced,
-# graph by graph, without it.
+# Code for this CPU takes more than a minute a cell: by default the cells check what is traced, graph
+# by graph, without it.
 BACKENDS = [
-    ("one process", "inductor"),
-    ("ddp 2", "aot_eager"),
-    ("fsdp 2", "aot_eager"),
-    pytest.param("ddp 2", "inductor", marks=pytest.mark.slow),
-    pytest.param("fsdp 2", "inductor", marks=pytest.mark.slow),
+    *((cell, "aot_eager") for cell in COMPILED),
+    *(pytest.param(cell, "inductor", marks=pytest.mark.slow) for cell in COMPILED),
 ]
 
 

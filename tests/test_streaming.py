@@ -216,7 +216,7 @@ def test_batches_through_faults_are_those_of_a_disk(
     urls = [re.match(rf"{remote}/shard-\d+.tar", report) for report in reports]
     assert reports
     assert len({url[0] for url in urls if url}) == len(reports)  # once each
-    assert all("not the tar that the index describes" in report for report in reports)
+    assert all("not what was packed, its CRC32 differs" in report for report in reports)
     copies = list((tmp_path / "cache").rglob("*.tar"))
     assert len(copies) == (len(found.shards) // 2 if cached else 0)
 
@@ -261,7 +261,7 @@ def test_wrong_content_on_a_disk_is_read_once(
 
     monkeypatch.setattr(storage, "read", counted)
     with pytest.raises(InputError, match="not the tar"):
-        BlockReader(packed, report=pytest.fail).fetch(1, 1)
+        BlockReader(packed, report=lambda _: None).fetch(1, 1)
     assert len(reads) == 1
 
 

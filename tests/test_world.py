@@ -217,6 +217,7 @@ def common(data: DataConfig, run: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_torchrun_trains(tiny_data: DataConfig, tmp_path: Path) -> None:
     arguments = [*common(tiny_data, tmp_path), "--log.every", "1", "--precision", "fp16"]
     done = torchrun(2, *arguments, "--steps", "2")
