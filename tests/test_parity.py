@@ -96,8 +96,8 @@ COMPILED = {
     "ddp 2": (2, spread("ddp") | {"compile": True}),
     "fsdp 2": (2, spread("fsdp") | {"compile": True}),
 }
-# Code for this CPU takes more than a minute a cell: by default the cells check what is traced, graph
-# by graph, without it.
+# Code for this CPU takes more than a minute a cell: by default they check what is traced, graph by
+# graph, without it.
 BACKENDS = [
     *((cell, "aot_eager") for cell in COMPILED),
     *(pytest.param(cell, "inductor", marks=pytest.mark.slow) for cell in COMPILED),
