@@ -188,6 +188,7 @@ def test_step(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.slow
 def test_step_of_two_processes() -> None:
     options = "--batch 8 --steps 1 --rounds 1 --threads 1 --no-compile --precision fp32"
     bench = f"launch/bench.py step --recipe {QUICKSTART} --strategy fsdp {options}"
