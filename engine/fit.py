@@ -44,8 +44,8 @@ def fit(trainer: Trainer) -> bool:
             f"epoch; steps {first:,} to {stop:,} on {trainer.device}; blocks in memory: up to "
             f"about {data.block_memory / 2**20:,.0f} MiB"
         )
-        if record := _without_evaluation(trainer, log):
-            measured = trainer.evaluate()
+        if (record := _without_evaluation(trainer, log)) and trainer.probe is not None:
+            measured = trainer.probe.evaluate()
             log.write(record | measured)
 
         timer = Timer()
@@ -76,7 +76,7 @@ def fit(trainer: Trainer) -> bool:
                 if measure and trainer.probe is not None and not stopping:
                     _check_finite(trainer, output)
                     try:
-                        measured = trainer.evaluate(preemption.looked_for)
+                        measured = trainer.probe.evaluate(preemption.looked_for)
                         record |= measured
                     except Stopped:  # the next start evaluates
                         stopping = True
@@ -106,9 +106,9 @@ def _open_log(trainer: Trainer, stop: int) -> MetricsLog:
 def _without_evaluation(trainer: Trainer, log: MetricsLog) -> dict[str, Any] | None:
     """The log's last record, when the evaluation of that step was left because of a signal."""
     record: dict[str, Any] | None = trainer.world.tell(lambda: log.last)
-    if record is None or trainer.probe is None or not trainer.is_measured(trainer.step):
+    if record is None or record["step"] != trainer.step or "knn_top1" in record:
         return None
-    return record if record["step"] == trainer.step and "knn_top1" not in record else None
+    return record if trainer.is_measured(trainer.step) else None
 
 
 def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:

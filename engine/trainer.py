@@ -216,11 +216,6 @@ class Trainer:
         every = self.recipe.probe.every
         return every > 0 and (step == self.total_steps or step % every == 0)
 
-    def evaluate(self, leave: Callable[[], bool] = lambda: False) -> dict[str, float]:
-        """What the probe finds. Raises Stopped, on all processes, when `leave` says so on one."""
-        assert self.probe is not None
-        return self.probe.evaluate(leave)
-
     def _build_probe(self) -> Probe | None:
         """None when the recipe asks for no evaluations."""
         recipe = self.recipe

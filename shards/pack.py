@@ -228,7 +228,7 @@ def _begin(plan: Plan, url: str) -> Index | None:
         if standing.plan == plan.digest:
             storage.remove(storage.join(url, _WORK))
             return standing
-    elif claimed and json.loads(storage.read(plan_url)) == plan.digest:
+    elif claimed and storage.read_json(plan_url) == plan.digest:
         return None
     elif not claimed and not any(name.endswith(".tar") for name in names):
         storage.write(plan_url, json.dumps(plan.digest).encode())
@@ -260,7 +260,7 @@ def _crcs(shard: Shard, content: bytes) -> list[int]:
 
 def _written(url: str, name: str, record_url: str) -> Shard | None:
     """The shard that an earlier run wrote, if it is still there and whole."""
-    record = json.loads(storage.read(record_url))
+    record = storage.read_json(record_url)
     with contextlib.suppress(FileNotFoundError):
         if storage.size(storage.join(url, name)) == record["bytes"]:
             blocks = np.array(record["blocks"], np.int64)

@@ -12,12 +12,13 @@ import pytest
 from PIL import Image as PillowImage
 
 from shards import index as index_module
-from shards import pack
+from shards import pack, storage
 from shards.index import Index
 from shards.loader import DataConfig
 from tests import object_store as object_store_module
 from tests import tiny
-from tests.object_store import ObjectStore
+from tests.fault_proxy import FaultProxy
+from tests.object_store import ObjectStore, lead_to
 from tests.ranks import Ranks
 
 Files = dict[str, bytes]
@@ -111,6 +112,18 @@ def s3(object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[s
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     yield object_store.bucket()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.fixture
+def proxy(
+    object_store: ObjectStore, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FaultProxy]:
+    """Between s3:// URLs and the store; harmless until it is told otherwise."""
+    assert s3  # which leads them to the store first
+    monkeypatch.setattr(storage, "BACKOFF", 0.005)
+    with FaultProxy(object_store.endpoint, 0, {}) as between:
+        lead_to(between.endpoint, monkeypatch)
+        yield between
 
 
 @pytest.fixture(params=["local", "memory", "s3"])

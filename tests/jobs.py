@@ -66,7 +66,9 @@ class Agent:
         ]
         self._mark = f"TESTED_JOB={uuid.uuid4().hex}"  # in the environment of all its processes
         own = dict([self._mark.split("=")])
-        own |= {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        own["OMP_NUM_THREADS"] = "1"
+        if nodes != "1":
+            own["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         with output.open("ab") as stream:
             self.process = subprocess.Popen(
                 [*launcher, *arguments],

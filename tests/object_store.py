@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pytest
 
 START_SECONDS = 60
 WHEELS = {("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64")}
@@ -86,6 +87,12 @@ class ObjectStore:
     def through(self, endpoint: str) -> "ObjectStore":
         """The same store behind another address, such as a proxy's."""
         return dataclasses.replace(self, endpoint=endpoint)
+
+
+def lead_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have s3:// URLs lead to what answers there."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def missing() -> str | None:

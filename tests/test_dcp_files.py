@@ -33,7 +33,6 @@ from tests.dcp_state import (
     sums,
 )
 from tests.fault_proxy import FaultProxy
-from tests.object_store import ObjectStore
 from tests.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -168,18 +167,15 @@ def test_metadata_does_not_tell_secrets(tmp_path: Path, monkeypatch: pytest.Monk
     assert b"secret" not in contents[".metadata"]
 
 
-def test_requests(s3: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests(s3: str, proxy: FaultProxy) -> None:
     """Two objects are written by two requests; nothing is renamed, which S3 does by copying."""
-    with FaultProxy(object_store.endpoint, 0, {}) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        files = save(f"{s3}/a", plain_state())
-        assert [(r.method, r.path) for r in proxy.log] == [
-            ("PUT", f"/{s3.removeprefix('s3://')}/a/{name}") for name in (FILE, ".metadata")
-        ]
-        del proxy.log[:]
-        load(f"{s3}/a", files, plain_state())
-        assert [request.method for request in proxy.log] == ["GET", "GET"]
+    files = save(f"{s3}/a", plain_state())
+    assert [(r.method, r.path) for r in proxy.log] == [
+        ("PUT", f"/{s3.removeprefix('s3://')}/a/{name}") for name in (FILE, ".metadata")
+    ]
+    del proxy.log[:]
+    load(f"{s3}/a", files, plain_state())
+    assert [request.method for request in proxy.log] == ["GET", "GET"]
 
 
 def test_damage_on_the_way_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

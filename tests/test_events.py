@@ -18,7 +18,6 @@ from engine import events
 from engine.events import EventLog
 from shards import storage
 from tests.fault_proxy import FaultProxy
-from tests.object_store import ObjectStore
 
 
 def read(folder: str) -> EventAccumulator:
@@ -224,21 +223,17 @@ def test_a_full_disk_leaves_no_half_event(tmp_path: Path, monkeypatch: pytest.Mo
 # Requests and libraries --------------------------------------------------------------------------
 
 
-def test_no_object_is_written_twice_or_read(
-    s3: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with FaultProxy(object_store.endpoint, 0, {}) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        for start in (0, 2, 2):
-            log = EventLog(f"{s3}/run", start)
-            asked = len(proxy.log)
-            for step in range(start + 1, start + 6):
-                log.scalars({"loss": 0.5}, step)
-                log.picture("views", pixels(step), step)
-                log.flush()
-            requests = proxy.log[asked:]
-            assert [request.method for request in requests] == ["PUT"] * 5
-        puts = [request.path for request in proxy.log if request.method == "PUT"]
+def test_no_object_is_written_twice_or_read(s3: str, proxy: FaultProxy) -> None:
+    for start in (0, 2, 2):
+        log = EventLog(f"{s3}/run", start)
+        asked = len(proxy.log)
+        for step in range(start + 1, start + 6):
+            log.scalars({"loss": 0.5}, step)
+            log.picture("views", pixels(step), step)
+            log.flush()
+        requests = proxy.log[asked:]
+        assert [request.method for request in requests] == ["PUT"] * 5
+    puts = [request.path for request in proxy.log if request.method == "PUT"]
     assert len(set(puts)) == len(puts) == 15
 
 

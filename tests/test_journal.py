@@ -15,7 +15,6 @@ from engine import journal
 from engine.journal import Journal, pause, read
 from shards import storage
 from tests.fault_proxy import FaultProxy
-from tests.object_store import ObjectStore
 
 
 def record(step: int, **more: Any) -> dict[str, Any]:
@@ -358,26 +357,22 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.Mon
     assert whole(str(tmp_path)) == records(1, 2, 3)
 
 
-def test_only_metrics_jsonl_is_ever_rewritten(
-    s3: str, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_metrics_jsonl_is_ever_rewritten(s3: str, proxy: FaultProxy) -> None:
     """And a flush is one PUT, whatever the length of the log."""
     run = f"{s3}/run"
-    with FaultProxy(object_store.endpoint, 0, {}) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        for start in (0, 3, 3):
-            log = Journal(run, start)
-            for step in range(start + 1, start + 8):
-                log.write(record(step))
-                before = proxy.requests("metrics")
+    for start in (0, 3, 3):
+        log = Journal(run, start)
+        for step in range(start + 1, start + 8):
+            log.write(record(step))
+            before = proxy.requests("metrics")
+            log.flush()
+            assert proxy.requests("metrics") == before + 1
+            if step == 5:
+                log.write(record(step, knn_top1=0.5))
                 log.flush()
-                assert proxy.requests("metrics") == before + 1
-                if step == 5:
-                    log.write(record(step, knn_top1=0.5))
-                    log.flush()
-                    log.compact()
-        puts = [request.path for request in proxy.log if request.method == "PUT"]
-        found = read(run)
+                log.compact()
+    puts = [request.path for request in proxy.log if request.method == "PUT"]
+    found = read(run)
     assert len(puts) > 20
     again = {path for path in puts if puts.count(path) > 1}
     assert {path.rpartition("/")[2].partition("?")[0] for path in again} == {"metrics.jsonl"}

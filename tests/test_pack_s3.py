@@ -2,10 +2,9 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 
@@ -13,22 +12,8 @@ from shards import index, pack, scan, storage
 from shards.index import Index
 from tests.conftest import Files
 from tests.fault_proxy import FaultProxy
-from tests.object_store import ObjectStore
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def proxy(
-    object_store: ObjectStore, s3: str, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[FaultProxy]:
-    """Between s3:// URLs and the store; harmless until it is told otherwise."""
-    assert s3
-    monkeypatch.setattr(storage, "BACKOFF", 0.005)
-    with FaultProxy(object_store.endpoint, 0, {}) as between:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        yield between
 
 
 def pack_files(

@@ -21,12 +21,7 @@ from shards.loader import DataConfig
 from tests import tiny
 from tests.jobs import ROOT, small
 from tests.ranks import Ranks
-
-TIMINGS = {"images_per_second", "data_wait"}
-
-
-def comparable(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in read(str(run))]
+from tests.test_trainer import comparable
 
 
 def tell_at(trainer: Trainer, step: int, number: signal.Signals) -> None:

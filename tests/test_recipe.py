@@ -85,6 +85,8 @@ def test_kinds_of_fields() -> None:
         ([QUICKSTART, "--bach.size", "3"], "did you mean --batch.size?"),
         ([QUICKSTART, "--learning-rate", "3"], "unknown field --learning-rate"),
         ([QUICKSTART, "stray"], "unexpected argument 'stray'"),
+        ([QUICKSTART, "--run", "s3://"], "run s3://: names no bucket or folder"),
+        ([QUICKSTART, "--data.val", "s3:/bucket/val"], "data.val s3:/bucket/val: a URL has two"),
         ([QUICKSTART, "--batch.size", "many"], "--batch.size"),
         ([QUICKSTART, "--batch.size"], "--batch.size"),
         ([QUICKSTART, "--precision", "fp12"], "--precision"),

@@ -10,10 +10,8 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import numpy as np
@@ -22,7 +20,7 @@ import pytest
 from shards import storage
 from shards.errors import InputError
 from tests.fault_proxy import FaultProxy
-from tests.object_store import ObjectStore
+from tests.object_store import lead_to
 
 CONTENT = np.random.default_rng(0).bytes(100_000)
 
@@ -33,17 +31,11 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def proxy(object_store: ObjectStore, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Between s3:// URLs and the store, where `object` is; harmless until it is told otherwise."""
+def proxy(proxy: FaultProxy, s3: str) -> FaultProxy:
+    """The one that is harmless until it is told otherwise, where `object` is."""
     storage.write(f"{s3}/object", CONTENT)
-    with FaultProxy(object_store.endpoint, 0, {}) as between:
-        lead_to(between.endpoint, monkeypatch)
-        yield between
-
-
-def lead_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    del proxy.log[:]
+    return proxy
 
 
 class Failing:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 import torch
@@ -27,7 +26,7 @@ from shards.views import ViewsConfig
 from tests import fault_proxy
 from tests.conftest import Files, PackFiles
 from tests.fault_proxy import FaultProxy
-from tests.object_store import ObjectStore
+from tests.object_store import lead_to
 
 ROOT = Path(__file__).parent.parent
 SEED = 11
@@ -42,21 +41,11 @@ def remote(s3: str, pack_files: PackFiles, photos: Files) -> str:
 
 
 @pytest.fixture
-def proxy(
-    object_store: ObjectStore, remote: str, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[FaultProxy]:
-    """Between s3:// URLs and the store; harmless until it is told otherwise."""
+def proxy(remote: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> FaultProxy:
+    """The one that is harmless until it is told otherwise, made when the photos are there."""
     assert remote
-    monkeypatch.setattr(storage, "BACKOFF", 0.005)
     monkeypatch.setattr(fault_proxy, "DELAY", (0.0, 0.1))
-    with FaultProxy(object_store.endpoint, 1, {}) as between:
-        lead_to(between.endpoint, monkeypatch)
-        yield between
-
-
-def lead_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    return proxy
 
 
 def ignore(_: str) -> None:

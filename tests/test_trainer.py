@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine import lease
 from engine.checkpoint import CheckpointConfig
 from engine.debug import debug_step
 from engine.fit import fit
@@ -19,10 +20,10 @@ from engine.metrics import LogConfig
 from engine.probe import ProbeConfig
 from engine.recipe import Recipe
 from engine.schedule import ScheduleConfig
-from engine.trainer import Trainer
+from engine.trainer import StepOutput, Trainer
 from shards.errors import InputError
 from shards.index import Index
-from shards.loader import DataConfig
+from shards.loader import Batch, DataConfig
 from tests import tiny
 from tests.conftest import PackFiles, draw_photo
 
@@ -174,6 +175,48 @@ def test_debug_step_leaves_nothing(
     report = capsys.readouterr().out
     for part in ("load", "first step", "evaluate", "save", "restore", "memory"):
         assert part in report
+
+
+def taken(run: Path) -> None:
+    """Another job takes the run, as when this one had not answered for a while."""
+    lease.acquire(str(run), [lease_of(run)["agents"][0]], lease.PERIOD, print).release()
+
+
+def lease_of(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(max((run / "lease").glob("*.json")).read_text())
+    return found
+
+
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_a_run_that_was_taken_is_left_alone(
+    tiny_data: DataConfig, tmp_path: Path, log_every: int
+) -> None:
+    """Nothing is committed any more; where nothing is logged, the look before a commit finds it."""
+    log = LogConfig(every=log_every)
+    config = tiny.recipe(tiny_data, tmp_path, log=log, probe=ProbeConfig(), steps=8)
+    trainer = Trainer(config)
+    train_step = trainer.train_step
+
+    def step(batch: Batch) -> StepOutput:
+        if trainer.step == 2:
+            taken(tmp_path)
+            assert trainer.lease is not None
+            if log_every == 1:
+                trainer.lease._look()  # as at its next beat
+        return train_step(batch)
+
+    trainer.train_step = step  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="was taken over by another job"):
+        fit(trainer)
+    assert trainer.step == (3 if log_every == 1 else 8)
+    assert not list((tmp_path / "checkpoints").glob("*/commit.json"))
+
+
+def test_a_start_that_fails_lets_the_next_job_in(tiny_data: DataConfig, tmp_path: Path) -> None:
+    resume = CheckpointConfig(resume=str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="no committed checkpoint"):
+        Trainer(tiny.recipe(tiny_data, tmp_path / "run", checkpoint=resume))
+    assert lease_of(tmp_path / "run")["released"]
 
 
 def test_diverged_training_stops(tiny_data: DataConfig, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ import pytest
 from shards import storage, upload
 from shards.upload import open_writer
 from tests.fault_proxy import FaultProxy
-from tests.object_store import ObjectStore
 
 PART = 5 << 20  # the least that S3 takes
 CONTENT = np.random.default_rng(0).bytes(12_345_678)  # two parts and a piece
@@ -29,16 +28,6 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return (
         f"memory://{tmp_path.name}" if request.param == "memory" else request.getfixturevalue("s3")
     )
-
-
-@pytest.fixture
-def proxy(object_store: ObjectStore, s3: str, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: ARG001
-    """Between s3:// URLs and the store; it does no harm until it is told to."""
-    monkeypatch.setattr(storage, "BACKOFF", 0.01)
-    with FaultProxy(object_store.endpoint, 0, {}) as between:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", between.endpoint)
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-        yield between
 
 
 def plain_read(url: str) -> bytes:
