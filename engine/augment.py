@@ -43,14 +43,14 @@ def augment(images: Tensor, params: Tensor, *, blur: bool = True) -> Tensor:
 def distort(images: Tensor, params: Tensor, *, blur: bool = True) -> Tensor:
     """All of `augment` but the normalisation: [N, 3, H, W] in [0, 1]."""
     params = params.to(images.dtype if images.is_floating_point() else torch.float32)
-    flipped, jittered, gray, solarized = (
+    jittered, gray, solarized = (
         params[:, column, None, None, None] > 0
-        for column in (Column.FLIP, Column.JITTER, Column.GRAYSCALE, Column.SOLARIZE)
+        for column in (Column.JITTER, Column.GRAYSCALE, Column.SOLARIZE)
     )  # [N, 1, 1, 1]
     factors = params[:, Column.FACTORS : Column.FACTORS + 4]
     order = params[:, Column.ORDER : Column.ORDER + 4]
 
-    x = torch.where(flipped, images.flip(-1), images)
+    x = flip(images, params)
     if not x.is_floating_point():
         x = x.float() / 255
     x = torch.where(jittered, jitter(x, factors, order), x)
@@ -59,6 +59,12 @@ def distort(images: Tensor, params: Tensor, *, blur: bool = True) -> Tensor:
         x = gaussian_blur(x, params[:, Column.SIGMA])
     x = torch.where(solarized, solarize(x), x)
     return x.clamp(0, 1)
+
+
+def flip(images: Tensor, params: Tensor) -> Tensor:
+    """The rows that are meant to be, mirrored: [N, 3, H, W], any dtype; params as `augment`."""
+    flipped = params[:, Column.FLIP, None, None, None] > 0  # [N, 1, 1, 1]
+    return torch.where(flipped, images.flip(-1), images)
 
 
 def normalize(x: Tensor) -> Tensor:

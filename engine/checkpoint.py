@@ -129,13 +129,18 @@ def latest(run: str, world: World, report: Callable[[str], None]) -> Commit | No
     return None
 
 
-def find(url: str, world: World, report: Callable[[str], None]) -> Commit:
-    """The checkpoint at `url`, which is one, or a run whose newest is taken. Raises InputError."""
+def find(
+    url: str, world: World, report: Callable[[str], None], name: str = "checkpoint.resume"
+) -> Commit:
+    """The checkpoint at `url`, which is one, or a run whose newest is taken.
+
+    `name`: of the field or argument, for the message. Raises InputError.
+    """
     if world.tell(lambda: storage.exists(storage.join(url, COMMIT))):
         return verify(url, world)
     found = latest(url, world, report)
     if found is None:
-        raise InputError(f"checkpoint.resume {storage.redact(url)}: no committed checkpoint there")
+        raise InputError(f"{name} {storage.redact(url)}: no committed checkpoint there")
     return found
 
 

@@ -32,11 +32,14 @@ class EventLog:
     the events are still there and go with the next call.
     """
 
-    def __init__(self, folder: str, start: int) -> None:
-        """Lists the folder. Raises OSError."""
+    def __init__(self, folder: str, start: int | None) -> None:
+        """Lists the folder. Raises OSError.
+
+        `start` None: nothing is dropped; each process tells of any steps, in any order.
+        """
         self._folder, self._local = folder, storage.is_local(folder)
         names = [name for name in storage.list_names(folder) if ".tfevents." in name]
-        self.reached = _reached(names[-1], start) if names else 0
+        self.reached = _reached(names[-1], start) if names and start is not None else 0
         """The last step whose scalars are noted, by this process or one before."""
         self._files = len(names)
         # Clocks of machines differ, and a restart's files must come after all that are there.
@@ -46,10 +49,11 @@ class EventLog:
         self._number = 0
 
         self._version = _framed(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        restart = SessionLog(status=SessionLog.START)
-        self._head = self._version + _framed(
-            Event(wall_time=time.time(), step=start + 1, session_log=restart)
-        )
+        self._head = self._version
+        if start is not None:
+            restart = SessionLog(status=SessionLog.START)
+            event = Event(wall_time=time.time(), step=start + 1, session_log=restart)
+            self._head += _framed(event)
         self._pending: list[_Noted] = []  # appended to by one thread, cut by another
         self._batch: list[_Noted] = []  # on their way to storage
         self._storing = threading.Lock()

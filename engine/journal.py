@@ -4,6 +4,9 @@ A file on a local disk grows line by line. An object cannot grow. There, new lin
 never change, one PUT each: RUN/metrics/00000121-000004-3f9a2c51.jsonl has the step of its first
 line, its number, its writer. Now and then `compact` writes RUN/metrics.jsonl whole, then removes
 the parts. At any moment, and after any kill, both together are the log; what both have counts once.
+
+Another process than the writer adds to a step, with what it measured of its checkpoint, by a part
+too (`add`), on a local disk as well.
 """
 
 import json
@@ -12,7 +15,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +34,17 @@ def read(run: str) -> list[Record]:
     Empty when there is none. Of a step that was written twice the later values count. Lines that
     are no record, half-written ones above all, are left out. Raises OSError.
     """
-    return _merged(_contents(run))
+    content, parts = _contents(run)
+    return _merged([content, *parts.values()])
+
+
+def add(run: str, record: Record) -> None:
+    """Add to a step's record from outside, while the run's writer goes on or when there is none.
+
+    `read` has it at once, metrics.jsonl when the writer next compacts. Raises OSError.
+    """
+    name = f"{record['step']:08d}-{0:06d}-{secrets.token_hex(4)}.jsonl"
+    storage.write(storage.join(run, PARTS, name), _line(record))
 
 
 class Journal:
@@ -45,8 +58,9 @@ class Journal:
         """Cleans what an earlier writer left. Raises OSError."""
         self._run, self._url = run, storage.join(run, JSONL)
         self._local = storage.is_local(run)
-        found, *parts = _contents(run)
-        records = [record for record in _merged([found, *parts]) if record["step"] <= start]
+        found, parts = _contents(run)
+        merged = _merged([found, *parts.values()])
+        records = [record for record in merged if record["step"] <= start]
         self._lines = {record["step"]: _line(record) for record in records}
         self._last = records[-1] if records else None
         self._pending: dict[int, bytes] = {}
@@ -56,12 +70,12 @@ class Journal:
         self._end: float = records[-1]["step"] if records else -1  # of a local file
         self._writer = secrets.token_hex(4)  # no name is used twice, not even by a restart
         self._parts = 0  # made by this writer
-        self._loose = len(parts)  # not compacted
+        self._loose = 0  # of them that are not compacted
         self._flushed = time.monotonic()
         whole = b"".join(self._lines.values())
         if whole != found or (self._local and not storage.exists(self._url)):
             storage.write(self._url, whole)
-        self._remove_parts()
+        self._remove_parts(list(parts))
 
     @property
     def last(self) -> Record | None:
@@ -95,7 +109,7 @@ class Journal:
         """Put what was noted since the last time in storage. Raises OSError."""
         self._flushed = time.monotonic()
         with self._storing, self._taken() as lines:
-            if lines and self._local:
+            if self._local:
                 self._extend(lines)
             elif lines:
                 name = f"{min(lines):08d}-{self._parts:06d}-{self._writer}.jsonl"
@@ -109,17 +123,33 @@ class Journal:
 
         That is 10 MB late in the longest recipe: little beside a checkpoint, much for every line.
         """
-        if self._local:
-            self.flush()
-            return
         with self._storing:
+            parts = _parts(self._run)
+            self._take_in(name for name in parts if self._writer not in name)
             with self._taken() as lines:
-                if lines or self._loose:
-                    storage.write(self._url, self._whole()[0])
-            self._remove_parts()
+                if self._local and not parts:
+                    self._extend(lines)
+                elif lines or parts:
+                    whole, end = self._whole()
+                    storage.write(self._url, whole)
+                    self._end = end
+            self._remove_parts(parts)
+
+    def _take_in(self, names: Iterable[str]) -> None:
+        """What others have added; of a step that they and the writer tell of, its values win."""
+        for record in _merged(list(_read_parts(self._run, names).values())):
+            step = record["step"]
+            with self._lock:
+                known = json.loads(self._lines.get(step, b"{}"))
+                self._lines[step] = _line(record | known)
+                self._lines = dict(sorted(self._lines.items()))
+                if self._last is not None and self._last["step"] == step:
+                    self._last = record | self._last
 
     def _extend(self, lines: dict[int, bytes]) -> None:
         """Append to the local file; replace it where it ends in one of the steps, or who knows."""
+        if not lines:
+            return
         append, self._end = min(lines) > self._end, math.inf
         if append:
             with open(storage.open_filesystem(self._url)[1], "ab") as file:
@@ -147,10 +177,11 @@ class Journal:
                 self._pending = taken | self._pending
             raise
 
-    def _remove_parts(self) -> None:
-        if self._loose:
-            storage.remove(storage.join(self._run, PARTS))
-            self._loose = 0
+    def _remove_parts(self, names: list[str]) -> None:
+        """Those that are in metrics.jsonl; one that was added since stays for the next time."""
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda n: storage.remove(storage.join(self._run, PARTS, n)), names))
+        self._loose = 0
 
 
 def pause(files: int) -> float:
@@ -168,15 +199,23 @@ def _line(record: Record) -> bytes:
     return (json.dumps(record) + "\n").encode()
 
 
-def _contents(run: str) -> list[bytes]:
-    """What metrics.jsonl and then the parts hold; nothing where there is none."""
-    names = storage.list_names(storage.join(run, PARTS))
-    parts = [name for name in names if re.fullmatch(r"\d{8}-\d{6}-\w+\.jsonl", name)]
-    urls = [storage.join(run, PARTS, name) for name in parts]
-    with ThreadPoolExecutor(8) as threads:  # a store takes its time for each
-        contents = list(threads.map(_read_if_there, urls))
+def _contents(run: str) -> tuple[bytes, dict[str, bytes]]:
+    """What metrics.jsonl holds, and the parts by name; nothing where there is none."""
+    parts = _read_parts(run, _parts(run))
     # metrics.jsonl last: a part that was removed meanwhile is in it.
-    return [_read_if_there(storage.join(run, JSONL)), *contents]
+    return _read_if_there(storage.join(run, JSONL)), parts
+
+
+def _parts(run: str) -> list[str]:
+    names = storage.list_names(storage.join(run, PARTS))
+    return [name for name in names if re.fullmatch(r"\d{8}-\d{6}-\w+\.jsonl", name)]
+
+
+def _read_parts(run: str, names: Iterable[str]) -> dict[str, bytes]:
+    names = list(names)
+    urls = [storage.join(run, PARTS, name) for name in names]
+    with ThreadPoolExecutor(8) as threads:  # a store takes its time for each
+        return dict(zip(names, threads.map(_read_if_there, urls), strict=True))
 
 
 def _read_if_there(url: str) -> bytes:

@@ -154,6 +154,12 @@ def acquire(run: str, agents: Sequence[str], period: float, report: Callable[[st
     return lease
 
 
+def is_free(run: str) -> bool:
+    """Whether no job holds the run, as far as can be told at once."""
+    newest = _newest(run)
+    return newest is None or newest.released or newest.is_dead()
+
+
 def _watch(run: str, first: _Record, report: Callable[[str], None]) -> _Record | None:
     """What is the newest after two periods without a sign of life. Raises InputError on one."""
     report(

@@ -1,8 +1,7 @@
 """How good the features are while they are learned: kNN and the online head on held-out images."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +9,14 @@ from torch import Tensor
 
 from engine.augment import normalize
 from engine.byol import VIEWS, Online
+from engine.features import Features, accuracy, extract
+from engine.knn import nearest, vote
 from engine.metrics import effective_rank
 from engine.precision import Precision, autocast, parameter_dtype
 from engine.resnet import ResNet, ResNetConfig
 from engine.sharding import whole
 from engine.world import World
-from shards.errors import InputError
-from shards.evaluation import EvalBatch, center_crops
+from shards.evaluation import center_crops
 from shards.fields import Operation
 from shards.index import Index
 
@@ -41,13 +41,6 @@ class ProbeConfig:
 
 class Stopped(Exception):
     """An evaluation was left because the process is to stop; all processes raise it together."""
-
-
-class Features(NamedTuple):
-    """Features of labelled images."""
-
-    features: Tensor  # [N, F] float32 (float64 in fp64)
-    labels: Tensor  # [N] int64
 
 
 class Probe:
@@ -91,8 +84,8 @@ class Probe:
         if head is not None:
             with torch.no_grad():
                 logits = F.linear(queries.features, whole(head.weight), whole(head.bias))
-            correct = logits.argmax(dim=1) == queries.labels
-            found["online_top1"] = self._fraction(correct)
+            top1 = accuracy(logits, queries.labels, self.world, "data.val").top1
+            found["online_top1"] = top1
         some = self.world.gather(queries.features[: 10_000 // self.world.size])
         found["feature_rank"] = effective_rank(some).item()
         return found
@@ -136,81 +129,20 @@ class Probe:
             limit=limit,
             part=(self.world.rank, self.world.size),
         )
-        found = extract(encode, crops, self.world.device, leave)
+        found = extract(encode, crops, self.world.device, leave=leave)
         if self.world.sum(torch.tensor(int(leave()))) > 0:
             raise Stopped
         return found
 
     def knn(self, bank: Features, queries: Features) -> float:
-        """`knn_top1` with the recipe's k and temperature."""
-        bank = Features(self.world.gather(bank.features), self.world.gather(bank.labels))
-        if len(bank.labels) == 0:
-            raise InputError("evaluation found no labelled image to look up: see data.train")
-        correct = knn_correct(
-            bank,
-            queries,
-            neighbours=self.config.neighbours,
-            temperature=self.config.temperature,
-            classes=len(self.train.classes),
-        )
-        return self._fraction(correct)
+        """Accuracy of the neighbours' vote with the recipe's k and temperature, a fraction."""
+        k, temperature = self.config.neighbours, self.config.temperature
+        found = nearest(bank, queries.features, k, self.world)
+        scores = vote(found, k, temperature, len(self.train.classes))
+        return accuracy(scores, queries.labels, self.world, "data.val").top1
 
     @torch.no_grad()
     def _take_weights(self) -> None:
         own = self.encoder.state_dict()
         for name, value in self.online.encoder.state_dict().items():
             own[name].copy_(whole(value))
-
-    def _fraction(self, correct: Tensor) -> float:
-        """Of `correct` [n] over all processes. Raises InputError when there is no row."""
-        right, rows = self.world.sum(torch.tensor([int(correct.sum()), len(correct)])).tolist()
-        if rows == 0:
-            raise InputError("evaluation found no labelled image that can be decoded: see data.val")
-        return float(right / rows)
-
-
-def extract(
-    encode: Callable[[Tensor], Tensor],
-    batches: Iterable[EvalBatch],
-    device: torch.device,
-    leave: Callable[[], bool] = lambda: False,
-) -> Features:
-    """Features of all labelled samples; `encode` takes uint8 images [B, 3, S, S] on the device.
-
-    Of those before `leave` said so, asked at each batch.
-    """
-    features: list[Tensor] = []
-    labels: list[Tensor] = []
-    for batch in batches:
-        known = batch.labels >= 0
-        # The first batch goes through even without labels: it tells how long features are.
-        if known.any() or not features:
-            images = batch.images[known].to(device, non_blocking=True)
-            features.append(encode(images))
-            labels.append(batch.labels[known].to(device))
-        if leave():
-            break
-    return Features(torch.cat(features), torch.cat(labels))
-
-
-@torch.no_grad()
-def knn_correct(
-    bank: Features, queries: Features, *, neighbours: int, temperature: float, classes: int
-) -> Tensor:
-    """Which queries [N] the weighted vote of their nearest neighbours (by cosine) gets right.
-
-    Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination"
-    (arXiv 1805.01978), section 3.4.
-    """
-    keys = F.normalize(bank.features, dim=1)  # [N, F]
-    k = min(neighbours, len(keys))
-    correct = []
-    for features, labels in zip(
-        queries.features.split(1024), queries.labels.split(1024), strict=True
-    ):
-        similarity = F.normalize(features, dim=1) @ keys.T  # [b, N]
-        nearest, which = similarity.topk(k)  # [b, k]
-        votes = similarity.new_zeros(len(features), classes)
-        votes.scatter_add_(1, bank.labels[which], (nearest / temperature).exp())
-        correct.append(votes.argmax(dim=1) == labels)
-    return torch.cat(correct)

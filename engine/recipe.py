@@ -218,7 +218,7 @@ def parse(arguments: list[str]) -> Recipe:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise InputError(_one_line(messages.getvalue())) from None
+        raise InputError(one_line(messages.getvalue())) from None
     except ValueError as error:  # from a config's own check
         raise InputError(str(error)) from None
     if unknown:
@@ -242,7 +242,7 @@ def _unknown(argument: str, recipe: Recipe) -> str:
     return f"unknown field --{name}: {hint}"
 
 
-def _one_line(message: str) -> str:
+def one_line(message: str) -> str:
     """tyro's framed error as one line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", message)
     text = " ".join(re.sub(r"[│╭╮╰╯─]+", " ", text).split())

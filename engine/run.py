@@ -23,6 +23,15 @@ def write(recipe: Recipe, index_digest: str) -> None:
     storage.write(storage.join(recipe.run, NAME), json.dumps(document, indent=1).encode())
 
 
+def read_fields(run: str) -> dict[str, Any]:
+    """The recipe of the last start in RUN, by dotted names; empty when it can't be read."""
+    try:
+        fields = storage.read_json(storage.join(run, NAME))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
 def check(recipe: Recipe, index_digest: str, report: Callable[[str], None]) -> None:
     """Raise InputError when RUN holds a run of another recipe or of other data."""
     url = storage.join(recipe.run, NAME)

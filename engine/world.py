@@ -118,6 +118,14 @@ class World:
         dist.all_gather(parts, padded)
         return torch.cat([part[:n] for part, n in zip(parts, counts.tolist(), strict=True)])
 
+    def exchange(self, parts: Tensor) -> Tensor:
+        """Send part i of [W, ...] to process i; gives what each of them sent here [W, ...]."""
+        if not self.distributed:
+            return parts
+        received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, parts.contiguous())
+        return received
+
 
 def rank() -> int:
     """This process's rank, before anything is set up."""

@@ -196,9 +196,10 @@ class TrainLoader:
             yield Chunk(batch, row, block, first_id, rows, crops, epoch, i + 1 == len(pieces))
 
     def _allocate(self, rows: int) -> Batch:
-        size = self.views.size
-        views = torch.empty((2, rows, size, size, 3), dtype=torch.uint8, pin_memory=self.pin_memory)
-        params = torch.empty((2, rows, COLUMNS), pin_memory=self.pin_memory)
+        size, count = self.views.size, len(self.views.views)
+        shape = (count, rows, size, size, 3)
+        views = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
+        params = torch.empty((count, rows, COLUMNS), pin_memory=self.pin_memory)
         labels = torch.empty(rows, dtype=torch.int64, pin_memory=self.pin_memory)
         ids, crcs = np.empty(rows, np.int64), np.zeros(rows, np.uint32)
         return Batch(views.permute(0, 1, 4, 2, 3), params, ids, labels, crcs)
@@ -223,7 +224,7 @@ class TrainLoader:
             )
             batch.params[:, place] = torch.from_numpy(draws.params[:, 0])
             crops = draws.crop[:, 0]
-        for view in range(2):
+        for view in range(len(batch.views)):
             box = crop_box(crops[view], image.shape[1], image.shape[2], self.views)
             batch.views[view, place] = crop_resize(image, box, self.views.size)
         batch.labels[place] = chunk.block.label(found)

@@ -28,6 +28,9 @@ class Domain(IntEnum):
     VIEW = 3
     PACK = 4
     SYNTHETIC = 5
+    HOLDOUT = 6
+    SUBSET = 7
+    FEATURES = 8
 
 
 def philox(seed: int, counters: NDArray[np.uint32]) -> NDArray[np.uint32]:

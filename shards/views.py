@@ -112,6 +112,21 @@ class ViewsConfig:
         return any(view.blur > 0 for view in self.views)
 
 
+@dataclass(frozen=True)
+class OneView(ViewsConfig):
+    """Only the first view, for what learns from labels."""
+
+    @property
+    def views(self) -> tuple[ViewConfig, ...]:
+        return (self.view1,)
+
+
+def crop_and_flip(size: int) -> OneView:
+    """A random crop at `size` pixels and a flip: what the official evaluations train on."""
+    plain = ViewConfig(jitter=0.0, grayscale=0.0, blur=0.0, solarize=0.0)
+    return OneView(size=size, view1=plain)
+
+
 class ViewDraws(NamedTuple):
     """The random parameters of a batch of B samples in V views."""
 

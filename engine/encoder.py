@@ -1,0 +1,216 @@
+"""An encoder to measure or to export: from a run, one of its checkpoints, or a file others made."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from engine import checkpoint, foreign, run
+from engine.augment import normalize
+from engine.checkpoint import Commit
+from engine.precision import Precision, autocast, parameter_dtype
+from engine.resnet import ResNet, ResNetConfig, initialise
+from engine.world import World
+from shards import storage
+from shards.errors import InputError
+
+TRIES = 3  # a live run may remove the checkpoint that is being read
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Which network is taken from the checkpoint, and what it is given."""
+
+    checkpoint: str = "latest"
+    """Of a run: its newest checkpoint, or the number of a step."""
+    network: Literal["online", "target", "untrained", "pixels"] = "online"
+    """online or target; to compare with, the run's untrained encoder, or the pixels themselves."""
+    prefix: str | None = None
+    """Of the encoder's names in a file that others made; found by itself unless there are more."""
+    size: int | None = None
+    """Side of the network's input in pixels. None: the run's, 224 for others' checkpoints."""
+    crop: float | None = None
+    """Side of the central crop, as a fraction of the image's shorter side. None: the run's, 0.875
+    for others' checkpoints."""
+    precision: Precision | None = None
+    """Of the forward passes. None: the run's, fp32 for others' checkpoints."""
+
+    def check(self) -> None:
+        """Raises InputError."""
+        for name, low, high, value in (
+            ("size", 8, 2**14, self.size),
+            ("crop", 1e-3, 1, self.crop),
+        ):
+            if value is not None and not low <= value <= high:
+                raise InputError(f"--{name} must be from {low:g} to {high:g}, not {value}")
+        if self.checkpoint != "latest" and not self.checkpoint.isdigit():
+            raise InputError(
+                f"--checkpoint must be latest or the number of a step, not {self.checkpoint!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an encoder comes from, and how it wants its images."""
+
+    url: str  # of the checkpoint
+    run: str  # the run's directory, empty for a file that others made
+    step: int | None
+    network: str
+    digest: str  # of the weights, 16 hex digits
+    config: ResNetConfig
+    size: int
+    crop: float
+    precision: Precision
+    fields: dict[str, Any]  # the run's recipe, dotted names; empty for a file that others made
+    report: str  # what was taken
+
+
+class Pixels(nn.Module):
+    """In an encoder's place: [N, 3, S, S] -> [N, 3 * S * S]."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.feature_dim = 3 * size * size
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+Network = ResNet | Pixels
+
+
+def open_encoder(
+    url: str, config: EncoderConfig, world: World, report: Callable[[str], None]
+) -> tuple[Source, Network]:
+    """The network in evaluation mode, on the CPU in float32, and what it is.
+
+    All processes call it together. Raises InputError when there is no sound checkpoint.
+    """
+    config.check()
+    storage.check(url, "CHECKPOINT")
+    kind = world.tell(lambda: _kind(url))
+    if kind == "file":
+        return _foreign(url, config)
+    for attempt in range(1, TRIES + 1):
+        commit = _find(url, config, world, report)
+        try:
+            return _own(commit, config, world)
+        except (InputError, OSError):
+            gone = world.tell(partial(_is_gone, commit))
+            if not gone or attempt == TRIES or config.checkpoint != "latest":
+                raise
+            report(f"{storage.redact(commit.url)} was removed meanwhile; taking a newer one")
+    raise AssertionError("unreachable")
+
+
+def encoding(
+    network: Network, precision: Precision, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """A function from uint8 images [B, 3, S, S] on the device to features [B, F] in float32."""
+
+    @torch.no_grad()
+    def encode(images: Tensor) -> Tensor:
+        images = normalize(images.to(parameter_dtype(precision)) / 255)
+        with autocast(precision, device):
+            features: Tensor = network(images)
+        return features.to(images.dtype)
+
+    network.to(device, parameter_dtype(precision)).eval()
+    return encode
+
+
+def _kind(url: str) -> Literal["folder", "file"]:
+    names = storage.list_names(url)
+    if names and names != [url.rstrip("/").rsplit("/", 1)[-1]]:
+        return "folder"
+    if not names and not storage.exists(url):
+        raise InputError(
+            f"CHECKPOINT {storage.redact(url)}: nothing there; give the URL of a run, of one of "
+            "its checkpoints, or of a checkpoint file"
+        )
+    return "file"
+
+
+def _find(url: str, config: EncoderConfig, world: World, report: Callable[[str], None]) -> Commit:
+    if config.checkpoint == "latest":
+        return checkpoint.find(url, world, report, "CHECKPOINT")
+    return checkpoint.verify(checkpoint.step_url(url, int(config.checkpoint)), world)
+
+
+def _is_gone(commit: Commit) -> bool:
+    return not storage.exists(storage.join(commit.url, checkpoint.COMMIT))
+
+
+def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, Network]:
+    place, folder = storage.redact(commit.url), f"/{checkpoint.FOLDER}/"
+    home, _, _ = commit.url.rpartition(folder)
+    fields = run.read_fields(home) if home else {}
+    fields = fields | commit.method
+    try:
+        resnet = ResNetConfig(
+            **{
+                name.removeprefix("model.encoder."): value
+                for name, value in fields.items()
+                if name.startswith("model.encoder.")
+            }
+        )
+        size, precision, seed = fields["views.size"], fields["precision"], fields["seed"]
+    except (KeyError, TypeError):
+        raise InputError(f"{place}: its recipe lacks fields that this version knows") from None
+    size = config.size or size
+    network: Network = ResNet(resnet, views=1)
+    if config.network == "pixels":
+        network = Pixels(size)
+    elif config.network == "untrained":
+        initialise(network, Generator().manual_seed(2 * seed))  # as byol.build
+    else:
+        own = {f"encoder.{name}": value for name, value in network.state_dict().items()}
+        checkpoint.load(commit, {config.network: own}, world)
+    sums = sorted((name, *entry) for name, entry in commit.files.items())
+    return Source(
+        url=commit.url,
+        run=home,
+        step=commit.step,
+        network=config.network,
+        digest=_digest(sums),
+        config=resnet,
+        size=size,
+        crop=config.crop or fields.get("probe.crop", 0.875),
+        precision=config.precision or precision,
+        fields={k: storage.redact(v) if isinstance(v, str) else v for k, v in fields.items()},
+        report=f"{config.network} network of {place}",
+    ), network
+
+
+def _foreign(url: str, config: EncoderConfig) -> tuple[Source, Network]:
+    place = storage.redact(url)
+    if config.network in ("untrained", "pixels"):
+        raise InputError(f"--network {config.network} is for runs: {place} is a file")
+    tensors = foreign.read_tensors(url)
+    side: Literal["online", "target"] = "target" if config.network == "target" else "online"
+    found = foreign.match(tensors, side, place, config.prefix)
+    network = ResNet(found.config, views=1)
+    network.load_state_dict(found.state)
+    sums = [(name, value.double().sum().item()) for name, value in found.state.items()]
+    return Source(
+        url=url,
+        run="",
+        step=None,
+        network=config.network,
+        digest=_digest(sums),
+        config=found.config,
+        size=config.size or 224,
+        crop=config.crop or 0.875,
+        precision=config.precision or "fp32",
+        fields={},
+        report=f"{place}: {found.report}",
+    ), network
+
+
+def _digest(facts: object) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -1,0 +1,252 @@
+"""What all evaluations of an encoder share: its data, its features, and where results go."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from engine import journal, lease
+from engine.encoder import EncoderConfig, Source, encoding, open_encoder
+from engine.events import EventLog
+from engine.features import Accuracy, Features, extract
+from engine.identity import agent_identity
+from engine.metrics import TENSORBOARD
+from engine.world import World, share_of_cores
+from shards import index as indexes
+from shards import storage
+from shards.errors import InputError
+from shards.evaluation import center_crops
+from shards.index import Index
+
+FOLDER = "evaluations"  # in the run's directory
+RESULT = "result.json"
+
+Row = dict[str, str | int | float]
+
+
+@dataclass(frozen=True)
+class EvaluationDataConfig:
+    """What an encoder is measured on. Both default to the run's own."""
+
+    train: str = ""
+    """URL of the training shards: neighbours, or what a head learns from."""
+    val: str = ""
+    """URL of the shards that the figures are of."""
+    corrupt: float = 0.01
+    """Fraction of the images that may be undecodable (10 always may) before it stops."""
+
+
+class Result(NamedTuple):
+    """What an evaluation found."""
+
+    metrics: dict[str, float]  # fractions, by the name that they have in the run's metrics
+    table: list[Row]  # what is shown; accuracies are floats, as fractions
+
+
+def chosen_columns(found: Accuracy, chosen: bool) -> Row:
+    """The figures on data.val of the choice that was made; of the others there are none."""
+    return {"top-1": found.top1, "top-5": found.top5} if chosen else {"top-1": "", "top-5": ""}
+
+
+class Evaluation:
+    """One encoder, on one pair of data sets, in this process."""
+
+    def __init__(
+        self,
+        protocol: str,
+        checkpoint: str,
+        encoder: EncoderConfig,
+        data: EvaluationDataConfig,
+        settings: dict[str, Any],
+        world: World,
+        *,
+        out: str,
+        threads: int | None,
+        labels: bool = True,
+    ) -> None:
+        """All processes call it together. Raises InputError before anything expensive.
+
+        Args:
+            settings: The protocol's own, dotted names; they tell its results from others'.
+            out: URL of a folder for the results, and then the run is left alone; empty: the run's.
+            labels: Whether the protocol needs them.
+        """
+        self.world, self.protocol = world, protocol
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not world.main)
+        self.report = cache(Console(highlight=False, soft_wrap=True).print)
+        self.threads = threads or share_of_cores()
+        self.corrupt = data.corrupt
+        if not 0 <= data.corrupt <= 1:
+            raise InputError(f"--data.corrupt must be from 0 to 1, not {data.corrupt}")
+        storage.check(out, "--out")
+        self.source, self.network = open_encoder(checkpoint, encoder, world, self.console.print)
+        self.train = _open_index(data.train, "data.train", self.source)
+        self.val = _open_index(data.val, "data.val", self.source)
+        if labels:
+            check_classes(self.train, self.val)
+        self.encode = encoding(self.network, self.source.precision, world.device)
+        self.settings = settings
+        self.run = "" if out else self.source.run  # that the results are added to
+        self.home = out or (storage.join(self.run, FOLDER) if self.run else FOLDER)
+        self.url = self._folder()
+        self.console.print(f"{protocol} of the {self.source.report}")
+
+    @property
+    def classes(self) -> int:
+        return len(self.train.classes)
+
+    def features(
+        self,
+        index: Index,
+        encode: Callable[[Tensor], Tensor] | None = None,
+        *,
+        ids: NDArray[np.int64] | None = None,
+        limit: int | None = None,
+        unlabelled: bool = False,
+    ) -> Features:
+        """Features of central crops, of the blocks that are this process's; see `center_crops`.
+
+        `encode`: another function than the encoder's.
+        """
+        crops = center_crops(
+            index,
+            size=self.source.size,
+            fraction=self.source.crop,
+            threads=self.threads,
+            corrupt=self.corrupt,
+            report=self.report,
+            limit=limit,
+            ids=ids,
+            part=(self.world.rank, self.world.size),
+        )
+        return extract(encode or self.encode, crops, self.world.device, unlabelled=unlabelled)
+
+    def name(self, figure: str) -> str:
+        """A figure's name in the run's metrics: linear_top1, linear_target_top1."""
+        network = "" if self.source.network == "online" else f"_{self.source.network}"
+        return f"{self.protocol}{network}_{figure}".replace("-", "_")
+
+    def standing(self) -> Result | None:
+        """The result of the same evaluation, if it was made before."""
+        try:
+            document = self.world.tell(lambda: _read_result(storage.join(self.url, RESULT)))
+        except FileNotFoundError:
+            return None
+        place = storage.redact(storage.join(self.url, RESULT))
+        self.console.print(f"measured before: remove {place} to measure again")
+        result = Result(document["metrics"], document["table"])
+        self._show(result)
+        return result
+
+    def publish(self, result: Result) -> None:
+        """Show it; write it as JSON, to tensorboard and, for a run, to its metrics."""
+        self._show(result)
+        self.world.tell(lambda: self._write(result))
+        self.console.print(f"result  {storage.redact(storage.join(self.url, RESULT))}")
+
+    def events(self) -> EventLog:
+        """Tensorboard's files of evaluations, beside the run's own."""
+        return EventLog(storage.join(self.run or self.home, TENSORBOARD, FOLDER), None)
+
+    def _folder(self) -> str:
+        source = self.source
+        if source.step is None:
+            stem = PurePosixPath(storage.redact(source.url)).name.partition(".")[0]
+        else:
+            stem = f"step_{source.step:08d}"
+        facts = [source.digest, source.size, source.crop, source.precision]
+        facts += [self.train.digest, self.val.digest, sorted(self.settings.items())]
+        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+        return storage.join(self.home, stem, f"{self.protocol}-{source.network}-{digest}")
+
+    def _write(self, result: Result) -> None:
+        source = self.source
+        sets = {"train": self.train, "val": self.val}
+        document = {
+            "protocol": self.protocol,
+            "checkpoint": storage.redact(source.url),
+            "step": source.step,
+            "network": source.network,
+            "weights": source.digest,
+            "input": {"size": source.size, "crop": source.crop, "precision": source.precision},
+            "settings": self.settings,
+            "data": {
+                name: {"url": storage.redact(index.url), "digest": index.digest}
+                for name, index in sets.items()
+            },
+            "packages": {name: version(name) for name in ("torch", "torchvision")},
+            "metrics": result.metrics,
+            "table": result.table,
+        }
+        storage.write(storage.join(self.url, RESULT), json.dumps(document, indent=1).encode())
+        step = source.step or 0
+        events = self.events()
+        events.scalars(result.metrics, step)
+        events.flush()
+        if self.run and source.network in ("online", "target"):
+            journal.add(self.run, {"step": step} | result.metrics)
+            if lease.is_free(self.run):
+                _fold(self.run)
+
+    def _show(self, result: Result) -> None:
+        table = Table(box=None, pad_edge=False)
+        for name, value in result.table[0].items():
+            table.add_column(name, justify="left" if isinstance(value, str) else "right")
+        for row in result.table:
+            table.add_row(*map(_shown, row.values()))
+        self.console.print(table)
+
+
+def _shown(value: str | int | float) -> str:
+    return f"{value:.2%}" if isinstance(value, float) else str(value)
+
+
+def _fold(run: str) -> None:
+    """Take what was added into metrics.jsonl of a run that no job trains, holding it meanwhile."""
+    try:
+        held = lease.acquire(run, [agent_identity()], lease.PERIOD, lambda _: None)
+    except InputError:  # a job has just begun: it takes it in
+        return
+    try:
+        journal.Journal(run, 1 << 62)  # all steps
+    finally:
+        held.release()
+
+
+def _read_result(url: str) -> Any:
+    document = storage.read_json(url)
+    return {"metrics": document["metrics"], "table": document["table"]}
+
+
+def _open_index(url: str, name: str, source: Source) -> Index:
+    url = url or str(source.fields.get(name, ""))
+    if not url:
+        raise InputError(f"{name} is not set: give --{name} URL, a folder of shards")
+    storage.check(url, name)
+    return indexes.load(url, name)
+
+
+def check_classes(train: Index, val: Index) -> None:
+    """Raise InputError unless both data sets have labels, of the same classes."""
+    for name, index in (("data.train", train), ("data.val", val)):
+        if not index.classes:
+            raise InputError(
+                f"{name} {storage.redact(index.url)}: has no labels, which an evaluation needs: "
+                "pack the images in one folder for each class"
+            )
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes)) or ["their order"]
+        raise InputError(
+            f"data.val has other classes than data.train ({len(val.classes)} and "
+            f"{len(train.classes)}, differing in {odd[0]}): pack both with the same class folders"
+        )

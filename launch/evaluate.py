@@ -1,0 +1,202 @@
+"""Measure an encoder: python launch/evaluate.py PROTOCOL CHECKPOINT [--option value ...]
+
+CHECKPOINT is the URL of a run (its newest checkpoint is taken), of one of its checkpoints, or of a
+checkpoint file of a ResNet that others trained. Several processes: torchrun launch/evaluate.py ...
+"""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from engine import finetune, knn_evaluation, linear, neighbours, world
+from engine.encoder import EncoderConfig
+from engine.evaluation import Evaluation, EvaluationDataConfig, Result
+from engine.finetune import FinetuneConfig, Labels
+from engine.knn_evaluation import KNNConfig
+from engine.linear import LinearConfig
+from engine.neighbours import NeighboursConfig
+from engine.recipe import one_line
+from engine.semi_supervised import SemiSupervisedConfig, take_labels
+from engine.supervised import hold_out
+from shards.errors import InputError
+
+_Flat = tyro.conf.arg(name="")  # fields without a prefix
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every protocol takes."""
+
+    checkpoint_url: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """URL of a run, of one of its checkpoints, or of a checkpoint file that others made."""
+    data: EvaluationDataConfig = field(default_factory=EvaluationDataConfig)
+    encoder: Annotated[EncoderConfig, _Flat] = field(default_factory=EncoderConfig)
+    out: str = ""
+    """URL of a folder for the results, and then the run is left alone. Empty: RUN/evaluations, and
+    the run's metrics and tensorboard; for others' checkpoints the folder evaluations."""
+    threads: int | None = None
+    """Threads of each process, for decoding and for torch on the CPU. None: the machine's cores,
+    shared out among its processes."""
+
+    def open(self, protocol: str, settings: dict[str, Any], labels: bool = True) -> Evaluation:
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise InputError(f"--threads must be from 1 to 1024, not {self.threads}")
+        here = world.enter(self.threads, False)
+        return Evaluation(
+            protocol,
+            self.checkpoint_url,
+            self.encoder,
+            self.data,
+            settings,
+            here,
+            out=self.out,
+            threads=self.threads,
+            labels=labels,
+        )
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear classifier on the frozen features: the paper's protocol."""
+
+    options: Annotated[Options, _Flat]
+    protocol: Annotated[LinearConfig, _Flat] = field(default_factory=LinearConfig)
+
+    def run(self) -> None:
+        self.protocol.check()
+        evaluation = self.options.open("linear", self.protocol.settings())
+        _measure(evaluation, lambda: linear.evaluate(evaluation, self.protocol))
+
+
+@dataclass(frozen=True)
+class KNN:
+    """The vote of the nearest training images, for several k and temperatures."""
+
+    options: Annotated[Options, _Flat]
+    protocol: Annotated[KNNConfig, _Flat] = field(default_factory=KNNConfig)
+
+    def run(self) -> None:
+        self.protocol.check()
+        evaluation = self.options.open("knn", self.protocol.settings())
+        _measure(evaluation, lambda: knn_evaluation.evaluate(evaluation, self.protocol))
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Encoder and classifier learn from all labels."""
+
+    options: Annotated[Options, _Flat]
+    protocol: Annotated[FinetuneConfig, _Flat] = field(default_factory=FinetuneConfig)
+
+    def run(self) -> None:
+        self.protocol.check()
+        evaluation = self.options.open("finetune", self.protocol.settings())
+        train = evaluation.train
+        held = hold_out(train.samples, self.protocol.holdout, self.protocol.seed)
+        ids = np.arange(train.samples)
+        labels = Labels(train, held, train, ids[held(ids)])
+        _measure(evaluation, lambda: finetune.evaluate(evaluation, self.protocol, labels))
+
+
+@dataclass(frozen=True)
+class SemiSupervised:
+    """Encoder and classifier learn from a few labels of each class."""
+
+    options: Annotated[Options, _Flat]
+    subset: Annotated[SemiSupervisedConfig, _Flat] = field(default_factory=SemiSupervisedConfig)
+    protocol: Annotated[FinetuneConfig, _Flat] = field(default_factory=FinetuneConfig)
+
+    def run(self) -> None:
+        self.protocol.check()
+        self.subset.check()
+        name = f"semi-supervised-{'files' if self.subset.files else f'{self.subset.fraction:g}'}"
+        settings = self.subset.settings() | self.protocol.settings()
+        evaluation = self.options.open(name, settings)
+
+        def measure() -> Result | None:
+            labels = take_labels(evaluation, self.subset, self.protocol)
+            return finetune.evaluate(evaluation, self.protocol, labels)
+
+        _measure(evaluation, measure)
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Look at it: images beside those that the encoder finds nearest; tensorboard's projector."""
+
+    options: Annotated[Options, _Flat]
+    protocol: Annotated[NeighboursConfig, _Flat] = field(default_factory=NeighboursConfig)
+
+    def run(self) -> None:
+        self.protocol.check()
+        evaluation = self.options.open("neighbours", self.protocol.settings(), labels=False)
+        neighbours.draw(evaluation, self.protocol)
+
+
+def _measure(evaluation: Evaluation, measure: Callable[[], Result | None]) -> None:
+    """The standing result, or a new one."""
+    if evaluation.standing() is None and (result := measure()) is not None:
+        evaluation.publish(result)
+
+
+Protocol = Linear | KNN | Finetune | SemiSupervised | Neighbours
+_PROTOCOLS: dict[str, type[Protocol]] = {
+    "linear": Linear,
+    "knn": KNN,
+    "finetune": Finetune,
+    "semi-supervised": SemiSupervised,
+    "neighbours": Neighbours,
+}
+
+
+def parse(arguments: list[str]) -> Protocol:
+    """Raises InputError, in one line, for what cannot be understood; --help exits."""
+    chosen = _PROTOCOLS.get(arguments[0]) if arguments else None
+    if chosen is None and not {"-h", "--help"} & set(arguments[:1]):
+        raise InputError(
+            "usage: launch/evaluate.py PROTOCOL CHECKPOINT [--option value ...]; PROTOCOL is one "
+            f"of {', '.join(_PROTOCOLS)}, and PROTOCOL --help lists its options"
+        )
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            if chosen is None:
+                print(__doc__, "\nPROTOCOL, each with its own --help:", sep="")
+                for name, protocol in _PROTOCOLS.items():
+                    print(f"  {name:<16} {protocol.__doc__}")
+                sys.exit(0)
+            prog = f"evaluate.py {arguments[0]}"
+            return tyro.cli(chosen, prog=prog, args=arguments[1:])
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(one_line(messages.getvalue())) from None
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        parse(arguments).run()
+        world.leave()
+    except KeyboardInterrupt:
+        if world.rank() == 0:
+            print("interrupted: the same command begins again", file=sys.stderr)
+        return 130
+    except Exception as error:
+        world.report_failure(error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    if status:
+        # Without Python's own end, which could wait for processes that wait for this one.
+        os._exit(status)

@@ -1,0 +1,106 @@
+"""Export an encoder: python launch/export.py CHECKPOINT OUT [--option value ...]
+
+CHECKPOINT is the URL of a run (its newest checkpoint is taken), of one of its checkpoints, or of a
+checkpoint file of a ResNet that others trained. OUT is the URL of a folder.
+"""
+
+import contextlib
+import io
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+
+from engine import card
+from engine.encoder import EncoderConfig, Source, open_encoder
+from engine.export import Format
+from engine.recipe import one_line
+from engine.resnet import ResNet
+from engine.world import World
+from shards import index as indexes
+from shards import storage
+from shards.errors import InputError
+from shards.index import Index
+
+_console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class ExportDataConfig:
+    """Real images that every file is compared with the checkpoint on."""
+
+    val: str = ""
+    """URL of a folder of shards. Empty: the run's, if it can be read."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write an encoder for torchvision, timm, TorchScript, torch.export or ONNX, and its card."""
+
+    checkpoint_url: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """URL of a run, of one of its checkpoints, or of a checkpoint file that others made."""
+    out: tyro.conf.Positional[str]
+    """URL of the folder to write to."""
+    format: tuple[Format, ...] = ("safetensors", "state-dict", "torchscript", "torch-export")
+    """What to write. onnx needs pip install 'byol-engine[onnx]'."""
+    encoder: Annotated[EncoderConfig, tyro.conf.arg(name="")] = field(default_factory=EncoderConfig)
+    data: ExportDataConfig = field(default_factory=ExportDataConfig)
+
+    def run(self) -> None:
+        """Raises InputError."""
+        storage.check(self.out, "OUT")
+        if not self.format:
+            raise InputError("--format needs at least one format")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise InputError("an export is one process: python launch/export.py CHECKPOINT OUT")
+        alone = World(0, 1, 0, 1, torch.device("cpu"))
+        source, encoder = open_encoder(self.checkpoint_url, self.encoder, alone, _console.print)
+        if not isinstance(encoder, ResNet):
+            raise InputError("--network pixels is no encoder: there is nothing to export")
+        _console.print(source.report)
+        images = card.sample_images(source, self._open_val(source), _console.print)
+        card.write(source, encoder.eval(), self.format, self.out, images, _console.print)
+
+    def _open_val(self, source: Source) -> Index | None:
+        if self.data.val:
+            return indexes.load(self.data.val, "data.val")
+        url = str(source.fields.get("data.val", ""))
+        try:
+            if url:
+                return indexes.load(url, "data.val")
+        except (InputError, OSError) as error:
+            _console.print(str(error))
+        _console.print("compared on random images only: give --data.val URL for real ones")
+        return None
+
+
+def parse(arguments: list[str]) -> Export:
+    """Raises InputError, in one line, for what cannot be understood; --help exits."""
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            return tyro.cli(Export, prog="export.py", args=arguments)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(one_line(messages.getvalue())) from None
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        parse(arguments).run()
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command begins again", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

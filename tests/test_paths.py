@@ -1,0 +1,91 @@
+"""The whole way of a recipe's encoder: train, measure, export, load in torchvision, compare."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+
+from engine import checkpoint
+from engine.augment import normalize
+from engine.encoder import EncoderConfig, open_encoder
+from engine.world import World
+from launch import evaluate, export, train
+from shards import index as indexes
+from shards import synthetic
+from shards.evaluation import center_crops
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+def ignore(_: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "cifar10"])
+def test_from_training_to_torchvision(recipe: str, tmp_path: Path) -> None:
+    for name, samples in (("train", 104), ("val", 40)):
+        synthetic.write(f"{tmp_path}/data/{name}", samples, 32, seed=0)
+    data = ["--data.train", f"{tmp_path}/data/train", "--data.val", f"{tmp_path}/data/val"]
+    run = f"{tmp_path}/run"
+    small = ["--steps", "2", "--batch.size", "32", "--no-compile", "--threads", "1"]
+    off = ["--probe.every", "0", "--probe.no-baseline", "--checkpoint.every", "0"]
+    recipe_file = str(Path(train.__file__).parent.parent / "recipes" / f"{recipe}.py")
+    assert train.main([recipe_file, *data, *small, *off, "--run", run]) == 0
+
+    few = ["--threads", "1", "--batch", "32", "--epochs", "1"]
+    assert evaluate.main(["linear", run, *few]) == 0
+    assert evaluate.main(["linear", run, "--fast", *few]) == 0
+    assert evaluate.main(["knn", run, "--threads", "1"]) == 0
+    assert evaluate.main(["finetune", run, "--lr", "0.1", *few]) == 0
+    semi = ["semi-supervised", run, "--fraction", "0.4", "--lr", "0.1", *few]
+    assert evaluate.main(semi) == 0
+    assert evaluate.main(["neighbours", run, "--queries", "2", "--threads", "1"]) == 0
+    assert len(list(Path(run).glob("evaluations/**/result.json"))) == 5
+
+    for network in ("online", "target"):
+        out = Path(tmp_path, "export", network)
+        assert export.main([run, str(out), "--network", network]) == 0
+        card = json.loads((out / "card.json").read_text())
+        assert card["metrics"]["linear_top1"] >= 0
+        assert card["compared_on_images"] == 16
+        # As a user without this package: the card's lines, torchvision, a file.
+        names: dict[str, torchvision.models.ResNet] = {}
+        exec("\n".join(card["build"]), names)
+        model = names["model"]
+        model.load_state_dict(load_file(out / "encoder.safetensors"))
+        model.eval()
+        crops = center_crops(
+            indexes.load(f"{tmp_path}/data/val", "data.val"),
+            size=card["input"]["size"],
+            fraction=1.0,
+            threads=1,
+            corrupt=0.0,
+            report=ignore,
+        )
+        images = normalize(next(iter(crops)).images.float() / 255)
+        _, encoder = open_encoder(run, EncoderConfig(network=network), ALONE, ignore)
+        traced = torch.jit.load(out / "encoder.ts")
+        with torch.no_grad():
+            expected = encoder.eval()(images)
+            torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(traced(images), expected, rtol=1e-5, atol=1e-6)
+    online, target = (
+        load_file(tmp_path / "export" / network / "encoder.safetensors")["conv1.weight"]
+        for network in ("online", "target")
+    )
+    assert not torch.equal(online, target)
+    # The weights are those of the checkpoint, and the export is a source like any other.
+    commit = checkpoint.find(run, ALONE, ignore)
+    state = {"online": {"encoder.conv1.weight": torch.empty_like(online)}}
+    checkpoint.load(commit, state, ALONE)
+    assert torch.equal(state["online"]["encoder.conv1.weight"], online)
+    file = f"{tmp_path}/export/online/encoder.pth"
+    knn = ["--size", "32", "--crop", "1.0", "--k", "20", "--precision", "bf16", "--threads", "1"]
+    assert evaluate.main(["knn", file, *knn, *data, "--out", f"{tmp_path}/of_file"]) == 0
+    assert evaluate.main(["knn", run, *knn, "--out", f"{tmp_path}/of_run"]) == 0
+    tables = [json.loads(p.read_text())["table"] for p in tmp_path.glob("of_*/**/result.json")]
+    assert len(tables) == 2
+    assert tables[0] == tables[1]
