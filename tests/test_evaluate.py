@@ -269,7 +269,7 @@ def test_on_a_bucket(run: str, s3: str, tmp_path: Path, tiny_data: DataConfig) -
     ("arguments", "text"),
     [
         (["linear", "RUN", "--lr", "0"], "--lr must be from 1e-12"),
-        (["linear", "RUN", "--batch", "4096"], "--batch 4096 is more than the 104 images to learn from"),
+        (["linear", "RUN", "--batch", "4096"], "4096 is more than the 104 images to learn from"),
         (["linear", "RUN", "--epochs", "0.01", "--batch", "64"], "less than one step of --batch"),
         (["linear", "RUN", "--epochs", "nan"], "--epochs must be from"),
         (["linear", "RUN", "--checkpoint", "5"], "step_00000005: not committed"),
