@@ -51,7 +51,7 @@ def test_from_a_run_of_several_processes(
     config = spread(tiny_data, tmp_path / "run", strategy, steps=3, precision="fp64")
     found = ranks.run(train_and_encode, config, images, size=size)[0]
     for network in ("online", "target"):
-        choice = EncoderConfig(network=network)  # type: ignore[arg-type]
+        choice = EncoderConfig(network=network)
         source, ours = open_encoder(str(tmp_path / "run"), choice, ALONE, ignore)
         assert (source.step, source.size, source.precision) == (3, 8, "fp64")
         features = encoding(ours, "fp64", torch.device("cpu"))(images)

@@ -190,8 +190,10 @@ def test_by_position(depth: int, shortcut_first: bool, counters: bool) -> None:
         moved = [n for n in names if n.startswith(name.replace("conv1.weight", "downsample"))]
         names = [n for n in names if n not in moved]
         names[names.index(name) : names.index(name)] = moved
-    tensors = {f"a.{i}": named(depth)[name] for i, name in enumerate(names)}
-    found = match({"queue": torch.zeros(3, 5), **tensors}, "online", "file")
+    values = [named(depth)[name] for name in names]
+    values.insert(3, torch.zeros(1, dtype=torch.int64))
+    tensors = {"queue": torch.zeros(3, 5)} | {f"a.{i}": value for i, value in enumerate(values)}
+    found = match(tensors, "online", "file")
     assert_equals(found, depth)
     assert found.state["bn1.num_batches_tracked"] == (7 if counters else 0)
 
@@ -347,6 +349,7 @@ NOT_FOUND = "no ResNet found (of depth 10, 18, 34, 50, 101, 152, 200), neither b
         (lambda: on_meta("resnext50_32x4d"), "nearest is ResNet-50: "),
         (lambda: on_meta("wide_resnet50_2"), "nearest is ResNet-50: "),
         (lambda: on_meta("vgg11_bn"), NOT_FOUND),
+        (lambda: {"a": torch.empty(10**9, 3, 3, 3, device="meta")}, NOT_FOUND),
         (lambda: on_meta("vit_b_32"), NOT_FOUND),
         (
             lambda: several("a.", "remains.", "ema."),
@@ -444,6 +447,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert told.startswith(f"{URL}.safetensors: is no whole safetensors file: ")
 
 
+@pytest.mark.filterwarnings("error")
 def test_damaged_bytes_give_one_line() -> None:
     tensors = {"w": torch.zeros(3, 4), "b": torch.zeros(())}
     content = {"a": tensors, "b": [argparse.Namespace(c=1), (2, "d")]}
