@@ -8,7 +8,7 @@ Source: BYOL (arXiv 2006.07733), section 4.2 and appendix C.2.
 
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice, product
 from typing import Any, NamedTuple, cast
 
@@ -32,7 +32,8 @@ from engine.schedule import learning_rate
 from engine.supervised import (
     Examples,
     Held,
-    check_ranges,
+    SupervisedConfig,
+    check_some,
     crops,
     forget,
     momenta,
@@ -48,7 +49,7 @@ MODEL = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(SupervisedConfig):
     """The defaults are the paper's, for few labels."""
 
     epochs: tuple[float, ...] = (30, 50)
@@ -56,35 +57,12 @@ class FinetuneConfig:
     lr: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.005)
     """Learning rates at batch size 256; each is tried. They go in proportion to the batch, and
     along a cosine to 0."""
-    batch: int = 1024
-    """Images in a batch, of all processes together."""
-    momentum: float = 0.9
-    """Nesterov's."""
-    holdout: int = 10_000
-    """About how many training images the choice is made on; a tenth of them at most."""
-    seed: int = 0
-    """Of the classifier, the order, the crops and what is held out."""
-    save_every: int = 1000
-    """Steps from one saved state to the next; a stopped evaluation goes on from there."""
-
-    def settings(self) -> dict[str, Any]:
-        """What decides the result."""
-        return {name: value for name, value in asdict(self).items() if name != "save_every"}
 
     def check(self) -> None:
         """Raises InputError."""
-        check_ranges(
-            *(("epochs", epochs, 1e-9, 1e9) for epochs in self.epochs),
-            *(("lr", lr, 1e-12, 1e9) for lr in self.lr),
-            ("batch", self.batch, 2, 2**31),  # a norm needs two rows
-            ("momentum", self.momentum, 1e-9, 1),
-            ("holdout", self.holdout, 1, 2**31),
-            ("seed", self.seed, 0, 2**62),
-            ("save-every", self.save_every, 1, 2**31),
-        )
-        for name, values in (("lr", self.lr), ("epochs", self.epochs)):
-            if not values:
-                raise InputError(f"--{name} needs at least one value")
+        super().check()
+        check_some("epochs", self.epochs, 1e-9, 1e9)
+        check_some("lr", self.lr, 1e-12, 1e9)
 
 
 class Labels(NamedTuple):

@@ -6,8 +6,7 @@ from typing import Any
 from engine.evaluation import Evaluation, Result, Row
 from engine.features import accuracy
 from engine.knn import nearest, vote
-from engine.supervised import check_ranges
-from shards.errors import InputError
+from engine.supervised import check_some
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,8 @@ class KNNConfig:
 
     def check(self) -> None:
         """Raises InputError."""
-        check_ranges(
-            *(("k", k, 1, 2**31) for k in self.k),
-            *(("temperature", temperature, 1e-3, 1e3) for temperature in self.temperature),
-        )
-        for name, values in (("k", self.k), ("temperature", self.temperature)):
-            if not values:
-                raise InputError(f"--{name} needs at least one value")
+        check_some("k", self.k, 1, 2**31)
+        check_some("temperature", self.temperature, 1e-3, 1e3)
 
 
 def evaluate(evaluation: Evaluation, config: KNNConfig) -> Result:

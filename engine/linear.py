@@ -7,7 +7,7 @@ Source: BYOL (arXiv 2006.07733), section 4.1 and appendix C.1.
 """
 
 from collections.abc import Generator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,9 @@ from engine.supervised import (
     Batches,
     Examples,
     Held,
+    SupervisedConfig,
     check_ranges,
+    check_some,
     crops,
     forget,
     hold_out,
@@ -45,44 +47,22 @@ HEAD = "head.safetensors"
 
 
 @dataclass(frozen=True)
-class LinearConfig:
+class LinearConfig(SupervisedConfig):
     """The defaults are the paper's."""
 
     epochs: float = 80
     """Passes over data.train."""
-    batch: int = 1024
-    """Images in a batch, of all processes together."""
     lr: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1, 0.05)
     """Learning rates at batch size 256, a head for each; they go in proportion to the batch, and
     along a cosine to 0."""
-    momentum: float = 0.9
-    """Nesterov's."""
-    holdout: int = 10_000
-    """About how many training images the learning rate is chosen on; a tenth of them at most."""
     fast: bool = False
     """Take the features of central crops once and learn from those: no random crops, no flips."""
-    seed: int = 0
-    """Of the heads, the order, the crops and what is held out."""
-    save_every: int = 1000
-    """Steps from one saved state to the next; a stopped evaluation goes on from there."""
-
-    def settings(self) -> dict[str, Any]:
-        """What decides the result."""
-        return {name: value for name, value in asdict(self).items() if name != "save_every"}
 
     def check(self) -> None:
         """Raises InputError."""
-        check_ranges(
-            ("epochs", self.epochs, 1e-9, 1e9),
-            ("batch", self.batch, 1, 2**31),
-            *(("lr", lr, 1e-12, 1e9) for lr in self.lr),
-            ("momentum", self.momentum, 1e-9, 1),
-            ("holdout", self.holdout, 1, 2**31),
-            ("seed", self.seed, 0, 2**62),
-            ("save-every", self.save_every, 1, 2**31),
-        )
-        if not self.lr:
-            raise InputError("--lr needs at least one learning rate")
+        super().check()
+        check_ranges(("epochs", self.epochs, 1e-9, 1e9))
+        check_some("lr", self.lr, 1e-12, 1e9)
 
 
 def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:

@@ -4,12 +4,9 @@ Recipe files define `recipe`; the command line overrides single fields by their 
 those names are also what recipe.json, commit.json and every message use.
 """
 
-import contextlib
 import dataclasses
 import difflib
-import io
 import math
-import re
 import runpy
 import traceback
 from collections.abc import Iterator
@@ -23,6 +20,7 @@ import tyro
 from engine.adamw import AdamWConfig
 from engine.byol import BYOLConfig
 from engine.checkpoint import CheckpointConfig
+from engine.command_line import plain_errors
 from engine.lars import LARSConfig
 from engine.metrics import LogConfig
 from engine.parallel import ParallelConfig
@@ -203,24 +201,16 @@ def parse(arguments: list[str]) -> Recipe:
         f"{arguments[0]}: fields and what this recipe sets them to. A run resumes only with equal "
         f"method fields; free to change at every start are: {', '.join(operation_names())}."
     )
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            recipe, unknown = tyro.cli(
-                Recipe,
-                prog=f"train.py {arguments[0]}",
-                description=description,
-                args=arguments[1:],
-                default=base,
-                return_unknown_args=True,
-                config=(tyro.conf.AvoidSubcommands,),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise InputError(one_line(messages.getvalue())) from None
-    except ValueError as error:  # from a config's own check
-        raise InputError(str(error)) from None
+    with plain_errors():
+        recipe, unknown = tyro.cli(
+            Recipe,
+            prog=f"train.py {arguments[0]}",
+            description=description,
+            args=arguments[1:],
+            default=base,
+            return_unknown_args=True,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     if unknown:
         raise InputError(_unknown(unknown[0], recipe))
     try:
@@ -240,12 +230,3 @@ def _unknown(argument: str, recipe: Recipe) -> str:
     near = difflib.get_close_matches(name.replace("_", "-"), names, n=1)
     hint = f"did you mean --{near[0]}?" if near else "--help lists the fields"
     return f"unknown field --{name}: {hint}"
-
-
-def one_line(message: str) -> str:
-    """tyro's framed error as one line."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", message)
-    text = " ".join(re.sub(r"[│╭╮╰╯─]+", " ", text).split())
-    # The box's title says what the text behind it says again.
-    text = re.sub(r"^(Value error|Parsing error|Invalid choice|Missing argument) ", "", text)
-    return re.split(r" (?:Argument|For full) helptext", text)[0]

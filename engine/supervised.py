@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Generator
 from contextlib import closing
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -34,6 +35,36 @@ GRACE = 25.0  # seconds from a signal to the end, in which the state is saved
 LINES = 50  # of progress
 
 Held = Callable[[NDArray[np.int64]], NDArray[np.bool_]]  # ids [N] -> which nobody learns from
+
+
+@dataclass(frozen=True)
+class SupervisedConfig:
+    """What linear evaluation and fine-tuning share; the defaults are the paper's."""
+
+    batch: int = 1024
+    """Images in a batch, of all processes together."""
+    momentum: float = 0.9
+    """Nesterov's."""
+    holdout: int = 10_000
+    """About how many training images the choice is made on; a tenth of them at most."""
+    seed: int = 0
+    """Of the classifier, the order, the crops and what is held out."""
+    save_every: int = 1000
+    """Steps from one saved state to the next; a stopped evaluation goes on from there."""
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result."""
+        return {name: value for name, value in asdict(self).items() if name != "save_every"}
+
+    def check(self) -> None:
+        """Raises InputError."""
+        check_ranges(
+            ("batch", self.batch, 2, 2**31),  # a norm needs two rows
+            ("momentum", self.momentum, 1e-9, 1),
+            ("holdout", self.holdout, 1, 2**31),
+            ("seed", self.seed, 0, 2**62),
+            ("save-every", self.save_every, 1, 2**31),
+        )
 
 
 class Examples(NamedTuple):
@@ -202,3 +233,10 @@ def check_ranges(*ranges: tuple[str, float, float, float]) -> None:
     for name, value, low, high in ranges:
         if not low <= value <= high:  # nan is in no range
             raise InputError(f"--{name} must be from {low:g} to {high:g}, not {value}")
+
+
+def check_some(name: str, values: tuple[float, ...], low: float, high: float) -> None:
+    """Raise InputError unless there are values, all in the range."""
+    if not values:
+        raise InputError(f"--{name} needs at least one value")
+    check_ranges(*((name, value, low, high) for value in values))

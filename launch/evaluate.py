@@ -4,8 +4,6 @@ CHECKPOINT is the URL of a run (its newest checkpoint is taken), of one of its c
 checkpoint file of a ResNet that others trained. Several processes: torchrun launch/evaluate.py ...
 """
 
-import contextlib
-import io
 import os
 import sys
 from collections.abc import Callable
@@ -16,13 +14,13 @@ import numpy as np
 import tyro
 
 from engine import finetune, knn_evaluation, linear, neighbours, world
+from engine.command_line import plain_errors
 from engine.encoder import EncoderConfig
 from engine.evaluation import Evaluation, EvaluationDataConfig, Result
 from engine.finetune import FinetuneConfig, Labels
 from engine.knn_evaluation import KNNConfig
 from engine.linear import LinearConfig
 from engine.neighbours import NeighboursConfig
-from engine.recipe import one_line
 from engine.semi_supervised import SemiSupervisedConfig, take_labels
 from engine.supervised import hold_out
 from shards.errors import InputError
@@ -164,20 +162,13 @@ def parse(arguments: list[str]) -> Protocol:
             "usage: launch/evaluate.py PROTOCOL CHECKPOINT [--option value ...]; PROTOCOL is one "
             f"of {', '.join(_PROTOCOLS)}, and PROTOCOL --help lists its options"
         )
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            if chosen is None:
-                print(__doc__, "\nPROTOCOL, each with its own --help:", sep="")
-                for name, protocol in _PROTOCOLS.items():
-                    print(f"  {name:<16} {protocol.__doc__}")
-                sys.exit(0)
-            prog = f"evaluate.py {arguments[0]}"
-            return tyro.cli(chosen, prog=prog, args=arguments[1:])
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise InputError(one_line(messages.getvalue())) from None
+    if chosen is None:
+        print(__doc__, "\nPROTOCOL, each with its own --help:", sep="")
+        for name, protocol in _PROTOCOLS.items():
+            print(f"  {name:<16} {protocol.__doc__}")
+        sys.exit(0)
+    with plain_errors():
+        return tyro.cli(chosen, prog=f"evaluate.py {arguments[0]}", args=arguments[1:])
 
 
 def main(arguments: list[str]) -> int:

@@ -4,8 +4,6 @@ CHECKPOINT is the URL of a run (its newest checkpoint is taken), of one of its c
 checkpoint file of a ResNet that others trained. OUT is the URL of a folder.
 """
 
-import contextlib
-import io
 import os
 import sys
 from dataclasses import dataclass, field
@@ -16,9 +14,9 @@ import tyro
 from rich.console import Console
 
 from engine import card
+from engine.command_line import plain_errors
 from engine.encoder import EncoderConfig, Source, open_encoder
 from engine.export import Format
-from engine.recipe import one_line
 from engine.resnet import ResNet
 from engine.world import World
 from shards import index as indexes
@@ -80,14 +78,8 @@ class Export:
 
 def parse(arguments: list[str]) -> Export:
     """Raises InputError, in one line, for what cannot be understood; --help exits."""
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            return tyro.cli(Export, prog="export.py", args=arguments)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise InputError(one_line(messages.getvalue())) from None
+    with plain_errors():
+        return tyro.cli(Export, prog="export.py", args=arguments)
 
 
 def main(arguments: list[str]) -> int:
