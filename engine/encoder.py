@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from engine import checkpoint, foreign, run
 from engine.augment import normalize
 from engine.checkpoint import Commit
+from engine.foreign_files import read_tensors
 from engine.precision import Precision, autocast, parameter_dtype
 from engine.resnet import ResNet, ResNetConfig, initialise
 from engine.world import World
@@ -191,7 +192,7 @@ def _foreign(url: str, config: EncoderConfig) -> tuple[Source, Network]:
     place = storage.redact(url)
     if config.network in ("untrained", "pixels"):
         raise InputError(f"--network {config.network} is for runs: {place} is a file")
-    tensors = foreign.read_tensors(url)
+    tensors = read_tensors(url)
     side: Literal["online", "target"] = "target" if config.network == "target" else "online"
     found = foreign.match(tensors, side, place, config.prefix)
     network = ResNet(found.config, views=1)

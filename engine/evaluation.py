@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from engine.world import World, share_of_cores
 from shards import index as indexes
 from shards import storage
 from shards.errors import InputError
-from shards.evaluation import center_crops
+from shards.evaluation import EvalBatch, center_crops
 from shards.index import Index
 
 FOLDER = "evaluations"  # in the run's directory
@@ -129,7 +130,18 @@ class Evaluation:
             ids=ids,
             part=(self.world.rank, self.world.size),
         )
-        return extract(encode or self.encode, crops, self.world.device, unlabelled=unlabelled)
+        count = index.samples if ids is None else len(ids)
+        shown = self._watched(crops, min(count, limit or count))
+        return extract(encode or self.encode, shown, self.world.device, unlabelled=unlabelled)
+
+    def _watched(self, batches: Iterable[EvalBatch], total: int) -> Iterator[EvalBatch]:
+        """With a progress bar, where there is a terminal, as if all processes went alike."""
+        off = not self.console.is_terminal or self.console.quiet
+        with Progress(console=self.console, transient=True, disable=off) as progress:
+            task = progress.add_task("features", total=total)
+            for batch in batches:
+                yield batch
+                progress.advance(task, len(batch.ids) * self.world.size)
 
     def name(self, figure: str) -> str:
         """A figure's name in the run's metrics: linear_top1, linear_target_top1."""

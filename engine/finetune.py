@@ -152,7 +152,7 @@ class Finetuning:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, peak, 0, self._steps[choice])
         self.model.train()
-        known = self.world.sum((batch.labels >= 0).sum().cpu()).item()
+        known = self.world.sum(torch.tensor(batch.known)).item()
         logits = self._logits(batch.inputs)
         losses = F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
         loss = losses / max(1, known)

@@ -3,30 +3,20 @@
 A checkpoint holds no strides, dilation, padding or epsilons: they are taken to be torchvision's.
 """
 
-import argparse
 import functools
-import io
 import itertools
 import re
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pickle import UnpicklingError
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
-import safetensors.torch
 import torch
 from torch import Size, Tensor
 
 from engine.resnet import ResNet, ResNetConfig
-from shards import storage
 from shards.errors import InputError
 
 _COUNTER = "num_batches_tracked"
 
-# Keys of a checkpoint below which no network stands.
-_NO_NETWORK = re.compile(
-    r"optimi[sz]er|^optim$|scheduler|scaler|hyper_?parameters|^(amp|callbacks|loops)$", re.I
-)
 # What marks the slowly moving network of a pair; `_k` as in MoCo's encoder_k.
 _TARGET = re.compile(r"target|momentum|teacher|(^|[._])(ema|key)([._]|$)|_k([._]|$)", re.I)
 _TRUNK = re.compile(r"(conv|bn|layer)\d+\.")  # torchvision's names of what is not the head
@@ -66,90 +56,6 @@ class _Match(NamedTuple):
     how: str
 
 
-def read_tensors(url: str) -> dict[str, Tensor]:
-    """Every tensor in a file of safetensors or torch.save, by its dotted name in dicts and lists.
-
-    In file order; those of safetensors, which keeps none, sorted by name. States of optimisers and
-    the like are left out. Nothing in the file is run. Raises InputError for a file that is missing,
-    damaged, without tensors, or holds other objects, and OSError when storage fails.
-    """
-    place = storage.redact(url)
-    try:
-        content = storage.read(url)
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{place}: no such file") from None
-    if not content:
-        raise InputError(f"{place}: is empty")
-    if place.endswith(".safetensors") or content[8:9] == b"{":  # after the header's length
-        try:
-            found = sorted(safetensors.torch.load(content).items())
-        except Exception as error:  # as below
-            reason = " ".join(str(error).split())
-            raise InputError(f"{place}: is no whole safetensors file: {reason}") from None
-    else:
-        try:
-            found = list(_flatten(_unpickle(content, place)))
-        except RecursionError:
-            raise InputError(f"{place}: is nested too deeply for a checkpoint") from None
-    for name, tensor in found:
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
-            raise InputError(f"{place}: {name} is sparse, nested or without values: save it dense")
-    if not found:
-        raise InputError(f"{place}: holds no tensors of a network: give a state dict")
-    return dict(found)
-
-
-def _unpickle(content: bytes, place: str) -> object:
-    archive = content.startswith(b"PK")
-    if not archive and not content.startswith(b"\x80"):  # no zip file, no pickle
-        raise InputError(
-            f"{place}: is no file of torch.save or safetensors: it begins with {content[:24]!r}"
-        )
-    if archive and b"/constants.pkl" in content:
-        raise InputError(
-            f"{place}: is a TorchScript archive: save its state dict alone, by "
-            "torch.save(torch.jit.load(...).state_dict(), ...)"
-        )
-    try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            torch.serialization.safe_globals([argparse.Namespace]),
-        ):
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        other = re.search(r"GLOBAL (\S+)", str(error))
-        if isinstance(error, UnpicklingError) and other:
-            raise InputError(
-                f"{place}: holds {other[1]}, which is not loaded for it could run code: where the "
-                'file was made, save the state dict alone: torch.save(torch.load(...)["state_dict"]'
-                ", ...)"
-            ) from None
-        raise InputError(
-            f"{place}: is no whole file of torch.save: cut off, damaged or something else"
-        ) from None
-
-
-def _flatten(root: object) -> Iterator[tuple[str, Tensor]]:
-    seen: set[int] = set()  # a container may hold itself, or be held a million times
-
-    def walk(value: object, path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-        items: Iterable[tuple[Any, object]] = ()
-        if isinstance(value, Mapping) and "param_groups" not in value:  # those are an optimiser's
-            items = value.items()
-        elif isinstance(value, list | tuple):
-            items = enumerate(value)
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-        for key, below in items:
-            if isinstance(below, Tensor):
-                yield ".".join((*path, str(key))), below.detach()
-            elif not _NO_NETWORK.search(str(key)):
-                yield from walk(below, (*path, str(key)))
-
-    return walk(root, ())
-
-
 def match(
     tensors: dict[str, Tensor],
     network: Literal["online", "target"],
@@ -170,7 +76,7 @@ def match(
     damaged.
     """
     plain = {_plain(name): name for name in tensors}
-    trunks = _trunks(plain)
+    trunks = _distinct(_trunks(plain), plain, tensors)
     if trunks:
         chosen = _chosen(list(trunks), network, place, prefix)
         names = {ours: plain[theirs] for ours, theirs in trunks[chosen].items()}
@@ -204,6 +110,22 @@ def _trunks(names: Collection[str]) -> dict[str, dict[str, str]]:
         elif {"1.weight", "4.0.conv1.weight"} <= below.keys():
             found[prefix] = {child(name): theirs for name, theirs in below.items()}
     return found
+
+
+def _distinct(
+    trunks: dict[str, dict[str, str]], plain: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, str]]:
+    """Without networks that stand there again, under other names: modules that share a part."""
+    kept: dict[str, dict[str, str]] = {}
+    for prefix, names in trunks.items():
+        own = {ours: tensors[plain[theirs]] for ours, theirs in names.items()}
+        if not any(
+            names.keys() == others.keys()
+            and all(torch.equal(own[ours], tensors[plain[t]]) for ours, t in others.items())
+            for others in kept.values()
+        ):
+            kept[prefix] = names
+    return kept
 
 
 def _chosen(

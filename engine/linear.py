@@ -140,7 +140,7 @@ class LinearTraining:
         for group, lr in zip(self.optimizer.param_groups, self.config.lr, strict=True):
             peak = lr * self.config.batch / 256
             group["lr"] = learning_rate(self.step, peak, 0, self.total_steps)
-        known = self.world.sum((batch.labels >= 0).sum().cpu()).item()
+        known = self.world.sum(torch.tensor(batch.known)).item()
         losses = torch.stack(
             [
                 F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
@@ -163,8 +163,8 @@ def encoded(evaluation: Evaluation, batches: Batches) -> Batches:
     """Batches of features, by the frozen encoder, in place of the images."""
 
     def features(start: int) -> Generator[Examples, None, None]:
-        for images, labels in batches(start):
-            yield Examples(evaluation.encode(images), labels)
+        for batch in batches(start):
+            yield batch._replace(inputs=evaluation.encode(batch.inputs))
 
     return features
 
@@ -191,7 +191,7 @@ def stored(bank: Features, samples: int, config: LinearConfig, held: Held) -> tu
                 order = ids[permutation(config.seed, Domain.FEATURES, ids, epoch)]
             own = rows[order[place * batch : (place + 1) * batch]]
             which = torch.from_numpy(own[own >= 0]).to(bank.features.device)
-            yield Examples(bank.features[which], bank.labels[which])
+            yield Examples(bank.features[which], bank.labels[which], len(which))
 
     return batches, steps
 

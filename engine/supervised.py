@@ -72,6 +72,7 @@ class Examples(NamedTuple):
 
     inputs: Tensor  # [B, 3, S, S] uint8, or features [B, F]
     labels: Tensor  # [B], -1 for what must not be learned from
+    known: int  # how many of them are labels, so that nobody has to ask the device
 
 
 class Training(Protocol):
@@ -199,8 +200,9 @@ def crops(evaluation: Evaluation, index: Index, batch: int, seed: int, held: Hel
                 views, params = (
                     tensor[0].to(device, non_blocking=True) for tensor in (rows.views, rows.params)
                 )
-                labels = masked(rows.labels, rows.ids, held).to(device)
-                yield Examples(flip(views, params), labels)
+                labels = masked(rows.labels, rows.ids, held)
+                known = int((labels >= 0).sum())
+                yield Examples(flip(views, params), labels.to(device), known)
 
     return batches
 

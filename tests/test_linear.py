@@ -27,6 +27,10 @@ def clouds(n: int) -> Features:
     return Features(torch.tensor(points), torch.tensor(labels), torch.arange(n))
 
 
+def examples(features: Tensor, labels: Tensor) -> Examples:
+    return Examples(features, labels, int((labels >= 0).sum()))
+
+
 def softmax_gradient(
     weight: np.ndarray, bias: np.ndarray, x: np.ndarray, labels: np.ndarray
 ) -> tuple[float, np.ndarray, np.ndarray]:
@@ -58,7 +62,7 @@ def test_every_step_equals_numpy() -> None:
         rows = slice(32 * step, 32 * step + 32)
         labels = data.labels[rows].clone()
         labels[::7] = -1
-        losses = ours.train_step(Examples(data.features[rows], labels))
+        losses = ours.train_step(examples(data.features[rows], labels))
         known = (labels >= 0).numpy()
         x, y = data.features[rows].numpy()[known], labels.numpy()[known]
         for head, lr in enumerate(config.lr):
@@ -103,7 +107,7 @@ def test_long_training_ends_at_the_optimum() -> None:
     ours = training(config, steps=1500)
     first = losses = torch.zeros(2)
     for step in range(1500):
-        losses = ours.train_step(Examples(data.features, data.labels))
+        losses = ours.train_step(examples(data.features, data.labels))
         first = losses if step == 0 else first
     assert least < 0.9 < first[0].item()
     assert losses[0].item() == pytest.approx(least, abs=1e-6)
@@ -152,9 +156,8 @@ def test_sharded_equals_single(ranks: Ranks) -> None:
 def test_state_goes_on_where_it_was() -> None:
     data = clouds(96)
     config = LinearConfig(lr=(0.4, 0.2))
-    batches = [
-        Examples(data.features[i : i + 16], data.labels[i : i + 16]) for i in range(0, 96, 16)
-    ]
+    parts = zip(data.features.split(16), data.labels.split(16), strict=True)
+    batches = [examples(features, labels) for features, labels in parts]
     through = training(config, 6)
     for batch in batches:
         through.train_step(batch)
@@ -175,8 +178,8 @@ def test_a_head_that_diverges_spoils_no_other() -> None:
     data = clouds(64)
     wild, alone = training(LinearConfig(lr=(0.1, 1e308)), 4), training(LinearConfig(lr=(0.1,)), 4)
     for _ in range(4):
-        wild.train_step(Examples(data.features, data.labels))
-        alone.train_step(Examples(data.features, data.labels))
+        wild.train_step(examples(data.features, data.labels))
+        alone.train_step(examples(data.features, data.labels))
     assert not wild.heads.each[1].weight.isfinite().all()
     torch.testing.assert_close(wild.heads.each[0].weight, alone.heads.each[0].weight)
 
