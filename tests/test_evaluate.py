@@ -124,6 +124,19 @@ def test_checkpoints_networks_and_folders(
     assert len(found) == 5
 
 
+def test_the_choice_is_made_on_held_out_images(run: str, tmp_path: Path) -> None:
+    """The others have no figure on data.val, by which nobody could choose them."""
+    rates = ["--lr", "1e-7", "0.01", "0.1", "1", "10"]
+    few = ["--fast", "--batch", "16", "--threads", "1", "--out", str(tmp_path)]
+    assert evaluate.main(["linear", run, *rates, *few]) == 0
+    found = result(str(tmp_path), "linear")
+    held_out = [row["held-out top-1"] for row in found["table"]]
+    assert len(set(held_out)) > 2
+    best = held_out.index(max(held_out))
+    assert [row["top-1"] != "" for row in found["table"]] == [i == best for i in range(5)]
+    assert found["table"][best]["top-1"] == found["metrics"]["linear_fast_top1"]
+
+
 def test_fast_linear_and_finetuning(run: str, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path), "--threads", "1", "--batch", "16", "--epochs", "2"]
     assert evaluate.main(["linear", run, "--fast", *out]) == 0

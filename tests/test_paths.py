@@ -1,7 +1,9 @@
 """The whole way of a recipe's encoder: train, measure, export, load in torchvision, compare."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +17,25 @@ from engine.world import World
 from launch import evaluate, export, train
 from shards import index as indexes
 from shards import synthetic
-from shards.evaluation import center_crops
+from shards.evaluation import EvalBatch, center_crops
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 def ignore(_: str) -> None:
     pass
+
+
+def crops(where: Path, card: dict[str, Any]) -> Iterator[EvalBatch]:
+    """data.val as the card says."""
+    return center_crops(
+        indexes.load(f"{where}/data/val", "data.val"),
+        size=card["input"]["size"],
+        fraction=card["input"]["center_crop"] / card["input"]["resize_shorter_side"],
+        threads=1,
+        corrupt=0.0,
+        report=ignore,
+    )
 
 
 @pytest.mark.parametrize("recipe", ["quickstart", "cifar10"])
@@ -57,21 +71,26 @@ def test_from_training_to_torchvision(recipe: str, tmp_path: Path) -> None:
         model = names["model"]
         model.load_state_dict(load_file(out / "encoder.safetensors"))
         model.eval()
-        crops = center_crops(
-            indexes.load(f"{tmp_path}/data/val", "data.val"),
-            size=card["input"]["size"],
-            fraction=1.0,
-            threads=1,
-            corrupt=0.0,
-            report=ignore,
-        )
-        images = normalize(next(iter(crops)).images.float() / 255)
+        images = normalize(next(crops(tmp_path, card)).images.float() / 255)
         _, encoder = open_encoder(run, EncoderConfig(network=network), ALONE, ignore)
         traced = torch.jit.load(out / "encoder.ts")
         with torch.no_grad():
             expected = encoder.eval()(images)
             torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(traced(images), expected, rtol=1e-5, atol=1e-6)
+        if network == "online":
+            # The linear classifier's figure, from the exported files alone.
+            path = next(Path(run).glob("evaluations/**/linear-*/head.safetensors"))
+            figures = json.loads((path.parent / "result.json").read_text())["metrics"]
+            model.fc = torch.nn.Linear(card["features"], len(synthetic.CLASSES))
+            model.fc.load_state_dict({k[3:]: v for k, v in load_file(path).items()})
+            batches = list(crops(tmp_path, card))
+            with torch.no_grad():
+                guesses = [model(normalize(b.images.float() / 255)).argmax(1) for b in batches]
+            labels = torch.cat([batch.labels for batch in batches])
+            top1 = (torch.cat(guesses) == labels).double().mean().item()
+            name = "linear_top1" if "linear_top1" in figures else "linear_fast_top1"
+            assert figures[name] == pytest.approx(top1, abs=1.01 / len(labels))  # bf16 was used
     online, target = (
         load_file(tmp_path / "export" / network / "encoder.safetensors")["conv1.weight"]
         for network in ("online", "target")
