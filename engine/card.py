@@ -59,6 +59,17 @@ def write(
 
     Raises InputError, before the file is written, when one gives other features.
     """
+    with torch.no_grad():
+        features = encoder(images)
+    if not features.isfinite().all() or not features.any():
+        raise InputError(
+            f"{storage.redact(source.url)}: the encoder's features are all zero or not finite: "
+            "there is nothing to export"
+        )
+    # What an earlier export left is of another card.
+    storage.remove(storage.join(out, CARD))
+    for other in FILES.keys() - set(formats):
+        storage.remove(storage.join(out, FILES[other]))
     files = {}
     for name in dict.fromkeys(formats):
         content = convert(encoder, source.config, name, source.size)

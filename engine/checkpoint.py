@@ -120,7 +120,7 @@ def load(commit: Commit, state: dict[str, Any], world: World) -> None:
 
 def latest(run: str, world: World, report: Callable[[str], None]) -> Commit | None:
     """The newest sound checkpoint of a run, None when it has none; damaged ones are reported."""
-    for url in reversed(world.tell(lambda: _steps(run))):
+    for url in reversed(world.tell(lambda: steps(run))):
         try:
             return verify(url, world)
         except InputError as error:
@@ -197,15 +197,15 @@ def prune(run: str, step: int, keep: int, keep_every: int = 0) -> None:
     stay too, 0 for none.
     """
     until = step_url(run, step)
-    steps = [url for url in _steps(run) if url <= until]
-    committed = [url for url in steps if storage.exists(storage.join(url, COMMIT))]
+    saved = [url for url in steps(run) if url <= until]
+    committed = [url for url in saved if storage.exists(storage.join(url, COMMIT))]
     for url in committed[:-keep]:
         if not keep_every or int(url[-8:]) % keep_every:
             storage.remove(storage.join(url, COMMIT))
             storage.remove(url)
 
 
-def _steps(run: str) -> list[str]:
+def steps(run: str) -> list[str]:
     """URLs of a run's checkpoints, whole or not, by step; what else lies there is not ours."""
     names = storage.list_names(storage.join(run, FOLDER))
     return [storage.join(run, FOLDER, name) for name in names if re.fullmatch(r"step_\d{8}", name)]

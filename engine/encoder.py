@@ -1,6 +1,7 @@
 """An encoder to measure or to export: from a run, one of its checkpoints, or a file others made."""
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +49,7 @@ class EncoderConfig:
         ):
             if value is not None and not low <= value <= high:
                 raise InputError(f"--{name} must be from {low:g} to {high:g}, not {value}")
-        if self.checkpoint != "latest" and not self.checkpoint.isdigit():
+        if self.checkpoint != "latest" and not re.fullmatch("[0-9]{1,8}", self.checkpoint):
             raise InputError(
                 f"--checkpoint must be latest or the number of a step, not {self.checkpoint!r}"
             )
@@ -63,6 +64,7 @@ class Source:
     step: int | None
     network: str
     digest: str  # of the weights, 16 hex digits
+    data_digest: str  # of the run's training set; empty for a file that others made
     config: ResNetConfig
     size: int
     crop: float
@@ -97,15 +99,17 @@ def open_encoder(
     kind = world.tell(lambda: _kind(url))
     if kind == "file":
         return _foreign(url, config)
+    if config.prefix is not None:
+        raise InputError(f"--prefix is for files that others made: {storage.redact(url)} is a run")
     for attempt in range(1, TRIES + 1):
-        commit = _find(url, config, world, report)
+        there = world.tell(partial(checkpoint.steps, url))
         try:
-            return _own(commit, config, world)
+            return _own(_find(url, config, world, report), config, world)
         except (InputError, OSError):
-            gone = world.tell(partial(_is_gone, commit))
-            if not gone or attempt == TRIES or config.checkpoint != "latest":
+            changed = world.tell(partial(checkpoint.steps, url)) != there
+            if not changed or attempt == TRIES or config.checkpoint != "latest":
                 raise
-            report(f"{storage.redact(commit.url)} was removed meanwhile; taking a newer one")
+            report(f"{storage.redact(url)}: the run went on meanwhile; taking a newer checkpoint")
     raise AssertionError("unreachable")
 
 
@@ -140,16 +144,25 @@ def _kind(url: str) -> Literal["folder", "file"]:
 def _find(url: str, config: EncoderConfig, world: World, report: Callable[[str], None]) -> Commit:
     if config.checkpoint == "latest":
         return checkpoint.find(url, world, report, "CHECKPOINT")
-    return checkpoint.verify(checkpoint.step_url(url, int(config.checkpoint)), world)
+    return checkpoint.verify(world.tell(partial(_step_url, url, int(config.checkpoint))), world)
 
 
-def _is_gone(commit: Commit) -> bool:
-    return not storage.exists(storage.join(commit.url, checkpoint.COMMIT))
+def _step_url(run: str, step: int) -> str:
+    wanted, there = checkpoint.step_url(run, step), checkpoint.steps(run)
+    if wanted not in there:
+        known = ", ".join(str(int(url[-8:])) for url in there) or "none"
+        raise InputError(
+            f"CHECKPOINT {storage.redact(run)}: no run with a checkpoint of step {step}; there "
+            f"are: {known}"
+        )
+    return wanted
 
 
 def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, Network]:
-    place, folder = storage.redact(commit.url), f"/{checkpoint.FOLDER}/"
-    home, _, _ = commit.url.rpartition(folder)
+    place = storage.redact(commit.url)
+    above, _, _ = commit.url.rstrip("/").rpartition("/")
+    home, _, folder = above.rpartition("/")
+    home = (home or ".") if folder == checkpoint.FOLDER else ""
     fields = run.read_fields(home) if home else {}
     fields = fields | commit.method
     try:
@@ -179,6 +192,7 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
         step=commit.step,
         network=config.network,
         digest=_digest(sums),
+        data_digest=commit.index_digest,
         config=resnet,
         size=size,
         crop=config.crop or fields.get("probe.crop", 0.875),
@@ -190,6 +204,8 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
 
 def _foreign(url: str, config: EncoderConfig) -> tuple[Source, Network]:
     place = storage.redact(url)
+    if config.checkpoint != "latest":
+        raise InputError(f"--checkpoint {config.checkpoint} is for runs: {place} is a file")
     if config.network in ("untrained", "pixels"):
         raise InputError(f"--network {config.network} is for runs: {place} is a file")
     tensors = read_tensors(url)
@@ -204,6 +220,7 @@ def _foreign(url: str, config: EncoderConfig) -> tuple[Source, Network]:
         step=None,
         network=config.network,
         digest=_digest(sums),
+        data_digest="",
         config=found.config,
         size=config.size or 224,
         crop=config.crop or 0.875,

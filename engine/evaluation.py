@@ -3,8 +3,9 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -144,21 +145,47 @@ class Evaluation:
                 progress.advance(task, len(batch.ids) * self.world.size)
 
     def name(self, figure: str) -> str:
-        """A figure's name in the run's metrics: linear_top1, linear_target_top1."""
+        """A figure's name in the run's metrics: linear_top1, linear_target_top1.
+
+        With other data than the run's, data.val's digest is added.
+        """
         network = "" if self.source.network == "online" else f"_{self.source.network}"
-        return f"{self.protocol}{network}_{figure}".replace("-", "_")
+        other = "" if self._own_data else f"_on_{self.val.digest[:6]}"
+        return f"{self.protocol}{network}_{figure}{other}".replace("-", "_")
 
     def standing(self) -> Result | None:
         """The result of the same evaluation, if it was made before."""
-        try:
-            document = self.world.tell(lambda: _read_result(storage.join(self.url, RESULT)))
-        except FileNotFoundError:
-            return None
-        place = storage.redact(storage.join(self.url, RESULT))
-        self.console.print(f"measured before: remove {place} to measure again")
-        result = Result(document["metrics"], document["table"])
-        self._show(result)
+        url = storage.join(self.url, RESULT)
+        result = self.world.tell(lambda: _read_result(url, self.report))
+        if result is not None:
+            place = storage.redact(url)
+            self.console.print(f"measured before: remove {place} to measure again")
+            self._show(result)
         return result
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder of the results meanwhile; before anything expensive, it is written to.
+
+        Raises InputError when another job makes the same evaluation, OSError when it can't be.
+        """
+        agents, held = self.world.collect(agent_identity()), list[lease.Lease]()
+
+        def hold() -> None:
+            try:
+                held.append(lease.acquire(self.url, agents, lease.PERIOD, self.console.print))
+            except InputError:
+                place = storage.redact(self.url)
+                raise InputError(
+                    f"{place}: another job is at this evaluation: wait for it, or give --out"
+                ) from None
+
+        self.world.tell(hold)
+        try:
+            yield
+        finally:
+            for lease_held in held:
+                lease_held.release()
 
     def publish(self, result: Result) -> None:
         """Show it; write it as JSON, to tensorboard and, for a run, to its metrics."""
@@ -170,10 +197,23 @@ class Evaluation:
         """Tensorboard's files of evaluations, beside the run's own."""
         return EventLog(storage.join(self.run or self.home, TENSORBOARD, FOLDER), None)
 
+    @cached_property
+    def _own_data(self) -> bool:
+        """Whether the data are those of the run, wherever they are; for others' files always."""
+        theirs = str(self.source.fields.get("data.val", ""))
+        if not self.source.run or not theirs:
+            return True
+        if self.train.digest != self.source.data_digest:
+            return False
+        try:
+            return indexes.load(theirs, "data.val").digest == self.val.digest
+        except (InputError, OSError):
+            return False
+
     def _folder(self) -> str:
         source = self.source
         if source.step is None:
-            stem = PurePosixPath(storage.redact(source.url)).name.partition(".")[0]
+            stem = PurePosixPath(storage.redact(source.url)).name.partition(".")[0] or "file"
         else:
             stem = f"step_{source.step:08d}"
         facts = [source.digest, source.size, source.crop, source.precision]
@@ -200,7 +240,6 @@ class Evaluation:
             "metrics": result.metrics,
             "table": result.table,
         }
-        storage.write(storage.join(self.url, RESULT), json.dumps(document, indent=1).encode())
         step = source.step or 0
         events = self.events()
         events.scalars(result.metrics, step)
@@ -209,6 +248,8 @@ class Evaluation:
             journal.add(self.run, {"step": step} | result.metrics)
             if lease.is_free(self.run):
                 _fold(self.run)
+        # Last: with it, nothing of this is done again.
+        storage.write(storage.join(self.url, RESULT), json.dumps(document, indent=1).encode())
 
     def _show(self, result: Result) -> None:
         table = Table(box=None, pad_edge=False)
@@ -235,9 +276,18 @@ def _fold(run: str) -> None:
         held.release()
 
 
-def _read_result(url: str) -> Any:
-    document = storage.read_json(url)
-    return {"metrics": document["metrics"], "table": document["table"]}
+def _read_result(url: str, report: Callable[[str], None]) -> Result | None:
+    try:
+        document = storage.read_json(url)
+        result = Result(dict(document["metrics"]), [dict(row) for row in document["table"]])
+        if not result.table:
+            raise ValueError
+        return result
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        report(f"{storage.redact(url)} is damaged; measured again")
+        return None
 
 
 def _open_index(url: str, name: str, source: Source) -> Index:

@@ -33,6 +33,7 @@ from engine.supervised import (
     Examples,
     Held,
     SupervisedConfig,
+    check_held_out,
     check_some,
     crops,
     forget,
@@ -79,6 +80,8 @@ def evaluate(evaluation: Evaluation, config: FinetuneConfig, labels: Labels) -> 
     training = Finetuning(evaluation, config, labels)
     if not train(training, training.batches, evaluation, config.save_every):
         return None
+    if training.scores.max() < 0:
+        raise InputError("training diverged with every --lr: give lower ones")
     training.take(training.best)
     found = training.measure(evaluation.val)
     if evaluation.world.main:
@@ -87,7 +90,8 @@ def evaluate(evaluation: Evaluation, config: FinetuneConfig, labels: Labels) -> 
     table: list[Row] = []
     scores = training.scores.tolist()
     for (lr, epochs), score in zip(training.choices, scores, strict=True):
-        row: Row = {"lr": f"{lr:g}", "epochs": f"{epochs:g}", "held-out top-1": score}
+        shown = score if score >= 0 else "diverged"
+        row: Row = {"lr": f"{lr:g}", "epochs": f"{epochs:g}", "held-out top-1": shown}
         table.append(row | chosen_columns(found, len(table) == scores.index(max(scores))))
     forget(evaluation)
     metrics = {evaluation.name("top1"): found.top1, evaluation.name("top5"): found.top5}
@@ -122,6 +126,7 @@ class Finetuning:
             raise InputError("--network pixels has nothing to fine-tune: measure it by linear")
         if source.precision == "fp16":
             raise InputError("fine-tuning in fp16 is not supported: give --precision bf16 or fp32")
+        check_held_out(len(labels.chosen_on))
         self.evaluation, self.config, self.labels = evaluation, config, labels
         self.world = evaluation.world
         self.choices = list(product(config.lr, config.epochs))
@@ -177,12 +182,14 @@ class Finetuning:
                 yield from islice(rows, self._steps[choice] - place)
             place = 0
 
-    def measure(self, index: Index, ids: NDArray[np.int64] | None = None) -> Accuracy:
+    def measure(
+        self, index: Index, ids: NDArray[np.int64] | None = None, field: str = "data.val"
+    ) -> Accuracy:
         """The model's accuracy on central crops."""
         self.model.eval()
         with torch.no_grad():
             found = self.evaluation.features(index, self._logits, ids=ids)
-        return accuracy(found.features, found.labels, self.world, "data.val")
+        return accuracy(found.features, found.labels, self.world, field)
 
     def take(self, tensors: dict[str, Tensor]) -> None:
         """Give the model parameters and running statistics."""
@@ -220,7 +227,9 @@ class Finetuning:
             buffer.zero_()
 
     def _finish(self, choice: int) -> None:
-        score = self.measure(self.labels.chosen_in, self.labels.chosen_on).top1
+        if not all(value.isfinite().all() for value in self.model.parameters()):
+            return  # it has diverged, and cannot be chosen
+        score = self.measure(self.labels.chosen_in, self.labels.chosen_on, "data.train").top1
         if score > self.scores.max():
             for name, value in self.model.state_dict().items():
                 self.best[name].copy_(value)

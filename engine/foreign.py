@@ -76,7 +76,9 @@ def match(
     damaged.
     """
     plain = {_plain(name): name for name in tensors}
-    trunks = _distinct(_trunks(plain), plain, tensors)
+    trunks = _trunks(plain)
+    if prefix is None:
+        trunks = _distinct(trunks, plain, tensors)
     if trunks:
         chosen = _chosen(list(trunks), network, place, prefix)
         names = {ours: plain[theirs] for ours, theirs in trunks[chosen].items()}
@@ -115,14 +117,19 @@ def _trunks(names: Collection[str]) -> dict[str, dict[str, str]]:
 def _distinct(
     trunks: dict[str, dict[str, str]], plain: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, str]]:
-    """Without networks that stand there again, under other names: modules that share a part."""
+    """Without networks that stand there again, under other names: modules that share a part.
+
+    A target network may well equal the online one, in the beginning.
+    """
     kept: dict[str, dict[str, str]] = {}
     for prefix, names in trunks.items():
         own = {ours: tensors[plain[theirs]] for ours, theirs in names.items()}
+        side = bool(_TARGET.search(prefix))
         if not any(
-            names.keys() == others.keys()
+            side == bool(_TARGET.search(other))
+            and names.keys() == others.keys()
             and all(torch.equal(own[ours], tensors[plain[t]]) for ours, t in others.items())
-            for others in kept.values()
+            for other, others in kept.items()
         ):
             kept[prefix] = names
     return kept

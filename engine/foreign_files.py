@@ -4,6 +4,7 @@ import argparse
 import io
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pickle import UnpicklingError
 from typing import Any
@@ -66,6 +67,8 @@ def _unpickle(content: bytes, place: str) -> object:
             "torch.save(torch.jit.load(...).state_dict(), ...)"
         )
     try:
+        if archive and zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch does not look
+            raise ValueError
         with (
             warnings.catch_warnings(action="ignore"),
             torch.serialization.safe_globals([argparse.Namespace]),

@@ -39,6 +39,8 @@ def nearest(bank: Features, queries: Tensor, k: int, world: World) -> Neighbours
     total = sum(held for held, _ in sizes)
     if total == 0:
         raise InputError("evaluation found no labelled image to look up: see data.train")
+    if sum(count for _, count in sizes) == 0:
+        raise InputError("evaluation found no image that can be decoded: see data.val")
     k, rows = min(k, total), max(1, QUERIES // world.size)
     found = []
     for start in range(0, max(count for _, count in sizes), rows):

@@ -28,6 +28,7 @@ from engine.supervised import (
     Examples,
     Held,
     SupervisedConfig,
+    check_held_out,
     check_ranges,
     check_some,
     crops,
@@ -69,6 +70,8 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
     """Train the heads and measure them; None when a signal stopped it."""
     index = evaluation.train
     held = hold_out(index.samples, config.holdout, config.seed)
+    ids = np.arange(index.samples)
+    check_held_out(int(held(ids).sum()))
     if config.fast:
         bank = evaluation.features(index)
         batches, steps = stored(bank, index.samples, config, held)
@@ -81,7 +84,8 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
     training.heads.to(parameter_dtype(evaluation.source.precision))
     if not train(training, batches, evaluation, config.save_every):
         return None
-    ids = np.arange(index.samples)
+    if not any(head.weight.isfinite().all() for head in training.heads.each):
+        raise InputError("training diverged with every --lr: give lower ones")
     aside = evaluation.features(index, ids=ids[held(ids)])
     chosen_on = measure(training.heads, aside, evaluation, "data.train")
     best = max(range(len(config.lr)), key=lambda number: chosen_on[number].top1)

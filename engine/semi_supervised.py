@@ -3,7 +3,7 @@
 Source: BYOL (arXiv 2006.07733), section 4.2 and appendix C.2.
 """
 
-from collections.abc import Callable
+import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 
 from engine.evaluation import Evaluation
 from engine.finetune import FinetuneConfig, Labels
-from engine.supervised import hold_out, nothing
+from engine.supervised import check_held_out, hold_out, nothing
 from shards import index as indexes
 from shards import storage, subset
 from shards.errors import InputError
+from shards.index import Index
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,21 @@ class SemiSupervisedConfig:
     """URL of a list of file names, one a line, in place of fraction: a published subset."""
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result."""
-        return asdict(self)
+        """What decides the result. Raises InputError when the list can't be read."""
+        if not self.files:
+            return asdict(self)
+        digest = hashlib.sha256("\n".join(self.names()).encode()).hexdigest()[:16]
+        return asdict(self) | {"files": digest}  # the list may change
+
+    def names(self) -> list[str]:
+        """The lines of the list. Raises InputError when it can't be read."""
+        place = f"--files {storage.redact(self.files)}"
+        try:
+            return storage.read(self.files).decode().splitlines()
+        except (FileNotFoundError, IsADirectoryError):
+            raise InputError(f"{place}: no such file") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{place}: no list of names") from None
 
     def check(self) -> None:
         """Raises InputError."""
@@ -46,32 +60,35 @@ def take_labels(
 ) -> Labels:
     """Choose the images that have labels, and copy them to shards beside the results.
 
-    The learning rate is chosen on images that are not among them, as in the paper, where the whole
-    training set's held-out part served. All processes call it together. Raises InputError.
+    The learning rate is chosen on others, copied likewise: at every measurement a quarter of
+    ImageNet would have to be read for them. All processes call it together. Raises InputError.
     """
     index, world = evaluation.train, evaluation.world
-    found = subset.find_places(index, (world.rank, world.size), evaluation.report)
-    places = subset.Places.join(world.collect(found))
-    some = places.take(world.tell(_choice(places, config)))
-    url = storage.join(evaluation.url, "data")
-    evaluation.console.print(f"{len(some.ids):,} of {index.samples:,} images have labels: {url}")
-    world.tell(lambda: subset.write(index, some, url, evaluation.threads))
-    held = hold_out(index.samples, finetune.holdout, finetune.seed)
-    ids = np.setdiff1d(places.ids, some.ids)
-    return Labels(indexes.load(url, "the subset"), nothing, index, ids[held(ids)])
+    some, others = (storage.join(evaluation.url, name) for name in ("data", "held_out"))
+    standing = (storage.exists(storage.join(url, indexes.NAME)) for url in (some, others))
+    if not world.tell(lambda: all(standing)):
+        found = subset.find_places(index, (world.rank, world.size), evaluation.report)
+        places = subset.Places.join(world.collect(found))
+
+        def copy() -> None:
+            chosen = _choose(places, index, config)
+            rest = np.setdiff1d(np.flatnonzero(places.labels >= 0), chosen)
+            held = hold_out(index.samples, finetune.holdout, finetune.seed)
+            aside = rest[held(places.ids[rest])]
+            check_held_out(len(aside))
+            subset.write(index, places.take(aside), others, evaluation.threads)
+            subset.write(index, places.take(chosen), some, evaluation.threads)
+
+        world.tell(copy)
+    learned, chosen_in = (indexes.load(url, "the subset") for url in (some, others))
+    evaluation.console.print(
+        f"{learned.samples:,} of {index.samples:,} images have labels: {storage.redact(some)}"
+    )
+    return Labels(learned, nothing, chosen_in, np.arange(chosen_in.samples))
 
 
-def _choice(places: subset.Places, config: SemiSupervisedConfig) -> Callable[[], Any]:
-    def choose() -> Any:
-        if not config.files:
-            return subset.choose(places.labels, config.fraction, config.subset_seed)
+def _choose(places: subset.Places, index: Index, config: SemiSupervisedConfig) -> subset.Ids:
+    if config.files:
         place = f"--files {storage.redact(config.files)}"
-        try:
-            wanted = storage.read(config.files).decode().splitlines()
-        except FileNotFoundError:
-            raise InputError(f"{place}: no such file") from None
-        except UnicodeDecodeError:
-            raise InputError(f"{place}: no list of names") from None
-        return subset.listed(places.names, wanted, place)
-
-    return choose
+        return subset.listed(places, index.classes, config.names(), place)
+    return subset.choose(places.labels, config.fraction, config.subset_seed)

@@ -149,6 +149,15 @@ def hold_out(samples: int, wanted: int, seed: int) -> Held:
     return held
 
 
+def check_held_out(count: int) -> None:
+    """Raise InputError when nothing is left to choose on; before anything is learned."""
+    if count == 0:
+        raise InputError(
+            "no image of data.train is held out to choose the learning rate on: raise --holdout, "
+            "or give more images"
+        )
+
+
 def nothing(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Where nothing is held out."""
     return np.zeros(len(ids), bool)

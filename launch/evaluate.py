@@ -140,8 +140,11 @@ class Neighbours:
 
 def _measure(evaluation: Evaluation, measure: Callable[[], Result | None]) -> None:
     """The standing result, or a new one."""
-    if evaluation.standing() is None and (result := measure()) is not None:
-        evaluation.publish(result)
+    if evaluation.standing() is not None:
+        return
+    with evaluation.alone():
+        if (result := measure()) is not None:
+            evaluation.publish(result)
 
 
 Protocol = Linear | KNN | Finetune | SemiSupervised | Neighbours
@@ -167,8 +170,14 @@ def parse(arguments: list[str]) -> Protocol:
         for name, protocol in _PROTOCOLS.items():
             print(f"  {name:<16} {protocol.__doc__}")
         sys.exit(0)
-    with plain_errors():
-        return tyro.cli(chosen, prog=f"evaluate.py {arguments[0]}", args=arguments[1:])
+    try:
+        with plain_errors():
+            return tyro.cli(chosen, prog=f"evaluate.py {arguments[0]}", args=arguments[1:])
+    except InputError as error:
+        if not arguments[1:] or not arguments[1].startswith("-"):
+            raise
+        # An option that takes several values took CHECKPOINT for one.
+        raise InputError(f"{error}; put CHECKPOINT right behind {arguments[0]}") from None
 
 
 def main(arguments: list[str]) -> int:

@@ -50,6 +50,8 @@ class Export:
 
     def run(self) -> None:
         """Raises InputError."""
+        if not self.out.strip():
+            raise InputError("OUT is empty: give the URL of a folder")
         storage.check(self.out, "OUT")
         if not self.format:
             raise InputError("--format needs at least one format")
@@ -78,8 +80,13 @@ class Export:
 
 def parse(arguments: list[str]) -> Export:
     """Raises InputError, in one line, for what cannot be understood; --help exits."""
-    with plain_errors():
-        return tyro.cli(Export, prog="export.py", args=arguments)
+    try:
+        with plain_errors():
+            return tyro.cli(Export, prog="export.py", args=arguments)
+    except InputError as error:
+        if not arguments or not arguments[0].startswith("-"):
+            raise
+        raise InputError(f"{error}; put CHECKPOINT and OUT first") from None
 
 
 def main(arguments: list[str]) -> int:

@@ -5,6 +5,7 @@ new shards once, so that learning from 1% of them does not read the other 99% at
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -15,11 +16,12 @@ from numpy.typing import NDArray
 from shards import storage
 from shards.errors import InputError
 from shards.index import Index
-from shards.pack import Image, ImageSet, plan_shards, write_shards
+from shards.pack import STEM_LENGTH, Image, ImageSet, plan_shards, write_shards
 from shards.philox import Domain, permutation
 from shards.reader import BlockReader, Fetches, StreamReader
 from shards.tar import Block
 
+Ids = NDArray[np.int64]
 AHEAD = 16  # blocks fetched ahead of need
 SHARD_BYTES = 64_000_000
 
@@ -92,25 +94,38 @@ def choose(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.
     return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, np.int64)
 
 
-def listed(names: list[str], wanted: list[str], place: str) -> NDArray[np.int64]:
-    """Positions [m], rising, of the samples whose file names are `wanted`.
+def listed(places: Places, classes: list[str], wanted: list[str], list_name: str) -> Ids:
+    """Positions [m], rising, of the samples whose file names are `wanted`, one a line.
 
-    Extensions do not count, nor does the number that packing puts first. Raises InputError when a
-    name is not there. `place`: of the list, for the message.
+    Neither extensions count, nor the number that packing puts first. A folder before a name is its
+    class, where several classes have a file of that name. Raises InputError when a name stands for
+    no sample, or for several.
     """
-    known = {_stem(re.sub(r"^\d{8}_", "", name)): i for i, name in enumerate(names)}
-    stems = [_stem(line.strip()) for line in wanted if line.strip()]
-    missing = [stem for stem in stems if stem not in known]
-    if missing or not stems:
-        what = f"{len(missing)} of its {len(stems)} names are not in data.train, {missing[:1]}"
-        raise InputError(f"{place}: {what if stems else 'names no image'}")
-    return np.unique([known[stem] for stem in stems])
+    known: dict[str, list[int]] = defaultdict(list)
+    for i, name in enumerate(places.names):
+        known[_stem(name)].append(i)
+    lines = [line.strip() for line in wanted if line.strip()]
+    if not lines:
+        raise InputError(f"{list_name}: names no image")
+    chosen = []
+    for line in lines:
+        found = known.get(_stem(line), [])
+        folder = line.rpartition("/")[0].rpartition("/")[2]
+        if len(found) > 1 and folder in classes:
+            label = classes.index(folder)
+            found = [i for i in found if places.labels[i] == label]
+        if len(found) != 1:
+            what = "is not in" if not found else f"stands for {len(found)} images of"
+            hint = ": put its class's folder before it" if found and not folder else ""
+            raise InputError(f"{list_name}: {line} {what} data.train{hint}")
+        chosen += found
+    return np.unique(np.array(chosen, np.int64))
 
 
-def _stem(name: str) -> str:
-    """As packing writes it."""
-    stem = name.rsplit("/", 1)[-1].rpartition(".")[0] or name
-    return re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:60]
+def _stem(path: str) -> str:
+    """A file's name as packing writes it, without its number."""
+    name = re.sub(r"^\d{8}_", "", path.rpartition("/")[2])
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name.rpartition(".")[0] or name)[:STEM_LENGTH]
 
 
 def write(index: Index, places: Places, url: str, threads: int) -> None:

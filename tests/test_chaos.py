@@ -9,8 +9,10 @@ from tests.object_store import ObjectStore
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("machines", "faults", "seed"),
-    [(1, 4, 3), (2, 1, 2)],
-    ids=["one machine", "two machines"],
+    [
+        pytest.param(1, 4, 3, id="one machine"),
+        pytest.param(2, 1, 2, id="two machines", marks=pytest.mark.slow),
+    ],
 )
 def test_the_run_is_the_one_that_was_never_disturbed(
     object_store: ObjectStore, machines: int, faults: int, seed: int

@@ -91,7 +91,7 @@ def test_a_checkpoint_that_is_pruned_meanwhile(
     monkeypatch.setattr(checkpoint, "load", go_on_first)
     source, _ = open_encoder(run, EncoderConfig(), ALONE, messages.append)
     assert source.step == 4
-    assert "step_00000002 was removed meanwhile; taking a newer one" in messages[0]
+    assert "the run went on meanwhile; taking a newer checkpoint" in messages[0]
 
 
 def test_what_the_run_says_of_its_input(tiny_data: DataConfig, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from shards import storage
 from shards.errors import InputError
 
 State = dict[str, Tensor]
-URL = "memory://foreign/checkpoint.pth"
+URL = "memory://others/checkpoint.pth"
 SMALL = ResNetConfig(10, width=0.25, stem="cifar")
 IMAGES = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=Generator().manual_seed(3))
 OLD: dict[str, Any] = {"_use_new_zipfile_serialization": False}

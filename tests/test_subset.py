@@ -11,7 +11,7 @@ from shards import subset
 from shards.errors import InputError
 from shards.index import Index
 from shards.reader import BlockReader
-from tests.conftest import Files
+from tests.conftest import Files, PackFiles, draw_photo
 
 
 def ignore(_: str) -> None:
@@ -70,9 +70,20 @@ def test_parts_join_to_the_whole(packed: Index) -> None:
 
 def test_a_published_list(packed: Index) -> None:
     places = subset.find_places(packed, (0, 1), ignore)
-    chosen = places.take(subset.listed(places.names, ["ant/a3.jpg", "b7.JPEG", "", "c29"], "list"))
+    names = ["ant/a3.jpg", "b7.JPEG", "", "cat/c29"]
+    chosen = places.take(subset.listed(places, packed.classes, names, "list"))
     assert sorted(name.split("_")[-1] for name in chosen.names) == ["a3.jpg", "b7.jpg", "c29.jpg"]
-    with pytest.raises(InputError, match=r"list: 1 of its 2 names are not in data\.train.*zebra"):
-        subset.listed(places.names, ["a3.jpg", "zebra.jpg"], "list")
+    with pytest.raises(InputError, match=r"list: zebra\.jpg is not in data\.train"):
+        subset.listed(places, packed.classes, ["a3.jpg", "zebra.jpg"], "list")
     with pytest.raises(InputError, match="list: names no image"):
-        subset.listed(places.names, ["", " "], "list")
+        subset.listed(places, packed.classes, ["", " "], "list")
+
+
+def test_a_name_that_several_classes_have(pack_files: PackFiles, tmp_path: Path) -> None:
+    files = {f"{c}/{i}.jpg": draw_photo(i, 40, 40) for c in ("ant", "bee") for i in range(3)}
+    index = pack_files(str(tmp_path / "same"), files)
+    places = subset.find_places(index, (0, 1), ignore)
+    chosen = subset.listed(places, index.classes, ["bee/0.jpg", "some/where/ant/2"], "list")
+    assert sorted(places.labels[chosen].tolist()) == [0, 1]
+    with pytest.raises(InputError, match=r"list: 1\.jpg stands for 2 images of .*class's folder"):
+        subset.listed(places, index.classes, ["1.jpg"], "list")
