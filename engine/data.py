@@ -33,7 +33,7 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
     data = Data(train, val, Order(train, recipe.seed, recipe.data.streams, recipe.batch.size))
     _check_batches(recipe, data.order)
     if val is not None:
-        _check_classes(recipe, train.classes, val.classes)
+        _check_classes(recipe, train, val)
     return data
 
 
@@ -83,16 +83,12 @@ def _check_batches(recipe: Recipe, order: Order) -> None:
         )
 
 
-def _check_classes(recipe: Recipe, train: list[str], val: list[str]) -> None:
-    if (recipe.probe.every or recipe.probe.baseline) and not (train and val):
-        name = "data.val" if train else "data.train"
+def _check_classes(recipe: Recipe, train: Index, val: Index) -> None:
+    if (recipe.probe.every or recipe.probe.baseline) and not (train.classes and val.classes):
+        name = "data.val" if train.classes else "data.train"
         raise InputError(
             f"evaluations are on but {name} has no labels: use --probe.every 0 "
             "--probe.no-baseline, or pack the images in one folder for each class"
         )
-    if train and val and train != val:
-        odd = sorted(set(train) ^ set(val)) or ["their order"]
-        raise InputError(
-            f"data.val has other classes than data.train ({len(val)} and {len(train)}, "
-            f"differing in {odd[0]}): pack both with the same class folders"
-        )
+    if train.classes and val.classes:
+        indexes.check_same_classes(train, val)

@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from engine import journal, lease
-from engine.encoder import EncoderConfig, Source, encoding, open_encoder
+from engine.encoder import EncoderConfig, encoding, open_encoder
 from engine.events import EventLog
 from engine.features import Accuracy, Features, extract
 from engine.identity import agent_identity
@@ -91,9 +91,16 @@ class Evaluation:
         if not 0 <= data.corrupt <= 1:
             raise InputError(f"--data.corrupt must be from 0 to 1, not {data.corrupt}")
         storage.check(out, "--out")
+        given = {
+            name: _open_index(url, name)
+            for name, url in (("data.train", data.train), ("data.val", data.val))
+            if url
+        }
         self.source, self.network = open_encoder(checkpoint, encoder, world, self.console.print)
-        self.train = _open_index(data.train, "data.train", self.source)
-        self.val = _open_index(data.val, "data.val", self.source)
+        self.train, self.val = (
+            given.get(name) or _open_index(str(self.source.fields.get(name, "")), name)
+            for name in ("data.train", "data.val")
+        )
         if labels:
             check_classes(self.train, self.val)
         self.encode = encoding(self.network, self.source.precision, world.device)
@@ -290,8 +297,7 @@ def _read_result(url: str, report: Callable[[str], None]) -> Result | None:
         return None
 
 
-def _open_index(url: str, name: str, source: Source) -> Index:
-    url = url or str(source.fields.get(name, ""))
+def _open_index(url: str, name: str) -> Index:
     if not url:
         raise InputError(f"{name} is not set: give --{name} URL, a folder of shards")
     storage.check(url, name)
@@ -306,9 +312,4 @@ def check_classes(train: Index, val: Index) -> None:
                 f"{name} {storage.redact(index.url)}: has no labels, which an evaluation needs: "
                 "pack the images in one folder for each class"
             )
-    if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes)) or ["their order"]
-        raise InputError(
-            f"data.val has other classes than data.train ({len(val.classes)} and "
-            f"{len(train.classes)}, differing in {odd[0]}): pack both with the same class folders"
-        )
+    indexes.check_same_classes(train, val)

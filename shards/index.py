@@ -198,6 +198,16 @@ def load(url: str, field_name: str) -> Index:
     return index
 
 
+def check_same_classes(train: Index, val: Index) -> None:
+    """Raise InputError unless what a label stands for is the same in both data sets."""
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes)) or ["their order"]
+        raise InputError(
+            f"data.val has other classes than data.train ({len(val.classes)} and "
+            f"{len(train.classes)}, differing in {odd[0]}): pack both with the same class folders"
+        )
+
+
 def _shard(entry: dict[str, Any]) -> Shard:
     blocks = np.array(entry["blocks"], np.int64).reshape(-1, 2) if "blocks" in entry else None
     found = entry["checksum"]

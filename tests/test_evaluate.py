@@ -25,7 +25,7 @@ from engine import journal, lease
 from engine.fit import fit
 from engine.preemption import Preemption
 from engine.trainer import Trainer
-from launch import evaluate
+from launch import evaluate, export
 from shards import storage, synthetic
 from shards.loader import DataConfig
 from tests import tiny
@@ -276,6 +276,12 @@ def test_on_a_bucket(run: str, s3: str, tmp_path: Path, tiny_data: DataConfig) -
     found = journal.read(f"{s3}/run")[-1]
     assert found["linear_top1"] == result(str(tmp_path), "linear")["metrics"]["linear_top1"]
     assert b"linear_top1" in storage.read(f"{s3}/run/metrics.jsonl")
+    formats = ["--format", "safetensors", "torchscript"]
+    assert export.main([f"{s3}/run", f"{s3}/export", *formats, *data[2:4]]) == 0
+    exported = ["card.json", "encoder.safetensors", "encoder.ts"]
+    assert storage.list_names(f"{s3}/export") == exported
+    knn = ["--size", "32", "--k", "5", *data, "--out", f"{s3}/of_file"]
+    assert evaluate.main(["knn", f"{s3}/export/encoder.safetensors", *knn]) == 0
 
 
 @pytest.mark.parametrize(
