@@ -144,7 +144,14 @@ def test_fast_linear_and_finetuning(run: str, tmp_path: Path) -> None:
     few = ["--fraction", "0.3", "--lr", "0.1"]
     assert evaluate.main(["semi-supervised", run, *few, *out]) == 0
     assert "linear_fast_top1" in result(str(tmp_path), "linear")["metrics"]
-    assert "finetune_top5" in result(str(tmp_path), "finetune")["metrics"]
+    assert "finetune_top5" in result(f"{tmp_path}/step_00000020", "finetune")["metrics"]
+    wild = f"{tmp_path}/wild"  # a second rate, which diverges, changes nothing
+    assert evaluate.main(["finetune", run, "--lr", "0.1", "1e9", *out[:1], wild, *out[2:]]) == 0
+    good, bad = result(wild, "finetune")["table"]
+    assert (bad["held-out top-1"], bad["top-1"]) == ("diverged", "")
+    first, second = tmp_path.glob("**/finetune-*/model.safetensors")
+    assert first.read_bytes() == second.read_bytes()
+    assert good["top-1"] == result(f"{tmp_path}/step_00000020", "finetune")["table"][0]["top-1"]
     semi = result(str(tmp_path), "semi-supervised-0.3-online")
     assert "semi_supervised_0.3_top1" in semi["metrics"]
     model = load_file(next(tmp_path.glob("**/finetune-*/model.safetensors")))
@@ -206,35 +213,43 @@ def test_a_live_run_is_not_disturbed(tiny_data: DataConfig, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "protocol", [["linear"], ["linear", "--fast"], ["finetune"]], ids=lambda p: "".join(p)
+    ("protocol", "rates", "stop"),
+    [
+        (["linear"], ["0.2", "0.02"], 7),
+        (["linear", "--fast"], ["0.2", "0.02"], 7),
+        (["finetune"], ["0.2", "1e9"], 30),  # the first training is over, and is the best
+    ],
+    ids=["linear", "fast", "finetune"],
 )
 def test_a_stopped_evaluation_goes_on(
     protocol: list[str],
+    rates: list[str],
+    stop: int,
     run: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Its figures are those of one that was never stopped."""
-    options = [run, "--epochs", "4", "--batch", "16", "--lr", "0.2", "0.02", "--threads", "1"]
+    options = [run, "--epochs", "4", "--batch", "16", "--threads", "1", "--lr", *rates]
     assert evaluate.main([*protocol, *options, "--out", f"{tmp_path}/calm"]) == 0
     agreed = Preemption.agreed
     steps = []
 
-    def stop_at_seven(self: Preemption) -> bool:
+    def stop_then(self: Preemption) -> bool:
         steps.append(1)
-        if len(steps) == 7:
+        if len(steps) == stop:
             os.kill(os.getpid(), signal.SIGTERM)
             self.told.wait(10)
         return agreed(self)
 
-    monkeypatch.setattr(Preemption, "agreed", stop_at_seven)
+    monkeypatch.setattr(Preemption, "agreed", stop_then)
     stopped = [*protocol, *options, "--out", f"{tmp_path}/stopped"]
     assert evaluate.main(stopped) == 0
-    assert "stopped after step 7 by SIGTERM" in capsys.readouterr().out
+    assert f"stopped after step {stop} by SIGTERM" in capsys.readouterr().out
     assert not list(tmp_path.glob("stopped/**/result.json"))
     assert evaluate.main(stopped) == 0
-    assert "resumed at step 7" in capsys.readouterr().out
+    assert f"resumed at step {stop}" in capsys.readouterr().out
     name = f"{protocol[0]}-online"
     calm, after = (result(f"{tmp_path}/{folder}", name) for folder in ("calm", "stopped"))
     assert after["table"] == calm["table"]
