@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engine import augment as ops
-from engine.augment import augment, distort, gaussian_blur, normalize
+from engine.augment import augment, distort, flip, gaussian_blur, normalize
 from shards.views import COLUMNS, Column, ViewsConfig, draw_views
 from tests.golden_files import golden
 
@@ -144,6 +144,16 @@ def test_unblurred_rows_are_left_exactly() -> None:
         assert torch.equal(gaussian_blur(row, row.new_zeros(8)), row)
     params[:, Column.SIGMA] = 0
     assert torch.equal(augment(images, params), augment(images, params, blur=False))
+
+
+def test_rows_that_are_meant_to_be_are_mirrored() -> None:
+    images, params = _batch(8, 32)
+    params[:, Column.FLIP] = torch.tensor([1, 0, 0, 1, 1, 0, 1, 0])
+    found = flip(images, params).numpy()
+    for row, whole, mirrored in zip(found, images.numpy(), params[:, Column.FLIP], strict=True):
+        assert np.array_equal(row, whole[:, :, ::-1] if mirrored else whole)
+    params[:, [Column.JITTER, Column.GRAYSCALE, Column.SOLARIZE, Column.SIGMA]] = 0
+    assert torch.equal(distort(images, params), torch.from_numpy(found) / 255)
 
 
 def test_nothing_drawn_changes_nothing() -> None:

@@ -1,6 +1,8 @@
 """Fine-tuning against a loop in stock torch, and on several ranks; choices and what is kept."""
 
 import dataclasses
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from engine.recipe import method_fields
 from engine.stock import stock_resnet
 from engine.supervised import hold_out
 from engine.trainer import Trainer
-from shards.loader import DataConfig
+from shards.loader import DataConfig, TrainLoader
+from shards.order import Order
+from shards.views import Column, crop_and_flip, draw_views
 from tests import tiny
 from tests.ranks import Ranks
 
@@ -126,6 +130,35 @@ def test_the_best_is_kept(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name, value in ours.best.items():
         assert torch.equal(value, kept[1][name.removeprefix("encoder.")])
     assert not torch.equal(kept[0]["conv1.weight"], kept[1]["conv1.weight"])
+
+
+def test_images_are_flipped_as_drawn(run: str, tmp_path: Path) -> None:
+    """The loader's crops, mirrored where the drawn parameters say so, half of them."""
+    ours = finetuning(run, str(tmp_path))
+    index, views = ours.labels.source, crop_and_flip(32)
+    order = Order(index, CONFIG.seed, 16, 16)
+    loader = TrainLoader(
+        order,
+        range(16),
+        views,
+        DataConfig(),
+        micro=1,
+        start=0,
+        threads=1,
+        pin_memory=False,
+        report=lambda _: None,
+    )
+    mirrored = 0
+    with closing(loader):
+        for batch, rows in zip(islice(ours.batches(0), 3), loader, strict=False):
+            drawn = draw_views(CONFIG.seed, 0, rows.ids, views).params[0]
+            assert not drawn[:, [Column.JITTER, Column.GRAYSCALE, Column.SOLARIZE]].any()
+            for row, crop, mirror in zip(
+                batch.inputs.numpy(), rows.views[0].numpy(), drawn[:, Column.FLIP], strict=True
+            ):
+                assert np.array_equal(row, crop[:, :, ::-1] if mirror else crop)
+                mirrored += int(mirror)
+    assert 10 < mirrored < 38
 
 
 def test_any_step_is_reached_at_once(run: str, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 
+from engine import card as card_module
 from engine import checkpoint
 from engine.augment import normalize
 from engine.encoder import EncoderConfig, open_encoder
@@ -39,7 +40,12 @@ def crops(where: Path, card: dict[str, Any]) -> Iterator[EvalBatch]:
 
 
 @pytest.mark.parametrize("recipe", ["quickstart", "cifar10"])
-def test_from_training_to_torchvision(recipe: str, tmp_path: Path) -> None:
+def test_from_training_to_torchvision(
+    recipe: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for name, samples in (("train", 104), ("val", 40)):
         synthetic.write(f"{tmp_path}/data/{name}", samples, 32, seed=0)
     data = ["--data.train", f"{tmp_path}/data/train", "--data.val", f"{tmp_path}/data/val"]
@@ -91,6 +97,12 @@ def test_from_training_to_torchvision(recipe: str, tmp_path: Path) -> None:
             top1 = (torch.cat(guesses) == labels).double().mean().item()
             name = "linear_top1" if "linear_top1" in figures else "linear_fast_top1"
             assert figures[name] == pytest.approx(top1, abs=1.01 / len(labels))  # bf16 was used
+        wrong = lambda *_: 1e-3  # noqa: E731
+        with monkeypatch.context() as planted:
+            planted.setattr(card_module, "verify", wrong)
+            assert export.main([run, f"{tmp_path}/wrong"]) == 1
+        assert "its features differ from the checkpoint's by 1.0e-03" in capsys.readouterr().err
+        assert not list(Path(tmp_path, "wrong").glob("*"))
     online, target = (
         load_file(tmp_path / "export" / network / "encoder.safetensors")["conv1.weight"]
         for network in ("online", "target")

@@ -4,11 +4,15 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from shards import index, storage, synthetic
+from shards.evaluation import center_crops
 from shards.index import Index
 from shards.reader import BlockReader
+from shards.tar import Block
 
 
 @pytest.fixture(params=["local", "remote"])
@@ -62,3 +66,23 @@ def test_sets_without_crcs_are_read_as_before(data: Index) -> None:
     assert found.digest == data.digest
     assert found.shards[0].crcs is None
     BlockReader(found).fetch(0, 0)
+
+
+def test_evaluation_of_given_samples(packed: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They, and no block without one of them, are read."""
+    options = {"size": 8, "fraction": 1.0, "threads": 2, "corrupt": 0.01}
+    whole = list(center_crops(packed, report=print, **options))  # type: ignore[arg-type]
+    images = torch.cat([batch.images for batch in whole])
+    ids = np.array([0, 3, 4, 50, 89])
+    fetched = []
+    fetch = BlockReader.fetch
+
+    def count(self: BlockReader, shard: int, block: int) -> Block:
+        fetched.append((shard, block))
+        return fetch(self, shard, block)
+
+    monkeypatch.setattr(BlockReader, "fetch", count)
+    some = list(center_crops(packed, report=print, ids=ids, **options))  # type: ignore[arg-type]
+    assert torch.cat([batch.ids for batch in some]).tolist() == ids.tolist()
+    assert torch.equal(torch.cat([batch.images for batch in some]), images[ids])
+    assert 3 <= len(fetched) <= 4
