@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from engine import journal, lease
+from engine import checkpoint, journal, lease
 from engine.encoder import EncoderConfig, encoding, open_encoder
 from engine.events import EventLog
 from engine.features import Accuracy, Features, extract
@@ -66,7 +66,7 @@ class Evaluation:
     def __init__(
         self,
         protocol: str,
-        checkpoint: str,
+        checkpoint_url: str,
         encoder: EncoderConfig,
         data: EvaluationDataConfig,
         settings: dict[str, Any],
@@ -96,7 +96,7 @@ class Evaluation:
             for name, url in (("data.train", data.train), ("data.val", data.val))
             if url
         }
-        self.source, self.network = open_encoder(checkpoint, encoder, world, self.console.print)
+        self.source, self.network = open_encoder(checkpoint_url, encoder, world, self.console.print)
         self.train, self.val = (
             given.get(name) or _open_index(str(self.source.fields.get(name, "")), name)
             for name in ("data.train", "data.val")
@@ -195,9 +195,13 @@ class Evaluation:
                 lease_held.release()
 
     def publish(self, result: Result) -> None:
-        """Show it; write it as JSON, to tensorboard and, for a run, to its metrics."""
+        """Show it; write it as JSON, to tensorboard and, for a run, to its metrics.
+
+        Then nothing of what led to it is needed any more.
+        """
         self._show(result)
         self.world.tell(lambda: self._write(result))
+        self.world.tell(lambda: storage.remove(storage.join(self.url, checkpoint.FOLDER)))
         self.console.print(f"result  {storage.redact(storage.join(self.url, RESULT))}")
 
     def events(self) -> EventLog:

@@ -36,7 +36,6 @@ from engine.supervised import (
     check_held_out,
     check_some,
     crops,
-    forget,
     momenta,
     sum_gradients,
     total_steps,
@@ -93,7 +92,6 @@ def evaluate(evaluation: Evaluation, config: FinetuneConfig, labels: Labels) -> 
         shown = score if score >= 0 else "diverged"
         row: Row = {"lr": f"{lr:g}", "epochs": f"{epochs:g}", "held-out top-1": shown}
         table.append(row | chosen_columns(found, len(table) == scores.index(max(scores))))
-    forget(evaluation)
     metrics = {evaluation.name("top1"): found.top1, evaluation.name("top5"): found.top5}
     return Result(metrics, table)
 

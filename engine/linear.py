@@ -32,7 +32,6 @@ from engine.supervised import (
     check_ranges,
     check_some,
     crops,
-    forget,
     hold_out,
     momenta,
     sum_gradients,
@@ -104,7 +103,6 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
         evaluation.name(f"{kind}top1"): found.top1,
         evaluation.name(f"{kind}top5"): found.top5,
     }
-    forget(evaluation)
     return Result(metrics, table)
 
 

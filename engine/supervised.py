@@ -22,7 +22,6 @@ from engine.evaluation import Evaluation
 from engine.parallel import ParallelConfig
 from engine.preemption import Preemption
 from engine.world import World
-from shards import storage
 from shards.errors import InputError
 from shards.index import Index
 from shards.loader import DataConfig, TrainLoader
@@ -96,6 +95,8 @@ Batches = Callable[[int], Generator[Examples, None, None]]  # from a step on
 def train(training: Training, batches: Batches, evaluation: Evaluation, save_every: int) -> bool:
     """Train to the last step, from the last state that was saved; False when a signal came.
 
+    The saved state goes when the result is published.
+
     Raises OSError when the state could not be saved, InputError when the data is at fault.
     """
     world, url = evaluation.world, evaluation.url
@@ -121,8 +122,9 @@ def train(training: Training, batches: Batches, evaluation: Evaluation, save_eve
                     f"step {training.step} of {training.total_steps}  loss {losses.min():.4f}  "
                     f"{left // 60}m{left % 60:02}s left"
                 )
-            if stopping or training.step % save_every == 0:
-                step, digest = training.step, evaluation.train.digest
+            step, digest = training.step, evaluation.train.digest
+            # The last one too: what is left is to measure, which may fail.
+            if stopping or step % save_every == 0 or step == training.total_steps:
                 checkpoint.save(url, step, training.state(), {}, digest, world)
                 if world.main:
                     checkpoint.prune(url, step, keep=1)
@@ -131,11 +133,6 @@ def train(training: Training, batches: Batches, evaluation: Evaluation, save_eve
             f"stopped after step {training.step} by {preemption.reason}: the same command goes on"
         )
     return not stopping
-
-
-def forget(evaluation: Evaluation) -> None:
-    """Remove the saved states of an evaluation that has its result."""
-    evaluation.world.tell(lambda: storage.remove(storage.join(evaluation.url, checkpoint.FOLDER)))
 
 
 def hold_out(samples: int, wanted: int, seed: int) -> Held:

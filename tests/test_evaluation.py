@@ -74,6 +74,27 @@ def test_nothing_is_lost_where_storage_fails(
     assert journal.read(run)[-1]["knn_k5_t0.07_top1"] == result(run, "knn")["table"][0]["top-1"]
 
 
+def test_what_was_learned_outlasts_a_failure_to_measure(
+    run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["linear", run, "--epochs", "1", "--batch", "16", "--threads", "1"]
+    write = storage.write
+
+    def refuse_result(url: str, content: bytes) -> None:
+        if url.endswith("result.json"):
+            raise OSError("no space left")
+        write(url, content)
+
+    monkeypatch.setattr(storage, "write", refuse_result)
+    assert evaluate.main(few) == 1
+    monkeypatch.setattr(storage, "write", write)
+    capsys.readouterr()
+    assert evaluate.main(few) == 0
+    told = capsys.readouterr().out
+    assert "resumed at step 6 of 6" in told
+    assert not list(Path(run).glob("evaluations/**/checkpoints"))
+
+
 def test_other_data_have_another_name(run: str, tmp_path: Path, tiny_data: DataConfig) -> None:
     assert evaluate.main(["knn", run, *KNN, "--data.val", tiny_data.train]) == 0
     digest = json.loads(Path(tiny_data.train, "index.json").read_text())["digest"]
