@@ -7,7 +7,8 @@ Data         drawn at the first start: 8 classes of grey textures (shards/synthe
 Command      torchrun launch/train.py recipes/quickstart.py
 Hardware     two CPU cores, 2 GB of memory
 Time         4 min 30 s
-Expected     kNN, k = 20: 79.5% (raw pixels 53.0%, untrained encoder 42.4%)
+Expected     kNN, k = 20: 79.5% (raw pixels 53.0%, untrained encoder 42.4%); linear --fast 77.8%
+             (14.5%, 30.6%)
 """
 
 from engine.adamw import AdamWConfig
