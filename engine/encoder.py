@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Generator, Tensor, nn
 
 from engine import checkpoint, foreign, run
-from engine.augment import normalize
 from engine.checkpoint import Commit
 from engine.foreign_files import read_tensors
-from engine.precision import Precision, autocast, parameter_dtype
+from engine.precision import Precision
 from engine.resnet import ResNet, ResNetConfig, initialise
 from engine.world import World
 from shards import storage
@@ -111,22 +109,6 @@ def open_encoder(
                 raise
             report(f"{storage.redact(url)}: the run went on meanwhile; taking a newer checkpoint")
     raise AssertionError("unreachable")
-
-
-def encoding(
-    network: Network, precision: Precision, device: torch.device
-) -> Callable[[Tensor], Tensor]:
-    """A function from uint8 images [B, 3, S, S] on the device to features [B, F] in float32."""
-
-    @torch.no_grad()
-    def encode(images: Tensor) -> Tensor:
-        images = normalize(images.to(parameter_dtype(precision)) / 255)
-        with autocast(precision, device):
-            features: Tensor = network(images)
-        return features.to(images.dtype)
-
-    network.to(device, parameter_dtype(precision)).eval()
-    return encode
 
 
 def _kind(url: str) -> Literal["folder", "file"]:

@@ -18,9 +18,9 @@ from rich.table import Table
 from torch import Tensor
 
 from engine import checkpoint, journal, lease
-from engine.encoder import EncoderConfig, encoding, open_encoder
+from engine.encoder import EncoderConfig, open_encoder
 from engine.events import EventLog
-from engine.features import Accuracy, Features, extract
+from engine.features import Accuracy, Features, encoding, extract
 from engine.identity import agent_identity
 from engine.metrics import TENSORBOARD
 from engine.world import World, share_of_cores

@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from engine.augment import normalize
+from engine.precision import Precision, autocast, parameter_dtype
 from engine.world import World
 from shards.errors import InputError
 from shards.evaluation import EvalBatch
@@ -17,6 +19,29 @@ class Features(NamedTuple):
     features: Tensor  # [N, F] float32 (float64 in fp64)
     labels: Tensor  # [N] int64, -1 where there is none
     ids: Tensor  # [N] int64, sample ids
+
+
+def forward(
+    network: nn.Module, images: Tensor, precision: Precision, device: torch.device
+) -> Tensor:
+    """What a network makes of uint8 images [B, 3, S, S] on the device, in its parameters' dtype."""
+    images = normalize(images.to(parameter_dtype(precision)) / 255)
+    with autocast(precision, device):
+        output: Tensor = network(images)
+    return output.to(images.dtype)
+
+
+def encoding(
+    network: nn.Module, precision: Precision, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """`forward` without gradients, of a network that is put on the device, in evaluation mode."""
+    network.to(device, parameter_dtype(precision)).eval()
+
+    @torch.no_grad()
+    def encode(images: Tensor) -> Tensor:
+        return forward(network, images, precision, device)
+
+    return encode
 
 
 def extract(

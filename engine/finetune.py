@@ -22,11 +22,10 @@ from torch import Generator as RandomNumbers
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from engine.augment import normalize
 from engine.evaluation import Evaluation, Result, Row, chosen_columns
-from engine.features import Accuracy, accuracy
+from engine.features import Accuracy, accuracy, forward
 from engine.norm import RunningStatistics, synchronise
-from engine.precision import autocast, parameter_dtype
+from engine.precision import parameter_dtype
 from engine.resnet import ResNet, initialise
 from engine.schedule import learning_rate
 from engine.supervised import (
@@ -36,6 +35,7 @@ from engine.supervised import (
     check_held_out,
     check_some,
     crops,
+    hold_out,
     momenta,
     sum_gradients,
     total_steps,
@@ -72,6 +72,13 @@ class Labels(NamedTuple):
     held: Held
     chosen_in: Index
     chosen_on: NDArray[np.int64]  # ids there, rising
+
+
+def all_labels(evaluation: Evaluation, config: FinetuneConfig) -> Labels:
+    """Those of the whole training set but what is held out."""
+    index = evaluation.train
+    held, ids = hold_out(index.samples, config.holdout, config.seed), np.arange(index.samples)
+    return Labels(index, held, index, ids[held(ids)])
 
 
 def evaluate(evaluation: Evaluation, config: FinetuneConfig, labels: Labels) -> Result | None:
@@ -206,10 +213,7 @@ class Finetuning:
 
     def _logits(self, images: Tensor) -> Tensor:
         precision = self.evaluation.source.precision
-        images = normalize(images.to(parameter_dtype(precision)) / 255)
-        with autocast(precision, self.world.device):
-            logits: Tensor = self.model(images)
-        return logits.to(images.dtype)
+        return forward(self.model, images, precision, self.world.device)
 
     def _place(self, step: int) -> tuple[int, int]:
         """Which training a step belongs to, and its number there."""

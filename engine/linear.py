@@ -69,8 +69,8 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
     """Train the heads and measure them; None when a signal stopped it."""
     index = evaluation.train
     held = hold_out(index.samples, config.holdout, config.seed)
-    ids = np.arange(index.samples)
-    check_held_out(int(held(ids).sum()))
+    held_ids = np.flatnonzero(held(np.arange(index.samples)))
+    check_held_out(len(held_ids))
     if config.fast:
         bank = evaluation.features(index)
         batches, steps = stored(bank, index.samples, config, held)
@@ -85,7 +85,7 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
         return None
     if not any(head.weight.isfinite().all() for head in training.heads.each):
         raise InputError("training diverged with every --lr: give lower ones")
-    aside = evaluation.features(index, ids=ids[held(ids)])
+    aside = evaluation.features(index, ids=held_ids)
     chosen_on = measure(training.heads, aside, evaluation, "data.train")
     best = max(range(len(config.lr)), key=lambda number: chosen_on[number].top1)
     queries = evaluation.features(evaluation.val)

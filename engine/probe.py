@@ -5,14 +5,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
 
-from engine.augment import normalize
 from engine.byol import VIEWS, Online
-from engine.features import Features, accuracy, extract
+from engine.features import Features, accuracy, encoding, extract
 from engine.knn import nearest, vote
 from engine.metrics import effective_rank
-from engine.precision import Precision, autocast, parameter_dtype
+from engine.precision import Precision, parameter_dtype
 from engine.resnet import ResNet, ResNetConfig
 from engine.sharding import whole
 from engine.world import World
@@ -107,18 +106,10 @@ class Probe:
 
         `pixels`: the images themselves instead. Raises Stopped as `evaluate`.
         """
-
-        @torch.no_grad()
-        def encode(images: Tensor) -> Tensor:
-            images = normalize(images.to(parameter_dtype(self.precision)) / 255)
-            if pixels:
-                return images.flatten(1)
-            with autocast(self.precision, self.world.device):
-                features: Tensor = self.encoder(images)
-            return features.to(images.dtype)
-
         if not pixels:
             self._take_weights()
+        network = nn.Flatten() if pixels else self.encoder
+        encode = encoding(network, self.precision, self.world.device)
         crops = center_crops(
             index,
             size=self.size,

@@ -10,19 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-import numpy as np
 import tyro
 
 from engine import finetune, knn_evaluation, linear, neighbours, world
 from engine.command_line import plain_errors
 from engine.encoder import EncoderConfig
 from engine.evaluation import Evaluation, EvaluationDataConfig, Result
-from engine.finetune import FinetuneConfig, Labels
+from engine.finetune import FinetuneConfig
 from engine.knn_evaluation import KNNConfig
 from engine.linear import LinearConfig
 from engine.neighbours import NeighboursConfig
 from engine.semi_supervised import SemiSupervisedConfig, take_labels
-from engine.supervised import hold_out
 from shards.errors import InputError
 
 _Flat = tyro.conf.arg(name="")  # fields without a prefix
@@ -96,10 +94,7 @@ class Finetune:
     def run(self) -> None:
         self.protocol.check()
         evaluation = self.options.open("finetune", self.protocol.settings())
-        train = evaluation.train
-        held = hold_out(train.samples, self.protocol.holdout, self.protocol.seed)
-        ids = np.arange(train.samples)
-        labels = Labels(train, held, train, ids[held(ids)])
+        labels = finetune.all_labels(evaluation, self.protocol)
         _measure(evaluation, lambda: finetune.evaluate(evaluation, self.protocol, labels))
 
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from engine import checkpoint, encoder
 from engine.checkpoint import CheckpointConfig
-from engine.encoder import EncoderConfig, encoding, open_encoder
+from engine.encoder import EncoderConfig, open_encoder
+from engine.features import encoding
 from engine.fit import fit
 from engine.recipe import Recipe
 from engine.resnet import ResNet
