@@ -176,6 +176,23 @@ def test_a_picture_and_the_projector(run: str, tmp_path: Path) -> None:
     assert list(config.embeddings[0].tensor_shape) == [10, 64]
 
 
+def test_an_image_among_others_is_its_own_neighbour(
+    run: str, tmp_path: Path, tiny_data: DataConfig
+) -> None:
+    """Beside each query stands itself, in green; of the others some are of another class."""
+    same = ["--data.train", tiny_data.val, "--data.val", tiny_data.val, "--points", "0"]
+    few = ["--queries", "4", "--neighbours", "6", "--threads", "1", "--out", str(tmp_path)]
+    assert evaluate.main(["neighbours", run, *same, *few]) == 0
+    sheet = np.array(PillowImage.open(next(tmp_path.glob("**/neighbours.png"))))
+    tiles = sheet.reshape(4, 112, 7, 112, 3).swapaxes(1, 2)  # [row, column, 112, 112, 3]
+    inner, border = tiles[:, :, 8:-8, 8:-8], tiles[:, :, 4, 4]
+    assert np.array_equal(inner[:, 0], inner[:, 1])
+    assert not np.array_equal(inner[:, 0], inner[:, 2])
+    assert np.unique(inner[:, 0], axis=0).shape[0] == 4
+    assert (border[:, 1] == (46, 160, 67)).all()
+    assert (border[:, 2:] == (207, 34, 46)).all(-1).any()
+
+
 def test_a_live_run_is_not_disturbed(tiny_data: DataConfig, tmp_path: Path) -> None:
     """An evaluation in the middle of training; the run's log has both in the end."""
     url, calm = str(tmp_path / "run"), str(tmp_path / "calm")
