@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shards import storage
+from shards import names, storage
 from shards.errors import InputError
 
 VERSION = 1
@@ -26,6 +26,8 @@ NAME = "index.json"
 BLOCK_BYTES = 4 << 20
 INLINE_BLOCKS = 50_000  # more than these in the whole data set go to sidecars
 KEPT_SIDECARS = 8192  # one or two for each stream of a process; 35 MB for shards of 1 GB
+
+_T = TypeVar("_T")
 
 Blocks = NDArray[np.int64]  # [K, 2]: byte offset in the shard, samples
 
@@ -99,8 +101,11 @@ class Index:
     def save(self) -> None:
         """Write the sidecars, when there are so many blocks that they are needed, then the index.
 
-        The index goes last: a data set whose index.json can be read is whole.
+        The index goes last: a data set whose index.json can be read is whole. Raises InputError
+        for a shard that no index may name.
         """
+        for shard in self.shards:
+            names.check_name(shard.name, storage.redact(self.url), "rename it")
         inline = sum(len(self.blocks(i)) for i in range(len(self.shards))) <= INLINE_BLOCKS
         if not inline:
             for i, shard in enumerate(self.shards):
@@ -137,6 +142,8 @@ def _read_sidecar(url: str, shards: list[Shard], shard: int) -> Blocks:
         blocks = np.array(_json(place), np.int64).reshape(-1, 2)
     except FileNotFoundError:
         raise InputError(f"{storage.redact(place)}: missing; {_REINDEX}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{storage.redact(place)}: is damaged; {_REINDEX}") from None
     if checksum(blocks) != shards[shard].checksum:
         raise InputError(f"{storage.redact(place)}: does not match {NAME}; {_REINDEX}")
     return blocks
@@ -185,8 +192,8 @@ def load(url: str, field_name: str) -> Index:
         version, digest = document["version"], document["digest"]
         if version != VERSION:
             raise InputError(f"{place}: index version {version}, not {VERSION}; {_REINDEX}")
-        shards = [_shard(entry) for entry in document["shards"]]
-        index = Index(url, shards, document["classes"], document["plan"])
+        shards = [_shard(entry, f"{place}: {NAME}") for entry in document["shards"]]
+        index = Index(url, shards, class_names(document), _typed(document["plan"], str))
     except (KeyError, TypeError, ValueError, OverflowError):
         raise InputError(f"{place}: {NAME} is damaged; {_REINDEX}") from None
     if index.digest != digest:
@@ -208,15 +215,32 @@ def check_same_classes(train: Index, val: Index) -> None:
         )
 
 
-def _shard(entry: dict[str, Any]) -> Shard:
+def class_names(document: Any) -> list[str]:
+    """The classes of a document from `read_document`. Raises KeyError or TypeError."""
+    return [_typed(name, str) for name in _typed(document["classes"], list)]
+
+
+def _typed(value: Any, kind: type[_T]) -> _T:
+    """The value that JSON gave, if it is of that very type. Raises TypeError."""
+    if type(value) is not kind:
+        raise TypeError(f"{type(value).__name__} in place of {kind.__name__}")
+    return value
+
+
+def _shard(entry: dict[str, Any], place: str) -> Shard:
+    """An entry of the index at `place`. Raises InputError when it names no file beside it."""
+    name = names.check_name(entry["name"], place, _REINDEX)
+    samples, size = _typed(entry["samples"], int), _typed(entry["bytes"], int)
+    if not (0 <= samples < 2**62 and 0 <= size < 2**62):
+        raise ValueError(name)
     blocks = np.array(entry["blocks"], np.int64).reshape(-1, 2) if "blocks" in entry else None
-    found = entry["checksum"]
-    if blocks is not None and (checksum(blocks) != found or blocks[:, 1].sum() != entry["samples"]):
-        raise ValueError(entry["name"])
+    found = _typed(entry["checksum"], str)
+    if blocks is not None and (checksum(blocks) != found or blocks[:, 1].sum() != samples):
+        raise ValueError(name)
     crcs = entry.get("crcs")
     if crcs is not None and (blocks is None or len(crcs) != len(blocks)):
-        raise ValueError(entry["name"])
-    return Shard(entry["name"], entry["samples"], entry["bytes"], blocks, found, crcs)
+        raise ValueError(name)
+    return Shard(name, samples, size, blocks, found, crcs)
 
 
 def _check_sizes(index: Index, place: str) -> None:

@@ -260,10 +260,12 @@ def _crcs(shard: Shard, content: bytes) -> list[int]:
 
 def _written(url: str, name: str, record_url: str) -> Shard | None:
     """The shard that an earlier run wrote, if it is still there and whole."""
-    record = storage.read_json(record_url)
-    with contextlib.suppress(FileNotFoundError):
-        if storage.size(storage.join(url, name)) == record["bytes"]:
-            blocks = np.array(record["blocks"], np.int64)
+    # A damaged record is none: the shard is written again.
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
+        record = storage.read_json(record_url)
+        blocks = np.array(record["blocks"], np.int64).reshape(-1, 2)
+        whole = blocks[:, 1].sum() == record["samples"] and len(record["crcs"]) == len(blocks)
+        if whole and storage.size(storage.join(url, name)) == record["bytes"]:
             found = Shard(name, record["samples"], record["bytes"], blocks, index.checksum(blocks))
             found.crcs = record["crcs"]
             return found

@@ -106,7 +106,7 @@ def _scan(url: str) -> tuple[Shard, NDArray[np.int64]]:
 
 def _known_classes(url: str) -> list[str]:
     with contextlib.suppress(FileNotFoundError, InputError, KeyError, TypeError):
-        return list(index.read_document(url)["classes"])
+        return index.class_names(index.read_document(url))
     return []
 
 
