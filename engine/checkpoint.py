@@ -8,6 +8,7 @@ All processes of a run call these functions together (but `prune`), each with it
 """
 
 import hashlib
+import itertools
 import json
 import re
 import warnings
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from engine import dcp_metadata
 from engine.dcp_files import Reader, Writer, verify_file
 from engine.world import World
-from shards import storage
+from shards import names, storage
 from shards.errors import InputError
 from shards.fields import Operation
 
@@ -167,20 +168,27 @@ def verify(url: str, world: World) -> Commit:
 
 def _read_commit(url: str) -> Commit:
     place = storage.redact(url)
+    damaged = InputError(f"{place}: {COMMIT} is damaged")
     try:
         document = storage.read_json(storage.join(url, COMMIT))
+        found = document["format"], document["digest"]
+        step, method, index_digest = (document[key] for key in ("step", "method", "index_digest"))
         files = {name: (length, crc) for name, (length, crc) in document["files"].items()}
-        step, method = document["step"], document["method"]
-        commit = Commit(url, step, method, document["index_digest"], files)
     except FileNotFoundError:
         raise InputError(f"{place}: not committed, its save was cut off") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"{place}: {COMMIT} is damaged") from None
-    if document.get("format") != FORMAT:
-        raise InputError(f"{place}: format {document.get('format')}, not {FORMAT}")
-    if document.get("digest") != _digest(document):
-        raise InputError(f"{place}: {COMMIT} is damaged")
-    return commit
+        raise damaged from None
+    if found[0] != FORMAT:
+        raise InputError(f"{place}: format {found[0]}, not {FORMAT}")
+    if found[1] != _digest(document):
+        raise damaged
+    numbers = [step, *itertools.chain(*files.values())]
+    typed = isinstance(method, dict) and isinstance(index_digest, str)
+    if not typed or any(type(n) is not int or not 0 <= n < 2**62 for n in numbers):
+        raise damaged
+    for name in files:
+        names.check_name(name, f"{place}: {COMMIT}", "take another checkpoint")
+    return Commit(url, step, method, index_digest, files)
 
 
 def _digest(document: dict[str, Any]) -> str:
