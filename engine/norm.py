@@ -98,7 +98,7 @@ class _SyncNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: ProcessGroup
     ) -> tuple[Tensor, Tensor, Tensor]:
         count, channels = x[0, :, 0].numel(), len(weight)
-        y, own_mean, own_variance = _centred(x)
+        centred, own_mean, own_variance = _centred(x)
         # Moments about zero merge by a sum. In float64 they keep a small variance about a large
         # mean, and the count goes along since processes may have different numbers of rows.
         mean, variance = own_mean.double(), own_variance.double()
@@ -109,16 +109,22 @@ class _SyncNorm(torch.autograd.Function):
         variance = (moments[1] / total - mean**2).clamp_min(0)
         scale = (variance + eps).rsqrt() * weight
         shift = (own_mean - mean) * scale + bias
-        y.mul_(_like(scale.to(y.dtype), x)).add_(_like(shift.to(y.dtype), x))
+        scale, shift = (_like(values.to(centred.dtype), x) for values in (scale, shift))
+        # In place saves memory; but compiled by torch 2.11, the backward would lose the gradient of an
+        # output that is no tensor of its own: changed in place, or what a `to` gave back as it was.
+        into = None if torch.compiler.is_compiling() else centred
+        y = torch.addcmul(shift, centred, scale, out=into)
+        if y.dtype != x.dtype:
+            y = y.to(x.dtype)
 
         mean, rstd, total, unbiased = (
-            figures.to(y.dtype)
+            figures.to(centred.dtype)
             for figures in (mean, (variance + eps).rsqrt(), total, variance * total / (total - 1))
         )
         ctx.save_for_backward(x, weight, mean, rstd, total)
         ctx.group = group
         ctx.mark_non_differentiable(mean, unbiased)
-        return y.to(x.dtype), mean, unbiased
+        return y, mean, unbiased
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
