@@ -16,6 +16,7 @@ from shards.views import Column, Operation
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB
 STD = (0.229, 0.224, 0.225)
 LUMA = (0.2989, 0.5870, 0.1140)
+OPERATIONS = tuple(operation.value for operation in Operation)  # torch 2.11 traces no Enum's loop
 CPU_PIXELS = 1 << 18  # of the rows that a CPU takes at once
 
 
@@ -85,7 +86,7 @@ def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """
     delta, stretch, saturate, turns = factors.unbind(1)  # [N], as `Operation` counts them
     for position in order.unbind(1):
-        bright, stretched, saturated, turned = (position == op.value for op in Operation)
+        bright, stretched, saturated, turned = (position == number for number in OPERATIONS)
         # Every row goes the whole way; parameters that are not its turn's are neutral.
         x = brightness(x, torch.where(bright, delta, 0))
         x = contrast(x, torch.where(stretched, stretch, 1)).clamp(0, 1)

@@ -60,7 +60,7 @@ class Agent:
             *(f"--nnodes={nodes}", "--max-restarts=1000", "--monitor-interval=0.1"),
             *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port or free_port()}"),
             *("--rdzv-id=job", f"--rdzv-conf={','.join(conf)}"),
-            *("--local-addr=127.0.0.1", "--shutdown-timeout=30"),
+            "--local-addr=127.0.0.1",
             "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
             str(ROOT / "launch" / "train.py"),
         ]

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._distributed_c10d import FakeProcessGroup, _resolve_process_group
+from torch._C._distributed_c10d import _resolve_process_group
 from torch._ops import OpOverload
-from torch.distributed import ProcessGroup
+from torch.distributed import GradBucket, ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -180,6 +181,8 @@ def need(recipe: Recipe, strategy: Spreading, processes: int, shard: int, classe
             compile=False,
             static=recipe.batch.micro == 1,
         )
+        if isinstance(spread.online, DistributedDataParallel):
+            spread.online.register_comm_hook(None, _all_reduce)
         optimizer: torch.optim.Optimizer = recipe.optimizer.build(online, spread.shard_group)
         for _ in range(SETTLING):
             _step(recipe, world, spread, online, target, optimizer)
@@ -195,18 +198,20 @@ def need(recipe: Recipe, strategy: Spreading, processes: int, shard: int, classe
 
 @contextmanager
 def _pretended(processes: int, shard: int) -> Iterator[World]:
-    """A process group without the other processes. Raises InputError where torch has none."""
-    options = FakeProcessGroup.Options()
-    if not hasattr(options, "simulate_uniform_ranks"):
-        raise InputError(f"torch {torch.__version__} is too old to plan with: use 2.15 or later")
-    options.simulate_uniform_ranks = True  # else collectives have no result, which DDP asks for
-    dist.init_process_group(
-        "fake", store=FakeStore(), rank=0, world_size=processes, pg_options=options
-    )
+    """A process group without the other processes."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     try:
         yield World(0, processes, 0, shard, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
+
+
+def _all_reduce(_: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP's own hook, but with a result: it waits for one, and the pretended group gives none."""
+    dist.all_reduce(bucket.buffer())
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
 
 
 def _step(
