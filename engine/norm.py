@@ -111,7 +111,7 @@ class _SyncNorm(torch.autograd.Function):
         shift = (own_mean - mean) * scale + bias
         scale, shift = (_like(values.to(centred.dtype), x) for values in (scale, shift))
         # In place saves memory. But compiled by torch 2.11, the backward loses the gradient of an
-        # output that is no tensor of its own: one changed in place, or given back by a `to` as it was.
+        # output that is no tensor of its own: changed in place, or what `to` gave back as it was.
         into = None if torch.compiler.is_compiling() else centred
         y = torch.addcmul(shift, centred, scale, out=into)
         if y.dtype != x.dtype:
