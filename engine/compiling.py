@@ -14,9 +14,13 @@ from typing import ParamSpec, TypeVar
 import torch
 import torch._dynamo
 import torch._functorch.config
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from engine.byol import Online, Target
 from engine.lars import LARS
+from engine.norm import BatchNorm
+from shards.errors import InputError
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -30,6 +34,29 @@ def missing_compiler(device: torch.device) -> str:
         return "" if has_triton() else "no Triton found"
     compiler = os.environ.get("CXX", "g++")
     return "" if shutil.which(compiler) else f"no C++ compiler ({compiler}) found"
+
+
+def check_norm(group: ProcessGroup, device: torch.device) -> None:
+    """Raise InputError when tracing gives the synchronized norm other gradients than eager torch.
+
+    A version of torch has done that in silence, with the right outputs. The check costs a second of
+    a start that compiles for a minute or more. All processes of `group` call it together.
+    """
+    norm = BatchNorm(4, views=2).to(device)
+    norm.group = group
+    traced = torch.compile(norm.forward, backend="aot_eager", fullgraph=True, dynamic=False)
+    x = torch.arange(128.0, device=device).sin().reshape(8, 4, 2, 2).requires_grad_()
+    inputs = [x, norm.weight, norm.bias]
+
+    def differentiate(forward: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(forward(x), inputs, x.detach().exp())
+
+    for expected, found in zip(differentiate(norm.forward), differentiate(traced), strict=True):
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+            raise InputError(
+                f"torch {torch.__version__} computes wrong gradients when it compiles the batch "
+                "norm of several processes: use --no-compile, or install another version of torch"
+            )
 
 
 def compile_networks(*networks: Online | Target) -> None:

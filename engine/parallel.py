@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
 )
 
 from engine.byol import Online, OnlineOutput, Target
-from engine.compiling import compile_networks
+from engine.compiling import check_norm, compile_networks
 from engine.norm import synchronise
 from engine.world import World
 from shards.errors import InputError
@@ -149,6 +149,8 @@ def parallelize(
         for block in online.encoder.blocks():
             _recompute(block)
     if compile:
+        if world.size > 1:
+            check_norm(_world_group(), world.device)
         compile_networks(online, target)
     if strategy == "none":
         return Parallel(strategy, online, None, [], online)

@@ -14,13 +14,15 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import world
+from engine import compiling, world
+from engine import norm as norm_module
 from engine.byol import BYOLConfig, build
 from engine.norm import BatchNorm, RunningStatistics, synchronise
 from engine.parallel import ParallelConfig, parallelize
 from engine.recipe import Recipe
 from engine.resnet import ResNetConfig
 from engine.trainer import Trainer
+from shards.errors import InputError
 from shards.loader import DataConfig
 from tests import parity
 from tests.ranks import Ranks
@@ -278,3 +280,28 @@ def graphs_of_online() -> tuple[int, list[int]]:
 def test_online_network_is_one_graph(ranks: Ranks) -> None:
     for norms, graphs in ranks.run(graphs_of_online, size=2):
         assert graphs == [norms, norms]
+
+
+def check_norm_on_a_rank(fault: bool) -> str:
+    """On a rank: what the check of the compiled norm says, with a `fault` in what is traced."""
+    there = world.enter(1, distributed=True)
+    backward = norm_module._SyncNorm.backward
+
+    def ignores_its_tangents(ctx: Any, dy: Tensor, *more: Tensor) -> Any:
+        return backward(ctx, torch.ones_like(dy) if torch.compiler.is_compiling() else dy, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if fault:
+            patch.setattr(norm_module._SyncNorm, "backward", staticmethod(ignores_its_tangents))
+        try:
+            compiling.check_norm(dist.group.WORLD, there.device)  # type: ignore[arg-type]
+        except InputError as error:
+            return str(error)
+    return ""
+
+
+def test_a_torch_that_compiles_the_norm_wrongly_is_refused(ranks: Ranks) -> None:
+    assert ranks.run(check_norm_on_a_rank, False, size=2) == ["", ""]
+    for told in ranks.run(check_norm_on_a_rank, True, size=2):
+        assert f"torch {torch.__version__} computes wrong gradients" in told
+        assert "--no-compile" in told
