@@ -16,6 +16,11 @@ each other spin. Memory and the workers' CPU time are read from Linux's /proc.
 
 import sys
 
+from launch.requirements import check_requirements
+
+if __name__ == "__main__":  # an import of what follows would fail with less to go by
+    check_requirements()
+
 import tyro
 
 from engine import world

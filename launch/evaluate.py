@@ -10,6 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+from launch.requirements import check_requirements
+
+if __name__ == "__main__":  # an import of what follows would fail with less to go by
+    check_requirements()
+
 import tyro
 
 from engine import finetune, knn_evaluation, linear, neighbours, world

@@ -9,6 +9,11 @@ import sys
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from launch.requirements import check_requirements
+
+if __name__ == "__main__":  # an import of what follows would fail with less to go by
+    check_requirements()
+
 import torch
 import tyro
 from rich.console import Console
@@ -68,9 +73,8 @@ class Export:
     def _open_val(self, source: Source) -> Index | None:
         if self.data.val:
             return indexes.load(self.data.val, "data.val")
-        url = str(source.fields.get("data.val", ""))
         try:
-            if url:
+            if url := source.data_url("data.val"):
                 return indexes.load(url, "data.val")
         except (InputError, OSError) as error:
             _console.print(str(error))

@@ -10,6 +10,11 @@ import sys
 from threading import Lock
 from typing import Annotated
 
+from launch.requirements import check_requirements
+
+if __name__ == "__main__":  # an import of what follows would fail with less to go by
+    check_requirements()
+
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

@@ -7,6 +7,11 @@ fields, continues it differently. RECIPE --help lists all fields.
 import os
 import sys
 
+from launch.requirements import check_requirements
+
+if __name__ == "__main__":  # an import of what follows would fail with less to go by
+    check_requirements()
+
 from engine import world
 from engine.debug import debug_step
 from engine.fit import fit

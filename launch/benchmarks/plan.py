@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._distributed_c10d import _resolve_process_group
+from torch._C._distributed_c10d import GradBucket, _resolve_process_group
 from torch._ops import OpOverload
-from torch.distributed import GradBucket, ProcessGroup
+from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
