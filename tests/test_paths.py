@@ -51,6 +51,7 @@ def test_from_training_to_torchvision(
     data = ["--data.train", f"{tmp_path}/data/train", "--data.val", f"{tmp_path}/data/val"]
     run = f"{tmp_path}/run"
     small = ["--steps", "2", "--batch.size", "32", "--no-compile", "--threads", "1"]
+    small += ["--model.encoder.width", "0.25", "--model.hidden", "256"]  # bf16 is slow on some CPUs
     off = ["--probe.every", "0", "--probe.no-baseline", "--checkpoint.every", "0"]
     recipe_file = str(Path(train.__file__).parent.parent / "recipes" / f"{recipe}.py")
     assert train.main([recipe_file, *data, *small, *off, "--run", run]) == 0
