@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 from torch import Generator, Tensor, nn
 
@@ -13,12 +13,22 @@ from engine import checkpoint, foreign, run
 from engine.checkpoint import Commit
 from engine.foreign_files import read_tensors
 from engine.precision import Precision
+from engine.recipe import operation_names
 from engine.resnet import ResNet, ResNetConfig, initialise
 from engine.world import World
-from shards import storage
+from shards import names, storage
 from shards.errors import InputError
 
 TRIES = 3  # a live run may remove the checkpoint that is being read
+
+_ENCODER = "model.encoder."
+_BOUNDS: tuple[tuple[str, Any, float, float], ...] = (  # of fields that are read from files
+    *((_ENCODER + name, hint, 1 / 64, 64) for name, hint in get_type_hints(ResNetConfig).items()),
+    ("views.size", int, 8, 2**14),
+    ("precision", Precision, 0, 0),
+    ("seed", int, 0, 2**62),
+    ("probe.crop", float, 1e-3, 1),
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,16 @@ class Source:
     precision: Precision
     fields: dict[str, Any]  # the run's recipe, dotted names; empty for a file that others made
     report: str  # what was taken
+
+    def data_url(self, name: Literal["data.train", "data.val"]) -> str:
+        """Where the run's data set is, empty when it has none.
+
+        Raises InputError when it is no place that a file may lead to.
+        """
+        if not self.run:
+            return ""
+        place = storage.redact(storage.join(self.run, run.NAME))
+        return names.check_url(self.fields.get(name, ""), name, place)
 
 
 class Pixels(nn.Module):
@@ -146,18 +166,24 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
     home, _, folder = above.rpartition("/")
     home = (home or ".") if folder == checkpoint.FOLDER else ""
     fields = run.read_fields(home) if home else {}
-    fields = fields | commit.method
+    # The commit decides the method, recipe.json alone where the data is.
+    operations = operation_names()
+    fields |= {name: value for name, value in commit.method.items() if name not in operations}
     try:
         resnet = ResNetConfig(
             **{
-                name.removeprefix("model.encoder."): value
+                name.removeprefix(_ENCODER): value
                 for name, value in fields.items()
-                if name.startswith("model.encoder.")
+                if name.startswith(_ENCODER)
             }
         )
         size, precision, seed = fields["views.size"], fields["precision"], fields["seed"]
     except (KeyError, TypeError):
         raise InputError(f"{place}: its recipe lacks fields that this version knows") from None
+    for name, hint, low, high in _BOUNDS:
+        if name in fields and not _is_sound(fields[name], hint, low, high):
+            shown = ascii(fields[name])[:80]
+            raise InputError(f"{place}: its recipe is damaged, {name} is {shown}")
     size = config.size or size
     network: Network = ResNet(resnet, views=1)
     if config.network == "pixels":
@@ -182,6 +208,16 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
         fields={k: storage.redact(v) if isinstance(v, str) else v for k, v in fields.items()},
         report=f"{config.network} network of {place}",
     ), network
+
+
+def _is_sound(value: object, hint: Any, low: float, high: float) -> bool:
+    """Whether a value that JSON gave is one that a recipe's field can have."""
+    if choices := get_args(hint):
+        return any(type(value) is type(choice) and value == choice for choice in choices)
+    if hint is bool:
+        return type(value) is bool
+    numbers: tuple[type, ...] = (int,) if hint is int else (int, float)
+    return type(value) in numbers and low <= cast(float, value) <= high
 
 
 def _foreign(url: str, config: EncoderConfig) -> tuple[Source, Network]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ from shards.index import Index
 
 FOLDER = "evaluations"  # in the run's directory
 RESULT = "result.json"
+_SETS: tuple[Literal["data.train", "data.val"], ...] = ("data.train", "data.val")
 
 Row = dict[str, str | int | float]
 
@@ -98,8 +99,7 @@ class Evaluation:
         }
         self.source, self.network = open_encoder(checkpoint_url, encoder, world, self.console.print)
         self.train, self.val = (
-            given.get(name) or _open_index(str(self.source.fields.get(name, "")), name)
-            for name in ("data.train", "data.val")
+            given.get(name) or _open_index(self.source.data_url(name), name) for name in _SETS
         )
         if labels:
             check_classes(self.train, self.val)
@@ -211,12 +211,12 @@ class Evaluation:
     @cached_property
     def _own_data(self) -> bool:
         """Whether the data are those of the run, wherever they are; for others' files always."""
-        theirs = str(self.source.fields.get("data.val", ""))
-        if not self.source.run or not theirs:
+        if not self.source.run or not self.source.fields.get("data.val"):
             return True
         if self.train.digest != self.source.data_digest:
             return False
         try:
+            theirs = self.source.data_url("data.val")
             return indexes.load(theirs, "data.val").digest == self.val.digest
         except (InputError, OSError):
             return False
