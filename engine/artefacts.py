@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 
 import torch
+from torch.compiler._cache import CacheArtifactManager
 
 from engine.recipe import Recipe, method_fields
 from engine.world import World
@@ -12,12 +14,17 @@ from shards import storage
 
 FOLDER = "compile"  # in the run's directory
 
+_KEY = r"[\w:-][\w.:-]*"
+_KEYS = {"autotune": f"{_KEY}/{_KEY}"}  # kind of artifact: its keys, where they are no plain names
+
 
 class Artefacts:
-    """What torch.compile made at an earlier start of this run, in RUN/compile.
+    """What torch.compile made at an earlier start of this run, in RUN/compile or a local folder.
 
-    Compiled code runs: it is taken only from the run's own URL, and after its digest matched. Every
-    kind of machine, number of processes and strategy has a file of its own.
+    Compiled code runs: only the training takes it, from the folder of its own run or from the one
+    that `compile_folder` names, and after its digest matched. Whoever can write there can run code
+    in the next start. Every kind of machine, number of processes and strategy has a file of its
+    own, and so has every recipe.
     """
 
     def __init__(self, recipe: Recipe, world: World, strategy: str) -> None:
@@ -25,8 +32,9 @@ class Artefacts:
         facts += [recipe.parallel.recompute, _machine(world.device)]
         text = json.dumps(facts, sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self._url = storage.join(recipe.run, FOLDER, f"{key}.bin")
-        self._digest_url = storage.join(recipe.run, FOLDER, f"{key}.sha256")
+        folder = recipe.compile_folder or storage.join(recipe.run, FOLDER)
+        self._url = storage.join(folder, f"{key}.bin")
+        self._digest_url = storage.join(folder, f"{key}.sha256")
         self._main = world.main
         self.loaded = False
 
@@ -40,7 +48,7 @@ class Artefacts:
         except (OSError, UnicodeDecodeError) as error:
             report(f"compile: {storage.redact(self._url)} could not be read: {error}")
             return
-        if hashlib.sha256(content).hexdigest() != expected:
+        if hashlib.sha256(content).hexdigest() != expected or not _stays_inside(content):
             report(f"compile: {storage.redact(self._url)} is damaged; compiling again")
             return
         torch.compiler.load_cache_artifacts(content)
@@ -57,6 +65,20 @@ class Artefacts:
             storage.write(self._digest_url, hashlib.sha256(content).hexdigest().encode())
         except OSError as error:  # the run goes on without
             report(f"compile: artefacts could not be kept: {error}")
+
+
+def _stays_inside(content: bytes) -> bool:
+    """Whether torch will write the artifacts in `content` nowhere but below its own caches.
+
+    It joins their keys to a cache's folder: Inductor's and AOTAutograd's under the key's second and
+    third letter, those of tuned kernels as they stand, in a folder of their own.
+    """
+    artifacts = CacheArtifactManager.deserialize(content)  # runs nothing; None for what is none
+    return artifacts is not None and all(
+        re.fullmatch(_KEYS.get(kind, _KEY), artifact.key, re.ASCII) and ".." not in artifact.key
+        for kind, found in artifacts.items()
+        for artifact in found
+    )
 
 
 def _machine(device: torch.device) -> str:

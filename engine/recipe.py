@@ -54,6 +54,9 @@ class Recipe:
     """Compile networks, augmentation and optimizer with torch.compile."""
     compile_artefacts: Operation[bool] = True
     """Keep what torch.compile made in RUN/compile, and start from it."""
+    compile_folder: Operation[str] = ""
+    """Keep it in this local folder instead, for all runs: whoever can write there can run code in
+    the next start. Empty: RUN/compile."""
     precision: Precision = "fp32"
     """Of the forward passes; parameters are float32. fp16 scales the loss. fp64 computes all in
     float64, to verify."""
@@ -119,6 +122,11 @@ class Recipe:
                 raise InputError(f"{name} is not set: give --{name} URL, the {what}")
         for name in ("run", "data.train", "data.val", "data.cache", "checkpoint.resume"):
             storage.check(attrgetter(name)(self), name)
+        if not storage.is_local(self.compile_folder):
+            raise InputError(
+                f"compile_folder {storage.redact(self.compile_folder)}: must be on a local disk, "
+                "because what lies there is run: give a path, or leave it out for RUN/compile"
+            )
         if (self.probe.every or self.probe.baseline) and not self.data.val:
             raise InputError(
                 "evaluations are on but data.val is not set: give --data.val URL, or turn them off "

@@ -52,7 +52,7 @@ def check(recipe: Recipe, index_digest: str, report: Callable[[str], None]) -> N
 # Machines may differ in these; all else is one run.
 _MACHINES_OWN = {
     *("run", "data.train", "data.val", "data.prefetch", "data.cache", "data.cache_gb"),
-    *("threads", "compile"),
+    *("threads", "compile", "compile_folder"),
 }
 
 

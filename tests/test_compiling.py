@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from engine.artefacts import Artefacts
 from engine.fit import fit
 from engine.trainer import Trainer
 from engine.world import World
+from launch import evaluate, export
+from shards import storage
+from shards.errors import InputError
 from shards.loader import DataConfig
 from tests import tiny
 
@@ -117,3 +121,98 @@ def test_a_partial_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", traced)
     double = compiling.compiled(partial(torch.mul, other=2))
     assert torch.equal(double(torch.ones(3)), torch.full((3,), 2.0))
+
+
+# What a file may hold ----------------------------------------------------------------------------
+
+CRAFT = """
+import sys
+from torch.compiler._cache import CacheArtifactFactory, CacheArtifactManager
+import torch._dynamo.package, torch._dynamo.pgo, torch._inductor.codecache
+import torch._functorch._aot_autograd.autograd_cache, torch._inductor.runtime.autotune_cache
+
+for line in sys.stdin.read().split("\\n"):
+    kind, key = line.split(" ", 1)
+    CacheArtifactManager.clear()
+    artifact = CacheArtifactFactory._get_artifact_type(kind)(key, b"1")
+    CacheArtifactManager._new_cache_artifacts[kind].append(artifact)
+    sys.stdout.write(CacheArtifactManager.serialize()[0].hex() + "\\n")
+"""
+LEADING_OUTSIDE = [
+    *("inductor {outside}/a", "inductor ../../a", "inductor a..b", "inductor a/{outside}/b"),
+    *("aot_autograd {outside}/a", "aot_autograd ../a", "aot_autograd x/yz"),
+    *("autotune {outside}/a.best_config", "autotune ../a.best_config", "autotune ab/../../a"),
+    *("autotune ab//a", "autotune /ab", "autotune a.best_config/", "autotune ab/."),
+    *("precompile {outside}/a", "precompile ../a", "precompile a/../../b", "inductor "),
+    *("pgo ../a", "pgo a\\b", "inductor a b", "inductor \u00e4"),
+]
+INSIDE = ["inductor fabcdef23", "aot_autograd a2b3c4d5", "autotune ab/cabc2.best_config"]
+
+
+def craft(lines: list[str]) -> list[bytes]:
+    """Files of artifacts, each with one of a `kind key`."""
+    made = subprocess.run(
+        [sys.executable, "-c", CRAFT],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    ).stdout
+    return [bytes.fromhex(line) for line in made.split()]
+
+
+def test_artifacts_that_lead_outside_of_torchs_cache_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, outside, run = tmp_path / "cache", tmp_path / "outside", tmp_path / "run"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    keys = [key.format(outside=outside) for key in LEADING_OUTSIDE]
+    for key, content in zip([*INSIDE, *keys], craft([*INSIDE, *keys]), strict=True):
+        artefacts = Artefacts(tiny.recipe(DataConfig(), run), ALONE, "none")
+        storage.write(artefacts._url, content)
+        storage.write(artefacts._digest_url, hashlib.sha256(content).hexdigest().encode())
+        reports: list[str] = []
+        artefacts.load(reports.append)
+        assert artefacts.loaded == (key in INSIDE), key
+        assert len(reports) == (key not in INSIDE), key
+    found = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"cache", "run"}
+    assert len(list(run.rglob("*"))) == 3
+    assert len([path for path in cache.rglob("*") if path.is_file()]) == len(INSIDE)
+
+
+@pytest.mark.parametrize("content", [b"", b"code", b"\xff" * 100, b"\x00" * 24])
+def test_a_file_of_no_artifacts_is_compiled_again(tmp_path: Path, content: bytes) -> None:
+    artefacts = Artefacts(tiny.recipe(DataConfig(), tmp_path), ALONE, "none")
+    storage.write(artefacts._url, content)
+    storage.write(artefacts._digest_url, hashlib.sha256(content).hexdigest().encode())
+    artefacts.load([].append)
+
+
+def test_a_local_folder_in_place_of_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"code", None))
+    folder = tmp_path / "folder"
+    recipe = tiny.recipe(DataConfig(), tmp_path / "run", compile_folder=str(folder))
+    Artefacts(recipe, ALONE, "none").save(print)
+    assert sorted(path.suffix for path in folder.iterdir()) == [".bin", ".sha256"]
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(InputError, match=r"^compile_folder s3://b/c: must be on a local disk"):
+        replace(recipe, data=DataConfig(train="-", val="-"), compile_folder="s3://b/c").check()
+
+
+def test_evaluations_and_exports_take_no_artifacts(
+    tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    fit(Trainer(tiny.recipe(tiny_data, run, steps=1)))
+    monkeypatch.setattr(Artefacts, "load", lambda *_: pytest.fail("artifacts were asked for"))
+    taken = lambda _: pytest.fail("artifacts were taken")  # noqa: E731
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", taken)
+    few = ["--threads", "1", "--batch", "16", "--epochs", "1"]
+    assert evaluate.main(["linear", str(run), *few]) == 0
+    assert evaluate.main(["finetune", str(run), "--lr", "0.1", *few]) == 0
+    assert evaluate.main(["knn", str(run), "--threads", "1"]) == 0
+    assert export.main([str(run), str(tmp_path / "out")]) == 0
