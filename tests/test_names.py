@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,12 @@ def test_an_index_with_a_shard_elsewhere(
     (Path(packed.url) / indexes.NAME).write_text(json.dumps(document))
     opened: list[str] = []
     read = storage.read
-    monkeypatch.setattr(
-        storage, "read", lambda url, *more: (opened.append(url), read(url, *more))[1]
-    )
+
+    def note(url: str, *more: Any) -> bytes:
+        opened.append(url)
+        return read(url, *more)
+
+    monkeypatch.setattr(storage, "read", note)
     with pytest.raises(InputError) as error:
         indexes.load(packed.url, "data.train")
     assert str(error.value).startswith(f"data.train {packed.url}: index.json: ")
@@ -137,9 +141,9 @@ def test_a_commit_with_a_file_elsewhere(run: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *(("files", value) for value in ([], 7, {"a": 1}, {"a": [1, "2"]}, {"a": [1, -1]})),
-        *(("step", value) for value in ("1", -1, 1.5, True, None)),
-        *(("method", value) for value in ([], "a", None)),
+        *product(["files"], [[], 7, {"a": 1}, {"a": [1, "2"]}, {"a": [1, -1]}]),
+        *product(["step"], ["1", -1, 1.5, True, None]),
+        *product(["method"], [[], "a", None]),
         ("index_digest", 7),
     ],
 )
@@ -198,10 +202,10 @@ def test_a_url_given_by_hand_takes_the_place_of_a_foreign_one(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("precision", value) for value in ("fp8", 7, None, ["fp32"])),
-        *(("views.size", value) for value in ("32", 0, 10**9, None, 8.5, True)),
-        *(("model.encoder.depth", value) for value in (51, "18", None)),
-        *(("model.encoder.width", value) for value in ("1", 1e9, -1, None)),
+        *product(["precision"], ["fp8", 7, None, ["fp32"]]),
+        *product(["views.size"], ["32", 0, 10**9, None, 8.5, True]),
+        *product(["model.encoder.depth"], [51, "18", None]),
+        *product(["model.encoder.width"], ["1", 1e9, -1, None]),
         ("seed", -1),
     ],
 )
