@@ -12,6 +12,8 @@ from engine.augment import augment, distort, flip, gaussian_blur, normalize
 from shards.views import COLUMNS, Column, ViewsConfig, draw_views
 from tests.golden_files import golden
 
+pytestmark = pytest.mark.versions
+
 SIZES = [32, 128, 224]
 # The stored figures are rounded to 16 bits (up to 1.6e-5 beyond +-1); the rest is float32's.
 TOLERANCE = 3e-5

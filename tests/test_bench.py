@@ -266,6 +266,7 @@ def tiny_recipe(tmp_path: Path) -> Iterator[Path]:
     assert not left
 
 
+@pytest.mark.versions
 def test_plan(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(f"plan --recipe {tiny_recipe} --processes 2 4 --strategies ddp fsdp", capsys)
     for strategy in ("ddp", "fsdp"):
@@ -279,6 +280,7 @@ def test_plan(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows(lines, "  optimizer, all-reduce") == 1
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(("strategy", "spread"), [("ddp", 1), ("fsdp", 4), ("hsdp", 2)])
 def test_plan_counts(strategy: Spreading, spread: int, tiny_recipe: Path) -> None:
     """One all-reduce for each norm and pass, one for the optimizer, none for the target."""
@@ -330,6 +332,7 @@ def test_plan_counts(strategy: Spreading, spread: int, tiny_recipe: Path) -> Non
     assert not traffic
 
 
+@pytest.mark.versions
 def test_plan_leaves_no_process_group_when_it_fails(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

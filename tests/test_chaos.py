@@ -5,6 +5,8 @@ import pytest
 from tests import chaos
 from tests.object_store import ObjectStore
 
+pytestmark = pytest.mark.versions
+
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(

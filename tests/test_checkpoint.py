@@ -14,6 +14,8 @@ from engine import checkpoint
 from engine.world import World
 from shards.errors import InputError
 
+pytestmark = pytest.mark.versions
+
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 

@@ -22,6 +22,8 @@ from shards.errors import InputError
 from shards.loader import DataConfig
 from tests import tiny
 
+pytestmark = pytest.mark.versions
+
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 ROOT = Path(__file__).parent.parent
 

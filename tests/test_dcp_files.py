@@ -35,7 +35,10 @@ from tests.dcp_state import (
 from tests.fault_proxy import FaultProxy
 from tests.ranks import Ranks
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [
+    pytest.mark.versions,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 
 
 @pytest.fixture(params=["disk", "memory", "s3"])

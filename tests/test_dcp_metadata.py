@@ -30,7 +30,10 @@ from engine.dcp_metadata import Place, parse
 from shards.errors import InputError
 from tests.dcp_state import FILE, fault, load, plain_files, plain_state, save, stock, sums
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [
+    pytest.mark.versions,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 
 FILES = {"__0_0.distcp": (1000, 0), ".metadata": (500, 0), "a/b": (1000, 0)}
 INDEX = MetadataIndex("m.w", (4, 0), 1)

@@ -22,6 +22,8 @@ from engine.resnet import ResNet, ResNetConfig, initialise
 from engine.stock import recipe_lines, stock_resnet
 from shards.errors import InputError
 
+pytestmark = pytest.mark.versions
+
 SMALL = ResNetConfig(10, width=0.25, stem="cifar")
 NETWORKS = {"small": (SMALL, 32), "resnet18": (ResNetConfig(18), 64)}  # with the side of images
 

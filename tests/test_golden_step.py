@@ -19,6 +19,8 @@ from engine.norm import BatchNorm, RunningStatistics
 from engine.resnet import ResNetConfig
 from tests.golden_files import deviation, golden
 
+pytestmark = pytest.mark.versions
+
 Tensors = dict[str, Tensor]
 BATCH = 8
 NOT_IN_TARGET = ("predictor.", "classifier.")

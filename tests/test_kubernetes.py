@@ -24,6 +24,8 @@ from torch.distributed.run import config_from_args, get_args_parser
 
 from engine.recipe import parse
 
+pytestmark = pytest.mark.versions
+
 LAUNCH = Path(__file__).parent.parent / "launch"
 MANIFEST = LAUNCH / "kubernetes.yaml"
 TORCHRUN = f"#!{sys.executable} -S\nimport json, sys; print(json.dumps(sys.argv[1:]))\n"

@@ -17,6 +17,8 @@ from engine.lars import LARS, LARSConfig, parameter_groups
 from engine.resnet import ResNetConfig
 from tests.golden_files import golden
 
+pytestmark = pytest.mark.versions
+
 SMALL = BYOLConfig(ResNetConfig(10, width=0.125, stem="cifar"), hidden=32, projection=16)
 
 

@@ -4,6 +4,8 @@ from torch import Tensor, nn
 
 from engine.norm import BatchNorm, RunningStatistics
 
+pytestmark = pytest.mark.versions
+
 
 def pair(views: int, channels: int = 5) -> tuple[BatchNorm, nn.BatchNorm2d]:
     """Ours and torch's in float64, with the same random parameters."""

@@ -23,6 +23,8 @@ from tests import parity
 from tests.parity import KINDS, Outcome, SGDConfig, distances, take_steps
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.versions
+
 OPTIMIZERS = {"sgd": SGDConfig(), "lars": LARSConfig()}
 FACTOR = 3
 # What two ways of rounding may differ by where a single float32 process happens to be exact.

@@ -20,6 +20,8 @@ from shards import index as indexes
 from shards import synthetic
 from shards.evaluation import EvalBatch, center_crops
 
+pytestmark = pytest.mark.versions
+
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 

@@ -23,6 +23,8 @@ from tests.jobs import ROOT, small
 from tests.ranks import Ranks
 from tests.test_trainer import comparable
 
+pytestmark = pytest.mark.versions
+
 
 def tell_at(trainer: Trainer, step: int, number: signal.Signals) -> None:
     """This process gets a signal while it computes `step`."""

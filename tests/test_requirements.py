@@ -13,6 +13,8 @@ from packaging.version import Version
 
 from launch import requirements
 
+pytestmark = pytest.mark.versions
+
 ROOT = Path(__file__).parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 OLDEST = re.search(r'"torch>=([0-9.]+)"', PYPROJECT)[1]  # type: ignore[index]

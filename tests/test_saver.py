@@ -24,6 +24,8 @@ from tests import tiny
 from tests.parity import SGDConfig
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.versions
+
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 

@@ -23,6 +23,8 @@ from engine.recipe import parse
 from shards.loader import DataConfig
 from tests.jobs import QUICKSTART, ROOT, SECONDS, environment_of, small, until
 
+pytestmark = pytest.mark.versions
+
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 NODES = 2
 

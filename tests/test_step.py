@@ -21,6 +21,8 @@ from shards.loader import DataConfig
 from shards.order import BatchConfig
 from tests import parity, tiny
 
+pytestmark = pytest.mark.versions
+
 
 def stock_norms(network: nn.Module) -> nn.Module:
     """The network with torch's own batch norms, for one view at a time."""

@@ -27,6 +27,8 @@ from shards.loader import DataConfig
 from tests import parity
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.versions
+
 ROWS = (5, 3, 8)  # of three ranks, in each view
 CHANNELS = 6
 

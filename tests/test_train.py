@@ -10,6 +10,8 @@ import pytest
 
 from shards.loader import DataConfig
 
+pytestmark = pytest.mark.versions
+
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
 TIMING = {"images_per_second", "data_wait"}

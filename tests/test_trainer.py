@@ -27,6 +27,8 @@ from shards.loader import Batch, DataConfig
 from tests import tiny
 from tests.conftest import PackFiles, draw_photo
 
+pytestmark = pytest.mark.versions
+
 TIMING = {"images_per_second", "data_wait"}
 
 

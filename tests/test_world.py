@@ -26,6 +26,8 @@ from tests import parity
 from tests.parity import SGDConfig
 from tests.ranks import RankFailure, Ranks
 
+pytestmark = pytest.mark.versions
+
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
 
