@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib.metadata import version
@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
@@ -127,7 +128,29 @@ class Evaluation:
 
         `encode`: another function than the encoder's.
         """
-        crops = center_crops(
+        count = index.samples if ids is None else len(ids)
+        shown = self._watched(self._crops(index, ids, limit), min(count, limit or count))
+        return extract(encode or self.encode, shown, self.world.device, unlabelled=unlabelled)
+
+    def check_labels(self, index: Index, field: str, ids: NDArray[np.int64] | None = None) -> None:
+        """Raise InputError unless some image there, or of `ids`, has a label and can be decoded.
+
+        For before anything is learned: each process reads up to the first such image of its part.
+        All processes call it together.
+        """
+        with closing(self._crops(index, ids)) as crops:
+            found = any(bool((batch.labels >= 0).any()) for batch in crops)
+        if not self.world.sum(torch.tensor(int(found))):
+            which = "image" if ids is None else "image held out"
+            raise InputError(
+                f"no {which} of {field} has a label and can be decoded, so that nothing could be "
+                f"{'measured' if ids is None else 'chosen'} on it: label more images"
+            )
+
+    def _crops(
+        self, index: Index, ids: NDArray[np.int64] | None, limit: int | None = None
+    ) -> Generator[EvalBatch, None, None]:
+        return center_crops(
             index,
             size=self.source.size,
             fraction=self.source.crop,
@@ -138,9 +161,6 @@ class Evaluation:
             ids=ids,
             part=(self.world.rank, self.world.size),
         )
-        count = index.samples if ids is None else len(ids)
-        shown = self._watched(crops, min(count, limit or count))
-        return extract(encode or self.encode, shown, self.world.device, unlabelled=unlabelled)
 
     def _watched(self, batches: Iterable[EvalBatch], total: int) -> Iterator[EvalBatch]:
         """With a progress bar, where there is a terminal, as if all processes went alike."""

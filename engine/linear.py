@@ -22,7 +22,7 @@ from engine.evaluation import Evaluation, Result, Row, chosen_columns
 from engine.features import Accuracy, Features, accuracy
 from engine.precision import parameter_dtype
 from engine.resnet import initialise
-from engine.schedule import learning_rate
+from engine.schedule import learning_rate, steps_of
 from engine.supervised import (
     Batches,
     Examples,
@@ -71,6 +71,8 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
     held = hold_out(index.samples, config.holdout, config.seed)
     held_ids = np.flatnonzero(held(np.arange(index.samples)))
     check_held_out(len(held_ids))
+    evaluation.check_labels(index, "data.train", held_ids)
+    evaluation.check_labels(evaluation.val, "data.val")
     if config.fast:
         bank = evaluation.features(index)
         batches, steps = stored(bank, index.samples, config, held)
@@ -182,7 +184,7 @@ def stored(bank: Features, samples: int, config: LinearConfig, held: Held) -> tu
     rows[bank.ids.cpu().numpy()] = np.arange(len(bank.ids))
     batch = min(config.batch, len(ids))
     epoch_steps = len(ids) // batch
-    steps = int(config.epochs * epoch_steps)
+    steps = steps_of(config.epochs, epoch_steps, 1)
     if steps < 1:
         raise InputError(f"--epochs {config.epochs:g} are less than one step of --batch {batch}")
 

@@ -7,6 +7,7 @@ Source: BYOL (arXiv 2006.07733), "Implementation details".
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 
@@ -38,12 +39,12 @@ class ScheduleConfig:
     """The batch size that base_tau (and base_lr, when fixed) are meant for."""
 
     def total_steps(self, samples: int, batch: int) -> int:
-        """floor(epochs * samples / batch), exact where `epochs` is a whole number."""
-        return int(self.epochs * samples // batch)
+        """Updates in all, as `steps_of` counts them."""
+        return steps_of(self.epochs, samples, batch)
 
     def warmup_steps(self, samples: int, batch: int) -> int:
-        """floor(warmup_epochs * samples / batch), exact where `warmup_epochs` is whole."""
-        return int(self.warmup_epochs * samples // batch)
+        """Updates of the warm-up, as `steps_of` counts them."""
+        return steps_of(self.warmup_epochs, samples, batch)
 
     def peak_lr(self, batch: int) -> float:
         """The learning rate at the end of the warm-up."""
@@ -52,6 +53,16 @@ class ScheduleConfig:
     def tau_power(self, batch: int) -> float:
         """kappa, the power that `tau` is raised to."""
         return batch / self.paper_batch if self.tau_rule == "power" else 1.0
+
+
+def steps_of(epochs: float, samples: int, batch: int) -> int:
+    """floor(epochs * samples / batch), for the number that `epochs` was rounded from.
+
+    The float nearest to 73.6 is a little less, and 73.6 epochs of 50,000 samples in batches of 256
+    would be a step short; so may be what a recipe computes, such as 20 * 16 / 104.
+    """
+    most = Fraction(epochs) * (1 + Fraction(1, 2**52))  # a rounding is no more than that
+    return int(most * samples // batch)
 
 
 def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:

@@ -21,6 +21,7 @@ from engine.augment import flip
 from engine.evaluation import Evaluation
 from engine.parallel import ParallelConfig
 from engine.preemption import Preemption
+from engine.schedule import steps_of
 from engine.world import World
 from shards.errors import InputError
 from shards.index import Index
@@ -172,7 +173,7 @@ def total_steps(index: Index, epochs: float, batch: int) -> int:
             f"--batch {batch} is more than the {index.samples} images to learn from: "
             "give a smaller one"
         )
-    steps = int(epochs * index.samples // batch)
+    steps = steps_of(epochs, index.samples, batch)
     if steps < 1:
         raise InputError(f"--epochs {epochs:g} are less than one step of --batch {batch}")
     return steps

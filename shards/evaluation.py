@@ -1,6 +1,6 @@
 """Images for measuring: every sample once, in file order, one central crop each."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ def center_crops(
     limit: int | None = None,
     ids: NDArray[np.int64] | None = None,
     part: tuple[int, int] = (0, 1),
-) -> Iterator[EvalBatch]:
+) -> Generator[EvalBatch, None, None]:
     """The central square of `fraction` of each image's shorter side, at `size` pixels.
 
     With a `limit`, of evenly spaced blocks that hold about that many samples; with `ids` [n], in

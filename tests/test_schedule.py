@@ -1,8 +1,11 @@
 import math
+from decimal import Context, Decimal, localcontext
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from engine.schedule import ScheduleConfig, learning_rate, tau
+from engine.schedule import ScheduleConfig, learning_rate, steps_of, tau
 from tests.golden_files import golden
 
 IMAGENET = 1281167
@@ -59,6 +62,25 @@ def test_step_counts_are_exact() -> None:
         assert ScheduleConfig(epochs=999).total_steps(samples, batch) == 999 * samples // batch
     assert ScheduleConfig(epochs=0.5).total_steps(1000, 8) == 62
     assert ScheduleConfig(warmup_epochs=0).warmup_steps(1000, 8) == 0
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**7), st.integers(1, 2**14), st.integers(0, 3))
+@example(736, 50_000, 256, 1)
+def test_step_counts_are_those_of_the_number_that_was_written(
+    digits: int, samples: int, batch: int, places: int
+) -> None:
+    """In decimal arithmetic; a product of floats is a step short for 73.6 epochs."""
+    written = Decimal(digits).scaleb(-places)
+    with localcontext(Context(prec=60)):
+        expected = int(written * samples // batch)
+    assert steps_of(float(str(written)), samples, batch) == expected
+    assert ScheduleConfig(float(written), float(written)).total_steps(samples, batch) == expected
+    assert ScheduleConfig(float(written), float(written)).warmup_steps(samples, batch) == expected
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**7), st.integers(1, 2**14))
+def test_a_recipe_may_compute_its_epochs(steps: int, samples: int, batch: int) -> None:
+    assert steps_of(steps * batch / samples, samples, batch) == steps
 
 
 def test_cosine_halfway() -> None:
