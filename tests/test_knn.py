@@ -1,5 +1,8 @@
 """kNN against a brute-force NumPy one, by one process and by several; extraction."""
 
+import math
+import operator
+from decimal import Context, Decimal, localcontext
 from typing import Any
 
 import numpy as np
@@ -8,7 +11,7 @@ import torch
 
 from engine import knn, world
 from engine.features import Features, accuracy, extract
-from engine.knn import nearest, vote
+from engine.knn import Neighbours, nearest, vote
 from engine.world import World
 from shards.errors import InputError
 from shards.evaluation import EvalBatch
@@ -89,6 +92,118 @@ def test_sharded_equals_single(ranks: Ranks) -> None:
     answers = ranks.run(find_in_parts, [0, 5, 180, 300], [0, 50, 50, 90], size=3)
     assert [row for ids, _ in answers for row in ids] == found.ids.tolist()
     assert {top for _, top in answers} == {tuple(expected)}
+
+
+def with_duplicates(n: int, seed: int, dtype: torch.dtype) -> Features:
+    """Few different points many times, with other labels and ids that are not in order."""
+    rng = np.random.default_rng(seed)
+    points = rng.normal(size=(max(1, n // 10), 16))
+    features = torch.tensor(points[rng.integers(0, len(points), n)], dtype=dtype)
+    scales = torch.tensor(2.0 ** rng.integers(-3, 4, (n, 1)))  # equal directions all the same
+    ids = torch.tensor(rng.permutation(n) * 3 + 7)
+    return Features(features * scales.to(dtype), torch.tensor(rng.integers(0, CLASSES, n)), ids)
+
+
+def by_brute_force(bank: Features, queries: torch.Tensor, k: int) -> list[list[int]]:
+    """Ids of the k nearest by a full sort; cosines by math.fsum, which rounds once."""
+    directions = [
+        [row / math.sqrt(math.fsum(x * x for x in rows)) for row in rows]
+        for rows in bank.features.double().tolist()
+    ]
+    found = []
+    for query in queries.double().tolist():
+        cosines = [math.fsum(map(operator.mul, query, row)) for row in directions]
+        order = sorted(zip(cosines, bank.ids.tolist(), strict=True), key=lambda x: (-x[0], x[1]))
+        found.append([number for _, number in order[:k]])
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("keys", [1 << 15, 11])
+@pytest.mark.parametrize("k", [1, 15, 40, 500])
+def test_equally_near_ones_come_by_id(
+    k: int, keys: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank, queries = with_duplicates(300, 1, dtype), with_duplicates(40, 2, dtype)
+    monkeypatch.setattr(knn, "KEYS", keys)
+    found = nearest(bank, queries.features, k, ALONE)
+    assert found.ids.tolist() == by_brute_force(bank, queries.features, k)
+    labels = dict(zip(bank.ids.tolist(), bank.labels.tolist(), strict=True))
+    assert found.labels.tolist() == [[labels[i] for i in row] for row in found.ids.tolist()]
+
+
+def find_duplicates(size: int, keys: int) -> tuple[Any, ...]:
+    """On a rank: neighbours among every `size`th sample of a bank with duplicates."""
+    here = world.enter(1, False)
+    bank, queries = with_duplicates(300, 3, torch.float32), with_duplicates(48, 4, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knn, "KEYS", keys)
+        own = Features(*(tensor[here.rank :: size] for tensor in bank))
+        asked = queries.features.chunk(size)[here.rank]
+        found = nearest(own, asked, 15, here)
+    return found.similarity.tolist(), found.ids.tolist(), vote(found, 15, 0.07, CLASSES).tolist()
+
+
+def test_duplicates_do_not_depend_on_the_processes(ranks: Ranks) -> None:
+    """Bit for bit: cosines, neighbours and votes of 1 to 4 processes, in parts of any length."""
+    bank, queries = with_duplicates(300, 3, torch.float32), with_duplicates(48, 4, torch.float32)
+    whole = nearest(bank, queries.features, 15, ALONE)
+    scores = vote(whole, 15, 0.07, CLASSES)
+    assert whole.ids.tolist() == by_brute_force(bank, queries.features, 15)
+    for size, keys in ((1, 7), (2, 1 << 15), (2, 13), (3, 1 << 15), (4, 50)):
+        answers = ranks.run(find_duplicates, size, keys, size=size)
+        for number, expected in enumerate((whole.similarity, whole.ids, scores)):
+            assert [row for answer in answers for row in answer[number]] == expected.tolist()
+
+
+def test_cosines_are_the_same_wherever_a_row_stands() -> None:
+    """At the edge of a matrix as inside, in any company: float32 products differ there."""
+    rng = torch.Generator().manual_seed(0)
+    row, query = torch.randn(2, 1, 515, generator=rng)
+    others = torch.randn(130, 515, generator=rng)
+    seen = set()
+    for n in (0, 1, 3, 7, 31, 64, 129):
+        for queries in (1, 2, 5, 33):
+            features = torch.cat([others[:n], row, others[n:]])[: n + 1 + n % 3]
+            bank = Features(features, *(torch.arange(len(features)) for _ in range(2)))
+            found = nearest(bank, query.expand(queries, -1), len(features), ALONE)
+            seen |= set(found.similarity[found.ids == n].tolist())
+    assert len(seen) == 1
+    exact = math.fsum((row * query).double().flatten().tolist())
+    exact /= row.double().norm().item() * query.double().norm().item()
+    assert seen.pop() == pytest.approx(exact, abs=3e-8)
+
+
+def log_votes(similarity: list[float], labels: list[int], temperature: float) -> list[float]:
+    """The scores of one query in decimal arithmetic, where nothing underflows."""
+    with localcontext(Context(prec=60, Emax=10**9, Emin=-(10**9))):
+        nearest_one = Decimal(similarity[0])
+        sums = [Decimal(0)] * CLASSES
+        for cosine, label in zip(similarity, labels, strict=True):
+            sums[label] += ((Decimal(cosine) - nearest_one) / Decimal(temperature)).exp()
+        return [float(total.ln()) if total else -math.inf for total in sums]
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.003, 0.01, 0.07, 0.2, 1.0, 30.0, 1000.0])
+def test_votes_are_exact_at_every_temperature(temperature: float) -> None:
+    """From the lowest to the highest that is allowed; far classes are ranked too, for top-5."""
+    rng = np.random.default_rng(0)
+    similarity = torch.tensor(-np.sort(-rng.uniform(-1, 1, (30, 20))))
+    labels = torch.tensor(rng.integers(0, CLASSES - 1, (30, 20)))  # one class never occurs
+    found = vote(Neighbours(similarity, labels, labels), 20, temperature, CLASSES)
+    rows = zip(similarity.tolist(), labels.tolist(), strict=True)
+    expected = torch.tensor([log_votes(*row, temperature) for row in rows], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert torch.isinf(found[:, -1]).all()
+    assert torch.equal(torch.isinf(found), torch.isinf(expected))
+
+
+def test_low_temperatures_are_the_nearest_neighbour() -> None:
+    bank, queries = clouds(400, 1), clouds(300, 2)
+    found = nearest(bank, queries.features, 20, ALONE)
+    first = (found.labels[:, 0] == queries.labels).double().mean().item()
+    top = accuracy(vote(found, 20, 0.001, CLASSES), queries.labels, ALONE, "data.val")
+    assert top.top1 == pytest.approx(first, abs=0.01)
 
 
 def test_an_empty_bank_is_told() -> None:
