@@ -34,7 +34,7 @@ _PASSING_KINDS = {
     *("CredentialRetrievalError", "MetadataRetrievalError", "FlexibleChecksumError"),
 }
 _MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError)
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no other way of writing would do
 _FINAL = (
     *(FileNotFoundError, FileExistsError, PermissionError),
     *(IsADirectoryError, NotADirectoryError),
@@ -60,9 +60,17 @@ def user_info(url: str) -> str:
     return _split(url)[0] if "://" in url else ""
 
 
+def has_query(place: str) -> bool:
+    """Whether an s3 URL's place ends in a query, which may be secret: most `?` belong to names."""
+    return re.search(r"\?[\w-]+=", place) is not None
+
+
 def _split(url: str) -> tuple[str, str, str]:
     """User and password, place, and query of a URL."""
-    rest, _, query = url.partition("://")[2].partition("?")
+    scheme, _, rest = url.partition("://")
+    query = ""
+    if scheme not in ("s3", "s3a") or has_query(rest):
+        rest, _, query = rest.partition("?")
     authority, slash, path = rest.partition("/")
     if "@" in authority:
         user, _, authority = authority.rpartition("@")
@@ -122,7 +130,7 @@ def _without_answer(error: Exception, url: str, kind: type[OSError]) -> Failure:
     elif isinstance(error, TimeoutError):
         text = f"timed out {text}"
     elif isinstance(error, OSError):
-        hopeless = hopeless or error.errno in _FULL
+        hopeless = hopeless or error.errno in FULL
     else:
         text, hopeless = f"{name} {text}", isinstance(error, _MISTAKES)
     return Failure(_line(text or name, url), hopeless, kind)

@@ -1,4 +1,8 @@
-"""Bytes in and out of any fsspec URL: local paths, s3://, gs://, memory:// and the rest."""
+"""Bytes in and out of any fsspec URL: local paths, s3://, gs://, memory:// and the rest.
+
+A URL is a name, never a pattern or a chain: `[ ] * ? # % ::` and spaces mean themselves, and only
+what was named, or what lies below it, is read, replaced or removed.
+"""
 
 import contextlib
 import io
@@ -6,15 +10,16 @@ import json
 import os
 import random
 import re
-import secrets
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, TypeVar, cast
 
 import fsspec
 
+from shards import local_files
 from shards.errors import InputError
-from shards.failures import explain, is_beyond_end, user_info
+from shards.failures import explain, has_query, is_beyond_end, user_info
 from shards.failures import redact as redact
 
 _T = TypeVar("_T")
@@ -28,6 +33,7 @@ READ_BLOCK = 4 << 20  # bytes that `open_reader` asks an object store for at a t
 PART = 16 << 20  # bytes that large objects are sent, and copied, at a time
 SECONDS = 60.0  # that one try of a read may take, and one more for each MB
 CONNECTIONS = 64  # to a store, for all threads of a process
+DELETIONS = 32  # of objects, at once
 
 
 class WrongLength(OSError):
@@ -40,11 +46,15 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
 
 def _open(url: str, options: dict[str, Any]) -> tuple[Any, str]:
+    # Not by fsspec's own url_to_fs, to which `::` chains file systems.
+    protocol = "file" if is_local(url) else url.partition("://")[0]
     try:
-        filesystem, path = fsspec.core.url_to_fs(url, **options)
+        kind = fsspec.get_filesystem_class(protocol)
+        if not is_s3(url):  # to s3fs some names would be queries
+            options = kind._get_kwargs_from_urls(url) | options
+        return fsspec.filesystem(protocol, **options), kind._strip_protocol(url)
     except (ImportError, ValueError) as error:
         raise InputError(f"{redact(url)}: no storage for this URL: {error}") from None
-    return filesystem, path
 
 
 def client(url: str) -> tuple[Any, str]:
@@ -60,6 +70,9 @@ def client(url: str) -> tuple[Any, str]:
             f"{redact(url)}: credentials are not read from a URL: take them out and set "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         )
+    if "?versionId=" in url or "\0" in url or not _is_unicode(url):
+        place = ascii(redact(url))[1:-1]
+        raise InputError(f"{place}: no name on S3, where names are UTF-8 without ?versionId=")
     once = {"mode": "standard", "total_max_attempts": 1}
     given = fsspec.config.apply_config(fsspec.get_filesystem_class("s3"), {})
     config = {"max_pool_connections": CONNECTIONS, "retries": once}
@@ -72,6 +85,14 @@ def client(url: str) -> tuple[Any, str]:
     filesystem.retries = 1
     filesystem.max_concurrency = 1  # else every read of a whole object begins with a HEAD
     return filesystem, path
+
+
+def _is_unicode(url: str) -> bool:
+    try:
+        url.encode()
+    except UnicodeEncodeError:  # a name of a local file that is not UTF-8
+        return False
+    return True
 
 
 def is_s3(url: str) -> bool:
@@ -127,13 +148,13 @@ def check(url: str, name: str) -> None:
         raise InputError(f"{name} {redact(url)}: names no bucket or folder")
     if not mark and re.match(r"[a-z][a-z0-9+.-]+:/", url):
         raise InputError(f"{name} {url}: a URL has two slashes: {scheme.partition(':')[0]}://...")
-    if is_s3(url) and "?" in place:
+    if is_s3(url) and has_query(place):
         raise InputError(f"{name} {redact(url)}: an s3 URL has no query: leave out what follows ?")
 
 
 def download(url: str, size: int, path: str) -> None:
     """Copy an object of `size` bytes to a local file, whole or not at all. Raises as `read`."""
-    with new_file(path) as (file, name):
+    with local_files.new_file(path) as (file, name):
         for start in range(0, size, PART):
             file.write(read(url, start, min(start + PART, size)))
         file.close()
@@ -179,31 +200,10 @@ def write(url: str, content: bytes) -> None:
     A local file's folders are made when they are missing. Large objects: see shards/upload.py.
     """
     if is_local(url):
-        retry(url, lambda: _write_local(url, content))
+        retry(url, lambda: local_files.write(open_filesystem(url)[1], content))
         return
     filesystem, path = client(url)
     retry(url, lambda: filesystem.pipe_file(path, content))
-
-
-def _write_local(url: str, content: bytes) -> None:
-    path = open_filesystem(url)[1]
-    with new_file(path) as (file, name):
-        file.write(content)
-        file.close()
-        os.replace(name, path)
-
-
-@contextlib.contextmanager
-def new_file(path: str) -> Iterator[tuple[BinaryIO, str]]:
-    """A file beside `path` and its name, no other's; gone at the end unless it was renamed."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    name = f"{path}.{secrets.token_hex(6)}.partial"
-    try:
-        with open(name, "xb") as file:
-            yield file, name
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
 
 
 def create(url: str, content: bytes) -> bool:
@@ -218,10 +218,7 @@ def create(url: str, content: bytes) -> bool:
         if not is_local(url):
             filesystem.pipe_file(path, content, mode="create")
             return
-        with new_file(path) as (file, name):
-            file.write(content)
-            file.close()
-            os.link(name, path)
+        local_files.create(path, content)
 
     try:
         retry(url, put)
@@ -253,15 +250,13 @@ def list_names(url: str) -> list[str]:
 
 
 def walk(url: str) -> Iterator[tuple[str, int]]:
-    """(path relative to the folder, bytes) of all files below it, in no order; links followed."""
+    """(path relative to the folder, bytes) of all files below it, in no order; links followed.
+
+    Raises InputError for a local folder that may not be read.
+    """
     filesystem, path = client(url)
     if is_local(url):
-        # fsspec's own listing takes twice as long, and does not follow links to folders.
-        for folder, _, names in os.walk(path, followlinks=True):
-            below = folder[len(path) :].lstrip("/")
-            for name in names:
-                size = os.stat(f"{folder}/{name}").st_size
-                yield f"{below}/{name}" if below else name, size
+        yield from local_files.walk(path)
         return
     filesystem.invalidate_cache()
     for file, info in retry(url, lambda: filesystem.find(path, detail=True)).items():
@@ -269,10 +264,49 @@ def walk(url: str) -> Iterator[tuple[str, int]]:
 
 
 def remove(url: str) -> None:
-    """Delete an object or a folder with all it holds; nothing happens if it is not there."""
+    """Delete the object of that very name and, where it is a folder, what lies below it.
+
+    Nothing happens if nothing is there. Objects go one by one, many at once: some stores refuse
+    requests that delete several, and fsspec's own `rm` takes names for patterns.
+    """
     filesystem, path = client(url)
-    with contextlib.suppress(FileNotFoundError):
-        retry(url, lambda: filesystem.rm(path, recursive=True))
+    if is_local(url):
+        retry(url, lambda: local_files.remove(path))
+        return
+    filesystem.invalidate_cache()
+    below = retry(url, lambda: filesystem.find(path))  # markers of folders end in a slash
+    names = {name for name in [path, *below] if name == path or name.startswith(f"{path}/")}
+    if is_s3(url):
+        bucket, _, _ = filesystem.split_path(path)
+
+        def delete(name: str) -> None:
+            key = name[len(bucket) + 1 :]
+            if key:  # the bucket itself stays
+                retry(url, lambda: filesystem.call_s3("delete_object", Bucket=bucket, Key=key))
+    else:
+
+        def delete(name: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                retry(url, lambda: filesystem.rm_file(name))
+
+    with ThreadPoolExecutor(DELETIONS, thread_name_prefix="remove") as threads:
+        for done in [threads.submit(delete, name) for name in sorted(names)]:
+            done.result()
+    filesystem.invalidate_cache()
+
+
+def discard(url: str, report: Callable[[str], None]) -> None:
+    """`remove` what is of no more use; a store that refuses is reported, and nothing else happens.
+
+    The report does not depend on the object's name: a `report` that tells everything once tells
+    once that a folder's old objects stay.
+    """
+    try:
+        remove(url)
+    except OSError as error:
+        reason = str(error).removeprefix(f"{redact(url)}: ")
+        folder = redact(url).rpartition("/")[0]
+        report(f"{folder}: old objects stay there, because they can't be removed: {reason}")
 
 
 def retry(url: str, call: Callable[[], _T]) -> _T:

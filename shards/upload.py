@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from shards import storage
+from shards import local_files, storage
 from shards.failures import explain
 
 PARALLEL = 4  # parts on their way at once; with the one being filled, memory for 80 MiB
@@ -73,11 +73,10 @@ def _local(url: str) -> Iterator[_Write]:
     path = storage.open_filesystem(url)[1]
     with contextlib.ExitStack() as stack:
         with _named(url):
-            file, name = stack.enter_context(storage.new_file(path))
+            file, name = stack.enter_context(local_files.new_file(path))
         yield _named(url)(file.write)
         with _named(url):
-            file.flush()
-            os.fsync(file.fileno())
+            local_files.sync(file)
             os.replace(name, path)
 
 
