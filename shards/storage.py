@@ -52,9 +52,11 @@ def _open(url: str, options: dict[str, Any]) -> tuple[Any, str]:
         kind = fsspec.get_filesystem_class(protocol)
         if not is_s3(url):  # to s3fs some names would be queries
             options = kind._get_kwargs_from_urls(url) | options
-        return fsspec.filesystem(protocol, **options), kind._strip_protocol(url)
-    except (ImportError, ValueError) as error:
+        filesystem, path = fsspec.filesystem(protocol, **options), kind._strip_protocol(url)
+    except (ImportError, ValueError, TypeError, OSError) as error:
         raise InputError(f"{redact(url)}: no storage for this URL: {error}") from None
+    # With `::` in a name, fsspec's memory would take off the slash that its other names begin with.
+    return filesystem, f"/{path.lstrip('/')}" if protocol == "memory" and path else path
 
 
 def client(url: str) -> tuple[Any, str]:
