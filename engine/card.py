@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -67,9 +68,9 @@ def write(
             "there is nothing to export"
         )
     # What an earlier export left is of another card.
-    storage.remove(storage.join(out, CARD))
-    for other in FILES.keys() - set(formats):
-        storage.remove(storage.join(out, FILES[other]))
+    once = cache(say)
+    for stale in [CARD, *(FILES[other] for other in sorted(FILES.keys() - set(formats)))]:
+        storage.discard_or_empty(storage.join(out, stale), out, once)
     files = {}
     for name in dict.fromkeys(formats):
         content = convert(encoder, source.config, name, source.size)

@@ -76,6 +76,7 @@ def save(
     index_digest: str,
     world: World,
     confirm: Callable[[], None] | None = None,
+    report: Callable[[str], None] = print,
 ) -> Commit:
     """Write `state`, nested dicts of tensors, as the checkpoint of `step`, and commit it.
 
@@ -83,7 +84,9 @@ def save(
     raises. Raises OSError, on all of them, when one could not write.
     """
     url = step_url(run, step)
-    world.tell(lambda: storage.remove(url))  # what a process that was killed may have left there
+    # What a process that was killed may have left there; where it can't be removed, it is written
+    # over, or no commit names it.
+    world.tell(lambda: storage.discard(url, run, report))
     writer = Writer(url)
     with _one_process_is_fine(), _plain_errors(url, "written"):
         dcp_save(
@@ -197,20 +200,27 @@ def _digest(document: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def prune(run: str, step: int, keep: int, keep_every: int = 0) -> None:
+def prune(
+    run: str,
+    step: int,
+    keep: int,
+    keep_every: int = 0,
+    report: Callable[[str], None] = print,
+) -> None:
     """Remove all but the newest `keep` (at least 1) committed checkpoints, each commit first.
 
     `step`: the one just saved. Those beyond it were found damaged when this process started: they
     push out no good one, and stay until they are overwritten. `keep_every`: those of its multiples
-    stay too, 0 for none.
+    stay too, 0 for none. `report` takes what a store refuses to remove, which stays whole.
     """
     until = step_url(run, step)
     saved = [url for url in steps(run) if url <= until]
     committed = [url for url in saved if storage.exists(storage.join(url, COMMIT))]
     for url in committed[:-keep]:
-        if not keep_every or int(url[-8:]) % keep_every:
-            storage.remove(storage.join(url, COMMIT))
-            storage.remove(url)
+        if keep_every and int(url[-8:]) % keep_every == 0:
+            continue
+        if storage.discard(storage.join(url, COMMIT), run, report):
+            storage.discard(url, run, report)
 
 
 def steps(run: str) -> list[str]:

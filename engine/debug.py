@@ -69,7 +69,7 @@ def debug_step(trainer: Trainer) -> None:
     finally:
         data.close()
         if trainer.world.main:
-            storage.remove(url)
+            storage.discard(url, url, trainer.report)
     parameters = sum(p.numel() for p in trainer.online.parameters())
     table.caption = (
         f"{trainer.device}, {trainer.recipe.precision}, {parameters / 1e6:.1f} M parameters, "

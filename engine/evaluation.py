@@ -221,7 +221,8 @@ class Evaluation:
         """
         self._show(result)
         self.world.tell(lambda: self._write(result))
-        self.world.tell(lambda: storage.remove(storage.join(self.url, checkpoint.FOLDER)))
+        saved = storage.join(self.url, checkpoint.FOLDER)
+        self.world.tell(lambda: storage.discard(saved, self.url, self.report))
         self.console.print(f"result  {storage.redact(storage.join(self.url, RESULT))}")
 
     def events(self) -> EventLog:

@@ -100,7 +100,8 @@ def _open_log(trainer: Trainer, stop: int) -> MetricsLog:
     if not trainer.world.main:
         return NoLog()
     confirm = trainer.lease.confirm if trainer.lease is not None else None
-    return MetricsLog(trainer.recipe.run, trainer.step, stop, trainer.console, confirm)
+    run, console = trainer.recipe.run, trainer.console
+    return MetricsLog(run, trainer.step, stop, console, confirm, trainer.report)
 
 
 def _without_evaluation(trainer: Trainer, log: MetricsLog) -> dict[str, Any] | None:
@@ -119,14 +120,15 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
     def write(state: dict[str, Any], world: World) -> None:
         log.flush()  # what stands before a checkpoint is never logged again
         method = method_fields(recipe)
-        checkpoint.save(recipe.run, step, state, method, digest, world, confirm)
+        report = trainer.report
+        checkpoint.save(recipe.run, step, state, method, digest, world, confirm, report)
         if not world.main:
             return
         try:
             keep, keep_every = recipe.checkpoint.keep, recipe.checkpoint.keep_every
-            checkpoint.prune(recipe.run, step, keep, keep_every)
+            checkpoint.prune(recipe.run, step, keep, keep_every, report)
         except OSError as error:  # the next save does it
-            trainer.report(f"old checkpoints stay for now: {error}")
+            report(f"old checkpoints stay for now: {error}")
         log.compact()
 
     saver.save(step, trainer.state(), write)

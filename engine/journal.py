@@ -15,7 +15,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -54,9 +54,12 @@ class Journal:
     theirs the lines are still there and go with the next call.
     """
 
-    def __init__(self, run: str, start: int) -> None:
-        """Cleans what an earlier writer left. Raises OSError."""
-        self._run, self._url = run, storage.join(run, JSONL)
+    def __init__(self, run: str, start: int, report: Callable[[str], None] = print) -> None:
+        """Cleans what an earlier writer left. Raises OSError.
+
+        `report`: takes what a store refuses to remove.
+        """
+        self._run, self._url, self._report = run, storage.join(run, JSONL), report
         self._local = storage.is_local(run)
         found, parts = _contents(run)
         merged = _merged([found, *parts.values()])
@@ -75,7 +78,9 @@ class Journal:
         whole = b"".join(self._lines.values())
         if whole != found or (self._local and not storage.exists(self._url)):
             storage.write(self._url, whole)
-        self._remove_parts(list(parts))
+        self._emptied: set[str] = set()  # parts that the store refuses to remove
+        self._drop_parts([name for name, content in parts.items() if content])
+        self._emptied |= {name for name, content in parts.items() if not content}
 
     @property
     def last(self) -> Record | None:
@@ -124,7 +129,7 @@ class Journal:
         That is 10 MB late in the longest recipe: little beside a checkpoint, much for every line.
         """
         with self._storing:
-            parts = _parts(self._run)
+            parts = [name for name in _parts(self._run) if name not in self._emptied]
             self._take_in(name for name in parts if self._writer not in name)
             with self._taken() as lines:
                 if self._local and not parts:
@@ -133,7 +138,7 @@ class Journal:
                     whole, end = self._whole()
                     storage.write(self._url, whole)
                     self._end = end
-            self._remove_parts(parts)
+            self._drop_parts(parts)
 
     def _take_in(self, names: Iterable[str]) -> None:
         """What others have added; of a step that they and the writer tell of, its values win."""
@@ -177,10 +182,20 @@ class Journal:
                 self._pending = taken | self._pending
             raise
 
-    def _remove_parts(self, names: list[str]) -> None:
-        """Those that are in metrics.jsonl; one that was added since stays for the next time."""
+    def _drop_parts(self, names: list[str]) -> None:
+        """Remove those that are in metrics.jsonl; one that was added since stays for the next time.
+
+        A part that stayed with what it says would bring dropped steps back.
+        """
+
+        def drop(name: str) -> None:
+            url = storage.join(self._run, PARTS, name)
+            if not storage.discard(url, self._run, self._report):
+                storage.write(url, b"")
+                self._emptied.add(name)
+
         with ThreadPoolExecutor(8) as threads:
-            list(threads.map(lambda n: storage.remove(storage.join(self._run, PARTS, n)), names))
+            list(threads.map(drop, names))
         self._loose = 0
 
 

@@ -147,10 +147,10 @@ def acquire(run: str, agents: Sequence[str], period: float, report: Callable[[st
     lease = Lease(run, record)
     if not lease._take():
         raise _in_use(run, _newest(run))
-    with contextlib.suppress(OSError):  # they do no harm
+    with contextlib.suppress(OSError):  # older ones do no harm
         for number in _numbers(run):
-            if number < record.number:
-                storage.remove(_url(run, number))
+            if number < record.number and not storage.discard(_url(run, number), run, report):
+                break
     return lease
 
 

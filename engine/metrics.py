@@ -70,17 +70,19 @@ class MetricsLog:
         total: int,
         console: Console,
         confirm: Callable[[], None] | None = None,
+        report: Callable[[str], None] = print,
     ) -> None:
         """Raises OSError.
 
         Args:
             confirm: Called before an object is replaced or removed. Raises InputError when the run
                 is another job's by now.
+            report: Takes what a store refuses to remove.
         """
         self.console = console
         self._run = run
         self._confirm = confirm
-        self._journal = Journal(run, start)
+        self._journal = Journal(run, start, report)
         self._events = EventLog(storage.join(run, TENSORBOARD), start)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
         self._storing: Future[None] | None = None

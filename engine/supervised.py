@@ -126,9 +126,10 @@ def train(training: Training, batches: Batches, evaluation: Evaluation, save_eve
             step, digest = training.step, evaluation.train.digest
             # The last one too: what is left is to measure, which may fail.
             if stopping or step % save_every == 0 or step == training.total_steps:
-                checkpoint.save(url, step, training.state(), {}, digest, world)
+                report = evaluation.report
+                checkpoint.save(url, step, training.state(), {}, digest, world, report=report)
                 if world.main:
-                    checkpoint.prune(url, step, keep=1)
+                    checkpoint.prune(url, step, keep=1, report=report)
     if stopping:
         evaluation.console.print(
             f"stopped after step {training.step} by {preemption.reason}: the same command goes on"

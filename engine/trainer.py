@@ -111,8 +111,8 @@ class Trainer:
         def claim() -> None:
             run.check(self.recipe, self.train_index.digest, self.report)
             if not self.recipe.debug_step:
-                say = self.console.print
-                claimed.append(lease.acquire(self.recipe.run, agents, lease.PERIOD, say))
+                held = lease.acquire(self.recipe.run, agents, lease.PERIOD, self.report)
+                claimed.append(held)
 
         self.world.tell(claim)
         return claimed[0] if claimed else None

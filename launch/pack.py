@@ -90,6 +90,7 @@ def _pack(source: str, out: str, shard_mb: float, seed: int, threads: int, overw
                 threads=threads,
                 overwrite=overwrite,
                 advance=bar.advance,
+                report=_warn,
             )
         _summarise(images.name, index, "" if written else "already packed: ")
 
@@ -106,10 +107,14 @@ def _index(source: str, classes: str, threads: int) -> None:
             source,
             classes=names,
             threads=threads,
-            report=lambda text: _console.print(f"warning: {text}", soft_wrap=True),
+            report=_warn,
             advance=bar.advance,
         )
     _summarise("", index, "")
+
+
+def _warn(text: str) -> None:
+    _console.print(f"warning: {text}", soft_wrap=True)
 
 
 class _Bar:

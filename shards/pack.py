@@ -177,18 +177,21 @@ def write_shards(
     threads: int,
     overwrite: bool = False,
     advance: Callable[[int], None] = lambda _: None,
+    report: Callable[[str], None] = print,
 ) -> tuple[Index, bool]:
     """Write a plan's shards and index to `url`; returns the index, and False if it stood there.
 
     `read` gives an image's bytes, in threads; `advance` is called with the size of each one that is
     done. Memory is at most about threads x shard size x 2. Stopped at any point, the next call goes
-    on with the same plan. Raises InputError when something else is there (`overwrite` removes it)
-    or an image has changed since it was planned.
+    on with the same plan. `report` takes what a store refuses to remove. Raises InputError when
+    something else is there (`overwrite` removes it) or an image has changed since it was planned.
     """
     if overwrite:
-        for name in filter(_WRITTEN.fullmatch, storage.list_names(url)):
+        names = filter(_WRITTEN.fullmatch, storage.list_names(url))
+        # The index first: it must not tell of shards that are replaced.
+        for name in sorted(names, key=lambda name: name != index.NAME):
             storage.remove(storage.join(url, name))
-    standing = _begin(plan, url)
+    standing = _begin(plan, url, report)
     if standing is not None:
         return standing, False
     records = set(storage.list_names(storage.join(url, _WORK)))
@@ -214,11 +217,11 @@ def write_shards(
         shards = in_threads(write_shard, range(len(plan.cuts) - 1), threads)
     result = Index(url, shards, plan.classes, plan.digest)
     result.save()
-    storage.remove(storage.join(url, _WORK))
+    storage.discard(storage.join(url, _WORK), url, report)
     return result, True
 
 
-def _begin(plan: Plan, url: str) -> Index | None:
+def _begin(plan: Plan, url: str, report: Callable[[str], None]) -> Index | None:
     """Claim `url` for the plan; returns the index when the plan is already done there."""
     names = storage.list_names(url)
     plan_url = storage.join(url, _WORK, _PLAN)
@@ -226,7 +229,7 @@ def _begin(plan: Plan, url: str) -> Index | None:
     if index.NAME in names:
         standing = index.load(url, "OUT")
         if standing.plan == plan.digest:
-            storage.remove(storage.join(url, _WORK))
+            storage.discard(storage.join(url, _WORK), url, report)
             return standing
     elif claimed and storage.read_json(plan_url) == plan.digest:
         return None

@@ -276,39 +276,52 @@ def remove(url: str) -> None:
         retry(url, lambda: local_files.remove(path))
         return
     filesystem.invalidate_cache()
-    below = retry(url, lambda: filesystem.find(path))  # markers of folders end in a slash
-    names = {name for name in [path, *below] if name == path or name.startswith(f"{path}/")}
-    if is_s3(url):
-        bucket, _, _ = filesystem.split_path(path)
+    names = set(retry(url, lambda: filesystem.find(path)))  # markers of folders end in a slash
+    names = {name for name in names if name == path or name.startswith(f"{path}/")}
+    if path not in names and retry(url, lambda: filesystem.isfile(path)):
+        names.add(path)
 
-        def delete(name: str) -> None:
+    def delete(name: str) -> None:
+        if is_s3(url):  # s3fs's own paths lose the slash at the end of a name
+            bucket, _, _ = filesystem.split_path(path)
             key = name[len(bucket) + 1 :]
-            if key:  # the bucket itself stays
-                retry(url, lambda: filesystem.call_s3("delete_object", Bucket=bucket, Key=key))
-    else:
-
-        def delete(name: str) -> None:
-            with contextlib.suppress(FileNotFoundError):
-                retry(url, lambda: filesystem.rm_file(name))
+            retry(url, lambda: filesystem.call_s3("delete_object", Bucket=bucket, Key=key))
+            return
+        with contextlib.suppress(FileNotFoundError):
+            retry(url, lambda: filesystem.rm_file(name))
 
     with ThreadPoolExecutor(DELETIONS, thread_name_prefix="remove") as threads:
-        for done in [threads.submit(delete, name) for name in sorted(names)]:
-            done.result()
+        list(threads.map(delete, names))
+    if is_s3(url):  # some servers keep folders that have become empty; elsewhere it does nothing
+        slashes = ((name, i) for name in names for i in range(len(path), len(name)))
+        folders = {name[: i + 1] for name, i in slashes if name[i] == "/"}
+        for folder in sorted(folders, reverse=True):
+            delete(folder)
     filesystem.invalidate_cache()
 
 
-def discard(url: str, report: Callable[[str], None]) -> None:
-    """`remove` what is of no more use; a store that refuses is reported, and nothing else happens.
+def discard(url: str, place: str, report: Callable[[str], None]) -> bool:
+    """`remove` what is of no more use. Where the store refuses, False, and nothing else happens.
 
-    The report does not depend on the object's name: a `report` that tells everything once tells
-    once that a folder's old objects stay.
+    What is then reported names `place`, the run or folder, and not the object: a `report` that
+    tells everything once tells once a run that its old objects stay.
     """
     try:
         remove(url)
     except OSError as error:
-        reason = str(error).removeprefix(f"{redact(url)}: ")
-        folder = redact(url).rpartition("/")[0]
-        report(f"{folder}: old objects stay there, because they can't be removed: {reason}")
+        cause = str(error).removeprefix(f"{redact(url)}: ").partition(": ")[0]
+        report(f"{redact(place)}: old objects stay there, because they can't be removed ({cause})")
+        return False
+    return True
+
+
+def discard_or_empty(url: str, place: str, report: Callable[[str], None]) -> None:
+    """`discard` an object that would mislead its next reader: what can't be removed is emptied.
+
+    Raises OSError when that can't be done either.
+    """
+    if not discard(url, place, report):
+        write(url, b"")
 
 
 def retry(url: str, call: Callable[[], _T]) -> _T:

@@ -19,10 +19,11 @@ KINDS = ("delay", "slow_down", "drop", "truncate", "wrong")
 DELAY = (0.05, 1.0)  # seconds
 PIECE = 1 << 16  # bytes read at a time
 
-_SLOW_DOWN = (
-    b'<?xml version="1.0" encoding="UTF-8"?>\n'
-    b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
-)
+_XML = '<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{}</Code><Message>{}</Message></Error>'
+_REFUSALS = {  # status: its phrase, and the answer's body
+    503: ("Slow Down", _XML.format("SlowDown", "Please reduce your request rate.")),
+    403: ("Forbidden", _XML.format("AccessDenied", "This user may not do that to {}.")),
+}
 Pieces = AsyncIterator[bytes]
 _GONE = (ConnectionError, asyncio.IncompleteReadError)  # the other side went away
 
@@ -55,6 +56,7 @@ class FaultProxy:
 
     `only` and all other patterns are regular expressions searched for in "METHOD /path?query". The
     generator draws as these requests arrive. Of drop, truncate and wrong a request gets one.
+    What `deny` names is answered 403 AccessDenied, always.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class FaultProxy:
         self._counts: Counter[str] = Counter()
         self.log: list[Request] = []
         self.endpoint = ""
+        self._denied = ""
         self.set(faults, only)
 
     def set(self, faults: dict[str, float], only: str = ".*") -> None:
@@ -73,6 +76,10 @@ class FaultProxy:
         if unknown := faults.keys() - set(KINDS):
             raise ValueError(f"no such fault: {', '.join(sorted(unknown))}")
         self._plan = {kind: faults.get(kind, 0.0) for kind in KINDS}, only
+
+    def deny(self, pattern: str) -> None:
+        """Allow no request of this pattern from now on; "" allows all."""
+        self._denied = pattern
 
     def counts(self) -> dict[str, int]:
         """How often each kind of fault was done."""
@@ -128,13 +135,16 @@ class FaultProxy:
         method, target, _ = head.first.split(" ", 2)
         request = Request(method, urllib.parse.unquote(target))
         self.log.append(request)
+        if self._denied and request.matches(self._denied):
+            return await self._refuse(403, request, head, reader, writer)
         chances, only = self._plan
         drawn = [k for k in KINDS if request.matches(only) and self._random.random() < chances[k]]
         if "delay" in drawn:
             self._counts["delay"] += 1
             await asyncio.sleep(self._random.uniform(*DELAY))
         if "slow_down" in drawn:
-            return await self._slow_down(request, head, reader, writer)
+            self._counts["slow_down"] += 1
+            return await self._refuse(503, request, head, reader, writer)
         # A connection of its own for every request: no kept one can turn out closed.
         up_reader, up_writer = await asyncio.open_connection(*self._upstream)
         up_writer.write(head.raw)
@@ -150,19 +160,26 @@ class FaultProxy:
             upload.cancel()
             up_writer.close()
 
-    async def _slow_down(
-        self, request: Request, head: "_Head", reader: StreamReader, writer: StreamWriter
+    async def _refuse(
+        self,
+        status: int,
+        request: Request,
+        head: "_Head",
+        reader: StreamReader,
+        writer: StreamWriter,
     ) -> bool:
         waits = "expect" in head.fields  # and then sends no body
         if not waits:
             async for _ in head.body(reader):
                 pass
-        self._counts["slow_down"] += 1
-        request.status = 503
+        request.status = status
+        phrase, text = _REFUSALS[status]
+        body = text.replace("{}", request.path.split("?")[0]).encode()  # as AWS names the object
         connection = "close" if waits or head.closes else "keep-alive"
         fields = f"Content-Type: application/xml\r\nConnection: {connection}\r\n\r\n".encode()
-        writer.write(_with_length(b"HTTP/1.1 503 Slow Down\r\n" + fields, len(_SLOW_DOWN)))
-        writer.write(_SLOW_DOWN if request.method != "HEAD" else b"")
+        first = f"HTTP/1.1 {status} {phrase}\r\n".encode()
+        writer.write(_with_length(first + fields, len(body)))
+        writer.write(body if request.method != "HEAD" else b"")
         await writer.drain()
         return connection != "close"
 
