@@ -5,8 +5,8 @@ import io
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from braceexpand import braceexpand
 from numpy.typing import NDArray
-from webdataset.shardlists import expand_urls
 
 from shards import index, storage
 from shards.errors import InputError
@@ -73,7 +73,7 @@ def index_tars(
 def _tar_urls(source: str) -> Iterator[str]:
     if source.endswith(".tar"):
         try:
-            yield from expand_urls(source)
+            yield from braceexpand(source, escape=False)  # all else in it means itself
         except ValueError as error:
             raise InputError(f"SOURCE {source}: not a brace pattern: {error}") from None
         return

@@ -40,6 +40,15 @@ def make_index(
     return scan.index_tars(source, classes=classes, threads=2, report=report)
 
 
+@pytest.mark.parametrize("name", ["a::b", "a[1]", "a*", "a?b", "${WDS_A}", "a\\b", "a,b", "a#b%41"])
+def test_only_braces_are_a_pattern(tmp_path: Path, name: str) -> None:
+    write_foreign(tmp_path / "tars", [0, 1, 0], per_shard=2)
+    (tmp_path / "tars").rename(tmp_path / name)
+    for tars, samples in {"": [2, 1], "/part-000{0..1}.tar": [2, 1], "/part-0001.tar": [1]}.items():
+        made = make_index(f"{tmp_path}/{name}{tars}")
+        assert [shard.samples for shard in made.shards] == samples
+
+
 @pytest.mark.parametrize("pattern", [False, True])
 def test_foreign_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: bool) -> None:
     monkeypatch.setattr(index, "BLOCK_BYTES", 20_000)
