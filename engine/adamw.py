@@ -43,7 +43,7 @@ class AdamW(torch.optim.Optimizer):
         """Move every parameter that has a gradient, or none when some gradient is not finite.
 
         Args:
-            scale: [] by which the gradients were multiplied, float32.
+            scale: [] that the gradients are to be divided by, float32; None: by nothing.
 
         Returns:
             [] float32, 1 when the step was skipped, the same on all processes.
@@ -53,6 +53,8 @@ class AdamW(torch.optim.Optimizer):
             for group in self.param_groups
         ]
         norms = foreach_norms(local(p.grad for _, parameters in groups for p in parameters))
+        if scale is not None:
+            norms = norms / scale
         skip = not_finite(whole_norms(norms, self.shard_group))
         for group, parameters in groups:
             if not parameters:

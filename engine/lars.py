@@ -66,7 +66,7 @@ class LARS(torch.optim.Optimizer):
         """Move every parameter that has a gradient, or none when some gradient is not finite.
 
         Args:
-            scale: [] by which the gradients were multiplied, float32.
+            scale: [] that the gradients are to be divided by, float32; None: by nothing.
 
         Returns:
             [] float32, 1 when the step was skipped, the same on all processes.

@@ -3,18 +3,21 @@
 Parameters, statistics, the loss, LARS norms and the moving average are float32 (float64 to verify).
 """
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from engine.sharding import local
+
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-FIRST_SCALE = 2.0**16
+FIRST_SCALE = 2.0**8  # of a row's loss: what 2**16 makes of a mean over 256 rows
 GROWTH_STEPS = 2000  # finite ones, until the scale doubles
-PATIENCE = 20  # skipped steps in a row: from 2**16 the scale is then below 1
+PATIENCE = 20  # skipped steps in a row: a row's loss is then scaled by less than 2**-10
 
 
 def parameter_dtype(precision: Precision) -> torch.dtype:
@@ -33,12 +36,23 @@ class StepGuard:
 
     Everything stays on the device: the host never waits for the step that is under way. The loss
     scale halves at a skipped step and doubles after 2000 others (Micikevicius et al.,
-    arXiv 1710.03740).
+    arXiv 1710.03740). What overflows does not depend on the number of processes.
     """
 
-    def __init__(self, precision: Precision, device: torch.device) -> None:
-        """`scale` [] float32 is None where losses are not scaled."""
-        self.scale = torch.full((), FIRST_SCALE, device=device) if precision == "fp16" else None
+    def __init__(
+        self, precision: Precision, device: torch.device, batch: int, processes: int
+    ) -> None:
+        """`scale` [] float32, of the mean over the global batch, is None where none is needed.
+
+        Args:
+            batch: Rows of the global batch.
+            processes: That gradients are averaged over.
+        """
+        self._processes = processes
+        self.scale: Tensor | None = None
+        if precision == "fp16":
+            power_of_2 = 2 ** (batch - 1).bit_length()  # scaling then rounds nothing
+            self.scale = torch.full((), FIRST_SCALE * power_of_2, device=device)
         self._finite = torch.zeros((), dtype=torch.int32, device=device)  # since the scale grew
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
@@ -51,8 +65,30 @@ class StepGuard:
         return tensors if self.scale is None else tensors | {"scale": self.scale}
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """The loss to call `backward` on."""
-        return loss if self.scale is None else loss * self.scale
+        """What to call `backward` on, where `loss` is this process's share of the mean.
+
+        Shares add up, but gradients are averaged over the processes. That is made good here; in
+        fp16, where a larger factor could overflow, by `divisor`.
+        """
+        return loss * (self._processes if self.scale is None else self.scale)
+
+    @torch.no_grad()
+    def divisor(self, parameters: Iterable[Tensor]) -> Tensor | None:
+        """What averaged gradients are still to be divided by: [] float32, or None for nothing.
+
+        nan, which has the step skipped, where the sum over the processes is more than half
+        precision holds. Each of them holds its own part of it in half precision, and the smaller
+        the parts, the later they overflow: without this, skips and scale would depend on how many
+        processes share the batch.
+        """
+        if self.scale is None:
+            return None
+        held = [g for g in local(p.grad for p in parameters if p.grad is not None) if g.numel()]
+        divisor = self.scale / self._processes
+        if not held:  # of a shard of so few rows
+            return divisor
+        largest = torch.stack(torch._foreach_norm(held, torch.inf)).max() * self._processes
+        return torch.where(largest <= torch.finfo(torch.float16).max, divisor, torch.nan)
 
     @torch.no_grad()
     def update(self, skip: Tensor) -> None:

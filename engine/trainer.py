@@ -89,7 +89,7 @@ class Trainer:
         self.optimizer = recipe.optimizer.build(self.online, self.parallel.shard_group)
         self.moved, self.towards = byol.paired(self.target, self.online)
         self.statistics = RunningStatistics([self.online, self.target])
-        self.guard = StepGuard(recipe.precision, self.device)
+        self.guard = StepGuard(recipe.precision, self.device, recipe.batch.size, self.world.size)
         if self.compile:
             compiling.compile_optimizer(self.optimizer)
 
@@ -168,15 +168,15 @@ class Trainer:
                         projection = self.target(images)  # [V*b, D]
                 byol_term = byol_loss(online.prediction, projection).mean() * share
                 head_term = _head_loss(online.logits, labels) * share
-                # Gradients are averaged over the processes, shares of a batch add up.
-                self.guard.scaled((byol_term + head_term) * self.world.size).backward()
+                self.guard.scaled(byol_term + head_term).backward()
             self.statistics.note()
             loss = loss + byol_term.detach()
             head_loss = head_loss + head_term.detach()
 
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        skip = self.optimizer.step(self.guard.scale)  # [] 1 where a gradient is not finite
+        divisor = self.guard.divisor(self.online.parameters())
+        skip = self.optimizer.step(divisor)  # [] 1 where a gradient is not finite
         self.optimizer.zero_grad()
         follow = (1 - rate) * (1 - skip).to(parameter_dtype(self.recipe.precision))
         self.update_target(local(self.moved), local(self.towards), follow)

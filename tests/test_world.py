@@ -16,6 +16,7 @@ import torch
 from engine.checkpoint import CheckpointConfig
 from engine.fit import fit
 from engine.parallel import ParallelConfig
+from engine.precision import FIRST_SCALE
 from engine.probe import ProbeConfig
 from engine.recipe import Recipe
 from engine.sharding import local
@@ -227,7 +228,8 @@ def test_torchrun_trains(tiny_data: DataConfig, tmp_path: Path) -> None:
     assert done.stdout.count("2 of 91 steps done") == 1  # by one process
     assert "strategy ddp" in done.stdout
     assert [record["step"] for record in lines(tmp_path)] == [1, 2]
-    assert lines(tmp_path)[-1]["loss_scale"] <= 2**16
+    last = lines(tmp_path)[-1]
+    assert last["loss_scale"] == FIRST_SCALE * 16 / 2 ** last["skipped"]
 
 
 def errors_of(done: subprocess.CompletedProcess[str]) -> list[str]:
