@@ -43,7 +43,7 @@ def take_steps(config: Recipe, first_scale: float, fault: bool) -> Scaled:
         if fault:
             scale, size = guard.scale, trainer.world.size
             guard.scaled = lambda loss: loss * scale * size  # type: ignore[method-assign]
-            guard.divisor = lambda parameters: scale  # noqa: ARG005  # type: ignore[method-assign]
+            guard.divisor = lambda parameters: scale  # type: ignore[method-assign]  # noqa: ARG005
         scales, skipped, gradients = list[float](), list[int](), list[Tensor]()
 
         def look(_: object, arguments: Any, __: object) -> None:
