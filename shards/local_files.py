@@ -58,11 +58,15 @@ def create(path: str, content: bytes) -> None:
 def _create_without_links(path: str, content: bytes) -> None:
     with open(path, "xb") as file:
         try:
-            file.write(content)
-            file.flush()
+            _fill(file, content)
         except BaseException:
             os.unlink(path)
             raise
+
+
+def _fill(file: BinaryIO, content: bytes) -> None:
+    file.write(content)
+    file.flush()  # a full disk is told now
 
 
 def walk(path: str) -> Iterator[tuple[str, int]]:
