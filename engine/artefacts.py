@@ -51,7 +51,12 @@ class Artefacts:
         if hashlib.sha256(content).hexdigest() != expected or not _stays_inside(content):
             report(f"compile: {storage.redact(self._url)} is damaged; compiling again")
             return
-        torch.compiler.load_cache_artifacts(content)
+        try:
+            torch.compiler.load_cache_artifacts(content)
+        except Exception as error:  # a full disk, or whatever torch makes of it
+            reason = " ".join(str(error).split()) or type(error).__name__
+            report(f"compile: {storage.redact(self._url)} could not be taken: {reason}")
+            return
         self.loaded = True
 
     def save(self, report: Callable[[str], None]) -> None:

@@ -195,6 +195,23 @@ def test_a_file_of_no_artifacts_is_compiled_again(tmp_path: Path, content: bytes
     assert "is damaged; compiling again" in reports[0]
 
 
+def test_artifacts_that_torch_cannot_take_are_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    (content,) = craft(INSIDE[:1])
+    artefacts = Artefacts(tiny.recipe(DataConfig(), tmp_path), ALONE, "none")
+    storage.write(artefacts._url, content)
+    storage.write(artefacts._digest_url, hashlib.sha256(content).hexdigest().encode())
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", fail)
+    reports: list[str] = []
+    artefacts.load(reports.append)
+    assert not artefacts.loaded
+    assert reports[0].endswith("could not be taken: [Errno 28] No space left on device")
+
+
 def test_a_local_folder_in_place_of_the_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
