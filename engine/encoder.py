@@ -133,7 +133,7 @@ def open_encoder(
 
 def _kind(url: str) -> Literal["folder", "file"]:
     names = storage.list_names(url)
-    if names and names != [url.rstrip("/").rsplit("/", 1)[-1]]:
+    if names:
         return "folder"
     if not names and not storage.exists(url):
         raise InputError(

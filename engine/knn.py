@@ -34,8 +34,14 @@ def nearest(bank: Features, queries: Tensor, k: int, world: World) -> Neighbours
     Each process looks up its own queries; all call this together. No process ever holds more of
     the bank than its own part: queries travel to it, and what it found back. What is found does not
     depend on how bank and queries are shared out, not even where images are equally near. Raises
-    InputError when the bank is empty.
+    InputError when the bank is empty or a feature is not finite.
     """
+    finite = bool(bank.features.isfinite().all() & queries.isfinite().all())
+    if not all(world.collect(finite)):
+        raise InputError(
+            "features are not finite, so that nothing is near to anything: the encoder has "
+            "diverged; take an earlier checkpoint"
+        )
     by_id = bank.ids.argsort()
     keys = Features(*(part[by_id] for part in (_directions(bank.features), bank.labels, bank.ids)))
     sizes = world.collect((len(bank.ids), len(queries)))

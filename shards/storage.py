@@ -248,7 +248,9 @@ def list_names(url: str) -> list[str]:
         found = retry(url, lambda: filesystem.ls(path, detail=False))
     except FileNotFoundError:
         return []
-    return sorted(name for entry in found if (name := entry.rstrip("/").rsplit("/", 1)[-1]))
+    # A file, and on some servers a folder's own marker, is listed as if it lay in itself.
+    below = (entry.rstrip("/") for entry in found)
+    return sorted(entry.rpartition("/")[2] for entry in below if entry != path.rstrip("/"))
 
 
 def walk(url: str) -> Iterator[tuple[str, int]]:

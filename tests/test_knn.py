@@ -206,6 +206,16 @@ def test_low_temperatures_are_the_nearest_neighbour() -> None:
     assert top.top1 == pytest.approx(first, abs=0.01)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_told(value: float) -> None:
+    bank, queries = clouds(40, 1), clouds(5, 2)
+    queries.features[3, 7] = value
+    with pytest.raises(InputError, match="the encoder has diverged"):
+        nearest(bank, queries.features, 5, ALONE)
+    with pytest.raises(InputError, match="the encoder has diverged"):
+        nearest(queries, bank.features, 5, ALONE)
+
+
 def test_an_empty_bank_is_told() -> None:
     empty = Features(torch.empty(0, 16), *(torch.empty(0, dtype=torch.int64) for _ in range(2)))
     with pytest.raises(InputError, match=r"no labelled image to look up: see data\.train"):
