@@ -132,10 +132,9 @@ def open_encoder(
 
 
 def _kind(url: str) -> Literal["folder", "file"]:
-    names = storage.list_names(url)
-    if names:
+    if storage.list_names(url):
         return "folder"
-    if not names and not storage.exists(url):
+    if not storage.exists(url):
         raise InputError(
             f"CHECKPOINT {storage.redact(url)}: nothing there; give the URL of a run, of one of "
             "its checkpoints, or of a checkpoint file"
