@@ -187,6 +187,8 @@ def prepare(recipe: Recipe, folder: str) -> tuple[Trainer, Batch]:
     )
     recipe.check()
     trainer = Trainer(recipe)
+    if trainer.lease is not None:  # whose thread would write on after the folder is gone
+        trainer.lease.release()
     trainer.step = 1  # at 0 the learning rate is 0
     with closing(trainer.batches()) as batches:
         return trainer, next(batches)
