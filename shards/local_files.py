@@ -83,7 +83,7 @@ def walk(path: str) -> Iterator[tuple[str, int]]:
 
 
 def _raise_unreadable(error: OSError) -> None:
-    if isinstance(error, FileNotFoundError):  # the folder itself, or one that went meanwhile
+    if isinstance(error, FileNotFoundError | NotADirectoryError):  # there is no folder to read
         return
     raise InputError(
         f"{error.filename}: may not be read ({error.strerror}), and its files would be left out: "

@@ -274,6 +274,8 @@ def remove(url: str) -> None:
     requests that delete several, and fsspec's own `rm` takes names for patterns.
     """
     filesystem, path = client(url)
+    if not path.strip("/") or (is_s3(url) and not filesystem.split_path(path)[1]):
+        raise InputError(f"{redact(url)}: a whole disk or bucket is never removed")
     if is_local(url):
         retry(url, lambda: local_files.remove(path))
         return
@@ -311,7 +313,8 @@ def discard(url: str, place: str, report: Callable[[str], None]) -> bool:
     try:
         remove(url)
     except OSError as error:
-        cause = str(error).removeprefix(f"{redact(url)}: ").partition(": ")[0]
+        reason = str(error).removeprefix(f"{redact(url)}: ")
+        cause = re.sub(r"^gave up after \d+ tries in \d+ s: ", "", reason).partition(": ")[0]
         report(f"{redact(place)}: old objects stay there, because they can't be removed ({cause})")
         return False
     return True

@@ -170,6 +170,11 @@ def test_packing_stops_at_what_may_not_be_read(
     assert "12 samples, 3 classes" in capsys.readouterr().out
 
 
+def test_a_file_in_place_of_a_folder_is_no_unreadable_one(folder: Path) -> None:
+    with pytest.raises(InputError, match="no jpg, jpeg, png, webp files there"):
+        pack.find_images(str(folder / "photos" / "ant" / "0.jpg"))
+
+
 def test_an_unreadable_folder_of_shards_is_no_empty_one(folder: Path) -> None:
     closed = folder / "photos"
     closed.chmod(0)

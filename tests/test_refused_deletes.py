@@ -12,7 +12,7 @@ from engine.journal import Journal, add, read
 from engine.trainer import Trainer
 from launch import export
 from shards import index as indexes
-from shards import pack, storage
+from shards import local_files, pack, storage
 from shards.errors import InputError
 from shards.loader import DataConfig
 from tests import tiny
@@ -69,6 +69,32 @@ def test_nor_be_emptied(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(memory) == records(1)
     log.compact()
     assert not parts(memory)
+
+
+def test_causes_do_not_differ_by_how_long_it_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    for seconds in (5, 9):
+
+        def busy(url: str, tried: int = seconds) -> None:
+            raise OSError(
+                f"{url}: gave up after 8 tries in {tried} s: it is busy (Conflict): {url}"
+            )
+
+        monkeypatch.setattr(storage, "remove", busy)
+        assert not storage.discard(f"memory://run/{seconds}", "memory://run", told.append)
+    assert told[0] == told[1]
+    assert told[0].endswith("(it is busy (Conflict))")
+
+
+@pytest.mark.parametrize("root", ["/", "file:///", "BUCKET", "BUCKET/"])
+def test_a_whole_disk_or_bucket_is_never_removed(
+    root: str, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_files, "remove", lambda _: pytest.fail("it was about to be"))
+    storage.write(f"{s3}/object", b"1")
+    with pytest.raises(InputError, match="is never removed"):
+        storage.remove(root.replace("BUCKET", s3))
+    assert storage.read(f"{s3}/object") == b"1"
 
 
 # Whole runs --------------------------------------------------------------------------------------
