@@ -86,8 +86,8 @@ class Evaluation:
             labels: Whether the protocol needs them.
         """
         self.world, self.protocol = world, protocol
-        self.console = Console(highlight=False, soft_wrap=True, quiet=not world.main)
-        self.report = cache(Console(highlight=False, soft_wrap=True).print)
+        self.console = Console(markup=False, highlight=False, soft_wrap=True, quiet=not world.main)
+        self.report = cache(Console(markup=False, highlight=False, soft_wrap=True).print)
         self.threads = threads or share_of_cores()
         self.corrupt = data.corrupt
         if not 0 <= data.corrupt <= 1:

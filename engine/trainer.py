@@ -52,9 +52,11 @@ class Trainer:
         self.world = world.enter(recipe.threads, recipe.parallel.strategy != "auto")
         self.device = self.world.device
         self.threads = recipe.threads or world.share_of_cores()
-        self.console = Console(highlight=False, soft_wrap=True, quiet=not self.world.main)
+        self.console = Console(
+            markup=False, highlight=False, soft_wrap=True, quiet=not self.world.main
+        )
         # Every process tells of the faults that it sees in its data, each once.
-        self.report = cache(Console(highlight=False, soft_wrap=True).print)
+        self.report = cache(Console(markup=False, highlight=False, soft_wrap=True).print)
 
         run.check_alike(self.world, run.shared_fields(recipe))
         self.train_index, self.val_index, self.order = open_data(

@@ -29,7 +29,7 @@ from shards import storage
 from shards.errors import InputError
 from shards.index import Index
 
-_console = Console(highlight=False, soft_wrap=True)
+_console = Console(markup=False, highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ if __name__ == "__main__":  # an import of what follows would fail with less to 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.text import Text
 
 from shards import pack, scan, storage
 from shards.errors import InputError
@@ -25,7 +26,7 @@ from shards.index import Index
 
 MB = 1_000_000
 
-_console = Console(stderr=True)
+_console = Console(stderr=True, markup=False)
 
 
 def main(
@@ -75,7 +76,7 @@ def main(
 
 
 def _pack(source: str, out: str, shard_mb: float, seed: int, threads: int, overwrite: bool) -> None:
-    with _console.status(f"listing {storage.redact(source)}"):
+    with _console.status(Text(f"listing {storage.redact(source)}")):
         sets, others = pack.find_images(source)
     if others:
         _console.print(f"left out {others:,} files that are no images of a data set")

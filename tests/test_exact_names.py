@@ -20,9 +20,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from engine import checkpoint
+from engine.fit import fit
+from engine.trainer import Trainer
+from launch import evaluate, export
+from launch import pack as pack_command
 from shards import pack, storage, upload
 from shards.errors import InputError
-from tests.conftest import PackFiles
+from shards.loader import DataConfig
+from tests import tiny
+from tests.conftest import PackFiles, draw_photo
 from tests.object_store import ObjectStore
 
 Contents = dict[str, bytes]
@@ -307,3 +313,22 @@ def test_packing_over_a_data_set_leaves_those_that_a_pattern_would_hit(
     after = {path: body for path, body in place.seen().items() if path.startswith("set1/")}
     assert len(before) > 1
     assert after == before
+
+
+def test_names_are_no_markup_where_they_are_told(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """rich would take `[red]` out of a line, and raise at `[/b]`."""
+    run = f"{tmp_path}/lr[red]/a[/b]"
+    recipe = tiny.recipe(tiny_data, run, steps=1, probe=tiny.NO_PROBE)
+    fit(Trainer(recipe))
+    assert run in capsys.readouterr().out
+    assert evaluate.main(["knn", run, "--threads", "1"]) == 0
+    assert run in capsys.readouterr().out
+    assert export.main([run, f"{tmp_path}/out[/b]", "--format", "safetensors"]) == 0
+    assert f"{tmp_path}/out[/b]/card.json" in capsys.readouterr().out
+    photos = tmp_path / "photos[/b]"
+    photos.mkdir(parents=True)
+    (photos / "0.jpg").write_bytes(draw_photo(0, 20, 20))
+    pack_command.main(str(photos), f"{tmp_path}/packed[red][/b]", threads=1)
+    assert f"{tmp_path}/packed[red][/b]/index.json" in capsys.readouterr().out
