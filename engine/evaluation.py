@@ -132,19 +132,24 @@ class Evaluation:
         shown = self._watched(self._crops(index, ids, limit), min(count, limit or count))
         return extract(encode or self.encode, shown, self.world.device, unlabelled=unlabelled)
 
-    def check_labels(self, index: Index, field: str, ids: NDArray[np.int64] | None = None) -> None:
+    def check_labels(
+        self, index: Index, images: str, use: str, ids: NDArray[np.int64] | None = None
+    ) -> None:
         """Raise InputError unless some image there, or of `ids`, has a label and can be decoded.
 
         For before anything is learned: each process reads up to the first such image of its part.
         All processes call it together.
+
+        Args:
+            images: Which they are, for the message: "of data.val".
+            use: What they are for: "measured on it".
         """
         with closing(self._crops(index, ids)) as crops:
             found = any(bool((batch.labels >= 0).any()) for batch in crops)
         if not self.world.sum(torch.tensor(int(found))):
-            which = "image" if ids is None else "image held out"
             raise InputError(
-                f"no {which} of {field} has a label and can be decoded, so that nothing could be "
-                f"{'measured' if ids is None else 'chosen'} on it: label more images"
+                f"no image {images} has a label and can be decoded, so that nothing could be "
+                f"{use}: label more images"
             )
 
     def _crops(

@@ -33,6 +33,7 @@ from engine.supervised import (
     Held,
     SupervisedConfig,
     check_held_out,
+    check_labels,
     check_some,
     crops,
     hold_out,
@@ -84,8 +85,7 @@ def all_labels(evaluation: Evaluation, config: FinetuneConfig) -> Labels:
 def evaluate(evaluation: Evaluation, config: FinetuneConfig, labels: Labels) -> Result | None:
     """Train with each choice, measure the best one; None when a signal stopped it."""
     training = Finetuning(evaluation, config, labels)
-    evaluation.check_labels(labels.chosen_in, "data.train", labels.chosen_on)
-    evaluation.check_labels(evaluation.val, "data.val")
+    check_labels(evaluation, *labels)
     if not train(training, training.batches, evaluation, config.save_every):
         return None
     if training.scores.max() < 0:

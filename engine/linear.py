@@ -29,6 +29,7 @@ from engine.supervised import (
     Held,
     SupervisedConfig,
     check_held_out,
+    check_labels,
     check_ranges,
     check_some,
     crops,
@@ -71,8 +72,7 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
     held = hold_out(index.samples, config.holdout, config.seed)
     held_ids = np.flatnonzero(held(np.arange(index.samples)))
     check_held_out(len(held_ids))
-    evaluation.check_labels(index, "data.train", held_ids)
-    evaluation.check_labels(evaluation.val, "data.val")
+    check_labels(evaluation, index, held, index, held_ids)
     if config.fast:
         bank = evaluation.features(index)
         batches, steps = stored(bank, index.samples, config, held)

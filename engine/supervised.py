@@ -157,6 +157,26 @@ def check_held_out(count: int) -> None:
         )
 
 
+def check_labels(
+    evaluation: Evaluation,
+    source: Index,
+    held: Held,
+    chosen_in: Index,
+    chosen_on: NDArray[np.int64],
+) -> None:
+    """Raise InputError unless there are labels to learn from, to choose on and to measure on.
+
+    Args:
+        source: Whose images are learned from, but those that `held` says.
+        chosen_on: ids in `chosen_in`, rising.
+    """
+    ids = np.arange(source.samples)
+    learned = ids[~held(ids)]
+    evaluation.check_labels(source, "of data.train that is not held out", "learned", learned)
+    evaluation.check_labels(chosen_in, "held out of data.train", "chosen on it", chosen_on)
+    evaluation.check_labels(evaluation.val, "of data.val", "measured on it")
+
+
 def nothing(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Where nothing is held out."""
     return np.zeros(len(ids), bool)

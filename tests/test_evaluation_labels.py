@@ -64,11 +64,12 @@ FEW = [
 @pytest.mark.parametrize(
     ("train", "val", "damaged", "text"),
     [
+        ((True, False), True, False, "no image of data.train that is not held out has a label"),
         ((False, True), True, False, "no image held out of data.train has a label"),
         ((True, True), False, False, "no image of data.val has a label and can be decoded"),
         ((True, True), True, True, "no image of data.val has a label and can be decoded"),
     ],
-    ids=["held out", "validation", "validation that is damaged"],
+    ids=["learned from", "held out", "validation", "validation that is damaged"],
 )
 def test_missing_labels_are_found_before_anything_is_learned(
     protocol: list[str],
@@ -101,12 +102,25 @@ def test_a_partly_labeled_set_is_learned_from(
     assert evaluate.main([protocol[0], run, *protocol[1:], *data, *FEW]) == 0
 
 
+def test_few_labels_are_measured_only_where_there_are_some(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learned = write(tmp_path / "train", [0, 1] * 15)
+    measured = write(tmp_path / "val", [-1] * 16)
+    monkeypatch.setattr(finetune, "train", lambda *_: pytest.fail("it began to learn"))
+    data = ["--data.train", learned, "--data.val", measured, "--out", str(tmp_path / "out")]
+    half = ["semi-supervised", run, "--fraction", "0.6", *data, *FEW]
+    assert evaluate.main(half) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: no image of data.val has a label")
+
+
 def check(run: str, data: str, out: str) -> str:
     """On a rank: what the check says of a set."""
     sets = EvaluationDataConfig(data, data)
     evaluation = evaluate.Options(run, sets, out=out, threads=1).open("knn", {})
     try:
-        evaluation.check_labels(evaluation.val, "data.val")
+        evaluation.check_labels(evaluation.val, "of data.val", "measured on it")
     except InputError as error:
         return str(error)
     return ""
