@@ -56,12 +56,13 @@ def create(path: str, content: bytes) -> None:
 
 
 def _create_without_links(path: str, content: bytes) -> None:
-    with open(path, "xb") as file:
-        try:
+    file = open(path, "xb")  # noqa: SIM115 - some file systems tell of a full disk at the close
+    try:
+        with file:
             _fill(file, content)
-        except BaseException:
-            os.unlink(path)
-            raise
+    except BaseException:
+        os.unlink(path)
+        raise
 
 
 def _fill(file: BinaryIO, content: bytes) -> None:

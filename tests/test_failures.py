@@ -26,6 +26,8 @@ URL = "s3://bucket/folder/shard.tar"
         ("https://user@host/p", "https://host/p"),
         ("s3://arn:aws:s3:eu:1:accesspoint/p/a@b", "s3://arn:aws:s3:eu:1:accesspoint/p/a@b"),
         ("/data/who@where?/x", "/data/who@where?/x"),
+        ("s3://b/lr?[1]/a?b", "s3://b/lr?[1]/a?b"),
+        ("https://h/lr?a/b", "https://h/lr"),
     ],
 )
 def test_redact(url: str, shown: str) -> None:

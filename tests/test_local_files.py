@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import tempfile
@@ -80,6 +81,25 @@ def test_a_full_disk_leaves_no_part_of_a_created_file(
     monkeypatch.setattr(local_files, "_fill", refuse(errno.ENOSPC))
     with pytest.raises(OSError, match="No space left"):
         storage.create(str(path), b"content")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_that_is_told_at_the_close_leaves_none_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.FileIO):
+        def close(self) -> None:
+            if not self.closed:
+                super().close()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def without_links(*_: object) -> None:
+        monkeypatch.setattr(local_files, "open", Full, raising=False)
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", without_links)
+    with pytest.raises(OSError, match="No space left"):
+        storage.create(str(tmp_path / "file"), b"content")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,6 +16,7 @@ from shards.errors import InputError
         ("file:///", "names no bucket or folder"),
         ("s3:/try/run", "a URL has two slashes: s3://..."),
         ("s3://try/run?X-Amz-Signature=c4n4ry", "an s3 URL has no query"),
+        ("s3://try/a?b/run?X-Amz-Signature=c4n4ry", "an s3 URL has no query"),
     ],
 )
 def test_slips_in_urls_are_told(url: str, text: str) -> None:
@@ -26,7 +27,11 @@ def test_slips_in_urls_are_told(url: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "run", "/run", "a:b/c", "s3://try", "memory://a?b", "file:///a"]
+    "url",
+    [
+        *("", "run", "/run", "a:b/c", "s3://try", "memory://a?b", "file:///a"),
+        *("s3://try/lr?", "s3://try/a?b/[1]*#%41 ::c", "s3://try/what? that=this"),
+    ],
 )
 def test_other_urls_are_left_alone(url: str) -> None:
     storage.check(url, "run")

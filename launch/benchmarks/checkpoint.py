@@ -68,7 +68,7 @@ def bench_checkpoint(
         places = {"local disk": f"{folder}/saves"}
         if url:
             places[url.split("://")[0]] = storage.join(url, FOLDER)
-            stack.callback(storage.remove, storage.join(url, FOLDER))
+            stack.callback(storage.discard, storage.join(url, FOLDER), url, print)
         size = sum(t.numel() * t.element_size() for t in tree_leaves(trainer.state()))
         print(f"checkpoint: {recipe}, {size / 2**20:,.0f} MiB, {device_name()}")
         print(f"medians of {rounds} rounds, in seconds")
