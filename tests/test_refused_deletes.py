@@ -43,18 +43,35 @@ def test_parts_that_cannot_be_removed(memory: str, monkeypatch: pytest.MonkeyPat
             log.write(record(step))
             log.flush()
             log.compact()
-    assert log.unwritten == 0
-    assert read(memory) == records(1, 2)
-    assert len(parts(memory)) == 2
-    assert told == [f"{memory}: old objects stay there, because they can't be removed (gave up)"]
-    # A restart at an earlier step: what the parts said of later ones does not come back.
-    log = Journal(memory, 1)
+        assert log.unwritten == 0
+        assert read(memory) == records(1, 2)
+        assert len(parts(memory)) == 2
+        assert told == [f"{memory}: {TOLD} (gave up)"]
+        # A restart at an earlier step: what the parts said of later ones does not come back.
+        log = Journal(memory, 1, cache(told.append))
+        assert read(memory) == records(1)
+        add(memory, record(1, knn_top1=0.5))
+        log.write(record(2, knn_top1=0.7))
+        log.compact()
+        assert read(memory) == [record(1, knn_top1=0.5), record(2, knn_top1=0.7)]
+        Journal(memory, 0, cache(told.append))
+        assert read(memory) == []
+    assert len(parts(memory)) == 3
+
+
+def test_many_parts_that_cannot_be_removed_are_told_of_once(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads remove them, and a report that tells everything once cannot hold them apart."""
+    told: list[str] = []
+    log = Journal(memory, 0, told.append)
+    for step in range(1, 9):
+        log.write(record(step))
+        log.flush()
+    monkeypatch.setattr(storage, "remove", fail)
     log.compact()
-    assert read(memory) == records(1)
-    add(memory, record(1, knn_top1=0.5))
-    log.write(record(2))
-    log.compact()
-    assert read(memory) == [record(1, knn_top1=0.5), record(2)]
+    assert len(parts(memory)) == 8
+    assert len(told) == 1
 
 
 def test_nor_be_emptied(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
