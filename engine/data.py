@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from engine.processes.world import World
 from engine.recipe import Recipe
-from engine.world import World
 from shards import index as indexes
-from shards import storage, synthetic
 from shards.errors import InputError
 from shards.index import Index
 from shards.loader import TrainLoader
+from shards.making import synthetic
 from shards.order import Order, rank_streams
+from shards.storage import files
 
 
 class Data(NamedTuple):
@@ -27,7 +28,7 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
     Raises InputError for data that does not fit the recipe, or more processes than streams.
     """
     rank_streams(recipe.data.streams, world.rank, world.size)
-    world.tell(lambda: _draw(recipe, report))
+    world.on_main(lambda: _draw(recipe, report))
     train = indexes.load(recipe.data.train, "data.train")
     val = indexes.load(recipe.data.val, "data.val") if recipe.data.val else None
     data = Data(train, val, Order(train, recipe.seed, recipe.data.streams, recipe.batch.size))
@@ -63,8 +64,8 @@ def train_batches(
 def _draw(recipe: Recipe, report: Callable[[str], None]) -> None:
     data, size = recipe.data, recipe.views.size
     for url, samples, seed in ((data.train, data.draw, 0), (data.val, data.draw // 4, 1)):
-        if url and samples and not storage.exists(storage.join(url, indexes.NAME)):
-            report(f"drawing {samples} images to {storage.redact(url)}")
+        if url and samples and not files.exists(files.join(url, indexes.NAME)):
+            report(f"drawing {samples} images to {files.redact(url)}")
             synthetic.write(url, samples, size, seed)
 
 

@@ -8,11 +8,9 @@ from typing import TypeVar
 import torch
 from rich.table import Table
 
-from engine import checkpoint
+from engine.state import checkpoint, layout
 from engine.trainer import StepOutput, Trainer
-from shards import storage
-
-FOLDER = "debug_step"  # in the run's directory, while it lasts
+from shards.storage import files
 
 _T = TypeVar("_T")
 
@@ -33,9 +31,9 @@ def debug_step(trainer: Trainer) -> None:
         return result
 
     def loss_of(output: StepOutput) -> float:
-        return trainer.world.sum(output.loss.double().cpu()).item()
+        return trainer.world.all_reduce(output.loss.double().cpu()).item()
 
-    url = storage.join(trainer.recipe.run, FOLDER)
+    url = files.join(trainer.recipe.run, layout.DEBUG_STEP)
     data = trainer.batches()
     try:
         batch = part("load", lambda: next(data), lambda b: f"views {_shape(b.views)} uint8")
@@ -65,11 +63,11 @@ def debug_step(trainer: Trainer) -> None:
             lambda: trainer.load(checkpoint.verify(commit.url, trainer.world)),
             lambda _: commit.url,
         )
-        trainer.world.collect(None)  # all have restored
+        trainer.world.all_gather_object(None)  # all have restored
     finally:
         data.close()
         if trainer.world.main:
-            storage.discard(url, url, trainer.report)
+            files.discard(url, url, trainer.report)
     parameters = sum(p.numel() for p in trainer.online.parameters())
     table.caption = (
         f"{trainer.device}, {trainer.recipe.precision}, {parameters / 1e6:.1f} M parameters, "

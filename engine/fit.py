@@ -3,20 +3,21 @@
 from contextlib import ExitStack, closing
 from typing import Any
 
-from engine import checkpoint
-from engine import world as processes
-from engine.metrics import MetricsLog, NoLog, StepSums, Timer, data_digest
-from engine.precision import PATIENCE
-from engine.preemption import Preemption
-from engine.probe import Stopped
+from engine.evaluation.probe import Stopped
+from engine.log.figures import StepSums, data_digest
+from engine.log.metrics import MetricsLog, NoLog, Timer
+from engine.method.local_shards import foreach_norms, local, not_finite, whole_norms
+from engine.method.precision import PATIENCE
+from engine.processes import world as processes
+from engine.processes.preemption import Preemption
+from engine.processes.world import World
 from engine.recipe import method_fields
-from engine.saver import Saver
-from engine.sharding import foreach_norms, local, not_finite, whole_norms
+from engine.state import checkpoint
+from engine.state.saver import Saver
 from engine.trainer import StepOutput, Trainer
-from engine.world import World
-from shards import storage
 from shards.errors import InputError
 from shards.loader import Batch
+from shards.storage import files
 
 
 def fit(trainer: Trainer) -> bool:
@@ -106,7 +107,7 @@ def _open_log(trainer: Trainer, stop: int) -> MetricsLog:
 
 def _without_evaluation(trainer: Trainer, log: MetricsLog) -> dict[str, Any] | None:
     """The log's last record, when the evaluation of that step was left because of a signal."""
-    record: dict[str, Any] | None = trainer.world.tell(lambda: log.last)
+    record: dict[str, Any] | None = trainer.world.on_main(lambda: log.last)
     if record is None or record["step"] != trainer.step or "knn_top1" in record:
         return None
     return record if trainer.is_measured(trainer.step) else None
@@ -136,8 +137,8 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
 
 def _record(trainer: Trainer, output: StepOutput, batch: Batch) -> dict[str, Any]:
     own = StepSums.of(output.loss, output.head_loss, output.features)
-    sums = StepSums(trainer.world.sum(own.values))
-    digest = trainer.world.sum(data_digest(batch.ids, batch.crcs)).item()
+    sums = StepSums(trainer.world.all_reduce(own.values))
+    digest = trainer.world.all_reduce(data_digest(batch.ids, batch.crcs)).item()
     record: dict[str, Any] = {
         "step": trainer.step,
         "epoch": trainer.step // trainer.order.steps_per_epoch,
@@ -164,7 +165,7 @@ def _check_finite(trainer: Trainer, output: StepOutput) -> None:
 
 def _diverged(trainer: Trainer, output: StepOutput) -> InputError:
     scale = "" if trainer.guard.scale is None else f", loss scale {trainer.guard.scale.item():g}"
-    loss = trainer.world.sum(output.loss.double().cpu()).item()
+    loss = trainer.world.all_reduce(output.loss.double().cpu()).item()
     return InputError(
         f"training has diverged: gradients or weights are not finite at step {trainer.step} "
         f"(loss {loss:g}, learning rate {output.lr:g}{scale}); "
@@ -174,7 +175,7 @@ def _diverged(trainer: Trainer, output: StepOutput) -> InputError:
 
 
 def _farewell(trainer: Trainer, measured: dict[str, float]) -> None:
-    say, run = trainer.console.print, storage.redact(trainer.recipe.run)
+    say, run = trainer.console.print, files.redact(trainer.recipe.run)
     say(f"{trainer.step} of {trainer.total_steps} steps done")
     if trainer.baseline and measured:
         figures = trainer.baseline | {"trained encoder": measured["knn_top1"]}

@@ -5,7 +5,6 @@ those names are also what recipe.json, commit.json and every message use.
 """
 
 import dataclasses
-import difflib
 import math
 import runpy
 import traceback
@@ -17,21 +16,20 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
-from engine.adamw import AdamWConfig
-from engine.byol import BYOLConfig
-from engine.checkpoint import CheckpointConfig
-from engine.command_line import plain_errors
-from engine.lars import LARSConfig
-from engine.metrics import LogConfig
-from engine.parallel import ParallelConfig
-from engine.precision import Precision
-from engine.probe import ProbeConfig
-from engine.schedule import ScheduleConfig
-from shards import storage
+from engine.evaluation.probe import ProbeConfig
+from engine.log.metrics import LogConfig
+from engine.method.adamw import AdamWConfig
+from engine.method.byol import BYOLConfig
+from engine.method.lars import LARSConfig
+from engine.method.precision import Precision
+from engine.method.schedule import ScheduleConfig
+from engine.processes.parallel import ParallelConfig
+from engine.state.checkpoint import CheckpointConfig
 from shards.errors import InputError
 from shards.fields import OPERATION, Operation
 from shards.loader import DataConfig
 from shards.order import BatchConfig
+from shards.storage import files
 from shards.views import ViewsConfig
 
 
@@ -121,10 +119,10 @@ class Recipe:
             if not attrgetter(name)(self).strip():
                 raise InputError(f"{name} is not set: give --{name} URL, the {what}")
         for name in ("run", "data.train", "data.val", "data.cache", "checkpoint.resume"):
-            storage.check(attrgetter(name)(self), name)
-        if not storage.is_local(self.compile_folder):
+            files.check(attrgetter(name)(self), name)
+        if not files.is_local(self.compile_folder):
             raise InputError(
-                f"compile_folder {storage.redact(self.compile_folder)}: must be on a local disk, "
+                f"compile_folder {files.redact(self.compile_folder)}: must be on a local disk, "
                 "because what lies there is run: give a path, or leave it out for RUN/compile"
             )
         if (self.probe.every or self.probe.baseline) and not self.data.val:
@@ -192,49 +190,3 @@ def load(path: str) -> Recipe:
     if not isinstance(found, Recipe):
         raise InputError(f"{path}: defines no `recipe` that is an engine.recipe.Recipe")
     return found
-
-
-def parse(arguments: list[str]) -> Recipe:
-    """RECIPE [--field.name value ...] -> the complete recipe, checked.
-
-    Raises InputError in one line for an unknown field or a bad value; --help exits.
-    """
-    if not arguments or arguments[0].startswith("-"):
-        raise InputError(
-            "usage: torchrun launch/train.py RECIPE [--field.name value ...]; RECIPE is a file "
-            "like recipes/quickstart.py, and RECIPE --help lists its fields"
-        )
-    base = load(arguments[0])
-    description = (
-        f"{arguments[0]}: fields and what this recipe sets them to. A run resumes only with equal "
-        f"method fields; free to change at every start are: {', '.join(operation_names())}."
-    )
-    with plain_errors():
-        recipe, unknown = tyro.cli(
-            Recipe,
-            prog=f"train.py {arguments[0]}",
-            description=description,
-            args=arguments[1:],
-            default=base,
-            return_unknown_args=True,
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-    if unknown:
-        raise InputError(_unknown(unknown[0], recipe))
-    try:
-        recipe.check()
-    except TypeError as error:  # a recipe file is not held to its types
-        raise InputError(
-            f"{arguments[0]}: a field has a value of the wrong type: {error}"
-        ) from None
-    return recipe
-
-
-def _unknown(argument: str, recipe: Recipe) -> str:
-    name = argument.lstrip("-").split("=")[0]
-    if not argument.startswith("-"):
-        return f"unexpected argument {argument!r}: fields are given as --field.name value"
-    names = [known.replace("_", "-") for known in flatten(recipe)]
-    near = difflib.get_close_matches(name.replace("_", "-"), names, n=1)
-    hint = f"did you mean --{near[0]}?" if near else "--help lists the fields"
-    return f"unknown field --{name}: {hint}"

@@ -4,49 +4,46 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from engine import checkpoint
-from engine.checkpoint import Commit
+from engine.processes.world import World
 from engine.recipe import Recipe, differences, flatten, method_fields
-from engine.world import World
-from shards import storage
+from engine.state import checkpoint, layout
+from engine.state.artefacts import Artefacts
+from engine.state.checkpoint import Commit
 from shards.errors import InputError
+from shards.storage import files
 
-NAME = "recipe.json"
 DIGEST = "index_digest"
 
 
 def write(recipe: Recipe, index_digest: str) -> None:
     """Note the resolved recipe of this start, and the data's digest, in RUN/recipe.json."""
     fields = flatten(recipe)
-    document = {k: storage.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
+    document = {k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
     document |= {DIGEST: index_digest}
-    storage.write(storage.join(recipe.run, NAME), json.dumps(document, indent=1).encode())
-
-
-def read_fields(run: str) -> dict[str, Any]:
-    """The recipe of the last start in RUN, by dotted names; empty when it can't be read."""
-    try:
-        fields = storage.read_json(storage.join(run, NAME))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return fields if isinstance(fields, dict) else {}
+    files.write(files.join(recipe.run, layout.RECIPE), json.dumps(document, indent=1).encode())
 
 
 def check(recipe: Recipe, index_digest: str, report: Callable[[str], None]) -> None:
     """Raise InputError when RUN holds a run of another recipe or of other data."""
-    url = storage.join(recipe.run, NAME)
+    url = files.join(recipe.run, layout.RECIPE)
     try:
-        there = storage.read_json(url)
+        there = files.read_json(url)
         if not isinstance(there, dict):
             raise ValueError
     except FileNotFoundError:
         return
     except ValueError:
-        report(f"{storage.redact(url)} is damaged; it is written anew")
+        report(f"{files.redact(url)} is damaged; it is written anew")
         return
     operations = flatten(recipe).keys() - method_fields(recipe).keys()
     method = {name: there[name] for name in there.keys() - operations - {DIGEST}}
     refuse_other(recipe, index_digest, recipe.run, method, there.get(DIGEST))
+
+
+def open_artefacts(recipe: Recipe, world: World, strategy: str) -> Artefacts:
+    """What torch.compile made at an earlier start of this recipe, in RUN or where it says."""
+    folder = recipe.compile_folder or files.join(recipe.run, layout.COMPILE)
+    return Artefacts(folder, method_fields(recipe), strategy, recipe.parallel.recompute, world)
 
 
 # Machines may differ in these; all else is one run.
@@ -58,7 +55,7 @@ _MACHINES_OWN = {
 
 def check_alike(world: World, facts: dict[str, Any]) -> None:
     """Raise InputError, on every process, when they were not all started with the same `facts`."""
-    found = world.collect(facts)
+    found = world.all_gather_object(facts)
     for rank, there in enumerate(found):
         if listed := differences(there, found[0]):
             raise InputError(
@@ -89,7 +86,7 @@ def refuse_other(
         found.append(f"digest of data.train: there {digest_there}, here {index_digest}")
     if found:
         raise InputError(
-            f"{storage.redact(url)} is of another recipe or data set ({'; '.join(found)}): "
+            f"{files.redact(url)} is of another recipe or data set ({'; '.join(found)}): "
             f"set these back, or {mend}"
         )
 

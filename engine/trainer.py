@@ -13,20 +13,22 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from engine import byol, checkpoint, compiling, lease, parallel, run, world
-from engine.artefacts import Artefacts
-from engine.augment import augment
-from engine.byol import byol_loss, update_target
+from engine import run
 from engine.data import open_data, train_batches
-from engine.identity import agent_identity
-from engine.norm import RunningStatistics
-from engine.precision import StepGuard, autocast, parameter_dtype
-from engine.probe import Probe
+from engine.evaluation.probe import Probe
+from engine.method import byol
+from engine.method.augment import augment
+from engine.method.byol import byol_loss, update_target
+from engine.method.local_shards import local
+from engine.method.norm import RunningStatistics
+from engine.method.precision import StepGuard, autocast, parameter_dtype
+from engine.method.schedule import learning_rate, tau
+from engine.processes import compiling, parallel, world
+from engine.processes.identity import agent_identity
 from engine.recipe import Recipe
-from engine.schedule import learning_rate, tau
-from engine.sharding import local
-from shards import storage
+from engine.state import checkpoint, lease
 from shards.loader import Batch, TrainLoader
+from shards.storage import files
 
 
 class StepOutput(NamedTuple):
@@ -86,7 +88,7 @@ class Trainer:
         recipe = self.recipe
         commit = run.find_checkpoint(recipe, self.train_index.digest, self.world, self.report)
         if not recipe.debug_step:
-            self.world.tell(lambda: run.write(recipe, self.train_index.digest))
+            self.world.on_main(lambda: run.write(recipe, self.train_index.digest))
         self._parallelize(strategy)
         self.optimizer = recipe.optimizer.build(self.online, self.parallel.shard_group)
         self.moved, self.towards = byol.paired(self.target, self.online)
@@ -102,13 +104,13 @@ class Trainer:
         else:
             self.load(commit)
             self.step, self.baseline = commit.step, {}
-            self.console.print(f"resumed at step {self.step} from {storage.redact(commit.url)}")
+            self.console.print(f"resumed at step {self.step} from {files.redact(commit.url)}")
 
     def _claim_run(self) -> lease.Lease | None:
         """Make sure that the run's directory is of this recipe, and no other job's; None on all
         processes but the first, and when nothing is going to be written."""
         claimed: list[lease.Lease] = []
-        agents = self.world.collect(agent_identity())
+        agents = self.world.all_gather_object(agent_identity())
 
         def claim() -> None:
             run.check(self.recipe, self.train_index.digest, self.report)
@@ -116,7 +118,7 @@ class Trainer:
                 held = lease.acquire(self.recipe.run, agents, lease.PERIOD, self.report)
                 claimed.append(held)
 
-        self.world.tell(claim)
+        self.world.on_main(claim)
         return claimed[0] if claimed else None
 
     def _parallelize(self, strategy: parallel.Strategy) -> None:
@@ -125,7 +127,7 @@ class Trainer:
         if missing:
             self.console.print(f"compile: {missing}; going on without torch.compile")
         self.compile = recipe.compile and not missing
-        self.artefacts = Artefacts(recipe, self.world, strategy)
+        self.artefacts = run.open_artefacts(recipe, self.world, strategy)
         if self.compile and recipe.compile_artefacts:
             self.artefacts.load(self.console.print)
         for network in (self.online, self.target):

@@ -23,7 +23,7 @@ if __name__ == "__main__":  # an import of what follows would fail with less to 
 
 import tyro
 
-from engine import world
+from engine.processes.failures import report_failure
 from launch.benchmarks.checkpoint import bench_checkpoint
 from launch.benchmarks.input import bench_input
 from launch.benchmarks.order import bench_order
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
             args=arguments,
         )
     except (InputError, OSError) as error:
-        world.report_failure(error)
+        report_failure(error)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -17,15 +17,17 @@ if __name__ == "__main__":  # an import of what follows would fail with less to 
 
 import tyro
 
-from engine import finetune, knn_evaluation, linear, neighbours, world
-from engine.command_line import plain_errors
-from engine.encoder import EncoderConfig
-from engine.evaluation import Evaluation, EvaluationDataConfig, Result
-from engine.finetune import FinetuneConfig
-from engine.knn_evaluation import KNNConfig
-from engine.linear import LinearConfig
-from engine.neighbours import NeighboursConfig
-from engine.semi_supervised import SemiSupervisedConfig, take_labels
+from engine.encoder.source import EncoderConfig
+from engine.evaluation import finetune, knn, linear, neighbours
+from engine.evaluation.finetune import FinetuneConfig
+from engine.evaluation.knn import KNNConfig
+from engine.evaluation.linear import LinearConfig
+from engine.evaluation.neighbours import NeighboursConfig
+from engine.evaluation.semi_supervised import SemiSupervisedConfig, take_labels
+from engine.evaluation.session import Evaluation, EvaluationDataConfig, Result
+from engine.processes import world
+from engine.processes.failures import report_failure
+from launch.command_line import plain_errors
 from shards.errors import InputError
 
 _Flat = tyro.conf.arg(name="")  # fields without a prefix
@@ -86,7 +88,7 @@ class KNN:
     def run(self) -> None:
         self.protocol.check()
         evaluation = self.options.open("knn", self.protocol.settings())
-        _measure(evaluation, lambda: knn_evaluation.evaluate(evaluation, self.protocol))
+        _measure(evaluation, lambda: knn.evaluate(evaluation, self.protocol))
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ def main(arguments: list[str]) -> int:
             print("interrupted: the same command begins again", file=sys.stderr)
         return 130
     except Exception as error:
-        world.report_failure(error)
+        report_failure(error)
         return 1
     return 0
 

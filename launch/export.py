@@ -18,16 +18,16 @@ import torch
 import tyro
 from rich.console import Console
 
-from engine import card
-from engine.command_line import plain_errors
-from engine.encoder import EncoderConfig, Source, open_encoder
-from engine.export import Format
-from engine.resnet import ResNet
-from engine.world import World
+from engine.encoder import card
+from engine.encoder.export import Format
+from engine.encoder.source import EncoderConfig, Source, open_encoder
+from engine.method.resnet import ResNet
+from engine.processes.world import World
+from launch.command_line import plain_errors
 from shards import index as indexes
-from shards import storage
 from shards.errors import InputError
 from shards.index import Index
+from shards.storage import files
 
 _console = Console(markup=False, highlight=False, soft_wrap=True)
 
@@ -57,7 +57,7 @@ class Export:
         """Raises InputError."""
         if not self.out.strip():
             raise InputError("OUT is empty: give the URL of a folder")
-        storage.check(self.out, "OUT")
+        files.check(self.out, "OUT")
         if not self.format:
             raise InputError("--format needs at least one format")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
-from shards import pack, scan, storage
 from shards.errors import InputError
 from shards.index import Index
+from shards.making import pack, scan
+from shards.storage import files
 
 MB = 1_000_000
 
@@ -57,8 +58,8 @@ def main(
         index_only: Read the headers of the tars in SOURCE and write index.json next to them.
         classes: With --index-only: a file with the name of each class, one a line.
     """
-    storage.check(source, "SOURCE")
-    storage.check(out, "OUT")
+    files.check(source, "SOURCE")
+    files.check(out, "OUT")
     if threads < 1:
         raise InputError("--threads must be at least 1")
     if not 0 < shard_mb < 1e6:  # nan is in no range
@@ -76,18 +77,18 @@ def main(
 
 
 def _pack(source: str, out: str, shard_mb: float, seed: int, threads: int, overwrite: bool) -> None:
-    with _console.status(Text(f"listing {storage.redact(source)}")):
+    with _console.status(Text(f"listing {files.redact(source)}")):
         sets, others = pack.find_images(source)
     if others:
         _console.print(f"left out {others:,} files that are no images of a data set")
     for images in sets:
         plan = pack.plan_shards(images, int(shard_mb * MB), seed)
-        url = storage.join(out, images.name) if images.name else out
+        url = files.join(out, images.name) if images.name else out
         with _Bar(images.name or "packing", plan.image_bytes, len(plan.images)) as bar:
             index, written = pack.write_shards(
                 plan,
                 url,
-                lambda image: storage.read(storage.join(source, image.path)),
+                lambda image: files.read(files.join(source, image.path)),
                 threads=threads,
                 overwrite=overwrite,
                 advance=bar.advance,
@@ -100,7 +101,7 @@ def _index(source: str, classes: str, threads: int) -> None:
     names = None
     if classes:
         try:
-            names = storage.read(classes).decode().splitlines()
+            names = files.read(classes).decode().splitlines()
         except FileNotFoundError:
             raise InputError(f"--classes {classes}: no such file") from None
     with _Bar("indexing", None, None) as bar:
@@ -145,7 +146,7 @@ class _Bar:
 def _summarise(name: str, index: Index, note: str) -> None:
     size = sum(shard.bytes for shard in index.shards) / MB
     option = "--data.train" if name in ("", "train") else "--data.val"
-    url = storage.redact(index.url)
+    url = files.redact(index.url)
     print(
         f"{note}{index.samples:,} samples, {len(index.classes)} classes, "
         f"{len(index.shards)} shards, {size:,.1f} MB: {url}/index.json; use {option} {url}"

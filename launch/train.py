@@ -12,18 +12,19 @@ from launch.requirements import check_requirements
 if __name__ == "__main__":  # an import of what follows would fail with less to go by
     check_requirements()
 
-from engine import world
 from engine.debug import debug_step
 from engine.fit import fit
-from engine.recipe import parse
+from engine.processes import world
+from engine.processes.failures import report_failure
 from engine.trainer import Trainer
+from launch.command_line import parse_recipe
 
 START_AGAIN = 75  # any failure would do: torchrun starts the processes again, without who left
 
 
 def main(arguments: list[str]) -> int:
     try:
-        recipe = parse(arguments)
+        recipe = parse_recipe(arguments)
         trainer = Trainer(recipe)
         ended = True
         if recipe.debug_step:
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
             print(message, file=sys.stderr)
         return 130
     except Exception as error:
-        world.report_failure(error)
+        report_failure(error)
         return 1
     return 0 if ended else START_AGAIN
 

@@ -10,11 +10,11 @@ Expected     published for the same data and network: solo-learn 92.6 linear top
              lightly 86.8 kNN at 200 epochs
 """
 
-from engine.byol import BYOLConfig
-from engine.probe import ProbeConfig
+from engine.evaluation.probe import ProbeConfig
+from engine.method.byol import BYOLConfig
+from engine.method.resnet import ResNetConfig
+from engine.method.schedule import ScheduleConfig
 from engine.recipe import Recipe
-from engine.resnet import ResNetConfig
-from engine.schedule import ScheduleConfig
 from shards.loader import DataConfig
 from shards.order import BatchConfig
 from shards.views import ViewConfig, ViewsConfig

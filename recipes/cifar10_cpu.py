@@ -10,10 +10,10 @@ Expected     kNN 53.1% (raw pixels 41.5%, untrained encoder 31.9%); linear --fas
 
 from dataclasses import replace
 
-from engine.adamw import AdamWConfig
-from engine.byol import BYOLConfig
-from engine.resnet import ResNetConfig
-from engine.schedule import ScheduleConfig
+from engine.method.adamw import AdamWConfig
+from engine.method.byol import BYOLConfig
+from engine.method.resnet import ResNetConfig
+from engine.method.schedule import ScheduleConfig
 from recipes.cifar10 import recipe as base
 from shards.order import BatchConfig
 

@@ -8,12 +8,12 @@ Time         not measured on a GPU yet
 Expected     about 92.3 top-1 of the online head on val (reported for the official code)
 """
 
-from engine.byol import BYOLConfig
-from engine.lars import LARSConfig
-from engine.probe import ProbeConfig
+from engine.evaluation.probe import ProbeConfig
+from engine.method.byol import BYOLConfig
+from engine.method.lars import LARSConfig
+from engine.method.resnet import ResNetConfig
+from engine.method.schedule import ScheduleConfig
 from engine.recipe import Recipe
-from engine.resnet import ResNetConfig
-from engine.schedule import ScheduleConfig
 from shards.loader import DataConfig
 from shards.order import BatchConfig
 from shards.views import ViewsConfig

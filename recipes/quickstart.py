@@ -2,7 +2,7 @@
 
 Paper        none: the method on a ResNet-10 of a quarter's width, with AdamW in place of LARS,
              which needs large batches and long schedules
-Data         drawn at the first start: 8 classes of grey textures (shards/synthetic.py), to
+Data         drawn at the first start: 8 classes of grey textures (shards/making/synthetic.py), to
              data/quickstart
 Command      torchrun launch/train.py recipes/quickstart.py
 Hardware     two CPU cores, 2 GB of memory
@@ -11,14 +11,14 @@ Expected     kNN, k = 20: 79.5% (raw pixels 53.0%, untrained encoder 42.4%); lin
              (14.5%, 30.6%)
 """
 
-from engine.adamw import AdamWConfig
-from engine.byol import BYOLConfig
-from engine.checkpoint import CheckpointConfig
-from engine.metrics import LogConfig
-from engine.probe import ProbeConfig
+from engine.evaluation.probe import ProbeConfig
+from engine.log.metrics import LogConfig
+from engine.method.adamw import AdamWConfig
+from engine.method.byol import BYOLConfig
+from engine.method.resnet import ResNetConfig
+from engine.method.schedule import ScheduleConfig
 from engine.recipe import Recipe
-from engine.resnet import ResNetConfig
-from engine.schedule import ScheduleConfig
+from engine.state.checkpoint import CheckpointConfig
 from shards.loader import DataConfig
 from shards.order import BatchConfig
 from shards.views import ViewsConfig

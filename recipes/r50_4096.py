@@ -16,13 +16,13 @@ The paper's shorter schedules are r50_4096_300ep.py, r50_4096_100ep.py and r50_4
 
 from dataclasses import replace
 
-from engine.byol import BYOLConfig
-from engine.checkpoint import CheckpointConfig
-from engine.lars import LARSConfig
-from engine.probe import ProbeConfig
+from engine.evaluation.probe import ProbeConfig
+from engine.method.byol import BYOLConfig
+from engine.method.lars import LARSConfig
+from engine.method.resnet import ResNetConfig
+from engine.method.schedule import ScheduleConfig
 from engine.recipe import Recipe
-from engine.resnet import ResNetConfig
-from engine.schedule import ScheduleConfig
+from engine.state.checkpoint import CheckpointConfig
 from shards.loader import DataConfig
 from shards.order import BatchConfig
 from shards.views import ViewsConfig

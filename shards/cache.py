@@ -15,9 +15,9 @@ from threading import Lock
 
 import numpy as np
 
-from shards import storage
 from shards.errors import InputError
 from shards.index import Index
+from shards.storage import files
 
 GB = 1_000_000_000
 STALE = 3600.0  # seconds after which a half-written copy is a dead process's
@@ -33,15 +33,15 @@ class ShardCache:
         self, index: Index, folder: str, gigabytes: float, report: Callable[[str], None]
     ) -> None:
         """Raises InputError when `folder` is not local or can't be made."""
-        if not storage.is_local(folder):
-            raise InputError(f"data.cache {storage.redact(folder)}: must be a local folder")
+        if not files.is_local(folder):
+            raise InputError(f"data.cache {files.redact(folder)}: must be a local folder")
         ends = np.cumsum([shard.bytes for shard in index.shards])
         self._index, self._report, self._lock = index, report, Lock()
         self._kept = int(np.searchsorted(ends, gigabytes * GB, side="right"))
         self._locks = [Lock() for _ in range(self._kept)]
         # Another data set, or this one packed anew, has another folder.
         facts = json.dumps([index.url, index.digest, index.plan])
-        root = Path(storage.open_filesystem(folder)[1])
+        root = Path(files.open_filesystem(folder)[1])
         self._folder = root / hashlib.sha256(facts.encode()).hexdigest()[:16]
         self._full = False
         try:
@@ -55,14 +55,14 @@ class ShardCache:
         return shard < self._kept
 
     def read(self, shard: int, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a shard. Raises as `storage.read`."""
+        """Bytes [start, stop) of a shard. Raises as `files.read`."""
         url, size, path = self._place(shard)
         try:
             with self._locks[shard]:  # one block's thread fetches the shard, for the others too
                 if not (path.exists() and path.stat().st_size == size):
                     if self._full:
-                        return storage.read(url, start, stop)
-                    storage.download(url, size, str(path))
+                        return files.read(url, start, stop)
+                    files.download(url, size, str(path))
             with path.open("rb") as file:
                 file.seek(start)
                 content = file.read(stop - start)
@@ -70,8 +70,8 @@ class ShardCache:
             if error.errno is None:  # the store's, not the disk's
                 raise
             self._give_up(error)
-            return storage.read(url, start, stop)
-        return content if len(content) == stop - start else storage.read(url, start, stop)
+            return files.read(url, start, stop)
+        return content if len(content) == stop - start else files.read(url, start, stop)
 
     def drop(self, shard: int) -> None:
         """Forget a copy that turned out damaged."""

@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from shards import names, storage
 from shards.errors import InputError
+from shards.storage import files, names
 
 VERSION = 1
 NAME = "index.json"
@@ -78,7 +78,7 @@ class Index:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def shard_url(self, shard: int) -> str:
-        return storage.join(self.url, self.shards[shard].name)
+        return files.join(self.url, self.shards[shard].name)
 
     def blocks(self, shard: int) -> Blocks:
         """The blocks of a shard; its sidecar, when there is one, is read if it is not in memory.
@@ -105,14 +105,14 @@ class Index:
         for a shard that no index may name.
         """
         for shard in self.shards:
-            names.check_name(shard.name, storage.redact(self.url), "rename it")
+            names.check_name(shard.name, files.redact(self.url), "rename it")
         inline = sum(len(self.blocks(i)) for i in range(len(self.shards))) <= INLINE_BLOCKS
         if not inline:
             for i, shard in enumerate(self.shards):
-                url = storage.join(self.url, sidecar(shard.name))
-                storage.write(url, json.dumps(self.blocks(i).tolist()).encode())
+                url = files.join(self.url, sidecar(shard.name))
+                files.write(url, json.dumps(self.blocks(i).tolist()).encode())
         content = json.dumps(self.document(inline)).encode()
-        storage.write(storage.join(self.url, NAME), content)
+        files.write(files.join(self.url, NAME), content)
 
     def document(self, inline: bool) -> dict[str, Any]:
         """What `index.json` says: with the block lists when `inline`, else without."""
@@ -137,15 +137,15 @@ def sidecar(shard_name: str) -> str:
 
 
 def _read_sidecar(url: str, shards: list[Shard], shard: int) -> Blocks:
-    place = storage.join(url, sidecar(shards[shard].name))
+    place = files.join(url, sidecar(shards[shard].name))
     try:
         blocks = np.array(_json(place), np.int64).reshape(-1, 2)
     except FileNotFoundError:
-        raise InputError(f"{storage.redact(place)}: missing; {_REINDEX}") from None
+        raise InputError(f"{files.redact(place)}: missing; {_REINDEX}") from None
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{storage.redact(place)}: is damaged; {_REINDEX}") from None
+        raise InputError(f"{files.redact(place)}: is damaged; {_REINDEX}") from None
     if checksum(blocks) != shards[shard].checksum:
-        raise InputError(f"{storage.redact(place)}: does not match {NAME}; {_REINDEX}")
+        raise InputError(f"{files.redact(place)}: does not match {NAME}; {_REINDEX}")
     return blocks
 
 
@@ -155,7 +155,7 @@ def checksum(blocks: Blocks) -> str:
 
 def read_document(url: str) -> Any:
     """`index.json` as it stands. Raises FileNotFoundError, or InputError when it is no JSON."""
-    return _json(storage.join(url, NAME))
+    return _json(files.join(url, NAME))
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def load(url: str, field_name: str) -> Index:
     Raises InputError when there is none, when it is damaged or empty, and, on a local disk, when
     a shard is missing or has another size than the index says.
     """
-    place = f"{field_name} {storage.redact(url)}"
+    place = f"{field_name} {files.redact(url)}"
     try:
         document = read_document(url)
     except FileNotFoundError:
@@ -200,7 +200,7 @@ def load(url: str, field_name: str) -> Index:
         raise InputError(f"{place}: {NAME} does not match its own digest; {_REINDEX}")
     if index.samples == 0:
         raise InputError(f"{place}: the data set is empty")
-    if storage.is_local(url):
+    if files.is_local(url):
         _check_sizes(index, place)
     return index
 
@@ -244,7 +244,7 @@ def _shard(entry: dict[str, Any], place: str) -> Shard:
 
 
 def _check_sizes(index: Index, place: str) -> None:
-    folder = storage.open_filesystem(index.url)[1]
+    folder = files.open_filesystem(index.url)[1]
     for shard in index.shards:
         try:
             # fsspec takes six times as long: 2 s for 100,000 shards, at every start of a rank.
@@ -263,6 +263,6 @@ def _check_sizes(index: Index, place: str) -> None:
 
 def _json(url: str) -> Any:
     try:
-        return storage.read_json(url)
+        return files.read_json(url)
     except ValueError:
-        raise InputError(f"{storage.redact(url)}: not valid JSON; {_REINDEX}") from None
+        raise InputError(f"{files.redact(url)}: not valid JSON; {_REINDEX}") from None

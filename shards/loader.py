@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, Prefetcher
 
-from shards import storage
 from shards.cache import ShardCache
 from shards.decode import crop_resize
 from shards.errors import InputError
 from shards.fields import Operation
 from shards.order import Order
 from shards.reader import BlockReader, Faults, Fetches, StreamReader
+from shards.storage import files
 from shards.tar import Block
 from shards.views import COLUMNS, ViewsConfig, crop_box, draw_views
 
@@ -41,7 +41,7 @@ class DataConfig:
     """URL of the validation shards, for kNN and the online head's accuracy; none when empty."""
     draw: Operation[int] = 0
     """Draw that many synthetic images to data.train (and a quarter of it to data.val) when there
-    are none yet: see shards/synthetic.py."""
+    are none yet: see shards/making/synthetic.py."""
     streams: int = 64
     """Parallel readers that an epoch is cut into; part of the order. Divides batch.size."""
     prefetch: Operation[int] = 1
@@ -104,7 +104,7 @@ class TrainLoader:
         """`micro`: equal slices that a batch is cut into, see `_plan`; `report` takes warnings."""
         self.order, self.streams, self.views, self.config = order, streams, views, config
         self.micro, self.start, self.pin_memory = micro, start, pin_memory
-        remote = not storage.is_local(order.index.url)
+        remote = not files.is_local(order.index.url)
         cache = None
         if remote and config.cache:
             cache = ShardCache(order.index, config.cache, config.cache_gb, report)

@@ -10,11 +10,11 @@ from weakref import WeakValueDictionary
 import numpy as np
 from torch import Tensor
 
-from shards import storage
 from shards.cache import ShardCache
 from shards.decode import DecodeError, decode
 from shards.errors import InputError
 from shards.index import Index
+from shards.storage import files
 from shards.tar import Block, TarError
 
 
@@ -71,7 +71,7 @@ class BlockReader:
         stays another than the index's, that is reported and the block is used: which of its images
         can't be decoded will show.
         """
-        attempts = 1 if storage.is_local(self.index.url) else storage.CONTENT_ATTEMPTS
+        attempts = 1 if files.is_local(self.index.url) else files.CONTENT_ATTEMPTS
         for attempt in range(1, attempts + 1):
             try:
                 return self._fetch(shard, block, last=attempt == attempts)
@@ -81,13 +81,13 @@ class BlockReader:
                 self._warn(shard, f"{error}; fetched again")
             if self.cache is not None and self.cache.keeps(shard):
                 self.cache.drop(shard)
-            storage.pause(attempt)
+            files.pause(attempt)
         raise AssertionError("unreachable")
 
     def _fetch(self, shard: int, block: int, last: bool) -> Block:
         start, stop = self.index.block_range(shard, block)
         samples = int(self.index.blocks(shard)[block, 1])
-        url = storage.redact(self.index.shard_url(shard))
+        url = files.redact(self.index.shard_url(shard))
         place = f"{url}: bytes {start} to {stop}"
         try:
             content = self._read(shard, start, stop)
@@ -95,7 +95,7 @@ class BlockReader:
             found = Block(content)
         except FileNotFoundError:
             raise InputError(f"{url}: the shard is missing") from None
-        except storage.WrongLength as error:
+        except files.WrongLength as error:
             raise InputError(f"{error}: the shard is truncated, restore it") from None
         except OSError as error:
             raise InputError(str(error)) from None
@@ -125,7 +125,7 @@ class BlockReader:
     def _read(self, shard: int, start: int, stop: int) -> bytes:
         if self.cache is not None and self.cache.keeps(shard):
             return self.cache.read(shard, start, stop)
-        return storage.read(self.index.shard_url(shard), start, stop)
+        return files.read(self.index.shard_url(shard), start, stop)
 
     def _warn(self, shard: int, text: str) -> None:
         """Report a shard's first fault only."""
@@ -163,7 +163,7 @@ class BlockReader:
 
     def _url(self, sample_id: int) -> str:
         shard = int(np.searchsorted(self.index.first_ids, sample_id, side="right")) - 1
-        return storage.redact(self.index.shard_url(shard))
+        return files.redact(self.index.shard_url(shard))
 
 
 class StreamReader:

@@ -131,7 +131,7 @@ class ViewDraws(NamedTuple):
     """The random parameters of a batch of B samples in V views."""
 
     crop: NDArray[np.float64]  # [V, B, 4] uniforms for `crop_box`
-    params: NDArray[np.float32]  # [V, B, COLUMNS] parameters for `engine.augment`
+    params: NDArray[np.float32]  # [V, B, COLUMNS] parameters for `engine.method.augment`
 
 
 class _Draw(IntEnum):

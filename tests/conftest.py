@@ -12,14 +12,15 @@ import pytest
 from PIL import Image as PillowImage
 
 from shards import index as index_module
-from shards import pack, storage
 from shards.index import Index
 from shards.loader import DataConfig
-from tests import object_store as object_store_module
-from tests import tiny
-from tests.fault_proxy import FaultProxy
-from tests.object_store import ObjectStore, lead_to
-from tests.ranks import Ranks
+from shards.making import pack
+from shards.storage import files
+from tests.helpers import object_store as object_store_module
+from tests.helpers import tiny
+from tests.helpers.fault_proxy import FaultProxy
+from tests.helpers.object_store import ObjectStore, lead_to
+from tests.helpers.ranks import Ranks
 
 Files = dict[str, bytes]
 PackFiles = Callable[[str, Files], Index]
@@ -89,7 +90,7 @@ def ranks() -> Iterator[Ranks]:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """A drawn training and validation set, for `tests.tiny.recipe`."""
+    """A drawn training and validation set, for `tests.helpers.tiny.recipe`."""
     return tiny.draw_data(tmp_path_factory.mktemp("tiny"))
 
 
@@ -120,7 +121,7 @@ def proxy(
 ) -> Iterator[FaultProxy]:
     """Between s3:// URLs and the store; harmless until it is told otherwise."""
     assert s3  # which leads them to the store first
-    monkeypatch.setattr(storage, "BACKOFF", 0.005)
+    monkeypatch.setattr(files, "BACKOFF", 0.005)
     with FaultProxy(object_store.endpoint, 0, {}) as between:
         lead_to(between.endpoint, monkeypatch)
         yield between

@@ -1,54 +1,81 @@
 """The house: who may import whom, how long a file may be, what stands at the top."""
 
-import ast
 import subprocess
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-ALLOWED = {  # downward only
-    "shards": {"shards"},
-    "engine": {"shards", "engine"},
-    "recipes": {"shards", "engine", "recipes"},
-    "launch": {"shards", "engine", "launch"},
-}
+from tests.helpers.imports import allowed, arrows, cycle, modules
+from tests.helpers.places import ROOT
+
 TOP = {"engine", "recipes", "shards", "tests", "launch", "pyproject.toml", "README.md", "LICENSE"}
-SOURCES = [path for package in ALLOWED for path in sorted((ROOT / package).glob("**/*.py"))]
+MODULES = modules()
 
 
-def imported_packages(source: str) -> set[str]:
-    """The top-level packages that a module's source imports."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
-    return names
+def test_modules_are_found() -> None:
+    known = {"engine.trainer", "engine.method.byol", "shards.storage.files", "launch.train"}
+    assert known | {"recipes.quickstart", "launch.benchmarks.step"} <= MODULES.keys()
 
 
-def test_detects_an_upward_import() -> None:
-    found = imported_packages("def f():\n    from engine.byol import build\nimport launch.train")
-    assert found == {"engine", "launch"}
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("from engine import run", {"engine.run"}),
+        ("def f():\n    from engine.method.byol import build, no_module", {"engine.method.byol"}),
+        ("import engine.trainer as t\nimport torch", {"engine.trainer"}),
+        ("from shards.making import pack, scan", {"shards.making.pack", "shards.making.scan"}),
+        ("from shards.storage.files import read", {"shards.storage.files"}),
+    ],
+)
+def test_arrows_are_seen(source: str, found: set[str]) -> None:
+    assert arrows(source, MODULES) == found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_downward(path: Path) -> None:
-    package = path.relative_to(ROOT).parts[0]
-    ours = imported_packages(path.read_text()) & ALLOWED.keys()
-    assert ours <= ALLOWED[package]
+@pytest.mark.parametrize(
+    ("module", "below", "may"),
+    [
+        ("engine.trainer", "engine.run", True),
+        ("engine.run", "engine.trainer", False),
+        ("engine.run", "engine.data", False),  # beside each other
+        ("engine.state.checkpoint", "engine.log.journal", True),
+        ("engine.log.journal", "engine.state.layout", False),
+        ("engine.log.journal", "engine.processes.world", False),
+        ("engine.method.byol", "engine.method.norm", True),
+        ("engine.method.byol", "engine.processes.world", False),
+        ("shards.index", "engine.recipe", False),
+        ("shards.order", "shards.index", True),
+        ("shards.storage.files", "shards.index", False),
+        ("shards.errors", "shards.storage.files", False),
+        ("engine.recipe", "recipes.quickstart", False),
+        ("launch.train", "engine.fit", True),
+        ("launch.train", "recipes.quickstart", False),
+        ("recipes.cifar10_cpu", "recipes.cifar10", True),
+    ],
+)
+def test_the_order_is_as_designed(module: str, below: str, may: bool) -> None:
+    assert allowed(module, below) == may
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_are_short(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400
-    assert path.name != "utils.py"
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_downward(name: str) -> None:
+    for below in arrows(MODULES[name].read_text(), MODULES):
+        assert allowed(name, below), f"{name} -> {below}"
 
 
-def test_networks_know_nothing_of_processes() -> None:
-    source = (ROOT / "engine" / "byol.py").read_text()
-    assert "torch.distributed" not in source.replace("knows nothing of torch.distributed", "")
+def test_no_imports_in_a_circle() -> None:
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert cycle({name: arrows(path.read_text(), MODULES) for name, path in MODULES.items()}) == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_files_are_short(name: str) -> None:
+    assert len(MODULES[name].read_text().splitlines()) <= 400
+    assert not name.endswith(".utils")
+
+
+def test_the_method_knows_nothing_of_the_launcher() -> None:
+    for name, path in MODULES.items():
+        if name.startswith("engine.method."):
+            assert "os.environ" not in path.read_text()
 
 
 def test_top_level() -> None:

@@ -17,14 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_leaves
 
-from engine import checkpoint
+from engine.processes.world import World
 from engine.recipe import load
-from engine.saver import Saver
+from engine.state import checkpoint
+from engine.state.saver import Saver
 from engine.trainer import Trainer
-from engine.world import World
 from launch.benchmarks.measuring import alternate, device_name, ratio, require_positive, row, wait
 from launch.benchmarks.step import prepare
-from shards import storage, synthetic
+from shards.making import synthetic
+from shards.storage import files
 
 ROOT = Path(__file__).parents[2]
 FOLDER = "bench_checkpoint"  # under --url, while it lasts
@@ -67,8 +68,8 @@ def bench_checkpoint(
         trainer.train_step(batch)  # the optimizer has state after it
         places = {"local disk": f"{folder}/saves"}
         if url:
-            places[url.split("://")[0]] = storage.join(url, FOLDER)
-            stack.callback(storage.discard, storage.join(url, FOLDER), url, print)
+            places[url.split("://")[0]] = files.join(url, FOLDER)
+            stack.callback(files.discard, files.join(url, FOLDER), url, print)
         size = sum(t.numel() * t.element_size() for t in tree_leaves(trainer.state()))
         print(f"checkpoint: {recipe}, {size / 2**20:,.0f} MiB, {device_name()}")
         print(f"medians of {rounds} rounds, in seconds")
@@ -87,7 +88,7 @@ def _show_saves(place: str, url: str, trainer: Trainer, rounds: int, size: int) 
         for name, background in (("in the background", True), ("waiting", False)):
             saver = stack.enter_context(Saver(trainer.world, background, print))
             sides[f"ours, {name}"] = partial(_ours, trainer, saver, url)
-        sides["torch.save and upload"] = partial(_stock, trainer, storage.join(url, "stock.pt"))
+        sides["torch.save and upload"] = partial(_stock, trainer, files.join(url, "stock.pt"))
         for side in sides.values():  # buffers and connections are made once
             side()
         times = alternate(sides, rounds)
@@ -109,13 +110,13 @@ def _ours(trainer: Trainer, saver: Saver, url: str) -> Times:
     saver.save(1, trainer.state(), write)
     stall = time.perf_counter() - start
     if not saver.wait():
-        raise OSError(f"{storage.redact(url)}: could not be written, see above")
+        raise OSError(f"{files.redact(url)}: could not be written, see above")
     return Times(stall, time.perf_counter() - start)
 
 
 def _stock(trainer: Trainer, url: str) -> Times:
     start = time.perf_counter()
-    filesystem, path = storage.open_filesystem(url)
+    filesystem, path = files.open_filesystem(url)
     with TemporaryDirectory() as folder:
         torch.save(trainer.state(), f"{folder}/state.pt")
         filesystem.put_file(f"{folder}/state.pt", path)
@@ -126,12 +127,12 @@ def _stock(trainer: Trainer, url: str) -> Times:
 
 def _show_starts(place: str, url: str, starts: int, folder: str) -> None:
     data = f"{folder}/start"
-    if not storage.exists(f"{data}/train/index.json"):
+    if not files.exists(f"{data}/train/index.json"):
         synthetic.write(f"{data}/train", 1024, 32, seed=0)
         synthetic.write(f"{data}/val", 64, 32, seed=1)
     command = [sys.executable, str(ROOT / "launch" / "train.py"), "recipes/quickstart.py"]
     command += ["--data.train", f"{data}/train", "--data.val", f"{data}/val"]
-    command += ["--run", storage.join(url, "run"), "--probe.every", "0", "--probe.no-baseline"]
+    command += ["--run", files.join(url, "run"), "--probe.every", "0", "--probe.no-baseline"]
     command += ["--log.every", "1", "--steps"]
     _until_first_step([*command, "1"])
     seconds, imports = [], []

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from engine import world
-from engine.augment import MEAN, STD, augment
+from engine.method.augment import MEAN, STD, augment
+from engine.processes import world
 from launch.benchmarks import remote
 from launch.benchmarks.measuring import (
     CORES,
@@ -34,12 +34,13 @@ from launch.benchmarks.measuring import (
     show_ratio,
 )
 from shards import index as indexes
-from shards import pack, scan, storage
 from shards.errors import InputError
 from shards.index import Index
 from shards.loader import DataConfig, TrainLoader
+from shards.making import pack, scan
 from shards.order import Order, rank_streams
 from shards.reader import BlockReader
+from shards.storage import files
 from shards.views import ViewConfig, ViewsConfig
 
 PHOTOS = 200  # drawn when no data is given
@@ -102,13 +103,13 @@ def bench_input(
 
         sides = {"ours": ours, "augmentation": augmentation, "stock": stock}
         fetched = 0.0
-        if data and not storage.is_local(data):
+        if data and not files.is_local(data):
             copied = Order(remote.copy(order.index, f"{folder}/copy"), 0, order.streams, batch)
             sides["ours, local"] = partial(ours, copied)
             fetched = remote.fetched_share(order, lambda order: _ours(order, views, threads))
         costs = alternate(sides, rounds)
 
-    source = storage.redact(data) or "drawn photos"
+    source = files.redact(data) or "drawn photos"
     print(f"input: {source}, {size} px, batch {batch}, threads or workers {threads}")
     print(f"medians of {rounds} rounds of {count * batch} images")
     row("", "images/s", "images/core-s")
@@ -224,25 +225,25 @@ def _find_index(data: str, folder: str, batch: int) -> Index:
     """The index of `data`; made in `folder` where there is none."""
     if not data:
         index = _draw_photos(folder, max(PHOTOS, batch))
-    elif storage.exists(storage.join(data, indexes.NAME)):
+    elif files.exists(files.join(data, indexes.NAME)):
         index = indexes.load(data, "--data")
     else:
         _link_tars(data, folder)
         index = scan.index_tars(folder, classes=None, threads=4, report=lambda _: None)
     if index.samples < batch:
         raise InputError(
-            f"--data {storage.redact(data)}: {index.samples} images, fewer than --batch {batch}"
+            f"--data {files.redact(data)}: {index.samples} images, fewer than --batch {batch}"
         )
     return index
 
 
 def _link_tars(data: str, folder: str) -> None:
-    if not storage.is_local(data):
+    if not files.is_local(data):
         raise InputError(
-            f"--data {storage.redact(data)}: no {indexes.NAME} there; index the tars with "
+            f"--data {files.redact(data)}: no {indexes.NAME} there; index the tars with "
             "`python launch/pack.py --index-only`"
         )
-    path = Path(storage.open_filesystem(data)[1])
+    path = Path(files.open_filesystem(data)[1])
     if not path.exists():
         raise InputError(f"--data {data}: no such file or folder")
     tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
@@ -253,10 +254,10 @@ def _link_tars(data: str, folder: str) -> None:
 
 
 def _draw_photos(url: str, count: int) -> Index:
-    files = {f"{i}.jpg": draw_photo(i) for i in range(count)}
-    entries = [pack.Image(path, len(content), -1) for path, content in files.items()]
+    photos = {f"{i}.jpg": draw_photo(i) for i in range(count)}
+    entries = [pack.Image(path, len(content), -1) for path, content in photos.items()]
     plan = pack.plan_shards(pack.ImageSet("", entries, []), 16_000_000, seed=0)
-    index, _ = pack.write_shards(plan, url, lambda image: files[image.path], threads=2)
+    index, _ = pack.write_shards(plan, url, lambda image: photos[image.path], threads=2)
     return index
 
 

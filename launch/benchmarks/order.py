@@ -26,10 +26,10 @@ from launch.benchmarks.measuring import (
     row,
 )
 from shards import index as indexes
-from shards import storage
 from shards.errors import InputError
 from shards.index import BLOCK_BYTES, Blocks, Index, Shard
 from shards.order import Order, rank_streams
+from shards.storage import files
 
 SAMPLE_BYTES = 100_000  # about ImageNet's
 FAR = 1000  # epochs
@@ -238,7 +238,7 @@ def write_data_set(setting: Setting, shards: int) -> None:
     kinds = {samples: _blocks(samples) for samples in set(sizes)}
     os.mkdir(setting.url)
     for samples, blocks in kinds.items():
-        storage.write(f"{setting.url}/{samples}.json", json.dumps(blocks.tolist()).encode())
+        files.write(f"{setting.url}/{samples}.json", json.dumps(blocks.tolist()).encode())
     entries = []
     for i, samples in enumerate(sizes):
         blocks, name = kinds[samples], f"shard-{i:06d}.tar"
@@ -249,7 +249,7 @@ def write_data_set(setting: Setting, shards: int) -> None:
         with open(f"{setting.url}/{name}", "wb") as file:
             file.truncate(length)
     document = Index(setting.url, entries).document(inline=False)
-    storage.write(storage.join(setting.url, indexes.NAME), json.dumps(document).encode())
+    files.write(files.join(setting.url, indexes.NAME), json.dumps(document).encode())
 
 
 def _blocks(samples: int) -> Blocks:

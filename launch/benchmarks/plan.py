@@ -19,13 +19,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine import byol, parallel
-from engine.byol import VIEWS, Online, Target, byol_loss, update_target
-from engine.parallel import Parallel
-from engine.precision import autocast, parameter_dtype
+from engine.method import byol
+from engine.method.byol import VIEWS, Online, Target, byol_loss, update_target
+from engine.method.local_shards import local
+from engine.method.precision import autocast, parameter_dtype
+from engine.processes import parallel
+from engine.processes.parallel import Parallel
+from engine.processes.world import World
 from engine.recipe import Recipe, load
-from engine.sharding import local
-from engine.world import World
 from launch.benchmarks.measuring import require_positive, row
 from shards.errors import InputError
 from shards.order import rank_streams

@@ -5,10 +5,10 @@ from contextlib import closing, contextmanager
 from unittest import mock
 
 from shards import index as indexes
-from shards import storage
 from shards.index import Index
 from shards.loader import TrainLoader
 from shards.order import Order
+from shards.storage import files
 
 MOST = 20_000  # images that bytes are counted over
 
@@ -18,7 +18,7 @@ def copy(index: Index, folder: str) -> Index:
     names = [indexes.NAME, *(shard.name for shard in index.shards)]
     names += [indexes.sidecar(s.name) for s in index.shards if s.blocks is None]
     for name in names:
-        storage.write(f"{folder}/{name}", storage.read(storage.join(index.url, name)))
+        files.write(f"{folder}/{name}", files.read(files.join(index.url, name)))
     return indexes.load(folder, "--data")
 
 
@@ -41,12 +41,12 @@ def fetched_share(order: Order, load: Callable[[Order], TrainLoader]) -> float:
 @contextmanager
 def _counted() -> Iterator[list[int]]:
     """The bytes of each answer that a store gives meanwhile."""
-    sizes, read = [], storage.read
+    sizes, read = [], files.read
 
     def counted(url: str, start: int | None = None, stop: int | None = None) -> bytes:
         content = read(url, start, stop)
         sizes.append(len(content))
         return content
 
-    with mock.patch.object(storage, "read", counted):
+    with mock.patch.object(files, "read", counted):
         yield sizes

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine import world
-from engine.byol import BYOLConfig
-from engine.metrics import Timer
-from engine.parallel import ParallelConfig
+from engine.log.metrics import Timer
+from engine.method.byol import BYOLConfig
+from engine.method.resnet import ResNetConfig
+from engine.processes import world
+from engine.processes.parallel import ParallelConfig
 from engine.recipe import Recipe, load
-from engine.resnet import ResNetConfig
 from engine.trainer import StepOutput, Trainer
 from launch.benchmarks.input import PHOTOS, draw_photo
 from launch.benchmarks.measuring import (
@@ -36,9 +36,9 @@ from launch.benchmarks.measuring import (
     wait,
 )
 from launch.benchmarks.stock import Stock
-from shards import pack, synthetic
 from shards.errors import InputError
 from shards.loader import Batch, DataConfig
+from shards.making import pack, synthetic
 from shards.order import BatchConfig
 from shards.views import ViewsConfig
 
@@ -196,10 +196,12 @@ def prepare(recipe: Recipe, folder: str) -> tuple[Trainer, Batch]:
 
 def _write_photos(url: str, samples: int) -> None:
     """Shards of photos as large as ImageNet's, so that decoding costs what it does in training."""
-    files = [draw_photo(i) for i in range(min(samples, PHOTOS))]
-    entries = [pack.Image(f"{i}.jpg", len(files[i % len(files)]), i % 8) for i in range(samples)]
+    photos = [draw_photo(i) for i in range(min(samples, PHOTOS))]
+    entries = [pack.Image(f"{i}.jpg", len(photos[i % len(photos)]), i % 8) for i in range(samples)]
     plan = pack.plan_shards(pack.ImageSet("", entries, list("abcdefgh")), 16_000_000, seed=0)
-    pack.write_shards(plan, url, lambda image: files[int(image.path[:-4]) % len(files)], threads=1)
+    pack.write_shards(
+        plan, url, lambda image: photos[int(image.path[:-4]) % len(photos)], threads=1
+    )
 
 
 class _Sides:
@@ -232,9 +234,10 @@ class _Sides:
         self.held["stock"] = _allocated() - self.held["ours"]
 
         losses = torch.stack([first.loss, loss / trainer.world.size]).detach().cpu()
-        self.losses = trainer.world.sum(losses).tolist()
+        self.losses = trainer.world.all_reduce(losses).tolist()
         self.first = {
-            side: max(trainer.world.collect(seconds)) for side, seconds in self.first.items()
+            side: max(trainer.world.all_gather_object(seconds))
+            for side, seconds in self.first.items()
         }
 
     def work(self) -> dict[str, Callable[[], Cost]]:
@@ -293,7 +296,7 @@ class _Sides:
             timer = Timer()
             cost = measure(lambda: repeat(step, self.steps), self.steps * self.batch)
             share = timer.read(self.batch)["data_wait"]
-        self.waits.append(max(trainer.world.collect(share)))
+        self.waits.append(max(trainer.world.all_gather_object(share)))
         return self._together(cost)
 
     def _meet(self) -> None:
@@ -302,7 +305,7 @@ class _Sides:
 
     def _together(self, cost: Cost) -> Cost:
         """The slowest process's time, the CPU time of all, the largest memory."""
-        walls, cpus, memories = zip(*self.trainer.world.collect(cost), strict=True)
+        walls, cpus, memories = zip(*self.trainer.world.all_gather_object(cost), strict=True)
         return Cost(max(walls), sum(cpus), max(memories))
 
 

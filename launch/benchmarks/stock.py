@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from engine import byol
-from engine.adamw import AdamWConfig
-from engine.byol import Online, Target, regression_loss
-from engine.lars import LARS, LARSConfig, parameter_groups
-from engine.norm import BatchNorm
-from engine.precision import autocast
+from engine.method import byol
+from engine.method.adamw import AdamWConfig
+from engine.method.byol import Online, Target, regression_loss
+from engine.method.lars import LARS, LARSConfig, parameter_groups
+from engine.method.norm import BatchNorm
+from engine.method.precision import autocast
+from engine.method.resnet import ResNet, ResNetConfig
 from engine.recipe import Recipe
-from engine.resnet import ResNet, ResNetConfig
 
 _Outputs = tuple[Tensor, Tensor, Tensor]  # projection, prediction, logits
 

@@ -1,0 +1,139 @@
+"""An export: files of an encoder, each proved equal to it, and a card that says what they are."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.encoder.export import FILES, TOLERANCE, Format, convert, verify, verify_timm
+from engine.encoder.source import Source
+from engine.encoder.torchvision_twin import recipe_lines
+from engine.log import journal
+from engine.method.augment import MEAN, STD, normalize
+from engine.method.resnet import ResNet
+from shards.center_crops import center_crops
+from shards.errors import InputError
+from shards.index import Index
+from shards.storage import files
+
+CARD = "card.json"
+IMAGES = 8  # random ones, and as many real ones, that features are compared on
+
+
+def sample_images(source: Source, val: Index | None, report: Callable[[str], None]) -> Tensor:
+    """Random images and, where there are some, real ones: [N, 3, S, S] normalised."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (IMAGES, 3, source.size, source.size)
+    images = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)]
+    if val is not None:
+        crops = center_crops(
+            val,
+            size=source.size,
+            fraction=source.crop,
+            threads=1,
+            corrupt=1,
+            report=report,
+            limit=IMAGES,
+        )
+        images += [batch.images[:IMAGES] for batch in crops][:1]
+    return normalize(torch.cat(images).float() / 255)
+
+
+def write(
+    source: Source,
+    encoder: ResNet,
+    formats: tuple[Format, ...],
+    out: str,
+    images: Tensor,
+    say: Callable[[str], None],
+) -> None:
+    """Write the files and, last of all, the card to the folder `out`.
+
+    Args:
+        encoder: In evaluation mode, float32, on the CPU.
+        images: [N, 3, S, S] normalised, on which every file is compared with the encoder.
+
+    Raises InputError, before the file is written, when one gives other features.
+    """
+    with torch.no_grad():
+        features = encoder(images)
+    if not features.isfinite().all() or not features.any():
+        raise InputError(
+            f"{files.redact(source.url)}: the encoder's features are all zero or not finite: "
+            "there is nothing to export"
+        )
+    # What an earlier export left is of another card.
+    once = cache(say)
+    for stale in [CARD, *(FILES[other] for other in sorted(FILES.keys() - set(formats)))]:
+        files.discard_or_empty(files.join(out, stale), out, once)
+    written = {}
+    for name in dict.fromkeys(formats):
+        content = convert(encoder, source.config, name, source.size)
+        difference = verify(content, name, encoder, source.config, images)
+        if not difference <= TOLERANCE:  # nan is no small difference
+            raise InputError(
+                f"--format {name}: its features differ from the checkpoint's by {difference:.1e} "
+                f"of the largest, more than {TOLERANCE:g}: not written; choose another format"
+            )
+        url = files.join(out, FILES[name])
+        files.write(url, content)
+        written[FILES[name]] = {
+            "format": name,
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "largest_difference": difference,
+        }
+        say(f"{files.redact(url)}  {len(content) / 1e6:.1f} MB, equal within {difference:.0e}")
+    timm = verify_timm(encoder.state_dict(), source.config, encoder, images)
+    if timm is not None:
+        say(f"timm's resnet{source.config.depth} with these weights: equal within {timm:.0e}")
+    document = describe(source, encoder, len(images)) | {"files": written, "timm_difference": timm}
+    url = files.join(out, CARD)
+    files.write(url, json.dumps(document, indent=1).encode())
+    say(files.redact(url))
+
+
+def describe(source: Source, encoder: ResNet, compared: int) -> dict[str, Any]:
+    """All that a user of the files has to know."""
+    config = source.config
+    return {
+        "encoder": f"ResNet-{config.depth}" + (f" x{config.width:g}" if config.width != 1 else ""),
+        "depth": config.depth,
+        "width": config.width,
+        "stem": config.stem,
+        "projection_shortcut": config.projection_shortcut,
+        "features": encoder.feature_dim,
+        "network": source.network,
+        "checkpoint": files.redact(source.url),
+        "step": source.step,
+        "weights": source.digest,
+        "came_from": source.report,
+        "input": {
+            "colours": "RGB",
+            "size": source.size,
+            "resize_shorter_side": round(source.size / source.crop),
+            "center_crop": source.size,
+            "interpolation": "bicubic, no antialiasing",
+            "scale": 1 / 255,
+            "mean": MEAN,
+            "std": STD,
+        },
+        "build": recipe_lines(config),
+        "compared_on_images": compared,
+        "recipe": source.fields,
+        "metrics": _metrics(source),
+        "packages": {name: version(name) for name in ("torch", "torchvision", "safetensors")},
+    }
+
+
+def _metrics(source: Source) -> dict[str, Any]:
+    """What the run's log says of this step."""
+    if not source.run:
+        return {}
+    records = journal.read(source.run)
+    return next((record for record in records if record["step"] == source.step), {})

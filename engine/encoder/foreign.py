@@ -1,0 +1,327 @@
+"""ResNet checkpoints that others made, by any names, matched to this project's encoder.
+
+A checkpoint holds no strides, dilation, padding or epsilons: they are taken to be torchvision's.
+"""
+
+import functools
+import itertools
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+
+import torch
+from torch import Size, Tensor
+
+from engine.method.resnet import ResNet, ResNetConfig
+from shards.errors import InputError
+
+_COUNTER = "num_batches_tracked"
+
+# What marks the slowly moving network of a pair; `_k` as in MoCo's encoder_k.
+_TARGET = re.compile(r"target|momentum|teacher|(^|[._])(ema|key)([._]|$)|_k([._]|$)", re.I)
+_TRUNK = re.compile(r"(conv|bn|layer)\d+\.")  # torchvision's names of what is not the head
+# Where torchvision's modules stand in nn.Sequential(*network.children()).
+_CHILDREN = {"0": "conv1", "1": "bn1", **{str(3 + i): f"layer{i}" for i in (1, 2, 3, 4)}}
+# The tensors of a norm in torch's order, by what others call them.
+_NORM = (
+    *(("weight", "gamma", "scale"), ("bias", "beta", "offset")),
+    *(("running_mean", "moving_mean", "mean"), ("running_var", "moving_variance", "var")),
+    (_COUNTER,),
+)
+_ROLES = {name: role for role, names in enumerate(_NORM) for name in names}
+
+
+class Foreign(NamedTuple):
+    """A checkpoint's encoder, in this project's terms."""
+
+    config: ResNetConfig
+    state: dict[str, Tensor]  # for ResNet(config, views=1).load_state_dict; float32
+    report: str  # one line: what matched how, and what was left out
+
+
+class _Candidate(NamedTuple):
+    """A network that a checkpoint may hold."""
+
+    config: ResNetConfig
+    shapes: dict[str, Size]  # in state-dict order
+    orders: tuple[list[str], list[str]]  # without counters: a block's projection last, and first
+    further: Size  # of the tensor that would come next if there were one more block
+
+
+class _Match(NamedTuple):
+    """Where a checkpoint has the tensors of a network."""
+
+    candidate: _Candidate
+    names: dict[str, str]  # in the file, by this project's
+    how: str
+
+
+def match(
+    tensors: dict[str, Tensor],
+    network: Literal["online", "target"],
+    place: str,
+    prefix: str | None = None,
+) -> Foreign:
+    """The encoder among a checkpoint's tensors: by their names, else by their order and shapes.
+
+    Of several, the online or the target one as their names tell. By order, whatever the names, the
+    tensors must follow one another as in a state dict, the projection of a block after or before
+    its convolutions.
+
+    Args:
+        place: The file, for messages.
+        prefix: Take the encoder whose tensors' names begin so, whatever `network` says.
+
+    Raises InputError when there is no such encoder, more than one, or one with values that are
+    damaged.
+    """
+    plain = {_plain(name): name for name in tensors}
+    trunks = _trunks(plain)
+    if prefix is None:
+        trunks = _distinct(trunks, plain, tensors)
+    if trunks:
+        chosen = _chosen(list(trunks), network, place, prefix)
+        names = {ours: plain[theirs] for ours, theirs in trunks[chosen].items()}
+        found = _match_names(tensors, names, chosen, place)
+    else:
+        matches = _match_order(tensors, place)
+        found = matches[_chosen(list(matches), network, place, prefix, in_order=True)]
+    return Foreign(found.candidate.config, _state(tensors, found, place), _report(tensors, found))
+
+
+def _plain(name: str) -> str:
+    """The name without what torch.compile adds."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def _trunks(names: Collection[str]) -> dict[str, dict[str, str]]:
+    """By prefix, all names below it where a ResNet stands, by torchvision's."""
+
+    def child(name: str) -> str:
+        head, dot, rest = name.partition(".")
+        return _CHILDREN.get(head, f"children.{head}") + dot + rest
+
+    found: dict[str, dict[str, str]] = {}
+    for stem in names:
+        prefix = stem.removesuffix("conv1.weight").removesuffix("0.weight")
+        if prefix == stem or (prefix and not prefix.endswith(".")):
+            continue
+        below = {name[len(prefix) :]: name for name in names if name.startswith(prefix)}
+        if "layer1.0.conv1.weight" in below:
+            found[prefix] = below
+        elif {"1.weight", "4.0.conv1.weight"} <= below.keys():
+            found[prefix] = {child(name): theirs for name, theirs in below.items()}
+    return found
+
+
+def _distinct(
+    trunks: dict[str, dict[str, str]], plain: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> dict[str, dict[str, str]]:
+    """Without networks that stand there again, under other names: modules that share a part.
+
+    A target network may well equal the online one, in the beginning.
+    """
+    kept: dict[str, dict[str, str]] = {}
+    for prefix, names in trunks.items():
+        own = {ours: tensors[plain[theirs]] for ours, theirs in names.items()}
+        side = bool(_TARGET.search(prefix))
+        if not any(
+            side == bool(_TARGET.search(other))
+            and names.keys() == others.keys()
+            and all(torch.equal(own[ours], tensors[plain[t]]) for ours, t in others.items())
+            for other, others in kept.items()
+        ):
+            kept[prefix] = names
+    return kept
+
+
+def _chosen(
+    found: Sequence[str], network: str, place: str, prefix: str | None, in_order: bool = False
+) -> str:
+    """Which network is meant, by where the names of those found begin.
+
+    in_order: the first may be taken to be the online one, if names do not say otherwise.
+    """
+    targets = [name for name in found if _TARGET.search(name)]
+    others = [name for name in found if name not in targets]
+    chosen = targets if network == "target" else others or targets
+    if prefix is not None:
+        chosen = [name for name in found if name.rstrip(".") == _plain(prefix).rstrip(".")]
+    elif in_order and network == "online" and others:
+        chosen = others[:1]
+    if len(chosen) == 1:
+        return chosen[0]
+    there = ", ".join(repr(name) for name in found)
+    if prefix is not None:
+        raise InputError(f"{place}: no ResNet under --prefix {prefix}: there is {there}")
+    if chosen:
+        raise InputError(
+            f"{place}: several networks may be the {network} one: choose with --prefix PREFIX, "
+            f"of {there}"
+        )
+    raise InputError(
+        f"{place}: cannot tell a target network: target, momentum, teacher, ema or key is in no "
+        f"name of {there}: choose with --prefix PREFIX"
+    )
+
+
+def _match_names(
+    tensors: Mapping[str, Tensor], names: Mapping[str, str], prefix: str, place: str
+) -> _Match:
+    """The network below the prefix. `names`: those in the file, by torchvision's."""
+    found = {ours: tensors[name].shape for ours, name in names.items()}
+    stem = found["conv1.weight"]
+    nearest = min(
+        _candidates(stem[0] if stem else 0) or _candidates(64),
+        key=lambda c: (len(_misfits(c.shapes, found)), c.shapes["conv1.weight"][2:] != stem[2:]),
+    )
+    misfits = _misfits(nearest.shapes, found)
+    if misfits:
+        kinds = {kind: [text for which, text in misfits if which == kind] for kind, _ in misfits}
+        told = "; ".join(
+            f"{len(texts)} tensor{'s' * (len(texts) > 1)} {kind} ({_some(texts)})"
+            for kind, texts in kinds.items()
+        )
+        raise InputError(
+            f"{place}: no ResNet of this engine under {prefix!r}: nearest is "
+            f"{_describe(nearest.config)}: {told}"
+        )
+    taken = {ours: names[ours] for ours in nearest.shapes if ours in names}
+    return _Match(nearest, taken, f"by name{f' under {prefix!r}' if prefix else ''}")
+
+
+def _misfits(expected: Mapping[str, Size], found: Mapping[str, Size]) -> list[tuple[str, str]]:
+    """(What is wrong, with which tensor), for each that is not as expected."""
+    misfits = [("missing", n) for n in expected if n not in found and _COUNTER not in n]
+    for name, shape in found.items():
+        if name not in expected and _TRUNK.match(name):
+            misfits.append(("too many", name))
+        elif name in expected and shape != expected[name]:
+            text = f"{name}: {list(shape)}, not {list(expected[name])}"
+            misfits.append(("of another shape", text))
+    return misfits
+
+
+def _match_order(tensors: Mapping[str, Tensor], place: str) -> dict[str, _Match]:
+    """All networks whose tensors follow one another, by the name of the first tensor."""
+    everything = _ordered(tensors)
+    names = [n for n in everything if tensors[n].ndim and tensors[n].is_floating_point()]
+    counters = {a: b for a, b in itertools.pairwise(everything) if not tensors[b].ndim}
+    shapes = [tensors[name].shape for name in names]
+    found: dict[str, _Match] = {}
+    nearest, told = 5, ""  # so many, the stem's, are no sign of a ResNet yet
+    for start, candidate, order in _attempts(shapes):
+        pairs = zip((candidate.shapes[ours] for ours in order), shapes[start:], strict=False)
+        fitting = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        end, first = start + fitting, names[start]
+        if fitting == len(order) and shapes[end : end + 1] != [candidate.further]:
+            taken = dict(zip(order, names[start:end], strict=True))
+            for ours, name in list(taken.items()):
+                if ours.endswith("running_var") and name in counters:
+                    taken[ours.replace("running_var", _COUNTER)] = counters[name]
+            how = f"by position and shape from {first!r} on"
+            found[first] = _Match(candidate, taken, how)
+        elif fitting > nearest:
+            nearest = fitting
+            told = (
+                f": nearest is {_describe(candidate.config)}: {fitting} tensors from {first!r} on "
+                f"fit, not {repr(names[end]) if end < len(names) else 'the end of the file'}"
+            )
+    if not found:
+        depths = ", ".join(str(depth) for depth in _options("depth"))
+        raise InputError(
+            f"{place}: no ResNet found (of depth {depths}), neither by names such as "
+            f"layer1.0.conv1.weight nor by the order of shapes{told}"
+        )
+    return found
+
+
+def _attempts(shapes: Sequence[Size]) -> Iterator[tuple[int, _Candidate, list[str]]]:
+    """(Where it would start, network, one order of its tensors) for all that may be there."""
+    for start, shape in enumerate(shapes):
+        if len(shape) == 4 and shape[1] == 3:
+            for candidate in _candidates(shape[0]):
+                for order in candidate.orders:
+                    yield start, candidate, order
+
+
+def _ordered(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names in the file's order, but for what sorting them as text has mixed up."""
+    names = list(tensors)
+    if names == sorted(names):  # block 10 stands before block 2
+        parts = {name: re.split(r"(\d{1,9})", name) for name in names}  # every other one a number
+        names.sort(key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(parts[name])])
+    ordered: list[str] = []
+    for _, group in itertools.groupby(names, lambda name: name.rpartition(".")[0]):
+        module = list(group)
+        roles = [_ROLES.get(name.rpartition(".")[2]) for name in module]
+        if None not in roles:  # a norm's bias stands before its weight
+            module.sort(key=lambda name: _ROLES[name.rpartition(".")[2]])
+        ordered += module
+    return ordered
+
+
+@functools.cache
+def _candidates(channels: int) -> list[_Candidate]:
+    """All networks whose stem has so many channels; none beyond the widths of a recipe."""
+    if not 1 <= channels <= 64 * 64:
+        return []
+    found = []
+    for depth, stem in itertools.product(_options("depth"), _options("stem")):
+        for projection in (False, True) if depth < 50 else (False,):
+            config = ResNetConfig(depth, channels / 64, stem, projection)
+            with torch.device("meta"):
+                net = ResNet(config, views=1)
+            shapes = {name: value.shape for name, value in net.state_dict().items()}
+            last = [name for name in shapes if _COUNTER not in name]
+            blocks = itertools.groupby(last, lambda name: name.split(".")[:2])
+            first = [n for _, b in blocks for n in sorted(b, key=lambda n: "downsample" not in n)]
+            inner = shapes["layer4.0.conv1.weight"]
+            further = Size((inner[0], net.feature_dim, *inner[2:]))
+            found.append(_Candidate(config, shapes, (last, first), further))
+    return found
+
+
+def _options(field: str) -> tuple[Any, ...]:
+    """The values that a field of ResNetConfig can have."""
+    return get_args(get_type_hints(ResNetConfig)[field])
+
+
+def _state(tensors: Mapping[str, Tensor], found: _Match, place: str) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    for ours in found.candidate.shapes:
+        if _COUNTER in ours:  # old checkpoints have none; it has no effect with a fixed momentum
+            count = tensors.get(found.names.get(ours, ""), torch.tensor(0))
+            state[ours] = count.to(torch.int64).reshape(())
+            continue
+        name = found.names[ours]
+        value = tensors[name]
+        if not value.is_floating_point():
+            raise InputError(f"{place}: {name} is {value.dtype}: only floating point can be read")
+        state[ours] = value.to(torch.float32)
+        if not state[ours].isfinite().all():
+            raise InputError(f"{place}: {name} has values that are not finite in float32")
+        if ours.endswith("running_var") and (value < 0).any():
+            raise InputError(
+                f"{place}: {name}, in the place of {ours}, has negative values: it is no variance, "
+                "so the tensors of norms are in another order than weight, bias, mean, variance"
+            )
+    return state
+
+
+def _report(tensors: Mapping[str, Tensor], found: _Match) -> str:
+    taken = set(found.names.values())
+    left = [name for name in tensors if name not in taken]
+    text = f"{_describe(found.candidate.config)}, matched {found.how}: {len(taken)} tensors"
+    return f"{text}; left out {len(left)} ({_some(left)})" if left else text
+
+
+def _describe(config: ResNetConfig) -> str:
+    width = f" x{config.width:g}" if config.width != 1 else ""
+    stem = f", {config.stem} stem" if config.stem != ResNetConfig.stem else ""
+    shortcut = ", projection shortcut" * config.projection_shortcut
+    return f"ResNet-{config.depth}{width}{stem}{shortcut}"
+
+
+def _some(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:3]) + ", ..." * (len(texts) > 3)

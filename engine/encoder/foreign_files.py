@@ -1,0 +1,108 @@
+"""Tensors from checkpoint files that others made: torch.save's and safetensors. Nothing is run."""
+
+import argparse
+import io
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pickle import UnpicklingError
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from shards.errors import InputError
+from shards.storage import files
+
+# Keys of a checkpoint below which no network stands.
+_NO_NETWORK = re.compile(
+    r"optimi[sz]er|^optim$|scheduler|scaler|hyper_?parameters|^(amp|callbacks|loops)$", re.I
+)
+
+
+def read_tensors(url: str) -> dict[str, Tensor]:
+    """Every tensor in a file of safetensors or torch.save, by its dotted name in dicts and lists.
+
+    In file order; those of safetensors, which keeps none, sorted by name. States of optimisers and
+    the like are left out. Nothing in the file is run. Raises InputError for a file that is missing,
+    damaged, without tensors, or holds other objects, and OSError when storage fails.
+    """
+    place = files.redact(url)
+    try:
+        content = files.read(url)
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"{place}: no such file") from None
+    if not content:
+        raise InputError(f"{place}: is empty")
+    if place.endswith(".safetensors") or content[8:9] == b"{":  # after the header's length
+        try:
+            found = sorted(safetensors.torch.load(content).items())
+        except Exception as error:  # as below
+            reason = " ".join(str(error).split())
+            raise InputError(f"{place}: is no whole safetensors file: {reason}") from None
+    else:
+        try:
+            found = list(_flatten(_unpickle(content, place)))
+        except RecursionError:
+            raise InputError(f"{place}: is nested too deeply for a checkpoint") from None
+    for name, tensor in found:
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
+            raise InputError(f"{place}: {name} is sparse, nested or without values: save it dense")
+    if not found:
+        raise InputError(f"{place}: holds no tensors of a network: give a state dict")
+    return dict(found)
+
+
+def _unpickle(content: bytes, place: str) -> object:
+    archive = content.startswith(b"PK")
+    if not archive and not content.startswith(b"\x80"):  # no zip file, no pickle
+        raise InputError(
+            f"{place}: is no file of torch.save or safetensors: it begins with {content[:24]!r}"
+        )
+    if archive and b"/constants.pkl" in content:
+        raise InputError(
+            f"{place}: is a TorchScript archive: save its state dict alone, by "
+            "torch.save(torch.jit.load(...).state_dict(), ...)"
+        )
+    try:
+        if archive and zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch does not look
+            raise ValueError
+        with (
+            warnings.catch_warnings(action="ignore"),
+            torch.serialization.safe_globals([argparse.Namespace]),
+        ):
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        other = re.search(r"GLOBAL (\S+)", str(error))
+        if isinstance(error, UnpicklingError) and other:
+            raise InputError(
+                f"{place}: holds {other[1]}, which is not loaded for it could run code: where the "
+                'file was made, save the state dict alone: torch.save(torch.load(...)["state_dict"]'
+                ", ...)"
+            ) from None
+        raise InputError(
+            f"{place}: is no whole file of torch.save: cut off, damaged or something else"
+        ) from None
+
+
+def _flatten(root: object) -> Iterator[tuple[str, Tensor]]:
+    seen: set[int] = set()  # a container may hold itself, or be held a million times
+
+    def walk(value: object, path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+        items: Iterable[tuple[Any, object]] = ()
+        if isinstance(value, Mapping) and "param_groups" not in value:  # those are an optimiser's
+            items = value.items()
+        elif isinstance(value, list | tuple):
+            items = enumerate(value)
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        for key, below in items:
+            if isinstance(below, Tensor):
+                yield ".".join((*path, str(key))), below.detach()
+            elif not _NO_NETWORK.search(str(key)):
+                yield from walk(below, (*path, str(key)))
+
+    return walk(root, ())

@@ -1,0 +1,251 @@
+"""An encoder to measure or to export: from a run, one of its checkpoints, or a file others made."""
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast, get_args, get_type_hints
+
+from torch import Generator, Tensor, nn
+
+from engine.encoder import foreign
+from engine.encoder.foreign_files import read_tensors
+from engine.method.precision import Precision
+from engine.method.resnet import ResNet, ResNetConfig, initialise
+from engine.processes.world import World
+from engine.state import checkpoint, layout
+from engine.state.checkpoint import Commit
+from shards.errors import InputError
+from shards.storage import files, names
+
+TRIES = 3  # a live run may remove the checkpoint that is being read
+
+_ENCODER = "model.encoder."
+_PLACES = ("data.train", "data.val")
+_BOUNDS: tuple[tuple[str, Any, float, float], ...] = (  # of fields that are read from files
+    *((_ENCODER + name, hint, 1 / 64, 64) for name, hint in get_type_hints(ResNetConfig).items()),
+    ("views.size", int, 8, 2**14),
+    ("precision", Precision, 0, 0),
+    ("seed", int, 0, 2**62),
+    ("probe.crop", float, 1e-3, 1),
+)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Which network is taken from the checkpoint, and what it is given."""
+
+    checkpoint: str = "latest"
+    """Of a run: its newest checkpoint, or the number of a step."""
+    network: Literal["online", "target", "untrained", "pixels"] = "online"
+    """online or target; to compare with, the run's untrained encoder, or the pixels themselves."""
+    prefix: str | None = None
+    """Of the encoder's names in a file that others made; found by itself unless there are more."""
+    size: int | None = None
+    """Side of the network's input in pixels. None: the run's, 224 for others' checkpoints."""
+    crop: float | None = None
+    """Side of the central crop, as a fraction of the image's shorter side. None: the run's, 0.875
+    for others' checkpoints."""
+    precision: Precision | None = None
+    """Of the forward passes. None: the run's, fp32 for others' checkpoints."""
+
+    def check(self) -> None:
+        """Raises InputError."""
+        for name, low, high, value in (
+            ("size", 8, 2**14, self.size),
+            ("crop", 1e-3, 1, self.crop),
+        ):
+            if value is not None and not low <= value <= high:
+                raise InputError(f"--{name} must be from {low:g} to {high:g}, not {value}")
+        if self.checkpoint != "latest" and not re.fullmatch("[0-9]{1,8}", self.checkpoint):
+            raise InputError(
+                f"--checkpoint must be latest or the number of a step, not {self.checkpoint!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Source:
+    """What an encoder comes from, and how it wants its images."""
+
+    url: str  # of the checkpoint
+    run: str  # the run's directory, empty for a file that others made
+    step: int | None
+    network: str
+    digest: str  # of the weights, 16 hex digits
+    data_digest: str  # of the run's training set; empty for a file that others made
+    config: ResNetConfig
+    size: int
+    crop: float
+    precision: Precision
+    fields: dict[str, Any]  # the run's recipe, dotted names; empty for a file that others made
+    report: str  # what was taken
+
+    def data_url(self, name: Literal["data.train", "data.val"]) -> str:
+        """Where the run's data set is, empty when it has none.
+
+        Raises InputError when it is no place that a file may lead to.
+        """
+        if not self.run:
+            return ""
+        place = files.redact(files.join(self.run, layout.RECIPE))
+        return names.check_url(self.fields.get(name, ""), name, place)
+
+
+class Pixels(nn.Module):
+    """In an encoder's place: [N, 3, S, S] -> [N, 3 * S * S]."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.feature_dim = 3 * size * size
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+Network = ResNet | Pixels
+
+
+def open_encoder(
+    url: str, config: EncoderConfig, world: World, report: Callable[[str], None]
+) -> tuple[Source, Network]:
+    """The network in evaluation mode, on the CPU in float32, and what it is.
+
+    All processes call it together. Raises InputError when there is no sound checkpoint.
+    """
+    config.check()
+    files.check(url, "CHECKPOINT")
+    kind = world.on_main(lambda: _kind(url))
+    if kind == "file":
+        return _foreign(url, config)
+    if config.prefix is not None:
+        raise InputError(f"--prefix is for files that others made: {files.redact(url)} is a run")
+    for attempt in range(1, TRIES + 1):
+        there = world.on_main(partial(checkpoint.steps, url))
+        try:
+            return _own(_find(url, config, world, report), config, world)
+        except (InputError, OSError):
+            changed = world.on_main(partial(checkpoint.steps, url)) != there
+            if not changed or attempt == TRIES or config.checkpoint != "latest":
+                raise
+            report(f"{files.redact(url)}: the run went on meanwhile; taking a newer checkpoint")
+    raise AssertionError("unreachable")
+
+
+def _kind(url: str) -> Literal["folder", "file"]:
+    if files.list_names(url):
+        return "folder"
+    if not files.exists(url):
+        raise InputError(
+            f"CHECKPOINT {files.redact(url)}: nothing there; give the URL of a run, of one of "
+            "its checkpoints, or of a checkpoint file"
+        )
+    return "file"
+
+
+def _find(url: str, config: EncoderConfig, world: World, report: Callable[[str], None]) -> Commit:
+    if config.checkpoint == "latest":
+        return checkpoint.find(url, world, report, "CHECKPOINT")
+    return checkpoint.verify(world.on_main(partial(_step_url, url, int(config.checkpoint))), world)
+
+
+def _step_url(run: str, step: int) -> str:
+    wanted, there = checkpoint.step_url(run, step), checkpoint.steps(run)
+    if wanted not in there:
+        known = ", ".join(str(int(url[-8:])) for url in there) or "none"
+        raise InputError(
+            f"CHECKPOINT {files.redact(run)}: no run with a checkpoint of step {step}; there "
+            f"are: {known}"
+        )
+    return wanted
+
+
+def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, Network]:
+    place = files.redact(commit.url)
+    above, _, _ = commit.url.rstrip("/").rpartition("/")
+    home, _, folder = above.rpartition("/")
+    home = (home or ".") if folder == layout.CHECKPOINTS else ""
+    fields = layout.read_recipe(home) if home else {}
+    # The commit decides the method, recipe.json alone where the data is.
+    fields |= {name: value for name, value in commit.method.items() if name not in _PLACES}
+    try:
+        resnet = ResNetConfig(
+            **{
+                name.removeprefix(_ENCODER): value
+                for name, value in fields.items()
+                if name.startswith(_ENCODER)
+            }
+        )
+        size, precision, seed = fields["views.size"], fields["precision"], fields["seed"]
+    except (KeyError, TypeError):
+        raise InputError(f"{place}: its recipe lacks fields that this version knows") from None
+    for name, hint, low, high in _BOUNDS:
+        if name in fields and not _is_sound(fields[name], hint, low, high):
+            shown = ascii(fields[name])[:80]
+            raise InputError(f"{place}: its recipe is damaged, {name} is {shown}")
+    size = config.size or size
+    network: Network = ResNet(resnet, views=1)
+    if config.network == "pixels":
+        network = Pixels(size)
+    elif config.network == "untrained":
+        initialise(network, Generator().manual_seed(2 * seed))  # as byol.build
+    else:
+        own = {f"encoder.{name}": value for name, value in network.state_dict().items()}
+        checkpoint.load(commit, {config.network: own}, world)
+    sums = sorted((name, *entry) for name, entry in commit.files.items())
+    return Source(
+        url=commit.url,
+        run=home,
+        step=commit.step,
+        network=config.network,
+        digest=_digest(sums),
+        data_digest=commit.index_digest,
+        config=resnet,
+        size=size,
+        crop=config.crop or fields.get("probe.crop", 0.875),
+        precision=config.precision or precision,
+        fields={k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()},
+        report=f"{config.network} network of {place}",
+    ), network
+
+
+def _is_sound(value: object, hint: Any, low: float, high: float) -> bool:
+    """Whether a value that JSON gave is one that a recipe's field can have."""
+    if choices := get_args(hint):
+        return any(type(value) is type(choice) and value == choice for choice in choices)
+    if hint is bool:
+        return type(value) is bool
+    numbers: tuple[type, ...] = (int,) if hint is int else (int, float)
+    return type(value) in numbers and low <= cast(float, value) <= high
+
+
+def _foreign(url: str, config: EncoderConfig) -> tuple[Source, Network]:
+    place = files.redact(url)
+    if config.checkpoint != "latest":
+        raise InputError(f"--checkpoint {config.checkpoint} is for runs: {place} is a file")
+    if config.network in ("untrained", "pixels"):
+        raise InputError(f"--network {config.network} is for runs: {place} is a file")
+    tensors = read_tensors(url)
+    side: Literal["online", "target"] = "target" if config.network == "target" else "online"
+    found = foreign.match(tensors, side, place, config.prefix)
+    network = ResNet(found.config, views=1)
+    network.load_state_dict(found.state)
+    sums = [(name, value.double().sum().item()) for name, value in found.state.items()]
+    return Source(
+        url=url,
+        run="",
+        step=None,
+        network=config.network,
+        digest=_digest(sums),
+        data_digest="",
+        config=found.config,
+        size=config.size or 224,
+        crop=config.crop or 0.875,
+        precision=config.precision or "fp32",
+        fields={},
+        report=f"{place}: {found.report}",
+    ), network
+
+
+def _digest(facts: object) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]

@@ -1,0 +1,87 @@
+"""The encoder's network from torchvision's parts: what its users have, who need nothing else."""
+
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from engine.method.resnet import ResNetConfig
+
+_BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
+    10: (BasicBlock, [1, 1, 1, 1]),
+    18: (BasicBlock, [2, 2, 2, 2]),
+    34: (BasicBlock, [3, 4, 6, 3]),
+    50: (Bottleneck, [3, 4, 6, 3]),
+    101: (Bottleneck, [3, 4, 23, 3]),
+    152: (Bottleneck, [3, 8, 36, 3]),
+    200: (Bottleneck, [3, 24, 36, 3]),
+}
+_CHANNELS = (64, 128, 256, 512)
+NAMED = (18, 34, 50, 101, 152)
+"""Depths that torchvision has a function for."""
+
+
+def stock_resnet(config: ResNetConfig) -> torchvision.models.ResNet:
+    """torchvision's class without a classifier: [N, 3, H, W] -> features [N, feature_dim].
+
+    Keys and shapes of its `state_dict` are those of `ResNet(config)`. Weights are torch's, drawn
+    from the global generator.
+    """
+    block, blocks = _BLOCKS[config.depth]
+    channels = _channels(config)
+    c1 = channels[0]
+    model = torchvision.models.ResNet(block, blocks)
+    if config.stem == "cifar":
+        model.conv1 = nn.Conv2d(3, c1, 3, padding=1, bias=False)
+        model.maxpool = nn.Identity()
+    else:
+        model.conv1 = nn.Conv2d(3, c1, 7, stride=2, padding=3, bias=False)
+    model.bn1 = nn.BatchNorm2d(c1)
+    model.inplanes = c1  # the channels that the next layer takes; each call below sets them anew
+    model.layer1 = model._make_layer(block, channels[0], blocks[0])
+    model.layer2 = model._make_layer(block, channels[1], blocks[1], stride=2)
+    model.layer3 = model._make_layer(block, channels[2], blocks[2], stride=2)
+    model.layer4 = model._make_layer(block, channels[3], blocks[3], stride=2)
+    if config.projection_shortcut and block is BasicBlock:  # bottlenecks have it as they are
+        model.layer1[0].downsample = nn.Sequential(
+            nn.Conv2d(c1, c1, 1, bias=False), nn.BatchNorm2d(c1)
+        )
+    model.fc = nn.Identity()
+    return model
+
+
+def recipe_lines(config: ResNetConfig) -> list[str]:
+    """Lines of Python that build `stock_resnet(config)` as `model`, in torch and torchvision."""
+    block, blocks = _BLOCKS[config.depth]
+    channels = _channels(config)
+    c1, name = channels[0], block.__name__
+    named, resized = config.depth in NAMED, channels != _CHANNELS
+
+    lines = ["import torch", "import torchvision"]
+    if resized or not named:
+        lines.append(f"from torchvision.models.resnet import {name}")
+    lines.append("")
+    made = f"resnet{config.depth}()" if named else f"ResNet({name}, {blocks})"
+    lines.append(f"model = torchvision.models.{made}")
+    if config.stem == "cifar":
+        lines.append(f"model.conv1 = torch.nn.Conv2d(3, {c1}, 3, padding=1, bias=False)")
+        lines.append("model.maxpool = torch.nn.Identity()")
+    elif resized:
+        lines.append(f"model.conv1 = torch.nn.Conv2d(3, {c1}, 7, stride=2, padding=3, bias=False)")
+    if resized:
+        lines.append(f"model.bn1 = torch.nn.BatchNorm2d({c1})")
+        lines.append(f"model.inplanes = {c1}")
+        for i, (planes, count) in enumerate(zip(channels, blocks, strict=True), start=1):
+            stride = ", stride=2" if i > 1 else ""
+            lines.append(f"model.layer{i} = model._make_layer({name}, {planes}, {count}{stride})")
+    if config.projection_shortcut and block is BasicBlock:
+        lines += [
+            "model.layer1[0].downsample = torch.nn.Sequential(",
+            f"    torch.nn.Conv2d({c1}, {c1}, 1, bias=False), torch.nn.BatchNorm2d({c1})",
+            ")",
+        ]
+    lines.append("model.fc = torch.nn.Identity()")
+    return lines
+
+
+def _channels(config: ResNetConfig) -> tuple[int, ...]:
+    return tuple(int(channels * config.width) for channels in _CHANNELS)

@@ -1,0 +1,243 @@
+"""Fine-tuning: encoder and classifier learn together, from all labels or from a few.
+
+Every learning rate and length is tried in turn, each from the checkpoint; the one that does best on
+held-out training images is chosen, and its figure on data.val is the result.
+
+Source: BYOL (arXiv 2006.07733), section 4.2 and appendix C.2.
+"""
+
+from collections.abc import Generator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice, product
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import save as save_tensors
+from torch import Generator as RandomNumbers
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from engine.evaluation.features import Accuracy, accuracy, forward
+from engine.evaluation.session import Evaluation, Result, Row, chosen_columns
+from engine.evaluation.supervised import (
+    Examples,
+    Held,
+    SupervisedConfig,
+    check_held_out,
+    check_labels,
+    check_some,
+    crops,
+    hold_out,
+    momenta,
+    sum_gradients,
+    total_steps,
+    train,
+)
+from engine.method.norm import RunningStatistics, synchronise
+from engine.method.precision import parameter_dtype
+from engine.method.resnet import ResNet, initialise
+from engine.method.schedule import learning_rate
+from shards.errors import InputError
+from shards.index import Index
+from shards.storage import files
+
+MODEL = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(SupervisedConfig):
+    """The defaults are the paper's, for few labels."""
+
+    epochs: tuple[float, ...] = (30, 50)
+    """Passes over the images with labels; each number is tried."""
+    lr: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.005)
+    """Learning rates at batch size 256; each is tried. They go in proportion to the batch, and
+    along a cosine to 0."""
+
+    def check(self) -> None:
+        """Raises InputError."""
+        super().check()
+        check_some("epochs", self.epochs, 1e-9, 1e9)
+        check_some("lr", self.lr, 1e-12, 1e9)
+
+
+class Labels(NamedTuple):
+    """What is learned from, and what the choice is made on."""
+
+    source: Index  # of the images to learn from, but those that `held` says
+    held: Held
+    chosen_in: Index
+    chosen_on: NDArray[np.int64]  # ids there, rising
+
+
+def all_labels(evaluation: Evaluation, config: FinetuneConfig) -> Labels:
+    """Those of the whole training set but what is held out."""
+    index = evaluation.train
+    held, ids = hold_out(index.samples, config.holdout, config.seed), np.arange(index.samples)
+    return Labels(index, held, index, ids[held(ids)])
+
+
+def evaluate(evaluation: Evaluation, config: FinetuneConfig, labels: Labels) -> Result | None:
+    """Train with each choice, measure the best one; None when a signal stopped it."""
+    training = Finetuning(evaluation, config, labels)
+    check_labels(evaluation, *labels)
+    if not train(training, training.batches, evaluation, config.save_every):
+        return None
+    if training.scores.max() < 0:
+        raise InputError("training diverged with every --lr: give lower ones")
+    training.take(training.best)
+    found = training.measure(evaluation.val)
+    if evaluation.world.main:
+        tensors = save_tensors(training.model.tensors())
+        files.write(files.join(evaluation.url, MODEL), tensors)
+    table: list[Row] = []
+    scores = training.scores.tolist()
+    for (lr, epochs), score in zip(training.choices, scores, strict=True):
+        shown = score if score >= 0 else "diverged"
+        row: Row = {"lr": f"{lr:g}", "epochs": f"{epochs:g}", "held-out top-1": shown}
+        table.append(row | chosen_columns(found, len(table) == scores.index(max(scores))))
+    metrics = {evaluation.name("top1"): found.top1, evaluation.name("top5"): found.top5}
+    return Result(metrics, table)
+
+
+class Classifier(nn.Module):
+    """Encoder and linear classifier: [B, 3, S, S] -> [B, C]. Its keys are torchvision's."""
+
+    def __init__(self, encoder: ResNet, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.fc = nn.Linear(encoder.feature_dim, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.encoder(images))
+        return logits
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By torchvision's names, on the CPU."""
+        named = {**self.encoder.state_dict(), **self.fc.state_dict(prefix="fc.")}
+        return {name: value.detach().cpu().contiguous() for name, value in named.items()}
+
+
+class Finetuning:
+    """One training after the other, each from the checkpoint; `step` counts through all of them."""
+
+    def __init__(self, evaluation: Evaluation, config: FinetuneConfig, labels: Labels) -> None:
+        """Raises InputError when the checkpoint or the number of images does not allow it."""
+        network, source = evaluation.network, evaluation.source
+        if not isinstance(network, ResNet):
+            raise InputError("--network pixels has nothing to fine-tune: measure it by linear")
+        if source.precision == "fp16":
+            raise InputError("fine-tuning in fp16 is not supported: give --precision bf16 or fp32")
+        check_held_out(len(labels.chosen_on))
+        self.evaluation, self.config, self.labels = evaluation, config, labels
+        self.world = evaluation.world
+        self.choices = list(product(config.lr, config.epochs))
+        self._steps = [total_steps(labels.source, e, config.batch) for _, e in self.choices]
+        self.step, self.total_steps = 0, sum(self._steps)
+        self.model = Classifier(network, evaluation.classes)
+        initialise(self.model.fc, RandomNumbers().manual_seed(config.seed))
+        self.model.to(self.world.device, parameter_dtype(source.precision))
+        if self.world.size > 1:
+            synchronise(self.model, cast(ProcessGroup, dist.group.WORLD))
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=0.0, momentum=config.momentum, nesterov=True
+        )
+        self._statistics = RunningStatistics([self.model])
+        self._first = self._copy()
+        self.best = self._copy()
+        self.scores = torch.full((len(self.choices),), -1.0, dtype=torch.float64)
+
+    def train_step(self, batch: Examples) -> Tensor:
+        """One update from images [B, 3, S, S]; at the end of a training it is measured.
+
+        Returns this process's share of the loss [1], the mean over all rows that have a label.
+        """
+        choice, step = self._place(self.step)
+        if step == 0:
+            self._start()
+        peak = self.choices[choice][0] * self.config.batch / 256
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, peak, 0, self._steps[choice])
+        self.model.train()
+        known = self.world.all_reduce(torch.tensor(batch.known)).item()
+        logits = self._logits(batch.inputs)
+        losses = F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
+        loss = losses / max(1, known)
+        loss.backward()
+        sum_gradients(self.model, self.world)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._statistics.note()
+        self._statistics.apply()
+        self.step += 1
+        if step + 1 == self._steps[choice]:
+            self._finish(choice)
+        return loss.detach()[None]
+
+    def batches(self, start: int) -> Generator[Examples, None, None]:
+        """Those of each training from its own beginning on."""
+        config, index = self.config, self.labels.source
+        source = crops(self.evaluation, index, config.batch, config.seed, self.labels.held)
+        first, place = self._place(start)
+        for choice in range(first, len(self.choices)):
+            with closing(source(place)) as rows:
+                yield from islice(rows, self._steps[choice] - place)
+            place = 0
+
+    def measure(
+        self, index: Index, ids: NDArray[np.int64] | None = None, field: str = "data.val"
+    ) -> Accuracy:
+        """The model's accuracy on central crops."""
+        self.model.eval()
+        with torch.no_grad():
+            found = self.evaluation.features(index, self._logits, ids=ids)
+        return accuracy(found.features, found.labels, self.world, field)
+
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """Give the model parameters and running statistics."""
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                value.copy_(tensors[name])
+
+    def state(self) -> dict[str, Any]:
+        """The tensors to save and, in place, to load."""
+        return {
+            "model": self.model.state_dict(),
+            "momentum": momenta(self.optimizer),
+            "best": self.best,
+            "scores": self.scores,
+        }
+
+    def _logits(self, images: Tensor) -> Tensor:
+        precision = self.evaluation.source.precision
+        return forward(self.model, images, precision, self.world.device)
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """Which training a step belongs to, and its number there."""
+        choice = 0
+        while choice + 1 < len(self._steps) and step >= self._steps[choice]:
+            step -= self._steps[choice]
+            choice += 1
+        return choice, step
+
+    def _start(self) -> None:
+        self.take(self._first)
+        for buffer in momenta(self.optimizer).values():
+            buffer.zero_()
+
+    def _finish(self, choice: int) -> None:
+        if not all(value.isfinite().all() for value in self.model.parameters()):
+            return  # it has diverged, and cannot be chosen
+        score = self.measure(self.labels.chosen_in, self.labels.chosen_on, "data.train").top1
+        if score > self.scores.max():
+            for name, value in self.model.state_dict().items():
+                self.best[name].copy_(value)
+        self.scores[choice] = score
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}

@@ -1,0 +1,174 @@
+"""Exact nearest neighbours by cosine, and their vote; with the features spread over processes.
+
+Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination"
+(arXiv 1805.01978), section 3.4.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.evaluation.features import Features, accuracy
+from engine.evaluation.session import Evaluation, Result, Row
+from engine.evaluation.supervised import check_some
+from engine.processes.world import World
+from shards.errors import InputError
+
+QUERIES = 1024  # of all processes together that are looked up at a time
+KEYS = 1 << 15  # that a process compares them with at a time: 0.25 GB of cosines
+STEPS = 2**26  # from 0 to 1, of a direction's coordinates
+
+
+class Neighbours(NamedTuple):
+    """The k nearest images of each query, nearest first, and of equally near ones by sample id."""
+
+    similarity: Tensor  # [N, k] float64, cosine
+    labels: Tensor  # [N, k]
+    ids: Tensor  # [N, k] sample ids
+
+
+@torch.no_grad()
+def nearest(bank: Features, queries: Tensor, k: int, world: World) -> Neighbours:
+    """The k nearest (or all, where there are fewer) of all processes' `bank` to each query [N, F].
+
+    Each process looks up its own queries; all call this together. No process ever holds more of
+    the bank than its own part: queries travel to it, and what it found back. What is found does not
+    depend on how bank and queries are shared out, not even where images are equally near. Raises
+    InputError when the bank is empty or a feature is not finite.
+    """
+    finite = bool(bank.features.isfinite().all() & queries.isfinite().all())
+    if not all(world.all_gather_object(finite)):
+        raise InputError(
+            "features are not finite, so that nothing is near to anything: the encoder has "
+            "diverged; take an earlier checkpoint"
+        )
+    by_id = bank.ids.argsort()
+    keys = Features(*(part[by_id] for part in (_directions(bank.features), bank.labels, bank.ids)))
+    sizes = world.all_gather_object((len(bank.ids), len(queries)))
+    total = sum(held for held, _ in sizes)
+    if total == 0:
+        raise InputError("evaluation found no labelled image to look up: see data.train")
+    if sum(count for _, count in sizes) == 0:
+        raise InputError("evaluation found no image that can be decoded: see data.val")
+    k, rows = min(k, total), max(1, QUERIES // world.size)
+    found = []
+    for start in range(0, max(count for _, count in sizes), rows):
+        own = _directions(queries[start : start + rows])
+        padded = F.pad(own, (0, 0, 0, rows - len(own)))  # [rows, F]
+        candidates = _nearest_here(keys, world.all_gather(padded), k)  # [W * rows, k] each
+        answers = (world.all_to_all(part.unflatten(0, (world.size, rows))) for part in candidates)
+        merged = Neighbours(*(answer.transpose(0, 1).flatten(1) for answer in answers))
+        found.append(_best(merged, k, len(own)))  # of [rows, W * k]
+    return Neighbours(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _directions(features: Tensor) -> Tensor:
+    """Rows of length 1 [N, F], in steps of 2**-26: int32 from -STEPS to STEPS.
+
+    Products of steps are whole numbers, and any sum of them that a cosine is made of is at most
+    2**52: float64 holds each exactly. A matrix product then gives the same cosines in whatever
+    order and parts it adds, and equal images are equally near. The rounding moves a cosine by some
+    1e-8, less than float32 does.
+    """
+    parts = [
+        (F.normalize(part.double(), dim=1) * STEPS).round().int() for part in features.split(KEYS)
+    ]
+    return torch.cat(parts)
+
+
+def _nearest_here(keys: Features, queries: Tensor, k: int) -> Neighbours:
+    """Of this process's part of the bank, by id; what it lacks to k is infinitely far.
+
+    Features and queries are directions, in steps.
+    """
+    asked = queries.double() / STEPS**2  # a power of 2: nothing is rounded
+    shape = (len(queries), k)
+    best = Neighbours(
+        asked.new_full(shape, -torch.inf),
+        keys.labels.new_zeros(shape),
+        keys.ids.new_full(shape, -1),
+    )
+    for features, labels, ids in zip(*(part.split(KEYS) for part in keys), strict=True):
+        similarity = asked @ features.double().T  # [N, n]
+        columns = _columns_of_largest(similarity, min(k, len(ids)))
+        near = similarity.gather(1, columns), labels[columns], ids[columns]
+        both = zip(best, near, strict=True)
+        best = _best(Neighbours(*(torch.cat(pair, dim=1) for pair in both)), k, len(queries))
+    return best
+
+
+def _columns_of_largest(values: Tensor, k: int) -> Tensor:
+    """Columns [N, k] of the k largest values [N, n] of each row, in any order; of equal ones the
+    first, where torch.topk takes any."""
+    largest = values.topk(min(k + 1, values.shape[1]), dim=1)
+    columns = largest.indices[:, :k].clone()
+    least = largest.values[:, k - 1 : k]  # [N, 1]
+    tied = (largest.values[:, k:] == least).any(1)  # [N], with one that is left out
+    if tied.any():
+        some, bound = values[tied], least[tied]
+        above, equal = some > bound, some == bound
+        missing = k - above.sum(1, keepdim=True)
+        columns[tied] = (above | (equal & (equal.cumsum(1) <= missing))).nonzero()[:, 1].view(-1, k)
+    return columns
+
+
+def _best(candidates: Neighbours, k: int, rows: int) -> Neighbours:
+    """The k nearest of each of the first `rows` queries, as `Neighbours` are ordered."""
+    similarity, _, ids = (part[:rows] for part in candidates)
+    by_id = ids.argsort(dim=1)
+    nearest_first = similarity.gather(1, by_id).argsort(dim=1, descending=True, stable=True)
+    order = by_id.gather(1, nearest_first[:, :k])
+    return Neighbours(*(part[:rows].gather(1, order) for part in candidates))
+
+
+def vote(neighbours: Neighbours, k: int, temperature: float, classes: int) -> Tensor:
+    """Scores [N, classes] float64: the logarithm of the sum of exp(cosine / temperature) over the
+    first k neighbours of a class, up to a constant of each query.
+
+    -inf for a class that none of them has, and for no other, however low the temperature.
+    """
+    similarity, labels = neighbours.similarity[:, :k].double(), neighbours.labels[:, :k]
+    exponents = (similarity - similarity[:, :1]) / temperature  # at most 0
+    nearest_of_class = exponents.new_full((len(labels), classes), -torch.inf)
+    nearest_of_class.scatter_reduce_(1, labels, exponents, "amax")
+    weights = (exponents - nearest_of_class.gather(1, labels)).exp()  # from 0 to 1
+    sums = torch.zeros_like(nearest_of_class).scatter_add_(1, labels, weights)  # 0, or at least 1
+    return nearest_of_class + sums.log()
+
+
+@dataclass(frozen=True)
+class KNNConfig:
+    """All combinations are measured with one extraction and one search."""
+
+    k: tuple[int, ...] = (20, 200)
+    """How many neighbours vote."""
+    temperature: tuple[float, ...] = (0.07,)
+    """Of their weights exp(cosine / temperature)."""
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result."""
+        return asdict(self)
+
+    def check(self) -> None:
+        """Raises InputError."""
+        check_some("k", self.k, 1, 2**31)
+        check_some("temperature", self.temperature, 1e-3, 1e3)
+
+
+def evaluate(evaluation: Evaluation, config: KNNConfig) -> Result:
+    """Of data.val, with data.train to look for neighbours in; exact, whatever the processes."""
+    queries = evaluation.features(evaluation.val)
+    bank = evaluation.features(evaluation.train)
+    found = nearest(bank, queries.features, max(config.k), evaluation.world)
+    metrics, table = {}, list[Row]()
+    for k in config.k:
+        for temperature in config.temperature:
+            scores = vote(found, k, temperature, evaluation.classes)
+            here = accuracy(scores, queries.labels, evaluation.world, "data.val")
+            row: Row = {"k": k, "temperature": f"{temperature:g}"}
+            table.append(row | {"top-1": here.top1, "top-5": here.top5})
+            metrics[evaluation.name(f"k{k}_t{temperature:g}_top1")] = here.top1
+    return Result(metrics, table)

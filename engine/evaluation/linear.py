@@ -1,0 +1,214 @@
+"""Linear evaluation: what a linear classifier makes of the frozen encoder's features.
+
+Heads for all learning rates are trained side by side in one pass. The one that does best on images
+held out of the training set is chosen, and its figure on data.val is the result.
+
+Source: BYOL (arXiv 2006.07733), section 4.1 and appendix C.1.
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import save as save_tensors
+from torch import Generator as RandomNumbers
+from torch import Tensor, nn
+
+from engine.evaluation.features import Accuracy, Features, accuracy
+from engine.evaluation.session import Evaluation, Result, Row, chosen_columns
+from engine.evaluation.supervised import (
+    Batches,
+    Examples,
+    Held,
+    SupervisedConfig,
+    check_held_out,
+    check_labels,
+    check_ranges,
+    check_some,
+    crops,
+    hold_out,
+    momenta,
+    sum_gradients,
+    total_steps,
+    train,
+)
+from engine.method.precision import parameter_dtype
+from engine.method.resnet import initialise
+from engine.method.schedule import learning_rate, steps_of
+from engine.processes.world import World
+from shards.errors import InputError
+from shards.philox import Domain, permutation
+from shards.storage import files
+
+HEAD = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class LinearConfig(SupervisedConfig):
+    """The defaults are the paper's."""
+
+    epochs: float = 80
+    """Passes over data.train."""
+    lr: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1, 0.05)
+    """Learning rates at batch size 256, a head for each; they go in proportion to the batch, and
+    along a cosine to 0."""
+    fast: bool = False
+    """Take the features of central crops once and learn from those: no random crops, no flips."""
+
+    def check(self) -> None:
+        """Raises InputError."""
+        super().check()
+        check_ranges(("epochs", self.epochs, 1e-9, 1e9))
+        check_some("lr", self.lr, 1e-12, 1e9)
+
+
+def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
+    """Train the heads and measure them; None when a signal stopped it."""
+    index = evaluation.train
+    held = hold_out(index.samples, config.holdout, config.seed)
+    held_ids = np.flatnonzero(held(np.arange(index.samples)))
+    check_held_out(len(held_ids))
+    check_labels(evaluation, index, held, index, held_ids)
+    if config.fast:
+        bank = evaluation.features(index)
+        batches, steps = stored(bank, index.samples, config, held)
+    else:
+        steps = total_steps(index, config.epochs, config.batch)
+        batches = encoded(evaluation, crops(evaluation, index, config.batch, config.seed, held))
+    training = LinearTraining(
+        config, evaluation.network.feature_dim, evaluation.classes, steps, evaluation.world
+    )
+    training.heads.to(parameter_dtype(evaluation.source.precision))
+    if not train(training, batches, evaluation, config.save_every):
+        return None
+    if not any(head.weight.isfinite().all() for head in training.heads.each):
+        raise InputError("training diverged with every --lr: give lower ones")
+    aside = evaluation.features(index, ids=held_ids)
+    chosen_on = measure(training.heads, aside, evaluation, "data.train")
+    best = max(range(len(config.lr)), key=lambda number: chosen_on[number].top1)
+    queries = evaluation.features(evaluation.val)
+    found = measure(training.heads, queries, evaluation, "data.val")[best]
+    if evaluation.world.main:
+        head = training.heads.each[best]
+        tensors = {"fc.weight": head.weight.detach().cpu(), "fc.bias": head.bias.detach().cpu()}
+        files.write(files.join(evaluation.url, HEAD), save_tensors(tensors))
+    table: list[Row] = []
+    for number, (lr, there) in enumerate(zip(config.lr, chosen_on, strict=True)):
+        row: Row = {"lr": f"{lr:g}", "held-out top-1": there.top1}
+        table.append(row | chosen_columns(found, number == best))
+    kind = "fast_" if config.fast else ""
+    metrics = {
+        evaluation.name(f"{kind}top1"): found.top1,
+        evaluation.name(f"{kind}top5"): found.top5,
+    }
+    return Result(metrics, table)
+
+
+class Heads(nn.Module):
+    """H linear classifiers of the same features, which start alike: [B, F] -> [H, B, C]."""
+
+    def __init__(self, count: int, features: int, classes: int, seed: int) -> None:
+        super().__init__()
+        self.each = [nn.Linear(features, classes) for _ in range(count)]
+        self._registered = nn.ModuleList(self.each)
+        for head in self.each:
+            initialise(head, RandomNumbers().manual_seed(seed))  # as the official classifier
+
+    def forward(self, features: Tensor) -> Tensor:
+        weights, biases = zip(*((head.weight, head.bias) for head in self.each), strict=True)
+        logits = F.linear(features, torch.cat(weights), torch.cat(biases))  # [B, H * C]
+        stacked: Tensor = logits.unflatten(1, (len(self.each), -1)).transpose(0, 1)
+        return stacked
+
+
+class LinearTraining:
+    """Heads and their optimizer, with `step` updates done."""
+
+    def __init__(
+        self, config: LinearConfig, features: int, classes: int, total_steps: int, world: World
+    ) -> None:
+        self.config, self.world, self.total_steps, self.step = config, world, total_steps, 0
+        self.heads = Heads(len(config.lr), features, classes, config.seed).to(world.device)
+        groups = [{"params": list(head.parameters())} for head in self.heads.each]
+        self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=True)
+
+    def train_step(self, batch: Examples) -> Tensor:
+        """One update of every head from features [B, F].
+
+        Returns this process's share of their losses [H], means over all rows that have a label.
+        """
+        for group, lr in zip(self.optimizer.param_groups, self.config.lr, strict=True):
+            peak = lr * self.config.batch / 256
+            group["lr"] = learning_rate(self.step, peak, 0, self.total_steps)
+        known = self.world.all_reduce(torch.tensor(batch.known)).item()
+        losses = torch.stack(
+            [
+                F.cross_entropy(logits, batch.labels, ignore_index=-1, reduction="sum")
+                for logits in self.heads(batch.inputs)  # [B, C] each
+            ]
+        ) / max(1, known)
+        losses.sum().backward()
+        sum_gradients(self.heads, self.world)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return losses.detach()
+
+    def state(self) -> dict[str, Any]:
+        """The tensors to save and, in place, to load."""
+        return {"heads": self.heads.state_dict(), "momentum": momenta(self.optimizer)}
+
+
+def encoded(evaluation: Evaluation, batches: Batches) -> Batches:
+    """Batches of features, by the frozen encoder, in place of the images."""
+
+    def features(start: int) -> Generator[Examples, None, None]:
+        for batch in batches(start):
+            yield batch._replace(inputs=evaluation.encode(batch.inputs))
+
+    return features
+
+
+def stored(bank: Features, samples: int, config: LinearConfig, held: Held) -> tuple[Batches, int]:
+    """Batches from features that the processes hold, and how many steps they are.
+
+    An epoch is a random order of all sample ids but those held out; of each batch a process has
+    the rows whose features are its own, so that batches do not depend on who holds what.
+    """
+    ids = np.flatnonzero(~held(np.arange(samples)))
+    rows: NDArray[np.int64] = np.full(samples, -1)
+    rows[bank.ids.cpu().numpy()] = np.arange(len(bank.ids))
+    batch = min(config.batch, len(ids))
+    epoch_steps = len(ids) // batch
+    steps = steps_of(config.epochs, epoch_steps, 1)
+    if steps < 1:
+        raise InputError(f"--epochs {config.epochs:g} are less than one step of --batch {batch}")
+
+    def batches(start: int) -> Generator[Examples, None, None]:
+        for step in range(start, steps):
+            epoch, place = divmod(step, epoch_steps)
+            if place == 0 or step == start:
+                order = ids[permutation(config.seed, Domain.FEATURES, ids, epoch)]
+            own = rows[order[place * batch : (place + 1) * batch]]
+            which = torch.from_numpy(own[own >= 0]).to(bank.features.device)
+            yield Examples(bank.features[which], bank.labels[which], len(which))
+
+    return batches, steps
+
+
+@torch.no_grad()
+def measure(heads: Heads, found: Features, evaluation: Evaluation, field: str) -> list[Accuracy]:
+    """Each head's accuracy on features that the processes hold."""
+    return [
+        accuracy(
+            F.linear(found.features, head.weight, head.bias),
+            found.labels,
+            evaluation.world,
+            field,
+        )
+        for head in heads.each
+    ]

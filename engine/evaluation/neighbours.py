@@ -1,0 +1,185 @@
+"""Look at an encoder: images beside their nearest neighbours, and tensorboard's projector."""
+
+import io
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image as PillowImage
+from torch import Tensor
+
+from engine.evaluation.features import Features
+from engine.evaluation.knn import nearest
+from engine.evaluation.session import Evaluation
+from engine.evaluation.supervised import check_ranges
+from engine.state.layout import EVALUATIONS, TENSORBOARD
+from shards.center_crops import center_crops
+from shards.index import Index
+from shards.storage import files
+
+SHEET = "neighbours.png"
+SIDE = 96  # of an image on the sheet, in pixels
+BORDER = 4
+SPRITE = 8192  # tensorboard's largest sprite, in pixels
+RIGHT, WRONG, NEUTRAL = (46, 160, 67), (207, 34, 46), (140, 149, 159)
+
+
+@dataclass(frozen=True)
+class NeighboursConfig:
+    """What is drawn."""
+
+    queries: int = 16
+    """Images of data.val, one row each, evenly spread."""
+    neighbours: int = 8
+    """Nearest images of data.train beside each."""
+    bank: int = 50_000
+    """Training images to look among, about."""
+    points: int = 2000
+    """Images of data.val in the projector; 0 leaves it out."""
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result."""
+        return asdict(self)
+
+    def check(self) -> None:
+        """Raises InputError."""
+        check_ranges(
+            ("queries", self.queries, 1, 256),
+            ("neighbours", self.neighbours, 1, 64),
+            ("bank", self.bank, 1, 2**31),
+            ("points", self.points, 0, 100_000),
+        )
+
+
+def draw(evaluation: Evaluation, config: NeighboursConfig) -> None:
+    """Write RUN/evaluations/.../neighbours.png and RUN/tensorboard's projector files.
+
+    Borders tell whether a neighbour has the query's label: green or red, grey without labels. All
+    processes call it together.
+    """
+    val, world = evaluation.val, evaluation.world
+    ids = _spread(val.samples, max(config.queries, config.points))
+    found = _gathered(evaluation, evaluation.features(val, ids=ids, unlabelled=True))
+    bank = evaluation.features(evaluation.train, limit=config.bank, unlabelled=True)
+    some = _spread(len(found.ids), config.queries)
+    asked = Features(*(tensor[some] for tensor in found))
+    # Every process looks up the same queries: their neighbours are few.
+    near = nearest(bank, asked.features, config.neighbours, world)
+    if not world.main:
+        return
+    images = _images(evaluation, evaluation.train, near.ids.flatten().cpu().numpy())
+    queries = _images(evaluation, val, asked.ids.cpu().numpy())
+    rows = []
+    for i, query in enumerate(asked.ids.tolist()):
+        label = int(asked.labels[i])
+        row = [_framed(queries[query], NEUTRAL)]
+        for neighbour, there in zip(near.ids[i].tolist(), near.labels[i].tolist(), strict=True):
+            known = label >= 0 and there >= 0
+            colour = NEUTRAL if not known else RIGHT if there == label else WRONG
+            row.append(_framed(images[neighbour], colour))
+        rows.append(np.concatenate(row, axis=1))
+    sheet = np.concatenate(rows)
+    url = files.join(evaluation.url, SHEET)
+    files.write(url, _png(sheet))
+    events = evaluation.events()
+    events.picture("neighbours", sheet, evaluation.source.step or 0)
+    events.flush()
+    evaluation.console.print(f"sheet      {files.redact(url)}")
+    if config.points:
+        _write_projector(evaluation, Features(*(t[: config.points] for t in found)))
+
+
+def _spread(samples: int, count: int) -> NDArray[np.int64]:
+    """`count` of the numbers below `samples`, or all, evenly spread and rising."""
+    count = min(count, samples)
+    return np.arange(count) * samples // count
+
+
+def _gathered(evaluation: Evaluation, found: Features) -> Features:
+    """All processes' features, on each, by rising id."""
+    whole = Features(*(evaluation.world.all_gather(tensor) for tensor in found))
+    order = whole.ids.argsort()
+    return Features(*(tensor[order] for tensor in whole))
+
+
+def _images(
+    evaluation: Evaluation, index: Index, ids: NDArray[np.int64], side: int = SIDE
+) -> dict[int, NDArray[np.uint8]]:
+    """Central crops [side, side, 3] by sample id."""
+    crops = center_crops(
+        index,
+        size=side,
+        fraction=evaluation.source.crop,
+        threads=evaluation.threads,
+        corrupt=evaluation.corrupt,
+        report=evaluation.report,
+        ids=np.unique(ids),
+    )
+    return {
+        number: image.permute(1, 2, 0).numpy()
+        for batch in crops
+        for number, image in zip(batch.ids.tolist(), batch.images, strict=True)
+    }
+
+
+def _framed(image: NDArray[np.uint8], colour: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """With a coloured border and a white one around it."""
+    side = len(image) + 4 * BORDER
+    framed = np.full((side, side, 3), 255, np.uint8)
+    framed[BORDER:-BORDER, BORDER:-BORDER] = colour
+    framed[2 * BORDER : -2 * BORDER, 2 * BORDER : -2 * BORDER] = image
+    return framed
+
+
+def _png(pixels: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    PillowImage.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _write_projector(evaluation: Evaluation, found: Features) -> None:
+    """The files that tensorboard's projector reads, beside the evaluations' events."""
+    folder = files.join(evaluation.run or evaluation.home, TENSORBOARD, EVALUATIONS)
+    points = len(found.ids)
+    columns = int(np.ceil(np.sqrt(points)))
+    side = min(SIDE // 2, SPRITE // columns)
+    pictures = _images(evaluation, evaluation.val, found.ids.cpu().numpy(), side)
+    sprite = np.full((columns * side, columns * side, 3), 255, np.uint8)
+    for i, number in enumerate(found.ids.tolist()):
+        y, x = (side * place for place in divmod(i, columns))
+        sprite[y : y + side, x : x + side] = pictures[number]
+    classes = evaluation.val.classes
+    names = [
+        f"{number}\t{classes[label] if classes and label >= 0 else ''}"
+        for number, label in zip(found.ids.tolist(), found.labels.tolist(), strict=True)
+    ]
+    rows, width = found.features.shape
+    settings = f"""embeddings {{
+  tensor_name: "features"
+  tensor_path: "features.bytes"
+  tensor_shape: {rows}
+  tensor_shape: {width}
+  metadata_path: "labels.tsv"
+  sprite {{
+    image_path: "sprite.png"
+    single_image_dim: {side}
+    single_image_dim: {side}
+  }}
+}}
+"""
+    for name, content in (
+        ("features.bytes", _bytes(found.features)),
+        ("labels.tsv", "\n".join(["id\tclass", *names]).encode()),
+        ("sprite.png", _png(sprite)),
+        ("projector_config.pbtxt", settings.encode()),
+    ):
+        files.write(files.join(folder, name), content)
+    place = files.redact(evaluation.run or evaluation.home)
+    evaluation.console.print(f"projector  tensorboard --logdir {place}/{TENSORBOARD}")
+
+
+def _bytes(features: Tensor) -> bytes:
+    content: bytes = features.to("cpu", torch.float32).numpy().astype("<f4").tobytes()
+    return content

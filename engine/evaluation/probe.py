@@ -1,0 +1,139 @@
+"""How good the features are while they are learned: kNN and the online head on held-out images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.evaluation.features import Features, accuracy, encoding, extract
+from engine.evaluation.knn import nearest, vote
+from engine.log.figures import effective_rank
+from engine.method.byol import VIEWS, Online
+from engine.method.local_shards import whole
+from engine.method.precision import Precision, parameter_dtype
+from engine.method.resnet import ResNet, ResNetConfig
+from engine.processes.world import World
+from shards.center_crops import center_crops
+from shards.fields import Operation
+from shards.index import Index
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Evaluations during training, on data.val; they never touch the training's state."""
+
+    every: Operation[int] = 0
+    """Steps from one evaluation to the next; the last step of the run is one too. 0: never."""
+    neighbours: Operation[int] = 200
+    """k of kNN."""
+    temperature: Operation[float] = 0.07
+    """Of the neighbours' weights exp(cosine / temperature)."""
+    bank: Operation[int] = 50_000
+    """Training images to look for neighbours in, about."""
+    crop: Operation[float] = 0.875
+    """Side of the central crop, as a fraction of the image's shorter side."""
+    baseline: Operation[bool] = False
+    """Also measure raw pixels and the untrained encoder, before the first step."""
+
+
+class Stopped(Exception):
+    """An evaluation was left because the process is to stop; all processes raise it together."""
+
+
+class Probe:
+    """Measures an online network on data.val, with data.train to look for neighbours in.
+
+    Images are shared out among the processes by blocks. Features come from an encoder of its own
+    that takes over the online one's weights: whole where those are sharded, and in evaluation mode
+    without disturbing the training.
+    """
+
+    def __init__(
+        self,
+        config: ProbeConfig,
+        online: Online,
+        encoder: ResNetConfig,
+        train: Index,
+        val: Index,
+        world: World,
+        *,
+        size: int,
+        precision: Precision,
+        threads: int,
+        corrupt: float,
+        report: Callable[[str], None],
+    ) -> None:
+        """`size`: side of the network's input in pixels; `report` takes warnings about the data."""
+        self.config, self.online, self.train, self.val = config, online, train, val
+        self.world, self.size, self.precision = world, size, precision
+        self.threads, self.corrupt, self.report = threads, corrupt, report
+        self.encoder = ResNet(encoder, VIEWS).to(world.device, parameter_dtype(precision)).eval()
+
+    def evaluate(self, leave: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        """kNN and the online head on data.val (fractions), and the rank of its features.
+
+        Raises Stopped, on all processes, once `leave` says so on one.
+        """
+        queries = self.features(self.val, leave=leave)
+        bank = self.features(self.train, self.config.bank, leave=leave)
+        found = {"knn_top1": self.knn(bank, queries)}
+        head = self.online.classifier
+        if head is not None:
+            with torch.no_grad():
+                logits = F.linear(queries.features, whole(head.weight), whole(head.bias))
+            top1 = accuracy(logits, queries.labels, self.world, "data.val").top1
+            found["online_top1"] = top1
+        some = self.world.all_gather(queries.features[: 10_000 // self.world.size])
+        found["feature_rank"] = effective_rank(some).item()
+        return found
+
+    def pixels_top1(self) -> float:
+        """kNN on the pixels themselves: what an encoder has to beat."""
+        bank = self.features(self.train, self.config.bank, pixels=True)
+        return self.knn(bank, self.features(self.val, pixels=True))
+
+    def features(
+        self,
+        index: Index,
+        limit: int | None = None,
+        *,
+        pixels: bool = False,
+        leave: Callable[[], bool] = lambda: False,
+    ) -> Features:
+        """Features of a data set's labelled images, from the encoder in evaluation mode.
+
+        `pixels`: the images themselves instead. Raises Stopped as `evaluate`.
+        """
+        if not pixels:
+            self._take_weights()
+        network = nn.Flatten() if pixels else self.encoder
+        encode = encoding(network, self.precision, self.world.device)
+        crops = center_crops(
+            index,
+            size=self.size,
+            fraction=self.config.crop,
+            threads=self.threads,
+            corrupt=self.corrupt,
+            report=self.report,
+            limit=limit,
+            part=(self.world.rank, self.world.size),
+        )
+        found = extract(encode, crops, self.world.device, leave=leave)
+        if self.world.all_reduce(torch.tensor(int(leave()))) > 0:
+            raise Stopped
+        return found
+
+    def knn(self, bank: Features, queries: Features) -> float:
+        """Accuracy of the neighbours' vote with the recipe's k and temperature, a fraction."""
+        k, temperature = self.config.neighbours, self.config.temperature
+        found = nearest(bank, queries.features, k, self.world)
+        scores = vote(found, k, temperature, len(self.train.classes))
+        return accuracy(scores, queries.labels, self.world, "data.val").top1
+
+    @torch.no_grad()
+    def _take_weights(self) -> None:
+        own = self.encoder.state_dict()
+        for name, value in self.online.encoder.state_dict().items():
+            own[name].copy_(whole(value))

@@ -1,0 +1,95 @@
+"""Semi-supervised evaluation: fine-tuning with the labels of a few images of each class.
+
+Source: BYOL (arXiv 2006.07733), section 4.2 and appendix C.2.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from engine.evaluation.finetune import FinetuneConfig, Labels
+from engine.evaluation.session import Evaluation
+from engine.evaluation.supervised import check_held_out, hold_out, nothing
+from shards import index as indexes
+from shards.errors import InputError
+from shards.index import Index
+from shards.making import subset
+from shards.storage import files
+
+
+@dataclass(frozen=True)
+class SemiSupervisedConfig:
+    """Which training images have labels."""
+
+    fraction: float = 0.01
+    """Of each class; at least one image of each."""
+    subset_seed: int = 0
+    """Which ones: the same for every encoder and run."""
+    files: str = ""
+    """URL of a list of file names, one a line, in place of fraction: a published subset."""
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result. Raises InputError when the list can't be read."""
+        if not self.files:
+            return asdict(self)
+        digest = hashlib.sha256("\n".join(self.names()).encode()).hexdigest()[:16]
+        return asdict(self) | {"files": digest}  # the list may change
+
+    def names(self) -> list[str]:
+        """The lines of the list. Raises InputError when it can't be read."""
+        place = f"--files {files.redact(self.files)}"
+        try:
+            return files.read(self.files).decode().splitlines()
+        except (FileNotFoundError, IsADirectoryError):
+            raise InputError(f"{place}: no such file") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{place}: no list of names") from None
+
+    def check(self) -> None:
+        """Raises InputError."""
+        if not 0 < self.fraction < 1:
+            raise InputError(f"--fraction must be between 0 and 1, not {self.fraction}")
+        if not 0 <= self.subset_seed < 2**62:
+            raise InputError(f"--subset-seed must be from 0 to 2**62, not {self.subset_seed}")
+        files.check(self.files, "--files")
+
+
+def take_labels(
+    evaluation: Evaluation, config: SemiSupervisedConfig, finetune: FinetuneConfig
+) -> Labels:
+    """Choose the images that have labels, and copy them to shards beside the results.
+
+    The learning rate is chosen on others, copied likewise: at every measurement a quarter of
+    ImageNet would have to be read for them. All processes call it together. Raises InputError.
+    """
+    index, world = evaluation.train, evaluation.world
+    some, others = (files.join(evaluation.url, name) for name in ("data", "held_out"))
+    standing = (files.exists(files.join(url, indexes.NAME)) for url in (some, others))
+    if not world.on_main(lambda: all(standing)):
+        found = subset.find_places(index, (world.rank, world.size), evaluation.report)
+        places = subset.Places.join(world.all_gather_object(found))
+
+        def copy() -> None:
+            chosen = _choose(places, index, config)
+            rest = np.setdiff1d(np.flatnonzero(places.labels >= 0), chosen)
+            held = hold_out(index.samples, finetune.holdout, finetune.seed)
+            aside = rest[held(places.ids[rest])]
+            check_held_out(len(aside))
+            subset.write(index, places.take(aside), others, evaluation.threads)
+            subset.write(index, places.take(chosen), some, evaluation.threads)
+
+        world.on_main(copy)
+    learned, chosen_in = (indexes.load(url, "the subset") for url in (some, others))
+    evaluation.console.print(
+        f"{learned.samples:,} of {index.samples:,} images have labels: {files.redact(some)}"
+    )
+    return Labels(learned, nothing, chosen_in, np.arange(chosen_in.samples))
+
+
+def _choose(places: subset.Places, index: Index, config: SemiSupervisedConfig) -> subset.Ids:
+    if config.files:
+        place = f"--files {files.redact(config.files)}"
+        return subset.listed(places, index.classes, config.names(), place)
+    return subset.choose(places.labels, config.fraction, config.subset_seed)

@@ -1,0 +1,345 @@
+"""What all evaluations of an encoder share: its data, its features, and where results go."""
+
+import hashlib
+import json
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.metadata import version
+from pathlib import PurePosixPath
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from engine.encoder.source import EncoderConfig, open_encoder
+from engine.evaluation.features import Accuracy, Features, encoding, extract
+from engine.log import journal
+from engine.log.events import EventLog
+from engine.processes.identity import agent_identity
+from engine.processes.world import World, share_of_cores
+from engine.state import lease
+from engine.state.layout import CHECKPOINTS, EVALUATIONS, TENSORBOARD
+from shards import index as indexes
+from shards.center_crops import EvalBatch, center_crops
+from shards.errors import InputError
+from shards.index import Index
+from shards.storage import files
+
+RESULT = "result.json"
+_SETS: tuple[Literal["data.train", "data.val"], ...] = ("data.train", "data.val")
+
+Row = dict[str, str | int | float]
+
+
+@dataclass(frozen=True)
+class EvaluationDataConfig:
+    """What an encoder is measured on. Both default to the run's own."""
+
+    train: str = ""
+    """URL of the training shards: neighbours, or what a head learns from."""
+    val: str = ""
+    """URL of the shards that the figures are of."""
+    corrupt: float = 0.01
+    """Fraction of the images that may be undecodable (10 always may) before it stops."""
+
+
+class Result(NamedTuple):
+    """What an evaluation found."""
+
+    metrics: dict[str, float]  # fractions, by the name that they have in the run's metrics
+    table: list[Row]  # what is shown; accuracies are floats, as fractions
+
+
+def chosen_columns(found: Accuracy, chosen: bool) -> Row:
+    """The figures on data.val of the choice that was made; of the others there are none."""
+    return {"top-1": found.top1, "top-5": found.top5} if chosen else {"top-1": "", "top-5": ""}
+
+
+class Evaluation:
+    """One encoder, on one pair of data sets, in this process."""
+
+    def __init__(
+        self,
+        protocol: str,
+        checkpoint_url: str,
+        encoder: EncoderConfig,
+        data: EvaluationDataConfig,
+        settings: dict[str, Any],
+        world: World,
+        *,
+        out: str,
+        threads: int | None,
+        labels: bool = True,
+    ) -> None:
+        """All processes call it together. Raises InputError before anything expensive.
+
+        Args:
+            settings: The protocol's own, dotted names; they tell its results from others'.
+            out: URL of a folder for the results, and then the run is left alone; empty: the run's.
+            labels: Whether the protocol needs them.
+        """
+        self.world, self.protocol = world, protocol
+        self.console = Console(markup=False, highlight=False, soft_wrap=True, quiet=not world.main)
+        self.report = cache(Console(markup=False, highlight=False, soft_wrap=True).print)
+        self.threads = threads or share_of_cores()
+        self.corrupt = data.corrupt
+        if not 0 <= data.corrupt <= 1:
+            raise InputError(f"--data.corrupt must be from 0 to 1, not {data.corrupt}")
+        files.check(out, "--out")
+        given = {
+            name: _open_index(url, name)
+            for name, url in (("data.train", data.train), ("data.val", data.val))
+            if url
+        }
+        self.source, self.network = open_encoder(checkpoint_url, encoder, world, self.console.print)
+        self.train, self.val = (
+            given.get(name) or _open_index(self.source.data_url(name), name) for name in _SETS
+        )
+        if labels:
+            check_classes(self.train, self.val)
+        self.encode = encoding(self.network, self.source.precision, world.device)
+        self.settings = settings
+        self.run = "" if out else self.source.run  # that the results are added to
+        self.home = out or (files.join(self.run, EVALUATIONS) if self.run else EVALUATIONS)
+        self.url = self._folder()
+        self.console.print(f"{protocol} of the {self.source.report}")
+
+    @property
+    def classes(self) -> int:
+        return len(self.train.classes)
+
+    def features(
+        self,
+        index: Index,
+        encode: Callable[[Tensor], Tensor] | None = None,
+        *,
+        ids: NDArray[np.int64] | None = None,
+        limit: int | None = None,
+        unlabelled: bool = False,
+    ) -> Features:
+        """Features of central crops, of the blocks that are this process's; see `center_crops`.
+
+        `encode`: another function than the encoder's.
+        """
+        count = index.samples if ids is None else len(ids)
+        shown = self._watched(self._crops(index, ids, limit), min(count, limit or count))
+        return extract(encode or self.encode, shown, self.world.device, unlabelled=unlabelled)
+
+    def check_labels(
+        self, index: Index, images: str, use: str, ids: NDArray[np.int64] | None = None
+    ) -> None:
+        """Raise InputError unless some image there, or of `ids`, has a label and can be decoded.
+
+        For before anything is learned: each process reads up to the first such image of its part.
+        All processes call it together.
+
+        Args:
+            images: Which they are, for the message: "of data.val".
+            use: What they are for: "measured on it".
+        """
+        with closing(self._crops(index, ids)) as crops:
+            found = any(bool((batch.labels >= 0).any()) for batch in crops)
+        if not self.world.all_reduce(torch.tensor(int(found))):
+            raise InputError(
+                f"no image {images} has a label and can be decoded, so that nothing could be "
+                f"{use}: label more images"
+            )
+
+    def _crops(
+        self, index: Index, ids: NDArray[np.int64] | None, limit: int | None = None
+    ) -> Generator[EvalBatch, None, None]:
+        return center_crops(
+            index,
+            size=self.source.size,
+            fraction=self.source.crop,
+            threads=self.threads,
+            corrupt=self.corrupt,
+            report=self.report,
+            limit=limit,
+            ids=ids,
+            part=(self.world.rank, self.world.size),
+        )
+
+    def _watched(self, batches: Iterable[EvalBatch], total: int) -> Iterator[EvalBatch]:
+        """With a progress bar, where there is a terminal, as if all processes went alike."""
+        off = not self.console.is_terminal or self.console.quiet
+        with Progress(console=self.console, transient=True, disable=off) as progress:
+            task = progress.add_task("features", total=total)
+            for batch in batches:
+                yield batch
+                progress.advance(task, len(batch.ids) * self.world.size)
+
+    def name(self, figure: str) -> str:
+        """A figure's name in the run's metrics: linear_top1, linear_target_top1.
+
+        With other data than the run's, data.val's digest is added.
+        """
+        network = "" if self.source.network == "online" else f"_{self.source.network}"
+        other = "" if self._own_data else f"_on_{self.val.digest[:6]}"
+        return f"{self.protocol}{network}_{figure}{other}".replace("-", "_")
+
+    def standing(self) -> Result | None:
+        """The result of the same evaluation, if it was made before."""
+        url = files.join(self.url, RESULT)
+        result = self.world.on_main(lambda: _read_result(url, self.report))
+        if result is not None:
+            place = files.redact(url)
+            self.console.print(f"measured before: remove {place} to measure again")
+            self._show(result)
+        return result
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder of the results meanwhile; before anything expensive, it is written to.
+
+        Raises InputError when another job makes the same evaluation, OSError when it can't be.
+        """
+        agents, held = self.world.all_gather_object(agent_identity()), list[lease.Lease]()
+
+        def hold() -> None:
+            try:
+                held.append(lease.acquire(self.url, agents, lease.PERIOD, self.console.print))
+            except InputError:
+                place = files.redact(self.url)
+                raise InputError(
+                    f"{place}: another job is at this evaluation: wait for it, or give --out"
+                ) from None
+
+        self.world.on_main(hold)
+        try:
+            yield
+        finally:
+            for lease_held in held:
+                lease_held.release()
+
+    def publish(self, result: Result) -> None:
+        """Show it; write it as JSON, to tensorboard and, for a run, to its metrics.
+
+        Then nothing of what led to it is needed any more.
+        """
+        self._show(result)
+        self.world.on_main(lambda: self._write(result))
+        saved = files.join(self.url, CHECKPOINTS)
+        self.world.on_main(lambda: files.discard(saved, self.url, self.report))
+        self.console.print(f"result  {files.redact(files.join(self.url, RESULT))}")
+
+    def events(self) -> EventLog:
+        """Tensorboard's files of evaluations, beside the run's own."""
+        return EventLog(files.join(self.run or self.home, TENSORBOARD, EVALUATIONS), None)
+
+    @cached_property
+    def _own_data(self) -> bool:
+        """Whether the data are those of the run, wherever they are; for others' files always."""
+        if not self.source.run or not self.source.fields.get("data.val"):
+            return True
+        if self.train.digest != self.source.data_digest:
+            return False
+        try:
+            theirs = self.source.data_url("data.val")
+            return indexes.load(theirs, "data.val").digest == self.val.digest
+        except (InputError, OSError):
+            return False
+
+    def _folder(self) -> str:
+        source = self.source
+        if source.step is None:
+            stem = PurePosixPath(files.redact(source.url)).name.partition(".")[0] or "file"
+        else:
+            stem = f"step_{source.step:08d}"
+        facts = [source.digest, source.size, source.crop, source.precision]
+        facts += [self.train.digest, self.val.digest, sorted(self.settings.items())]
+        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
+        return files.join(self.home, stem, f"{self.protocol}-{source.network}-{digest}")
+
+    def _write(self, result: Result) -> None:
+        source = self.source
+        sets = {"train": self.train, "val": self.val}
+        document = {
+            "protocol": self.protocol,
+            "checkpoint": files.redact(source.url),
+            "step": source.step,
+            "network": source.network,
+            "weights": source.digest,
+            "input": {"size": source.size, "crop": source.crop, "precision": source.precision},
+            "settings": self.settings,
+            "data": {
+                name: {"url": files.redact(index.url), "digest": index.digest}
+                for name, index in sets.items()
+            },
+            "packages": {name: version(name) for name in ("torch", "torchvision")},
+            "metrics": result.metrics,
+            "table": result.table,
+        }
+        step = source.step or 0
+        events = self.events()
+        events.scalars(result.metrics, step)
+        events.flush()
+        if self.run and source.network in ("online", "target"):
+            journal.add(self.run, {"step": step} | result.metrics)
+            if lease.is_free(self.run):
+                _fold(self.run)
+        # Last: with it, nothing of this is done again.
+        files.write(files.join(self.url, RESULT), json.dumps(document, indent=1).encode())
+
+    def _show(self, result: Result) -> None:
+        table = Table(box=None, pad_edge=False)
+        for name, value in result.table[0].items():
+            table.add_column(name, justify="left" if isinstance(value, str) else "right")
+        for row in result.table:
+            table.add_row(*map(_shown, row.values()))
+        self.console.print(table)
+
+
+def _shown(value: str | int | float) -> str:
+    return f"{value:.2%}" if isinstance(value, float) else str(value)
+
+
+def _fold(run: str) -> None:
+    """Take what was added into metrics.jsonl of a run that no job trains, holding it meanwhile."""
+    try:
+        held = lease.acquire(run, [agent_identity()], lease.PERIOD, lambda _: None)
+    except InputError:  # a job has just begun: it takes it in
+        return
+    try:
+        journal.Journal(run, 1 << 62)  # all steps
+    finally:
+        held.release()
+
+
+def _read_result(url: str, report: Callable[[str], None]) -> Result | None:
+    try:
+        document = files.read_json(url)
+        result = Result(dict(document["metrics"]), [dict(row) for row in document["table"]])
+        if not result.table:
+            raise ValueError
+        return result
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        report(f"{files.redact(url)} is damaged; measured again")
+        return None
+
+
+def _open_index(url: str, name: str) -> Index:
+    if not url:
+        raise InputError(f"{name} is not set: give --{name} URL, a folder of shards")
+    files.check(url, name)
+    return indexes.load(url, name)
+
+
+def check_classes(train: Index, val: Index) -> None:
+    """Raise InputError unless both data sets have labels, of the same classes."""
+    for name, index in (("data.train", train), ("data.val", val)):
+        if not index.classes:
+            raise InputError(
+                f"{name} {files.redact(index.url)}: has no labels, which an evaluation needs: "
+                "pack the images in one folder for each class"
+            )
+    indexes.check_same_classes(train, val)

@@ -1,0 +1,272 @@
+"""Evaluations that learn from labels: their images, what is held out, and the loop around a step.
+
+Like a training run they go on where they were stopped, with the same command.
+"""
+
+import math
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from engine.evaluation.session import Evaluation
+from engine.method.augment import flip
+from engine.method.schedule import steps_of
+from engine.processes import world as processes
+from engine.processes.parallel import ParallelConfig
+from engine.processes.preemption import Preemption
+from engine.processes.world import World
+from engine.state import checkpoint
+from shards.errors import InputError
+from shards.index import Index
+from shards.loader import DataConfig, TrainLoader
+from shards.order import Order, rank_streams
+from shards.philox import Domain, draw, uniform
+from shards.views import crop_and_flip
+
+STREAMS = 64  # readers that an epoch is cut into, or as many as divide the batch
+GRACE = 25.0  # seconds from a signal to the end, in which the state is saved
+LINES = 50  # of progress
+
+Held = Callable[[NDArray[np.int64]], NDArray[np.bool_]]  # ids [N] -> which nobody learns from
+
+
+@dataclass(frozen=True)
+class SupervisedConfig:
+    """What linear evaluation and fine-tuning share; the defaults are the paper's."""
+
+    batch: int = 1024
+    """Images in a batch, of all processes together."""
+    momentum: float = 0.9
+    """Nesterov's."""
+    holdout: int = 10_000
+    """About how many training images the choice is made on; a tenth of them at most."""
+    seed: int = 0
+    """Of the classifier, the order, the crops and what is held out."""
+    save_every: int = 1000
+    """Steps from one saved state to the next; a stopped evaluation goes on from there."""
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the result."""
+        return {name: value for name, value in asdict(self).items() if name != "save_every"}
+
+    def check(self) -> None:
+        """Raises InputError."""
+        check_ranges(
+            ("batch", self.batch, 2, 2**31),  # a norm needs two rows
+            ("momentum", self.momentum, 1e-9, 1),
+            ("holdout", self.holdout, 1, 2**31),
+            ("seed", self.seed, 0, 2**62),
+            ("save-every", self.save_every, 1, 2**31),
+        )
+
+
+class Examples(NamedTuple):
+    """One process's rows of a batch."""
+
+    inputs: Tensor  # [B, 3, S, S] uint8, or features [B, F]
+    labels: Tensor  # [B], -1 for what must not be learned from
+    known: int  # how many of them are labels, so that nobody has to ask the device
+
+
+class Training(Protocol):
+    """What `train` drives."""
+
+    step: int
+    total_steps: int
+
+    def train_step(self, batch: Examples) -> Tensor:
+        """One update. Returns this process's share of the losses [H]."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """The tensors to save and, in place, to load."""
+        ...
+
+
+Batches = Callable[[int], Generator[Examples, None, None]]  # from a step on
+
+
+def train(training: Training, batches: Batches, evaluation: Evaluation, save_every: int) -> bool:
+    """Train to the last step, from the last state that was saved; False when a signal came.
+
+    The saved state goes when the result is published.
+
+    Raises OSError when the state could not be saved, InputError when the data is at fault.
+    """
+    world, url = evaluation.world, evaluation.url
+    commit = checkpoint.latest(url, world, evaluation.report)
+    if commit is not None:
+        state = training.state()
+        checkpoint.load(commit, state, world)
+        training.step = commit.step
+        evaluation.console.print(f"resumed at step {commit.step} of {training.total_steps}")
+    first, begun, stopping = training.step, time.monotonic(), False
+    with Preemption(world, GRACE) as preemption, closing(batches(first)) as data:
+        while training.step < training.total_steps and not stopping:
+            losses = training.train_step(next(data))
+            if training.step == first + 1:
+                preemption.begin()
+                processes.set_timeout(ParallelConfig.timeout, [])
+            stopping = preemption.agreed()
+            if training.step % max(1, training.total_steps // LINES) == 0:
+                world.all_reduce(losses)
+                speed = (training.step - first) / (time.monotonic() - begun)
+                left = int((training.total_steps - training.step) / speed)
+                evaluation.console.print(
+                    f"step {training.step} of {training.total_steps}  loss {losses.min():.4f}  "
+                    f"{left // 60}m{left % 60:02}s left"
+                )
+            step, digest = training.step, evaluation.train.digest
+            # The last one too: what is left is to measure, which may fail.
+            if stopping or step % save_every == 0 or step == training.total_steps:
+                report = evaluation.report
+                checkpoint.save(url, step, training.state(), {}, digest, world, report=report)
+                if world.main:
+                    checkpoint.prune(url, step, keep=1, report=report)
+    if stopping:
+        evaluation.console.print(
+            f"stopped after step {training.step} by {preemption.reason}: the same command goes on"
+        )
+    return not stopping
+
+
+def hold_out(samples: int, wanted: int, seed: int) -> Held:
+    """About `wanted` of a data set's samples, at most a tenth: each by its own id and the seed."""
+    fraction = min(wanted / samples, 0.1)
+
+    def held(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        found: NDArray[np.bool_] = uniform(draw(seed, Domain.HOLDOUT, ids))[..., 0] < fraction
+        return found
+
+    return held
+
+
+def check_held_out(count: int) -> None:
+    """Raise InputError when nothing is left to choose on; before anything is learned."""
+    if count == 0:
+        raise InputError(
+            "no image of data.train is held out to choose the learning rate on: raise --holdout, "
+            "or give more images"
+        )
+
+
+def check_labels(
+    evaluation: Evaluation,
+    source: Index,
+    held: Held,
+    chosen_in: Index,
+    chosen_on: NDArray[np.int64],
+) -> None:
+    """Raise InputError unless there are labels to learn from, to choose on and to measure on.
+
+    Args:
+        source: Whose images are learned from, but those that `held` says.
+        chosen_on: ids in `chosen_in`, rising.
+    """
+    ids = np.arange(source.samples)
+    learned = ids[~held(ids)]
+    evaluation.check_labels(source, "of data.train that is not held out", "learned", learned)
+    evaluation.check_labels(chosen_in, "held out of data.train", "chosen on it", chosen_on)
+    evaluation.check_labels(evaluation.val, "of data.val", "measured on it")
+
+
+def nothing(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Where nothing is held out."""
+    return np.zeros(len(ids), bool)
+
+
+def masked(labels: Tensor, ids: NDArray[np.int64], held: Held) -> Tensor:
+    """Labels [B], -1 for what is held out."""
+    return labels.masked_fill(torch.from_numpy(held(ids)), -1)
+
+
+def total_steps(index: Index, epochs: float, batch: int) -> int:
+    """Raises InputError unless there is one at least."""
+    if index.samples < batch:
+        raise InputError(
+            f"--batch {batch} is more than the {index.samples} images to learn from: "
+            "give a smaller one"
+        )
+    steps = steps_of(epochs, index.samples, batch)
+    if steps < 1:
+        raise InputError(f"--epochs {epochs:g} are less than one step of --batch {batch}")
+    return steps
+
+
+def crops(evaluation: Evaluation, index: Index, batch: int, seed: int, held: Held) -> Batches:
+    """Batches of random crops with flips, uint8 on the device, by the training's own loader."""
+    world, device = evaluation.world, evaluation.world.device
+    streams = math.gcd(batch, STREAMS)
+    if world.size > streams:
+        raise InputError(
+            f"--batch {batch} can be shared out to {streams} processes at most, not {world.size}: "
+            f"give a multiple of {STREAMS}"
+        )
+    order = Order(index, seed, streams, batch)
+
+    def batches(start: int) -> Generator[Examples, None, None]:
+        loader = TrainLoader(
+            order,
+            rank_streams(streams, world.rank, world.size),
+            crop_and_flip(evaluation.source.size),
+            DataConfig(corrupt=evaluation.corrupt),
+            micro=1,
+            start=start,
+            threads=evaluation.threads,
+            pin_memory=device.type == "cuda",
+            report=evaluation.report,
+        )
+        with closing(loader):
+            for rows in loader:
+                views, params = (
+                    tensor[0].to(device, non_blocking=True) for tensor in (rows.views, rows.params)
+                )
+                labels = masked(rows.labels, rows.ids, held)
+                known = int((labels >= 0).sum())
+                yield Examples(flip(views, params), labels.to(device), known)
+
+    return batches
+
+
+def sum_gradients(module: nn.Module, world: World) -> None:
+    """Add up every process's gradients, each its share of the mean's."""
+    if world.size == 1:
+        return
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    flat = world.all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def momenta(optimizer: torch.optim.SGD) -> dict[str, Tensor]:
+    """Its momentum buffers, by number; zeros before the first step, which come to the same."""
+    found = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, parameter in enumerate(parameters):
+        state = optimizer.state[parameter]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        found[str(number)] = state["momentum_buffer"]
+    return found
+
+
+def check_ranges(*ranges: tuple[str, float, float, float]) -> None:
+    """Raise InputError for the first (name, value, low, high) that is out of its range."""
+    for name, value, low, high in ranges:
+        if not low <= value <= high:  # nan is in no range
+            raise InputError(f"--{name} must be from {low:g} to {high:g}, not {value}")
+
+
+def check_some(name: str, values: tuple[float, ...], low: float, high: float) -> None:
+    """Raise InputError unless there are values, all in the range."""
+    if not values:
+        raise InputError(f"--{name} needs at least one value")
+    check_ranges(*((name, value, low, high) for value in values))

@@ -1,0 +1,158 @@
+"""RUN/tensorboard: scalars and pictures as tensorboard's event files, on any storage.
+
+Without tensorboard's own file layer, which writes an object anew for every record. A process has
+one growing file on a local disk. On an object store it makes parts that never change, one PUT each:
+events.out.tfevents.TIME.HOST.PID.000003-00000120.byol has the process's fourth part, and step 120
+is the last whose scalars it noted. Tensorboard reads files in the order of their names.
+"""
+
+import io
+import os
+import re
+import socket
+import threading
+import time
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from engine.log.journal import pause
+from shards.storage import files
+
+TENSORBOARD = "tensorboard"
+
+
+class EventLog:
+    """Event files of one process in `folder`; tensorboard drops what others logged after `start`.
+
+    Nothing is written before `flush`, which may run in another thread. After an OSError of its
+    the events are still there and go with the next call.
+    """
+
+    def __init__(self, folder: str, start: int | None) -> None:
+        """Lists the folder. Raises OSError.
+
+        `start` None: nothing is dropped; each process tells of any steps, in any order.
+        """
+        self._folder, self._local = folder, files.is_local(folder)
+        names = [name for name in files.list_names(folder) if ".tfevents." in name]
+        self.reached = _reached(names[-1], start) if names and start is not None else 0
+        """The last step whose scalars are noted, by this process or one before."""
+        self._files = len(names)
+        # Clocks of machines differ, and a restart's files must come after all that are there.
+        earlier = [int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))]
+        born = max([int(time.time()), *(second + 1 for second in earlier)])
+        self._stem = f"events.out.tfevents.{born:010d}.{socket.gethostname()}.{os.getpid()}"
+        self._number = 0
+
+        self._version = _framed(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._head = self._version
+        if start is not None:
+            restart = SessionLog(status=SessionLog.START)
+            event = Event(wall_time=time.time(), step=start + 1, session_log=restart)
+            self._head += _framed(event)
+        self._pending: list[_Noted] = []  # appended to by one thread, cut by another
+        self._batch: list[_Noted] = []  # on their way to storage
+        self._storing = threading.Lock()
+        self._size = 0  # bytes of the local file, without what a failed attempt may have added
+        self._flushed = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a flush: tensorboard lists the folder again for each file."""
+        return time.monotonic() - self._flushed >= pause(self._files)
+
+    @property
+    def unwritten(self) -> int:
+        """How many events are in memory only."""
+        return len(self._batch) + len(self._pending)
+
+    @property
+    def unrepeatable(self) -> bool:
+        """Whether some of them cannot be had from metrics.jsonl: pictures, additions to a step."""
+        return any(noted.unrepeatable for noted in [*self._batch, *self._pending])
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Note one point for each name."""
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        again = step <= self.reached
+        self.reached = max(self.reached, step)
+        if points:
+            self._note(points, step, unrepeatable=again)
+
+    def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
+        """Note an RGB picture [H, W, 3]."""
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        height, width, channels = pixels.shape
+        image = Summary.Image(
+            height=height,
+            width=width,
+            colorspace=channels,
+            encoded_image_string=buffer.getvalue(),
+        )
+        self._note([Summary.Value(tag=name, image=image)], step, unrepeatable=True)
+
+    def flush(self) -> None:
+        """Put what was noted since the last time in storage. Raises OSError."""
+        self._flushed = time.monotonic()
+        with self._storing:
+            # What failed goes under the same name: if it got there all the same, nothing doubles.
+            self._put_batch()
+            self._batch = self._pending[:]
+            del self._pending[: len(self._batch)]
+            self._put_batch()
+
+    def _put_batch(self) -> None:
+        if not self._batch:
+            return
+        content = self._head + b"".join(noted.content for noted in self._batch)
+        name = f"{self._stem}.{self._number:06d}"
+        if self._local:
+            self._extend(files.join(self._folder, f"{name}.byol"), content)
+            self._head = b""
+        else:
+            name = f"{name}-{self._batch[-1].reached:08d}.byol"
+            files.write(files.join(self._folder, name), content)
+            self._head = self._version
+            self._number += 1
+            self._files += 1
+        self._batch = []
+
+    def _extend(self, url: str, content: bytes) -> None:
+        """Append to the local file, over what a full disk may have left of the last attempt."""
+        path = files.open_filesystem(url)[1]
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "r+b" if self._size else "wb") as file:
+            file.truncate(self._size)
+            file.seek(self._size)
+            file.write(content)
+        self._size += len(content)
+
+    def _note(self, values: list[Summary.Value], step: int, unrepeatable: bool) -> None:
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        self._pending.append(_Noted(self.reached, unrepeatable, _framed(event)))
+
+
+class _Noted(NamedTuple):
+    reached: int  # with this event
+    unrepeatable: bool
+    content: bytes
+
+
+def _reached(newest: str, start: int) -> int:
+    """The last step up to `start` whose scalars are in files up to `newest`."""
+    part = re.search(r"-(\d{8})\.byol$", newest)
+    return min(int(part[1]), start) if part else start  # a growing file has all
+
+
+def _framed(event: Event) -> bytes:
+    """As a record of an event file: length, its checksum, the event, its checksum."""
+    buffer = io.BytesIO()
+    RecordWriter(buffer).write(event.SerializeToString())
+    return buffer.getvalue()

@@ -1,0 +1,234 @@
+"""What a run tells of itself: metrics.jsonl, tensorboard, progress on the terminal."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from engine.log.events import TENSORBOARD, EventLog
+from engine.log.journal import JSONL, Journal, Record
+from engine.method.augment import MEAN, STD
+from shards.errors import InputError
+from shards.fields import Operation
+from shards.storage import files
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is written down, and how often."""
+
+    every: Operation[int] = 10
+    """Steps from one logged step to the next."""
+    pictures: Operation[int] = 8
+    """Images of which both views are shown in tensorboard, at the start and at evaluations."""
+
+
+class Timer:
+    """Speed since it was made: of the steps, not of evaluations and checkpoints between them."""
+
+    def __init__(self) -> None:
+        self.steps, self._start, self._waited = 0, time.perf_counter(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def read(self, batch: int) -> dict[str, float]:
+        seconds = time.perf_counter() - self._start
+        return {
+            "images_per_second": self.steps * batch / seconds,
+            "data_wait": self._waited / seconds,
+        }
+
+
+class MetricsLog:
+    """Keeps RUN/metrics.jsonl and RUN/tensorboard, and moves the progress bar.
+
+    Opened at step `start`: what an earlier process logged beyond it is dropped, since it comes
+    again. On an object store what is logged waits in memory, and a thread writes it now and then.
+    When storage fails the training goes on; nothing is dropped, and it is tried again.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        start: int,
+        total: int,
+        console: Console,
+        confirm: Callable[[], None] | None = None,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        """Raises OSError.
+
+        Args:
+            confirm: Called before an object is replaced or removed. Raises InputError when the run
+                is another job's by now.
+            report: Takes what a store refuses to remove.
+        """
+        self.console = console
+        self._run = run
+        self._confirm = confirm
+        self._journal = Journal(run, start, report)
+        self._events = EventLog(files.join(run, TENSORBOARD), start)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
+        self._storing: Future[None] | None = None
+        self._failing = False
+        self._progress = Progress(
+            TextColumn("{task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("train", total=total, completed=start, status="")
+        if self.console.is_terminal:
+            self._progress.start()
+        for record in self._journal.after(self._events.reached):
+            self._plot(record, {})  # an earlier process did not come to write it
+
+    @property
+    def last(self) -> Record | None:
+        """The newest record, also of an earlier process."""
+        return self._journal.last
+
+    def advance(self) -> None:
+        self._progress.advance(self._task)
+
+    def write(self, record: Record) -> None:
+        """One logged step: a line of metrics.jsonl, a point in tensorboard, a status.
+
+        The step logged last may come again, with keys that it had not.
+        """
+        last = self._journal.last
+        self._plot(record, last if last and last["step"] == record["step"] else {})
+        self._journal.write(record)
+        self._store()
+        self._show(record)
+
+    def pictures(self, views: Tensor, step: int) -> None:
+        """Both views [2, n, 3, S, S], as the network sees them, one row for each view."""
+        mean, std = (views.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+        images = (views * std + mean).clamp(0, 1).flatten(0, 1).float().cpu()
+        grid = make_grid(images, nrow=views.shape[1]).mul(255).round().byte()
+        self._events.picture("views", grid.permute(1, 2, 0).numpy(), step)
+        self._store()
+
+    def flush(self) -> None:
+        """Have in storage what does not come again after a kill; for before a checkpoint commits.
+
+        Of scalars metrics.jsonl is enough: the next process completes tensorboard's files from it.
+        """
+        events = [self._events.flush] if self._events.unrepeatable else []
+        self._attempt(self._journal.flush, *events)
+
+    def compact(self) -> None:
+        """Have all lines in metrics.jsonl; for after a checkpoint. Raises what `confirm` does."""
+        self._attempt(self._compact)
+
+    def close(self) -> None:
+        """Write what is left, if the run is not another job's; tell what could not be written."""
+        if self._progress.live.is_started:
+            self._progress.stop()
+        self._thread.shutdown()
+        reason = ""
+        with suppress(InputError):
+            reason = _failure(self._compact, self._events.flush)
+        if reason:
+            lines, events = self._journal.unwritten, self._events.unwritten
+            self.console.print(
+                f"{reason}; not written are {lines} lines of {JSONL}, {events} events of "
+                f"{TENSORBOARD}"
+            )
+
+    def _compact(self) -> None:
+        if self._confirm is not None:
+            self._confirm()
+        self._journal.compact()
+
+    def _plot(self, record: Record, known: Record) -> None:
+        points = {k: v for k, v in record.items() if isinstance(v, float) and k not in known}
+        self._events.scalars(points, record["step"])
+
+    def _store(self) -> None:
+        """Write now to a local disk; to an object store what is due, in the thread."""
+        if files.is_local(self._run):
+            self._attempt(self._journal.flush, self._events.flush)
+            return
+        if self._storing is not None:
+            if not self._storing.done():
+                return
+            self._storing.result()
+        due = [log.flush for log in (self._journal, self._events) if log.due]
+        self._storing = self._thread.submit(self._attempt, *due) if due else None
+
+    def _attempt(self, *calls: Callable[[], None]) -> None:
+        """Make calls that may find storage failing. The first failure in a row is told."""
+        reason = _failure(*calls)
+        if reason and not self._failing:
+            self.console.print(f"{reason}; training goes on, the log is kept and written later")
+        self._failing = bool(reason)
+
+    def _show(self, record: Record) -> None:
+        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+        status = f"loss {loss}  {record['images_per_second']:,.0f} images/s"
+        if "knn_top1" in record:
+            status += f"  kNN {record['knn_top1']:.1%}"
+        if "online_top1" in record:
+            status += f"  online head {record['online_top1']:.1%}"
+        self._progress.update(self._task, status=status)
+        remaining = self._progress.tasks[0].time_remaining
+        left = (
+            "" if remaining is None else f"  {int(remaining) // 60}m{int(remaining) % 60:02}s left"
+        )
+        if not self.console.is_terminal or "knn_top1" in record:
+            self.console.print(f"step {record['step']}  {status}{left}")
+
+
+def _failure(*calls: Callable[[], None]) -> str:
+    """Make calls, up to one that finds storage failing: why it does; empty when all succeed."""
+    try:
+        for call in calls:
+            call()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+class NoLog(MetricsLog):
+    """What the other processes have in its place: it writes nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    @property
+    def last(self) -> None:
+        return None
+
+    def advance(self) -> None:
+        pass
+
+    def write(self, record: Record) -> None:
+        pass
+
+    def pictures(self, views: Tensor, step: int) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+    def compact(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,100 @@
+"""AdamW, for small batches and small networks: torch's fused kernels on this process's shards.
+
+Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (arXiv 1711.05101).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from engine.method.lars import parameter_groups
+from engine.method.local_shards import foreach_norms, local, not_finite, whole_norms
+
+
+class AdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW, but for the skip of a step that is not finite, which all processes share.
+
+    `lr` starts at 0: the trainer sets each group's before a step. A step never waits for the
+    device.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        betas: tuple[float, float],
+        weight_decay: float,
+        shard_group: ProcessGroup | None = None,
+    ) -> None:
+        """`shard_group`: the processes that parameters are spread over; None when they are not."""
+        super().__init__(groups, {"lr": 0.0, "betas": betas, "weight_decay": weight_decay})
+        self.shard_group = shard_group
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = {"step": torch.zeros((), device=p.device)}
+                state |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                self.state[p] = state
+
+    @torch.no_grad()
+    def step(self, scale: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Move every parameter that has a gradient, or none when some gradient is not finite.
+
+        Args:
+            scale: [] that the gradients are to be divided by, float32; None: by nothing.
+
+        Returns:
+            [] float32, 1 when the step was skipped, the same on all processes.
+        """
+        groups = [
+            (group, [p for p in group["params"] if p.grad is not None])
+            for group in self.param_groups
+        ]
+        norms = foreach_norms(local(p.grad for _, parameters in groups for p in parameters))
+        if scale is not None:
+            norms = norms / scale
+        skip = not_finite(whole_norms(norms, self.shard_group))
+        for group, parameters in groups:
+            if not parameters:
+                continue
+            states = [self.state[p] for p in parameters]
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, [1 - skip] * len(steps))
+            beta1, beta2 = group["betas"]
+            torch._fused_adamw_(
+                local(parameters),
+                local(p.grad for p in parameters),
+                local(state["exp_avg"] for state in states),
+                local(state["exp_avg_sq"] for state in states),
+                [],
+                steps,
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=1e-8,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=scale,
+                found_inf=skip,
+            )
+        return skip
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """AdamW, for small batches and small networks."""
+
+    weight_decay: float = 1e-2
+    """Pull of the weights towards zero; biases and norm parameters have none."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Shares kept of the gradient's running mean and running square."""
+
+    slots: ClassVar[int] = 2  # tensors of state for each parameter
+
+    def build(self, module: nn.Module, shard_group: ProcessGroup | None = None) -> AdamW:
+        """AdamW over the parameters of `module`, at learning rate 0."""
+        return AdamW(parameter_groups(module), self.betas, self.weight_decay, shard_group)

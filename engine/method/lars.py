@@ -1,0 +1,144 @@
+"""LARS: momentum SGD for large batches, right on sharded parameters.
+
+Source: You et al., "Large batch training of convolutional networks" (arXiv 1708.03888);
+BYOL (arXiv 2006.07733), "Implementation details: Optimization".
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from engine.method.local_shards import foreach_norms, local, not_finite, whole_norms
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """The weights of `module`, then its biases and norm parameters (all of at most one dimension).
+
+    The latter are neither decayed nor adapted.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "adapt": True},
+        {"params": [p for p in parameters if p.ndim <= 1], "adapt": False, "weight_decay": 0.0},
+    ]
+
+
+class LARS(torch.optim.Optimizer):
+    """Momentum SGD in which every weight tensor moves at a rate in proportion to its own norm.
+
+        u = g + weight_decay * p
+        u *= trust_coefficient * |p| / |u|    in groups with `adapt`, where both norms are > 0
+        m = momentum * m + u
+        p -= lr * m
+
+    `lr` starts at 0: the trainer sets each group's before a step. Momentum exists from the start,
+    so that a checkpoint has somewhere to load to. A step never waits for the device.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        momentum: float,
+        weight_decay: float,
+        trust_coefficient: float,
+        shard_group: ProcessGroup | None = None,
+    ) -> None:
+        """`shard_group`: the processes that parameters are spread over; None when they are not."""
+        defaults = {
+            "lr": 0.0,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+        }
+        super().__init__(groups, defaults)
+        self.shard_group = shard_group
+        self.directions = directions  # or the same, compiled
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self, scale: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """Move every parameter that has a gradient, or none when some gradient is not finite.
+
+        Args:
+            scale: [] that the gradients are to be divided by, float32; None: by nothing.
+
+        Returns:
+            [] float32, 1 when the step was skipped, the same on all processes.
+        """
+        moved = []  # for each group: itself, parameters, momenta, updates
+        norms = []  # [2, tensors] for each group: of parameters and updates
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            params, grads = local(parameters), local(p.grad for p in parameters)
+            momenta = local(self.state[p]["momentum_buffer"] for p in parameters)
+            updates, lengths = self.directions(params, grads, scale, group["weight_decay"])
+            moved.append((group, params, momenta, updates))
+            norms.append(lengths)
+
+        total = whole_norms(torch.cat(norms, dim=1), self.shard_group)  # [2, all tensors]
+        skip = not_finite(total)
+        parts = total.split([lengths.shape[1] for lengths in norms], dim=1)
+        for (group, params, momenta, updates), (p, u) in zip(moved, parts, strict=True):
+            if group["adapt"]:
+                ratios = torch.where((p > 0) & (u > 0), group["trust_coefficient"] * p / u, 1.0)
+                torch._foreach_mul_(updates, list(ratios))
+            torch._fused_sgd_(
+                params,
+                updates,
+                momenta,
+                lr=group["lr"],
+                momentum=group["momentum"],
+                weight_decay=0.0,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,
+                found_inf=skip,
+            )
+        return skip
+
+
+def directions(
+    params: list[Tensor], grads: list[Tensor], scale: Tensor | None, weight_decay: float
+) -> tuple[list[Tensor], Tensor]:
+    """Updates before adaptation, and the norms [2, tensors] of parameters and updates."""
+    if scale is None:
+        updates = torch._foreach_add(grads, params, alpha=weight_decay)
+    else:
+        updates = torch._foreach_div(grads, scale)
+        torch._foreach_add_(updates, params, alpha=weight_decay)
+    return list(updates), torch.stack([foreach_norms(params), foreach_norms(list(updates))])
+
+
+@dataclass(frozen=True)
+class LARSConfig:
+    """LARS; the defaults are the paper's for 1000 epochs (shorter ones decay by 1e-6)."""
+
+    momentum: float = 0.9
+    """Share of the previous steps' direction that is kept."""
+
+    weight_decay: float = 1.5e-6
+    """Pull of the weights towards zero; biases and norm parameters have none."""
+
+    trust_coefficient: float = 1e-3
+    """Length of a weight's update before momentum, as a share of the weight's own length."""
+
+    slots: ClassVar[int] = 1  # tensors of state for each parameter
+
+    def build(self, module: nn.Module, shard_group: ProcessGroup | None = None) -> LARS:
+        """LARS over the parameters of `module`, at learning rate 0."""
+        return LARS(
+            parameter_groups(module),
+            self.momentum,
+            self.weight_decay,
+            self.trust_coefficient,
+            shard_group,
+        )

@@ -1,0 +1,162 @@
+"""Residual networks: depth 10 to 200, any width, for large images or small ones.
+
+Parameter names and shapes are torchvision's (without `fc`), so that weights go both ways. The
+stride of a bottleneck is on its 3x3 convolution. Padding is symmetric, as usual in PyTorch; the
+official network's "SAME" padding differs from it at even sizes.
+
+Source: He et al. (arXiv 1512.03385); BYOL (arXiv 2006.07733), "Implementation details".
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from engine.method.norm import BatchNorm
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """Which residual network; the default is the paper's main encoder."""
+
+    depth: Literal[10, 18, 34, 50, 101, 152, 200] = 50
+    """Layers with weights: basic blocks up to 34, bottlenecks from 50 on."""
+
+    width: float = 1.0
+    """Factor on the channels of every layer."""
+
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """First layers: 7x7 of stride 2 and a max pool, or 3x3 of stride 1 for images of 32 pixels."""
+
+    projection_shortcut: bool = False
+    """Give the first group of a basic-block network a projection, as the official networks do."""
+
+
+def initialise(module: nn.Module, generator: Generator) -> None:
+    """Draw all convolution and linear weights of `module` anew; their biases become zero.
+
+    A normal of standard deviation 1/sqrt(fan in), cut at two of them: the official networks'
+    default (Haiku's), whose deviation is not corrected for the cut. `generator` must be on the
+    weights' device.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            std = layer.weight[0].numel() ** -0.5
+            nn.init.trunc_normal_(layer.weight, 0, std, -2 * std, 2 * std, generator)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def _shortcut(inputs: int, outputs: int, stride: int, project: bool, views: int) -> nn.Module:
+    if project or stride > 1 or inputs != outputs:
+        return nn.Sequential(_conv(inputs, outputs, 1, stride), BatchNorm(outputs, views))
+    return nn.Identity()
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions: [N, inputs, H, W] -> [N, channels, H/stride, W/stride]."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, channels: int, stride: int, project: bool, views: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(inputs, channels, 3, stride)
+        self.bn1 = BatchNorm(channels, views)
+        self.conv2 = _conv(channels, channels, 3)
+        self.bn2 = BatchNorm(channels, views)
+        self.downsample = _shortcut(inputs, channels, stride, project, views)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return torch.relu(y + self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions: [N, inputs, H, W] -> [N, 4*channels, H/stride, W/stride]."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, channels: int, stride: int, project: bool, views: int) -> None:
+        super().__init__()
+        outputs = channels * self.expansion
+        self.conv1 = _conv(inputs, channels, 1)
+        self.bn1 = BatchNorm(channels, views)
+        self.conv2 = _conv(channels, channels, 3, stride)
+        self.bn2 = BatchNorm(channels, views)
+        self.conv3 = _conv(channels, outputs, 1)
+        self.bn3 = BatchNorm(outputs, views)
+        nn.init.zeros_(self.bn3.weight)  # the block starts as its shortcut
+        self.downsample = _shortcut(inputs, outputs, stride, project, views)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return torch.relu(y + self.downsample(x))
+
+
+_BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
+    10: (BasicBlock, (1, 1, 1, 1)),
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+    200: (Bottleneck, (3, 24, 36, 3)),
+}
+
+
+class ResNet(nn.Module):
+    """A residual network without its classifier: [N, 3, H, W] -> features [N, feature_dim].
+
+    `views` is how many views a training batch holds, stacked first (see BatchNorm). Weights are
+    torch's until `initialise` draws them.
+    """
+
+    def __init__(self, config: ResNetConfig, views: int) -> None:
+        super().__init__()
+        block, (n1, n2, n3, n4) = _BLOCKS[config.depth]
+        c1, c2, c3, c4 = (int(channels * config.width) for channels in (64, 128, 256, 512))
+        imagenet = config.stem == "imagenet"
+
+        def group(
+            inputs: int, channels: int, blocks: int, stride: int, project: bool
+        ) -> nn.Sequential:
+            outputs = channels * block.expansion
+            first = block(inputs, channels, stride, project, views)
+            rest = (block(outputs, channels, 1, False, views) for _ in range(blocks - 1))
+            return nn.Sequential(first, *rest)
+
+        self.conv1 = _conv(3, c1, 7, 2) if imagenet else _conv(3, c1, 3)
+        self.bn1 = BatchNorm(c1, views)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1) if imagenet else nn.Identity()
+        self.layer1 = group(c1, c1, n1, 1, config.projection_shortcut)
+        self.layer2 = group(c1 * block.expansion, c2, n2, 2, False)
+        self.layer3 = group(c2 * block.expansion, c3, n3, 2, False)
+        self.layer4 = group(c3 * block.expansion, c4, n4, 2, False)
+        self.feature_dim = c4 * block.expansion
+
+    def blocks(self) -> list[nn.Module]:
+        """All residual blocks, in order."""
+        layers = (self.layer1, self.layer2, self.layer3, self.layer4)
+        return [block for layer in layers for block in layer]
+
+    def stem(self, x: Tensor) -> Tensor:
+        """The layers before the first block: [N, 3, H, W] -> [N, 64, H/4, W/4] at width 1."""
+        x = torch.relu(self.bn1(self.conv1(x)))  # [N, 64, H/2, W/2]
+        pooled: Tensor = self.maxpool(x)
+        return pooled
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.layer1(x)  # [N, 64 or 256, H/4, W/4]
+        x = self.layer2(x)
+        x = self.layer3(x)
+        x = self.layer4(x)  # [N, feature_dim, H/32, W/32]
+        return x.mean(dim=(2, 3))

@@ -1,0 +1,211 @@
+"""How a training step is spread over processes: one function, `parallelize`."""
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from engine.method.byol import Online, OnlineOutput, Target
+from engine.method.norm import synchronise
+from engine.processes.compiling import check_norm, compile_networks
+from engine.processes.world import World
+from shards.errors import InputError
+from shards.fields import Operation
+
+Strategy = Literal["none", "ddp", "fsdp", "hsdp"]
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a step is spread over processes. No choice changes what is computed, but for rounding."""
+
+    strategy: Operation[Literal["auto", "ddp", "fsdp", "hsdp"]] = "auto"
+    """ddp: every process holds everything; fsdp: parameters and optimizer state are spread over all
+    processes; hsdp: over the processes of a group, and groups are replicas. auto: ddp unless the
+    networks and the optimizer take more than half of a GPU's memory."""
+
+    shard: Operation[int] = 0
+    """hsdp: processes in a group. 0: those of one machine."""
+
+    recompute: Operation[bool] = False
+    """Activation checkpointing: keep only each residual block's input, and compute the block again
+    in the backward. Saves memory for about a quarter more time."""
+
+    timeout: Operation[float] = 300
+    """Seconds that a process waits for the others before it fails; half an hour before the first
+    step is done."""
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """What became of the networks: how a step calls the online one and steers its gradients."""
+
+    strategy: Strategy
+    online: Callable[[Tensor], OnlineOutput]
+    shard_group: ProcessGroup | None  # the processes that parameters are spread over
+    groups: list[ProcessGroup]  # of some of the processes
+    _network: Online
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[object]:
+        """Around the forward and backward of a micro-batch: gradients travel after the last."""
+        if isinstance(self.online, DistributedDataParallel):
+            return nullcontext() if last else self.online.no_sync()
+        if isinstance(self._network, FSDPModule):
+            self._network.set_requires_gradient_sync(last)
+        return nullcontext()
+
+
+def state_bytes(online: Online, target: Target, slots: int) -> int:
+    """Of parameters, gradients and optimizer state (`slots` tensors for each parameter) in float32,
+    when one process holds everything."""
+    trained, moved = (sum(p.numel() for p in network.parameters()) for network in (online, target))
+    return 4 * (trained * (2 + slots) + moved)
+
+
+def choose(
+    config: ParallelConfig, world: World, state_bytes: int, report: Callable[[str], None]
+) -> Strategy:
+    """The strategy of a run whose parameters, gradients and optimizer state are `state_bytes`.
+
+    Raises InputError when the processes do not allow it.
+    """
+    chosen: Strategy
+    if config.shard and config.strategy != "hsdp":
+        raise InputError(
+            f"parallel.shard {config.shard} is for hsdp: give --parallel.strategy hsdp too"
+        )
+    if config.strategy == "auto":
+        chosen = "none"
+        if world.size > 1:
+            chosen = _fitting(world, state_bytes)
+            report(
+                f"strategy {chosen}: networks and optimizer take {state_bytes / 2**30:.2f} GiB"
+                + (f" of {_memory(world) / 2**30:.0f}" if world.device.type == "cuda" else "")
+            )
+        return chosen
+    chosen = config.strategy
+    shard = config.shard or world.local_size
+    if chosen == "hsdp" and not (1 < shard < world.size and world.size % shard == 0):
+        fit = [n for n in range(2, world.size) if world.size % n == 0]
+        mend = f"use --parallel.shard {fit[-1]}" if fit else "use --parallel.strategy fsdp"
+        raise InputError(
+            f"parallel.strategy hsdp: {world.size} processes in groups of {shard} are no replicas "
+            f"of a sharded copy: {mend}"
+        )
+    return chosen
+
+
+def _fitting(world: World, state_bytes: int) -> Strategy:
+    if world.device.type != "cuda" or state_bytes <= _memory(world) / 2:
+        return "ddp"
+    return "hsdp" if 1 < world.local_size < world.size else "fsdp"
+
+
+def _memory(world: World) -> int:
+    return torch.cuda.get_device_properties(world.device).total_memory
+
+
+def parallelize(
+    online: Online,
+    target: Target,
+    config: ParallelConfig,
+    strategy: Strategy,
+    world: World,
+    *,
+    compile: bool,
+    static: bool,
+) -> Parallel:
+    """Spread both networks, in place, in this order:
+
+    1. batch norms get their statistics over all processes;
+    2. blocks of the online network recompute their activations, when asked for (the target keeps
+       none);
+    3. regions are compiled, inside of what wraps them: a graph holds its norms' communication,
+       and neither DDP's nor FSDP's hooks;
+    4. FSDP2 shards both networks alike, block by block, so that the moving average needs no
+       communication; or DDP wraps the online one.
+
+    `static`: every step takes the same path (no accumulation), which DDP can rely on.
+    """
+    if world.size > 1:
+        for network in (online, target):
+            synchronise(network, _world_group())
+    if config.recompute:
+        for block in online.encoder.blocks():
+            _recompute(block)
+    if compile:
+        if world.size > 1:
+            check_norm(_world_group(), world.device)
+        compile_networks(online, target)
+    if strategy == "none":
+        return Parallel(strategy, online, None, [], online)
+    if strategy == "ddp":
+        return Parallel(strategy, _ddp(online, static), None, [], online)
+    mesh = _mesh(strategy, config, world)
+    for network in (online, target):
+        for block in network.encoder.blocks():
+            fully_shard(block, mesh=mesh)
+        # The target has no backward that would give its outermost parameters back.
+        fully_shard(network, mesh=mesh, reshard_after_forward=True if network is target else None)
+    groups = mesh.get_all_groups()
+    return Parallel(strategy, online, groups[-1], groups, online)
+
+
+def _ddp(online: Online, static: bool) -> DistributedDataParallel:
+    # A 1x1 convolution's gradient may be laid out as channels last, which is the same memory.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch renames broadcast_buffers
+        return DistributedDataParallel(
+            online,
+            broadcast_buffers=False,  # running statistics are equal by construction
+            gradient_as_bucket_view=True,
+            static_graph=static,
+        )
+
+
+def _mesh(strategy: Strategy, config: ParallelConfig, world: World) -> DeviceMesh:
+    if strategy == "fsdp":
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    shard = config.shard or world.local_size
+    shape, names = (world.size // shard, shard), ("replicate", "shard")
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+
+
+def _world_group() -> ProcessGroup:
+    return cast(ProcessGroup, dist.group.WORLD)
+
+
+def _recompute(block: nn.Module) -> None:
+    """Keep only the block's input for the backward, and the sums that its norms communicated."""
+    forward = block.forward
+    kept = partial(create_selective_checkpoint_contexts, _keep_communicated)
+
+    def again(x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(
+            forward, x, use_reentrant=False, preserve_rng_state=False, context_fn=kept
+        )
+        return y
+
+    block.forward = again
+
+
+def _keep_communicated(_: object, operation: Any, *__: object, **___: object) -> CheckpointPolicy:
+    if operation is torch.ops._c10d_functional.all_reduce.default:
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,205 @@
+"""The processes of a run: which one this is, its device, and the few things they tell each other.
+
+Plain torchrun starts one process for each GPU, or as many as wanted on a CPU; without torchrun a
+run is one process. Tensors on a GPU travel by NCCL, everything else by gloo.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed import ProcessGroup
+from torch.distributed.rendezvous import rendezvous
+
+from shards.errors import InputError
+
+try:
+    from torch.distributed import set_timeout as _set_timeout
+except ImportError:  # as older releases (2.11) call it
+    from torch.distributed.distributed_c10d import _set_pg_timeout as _set_timeout
+
+START_TIMEOUT = 1800.0  # seconds: until the first step is done, somebody may compile or fetch
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run. `local`: among those of its machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    group: ProcessGroup | None = None  # that the calls below travel on; None: the default one
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that reports and writes."""
+        return self.rank == 0
+
+    @property
+    def distributed(self) -> bool:
+        """Whether there is a process group."""
+        return dist.is_initialized()
+
+    def apart(self) -> "World":
+        """The same processes on a process group of their own, for a thread beside the training.
+
+        All processes have to call it at the same point.
+        """
+        if not self.distributed:
+            return self
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=START_TIMEOUT))
+        return replace(self, group=cast(ProcessGroup, group))
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """The sum over all processes of a tensor on the CPU, which is overwritten."""
+        if self.distributed:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def all_reduce_later(self, values: Tensor) -> Callable[[], Tensor]:
+        """`all_reduce`, begun now; the call that is returned waits for it."""
+        if not self.distributed:
+            return lambda: values
+        work = dist.all_reduce(values, group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return values
+
+        return wait
+
+    def on_main(self, make: Callable[[], _T]) -> _T:
+        """What the first process makes, on every process; an error it finds, likewise."""
+        if not self.distributed:
+            return make()
+        made: list[_T | Exception | None] = [None]
+        if self.main:
+            try:
+                made = [make()]
+            except (InputError, OSError) as error:
+                made = [error]
+        dist.broadcast_object_list(made, src=0, group=self.group)
+        if isinstance(made[0], Exception):
+            raise made[0]
+        return made[0]  # type: ignore[return-value]
+
+    def all_gather_object(self, own: _T) -> list[_T]:
+        """What each process has, on every process, in the order of their ranks."""
+        if not self.distributed:
+            return [own]
+        found: list[_T | None] = [None] * self.size
+        dist.all_gather_object(found, own, group=self.group)
+        return found  # type: ignore[return-value]
+
+    def all_gather(self, rows: Tensor) -> Tensor:
+        """The rows [n, ...] of all processes, in the order of their ranks; n may differ."""
+        if not self.distributed:
+            return rows
+        counts = torch.zeros(self.size, dtype=torch.int64)
+        counts[self.rank] = len(rows)
+        self.all_reduce(counts)
+        padded = rows.new_zeros((int(counts.max()), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:n] for part, n in zip(parts, counts.tolist(), strict=True)])
+
+    def all_to_all(self, parts: Tensor) -> Tensor:
+        """Send part i of [W, ...] to process i; gives what each of them sent here [W, ...]."""
+        if not self.distributed:
+            return parts
+        received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, parts.contiguous())
+        return received
+
+
+def rank() -> int:
+    """This process's rank, before anything is set up."""
+    return from_launcher("RANK", 0)
+
+
+def enter(threads: int | None, distributed: bool) -> World:
+    """Take the device, set torch's threads, and meet the other processes.
+
+    Args:
+        threads: Of torch on the CPU; None shares the machine's cores among its processes.
+        distributed: Make a process group even for a single process.
+
+    Raises InputError when this machine has fewer GPUs than processes.
+    """
+    size, local_size = from_launcher("WORLD_SIZE", 1), from_launcher("LOCAL_WORLD_SIZE", 1)
+    local_rank = from_launcher("LOCAL_RANK", 0)
+    torch.set_num_threads(threads or share_of_cores())
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"{local_size} processes on a machine with {torch.cuda.device_count()} GPUs: "
+                f"use torchrun --nproc-per-node={torch.cuda.device_count()}"
+            )
+        # Equal runs are equal bit for bit: no timing decides which kernel is used.
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    world = World(rank(), size, local_rank, local_size, device)
+    if (size > 1 or distributed) and not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=_store(world),
+            rank=world.rank,
+            world_size=size,
+            timeout=timedelta(seconds=START_TIMEOUT),
+            device_id=device if device.type == "cuda" else None,
+        )
+    return world
+
+
+def _store(world: World) -> Store:
+    """Where processes meet: at the launcher's address, which a lone process lacks."""
+    if "MASTER_ADDR" not in os.environ:
+        return HashStore()
+    timeout = timedelta(seconds=START_TIMEOUT)
+    store: Store = next(rendezvous("env://", world.rank, world.size, timeout=timeout))[0]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store  # the first process's own
+    # torchrun keeps one store over its restarts. What the processes of an earlier attempt left
+    # there, their addresses among it, must not be found.
+    return PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+
+
+def share_of_cores() -> int:
+    """Cores of this machine for each of its processes, at least one."""
+    return max(1, (os.cpu_count() or 1) // from_launcher("LOCAL_WORLD_SIZE", 1))
+
+
+def set_timeout(seconds: float, groups: Iterable[ProcessGroup]) -> None:
+    """How long a process waits for the others from now on, in all or in `groups` of them."""
+    if dist.is_initialized():
+        for group in (None, *groups):
+            _set_timeout(timedelta(seconds=seconds), group)
+
+
+def shared_store() -> Store:
+    """The store that the processes of this attempt met at."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def leave() -> None:
+    """Part from the other processes at the end of a run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def from_launcher(name: str, default: int) -> int:
+    return int(os.environ.get(name, default))

@@ -1,0 +1,253 @@
+"""Checkpoints at a URL: RUN/checkpoints/step_00000100/ with torch's distributed-checkpoint files.
+
+A checkpoint exists when its commit.json does: written last, in one PUT, with the length and CRC32
+of every file. Those are verified before anything is unpickled; a damaged checkpoint is reported
+and the one before it is taken.
+
+All processes of a run call these functions together (but `prune`), each with its own `world`.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from engine.processes.world import World
+from engine.state import dcp_metadata
+from engine.state.dcp_files import Reader, Writer, verify_file
+from engine.state.layout import CHECKPOINTS
+from shards.errors import InputError
+from shards.fields import Operation
+from shards.storage import files, names
+
+FORMAT = 3
+COMMIT = "commit.json"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run is saved, and what it starts from."""
+
+    every: Operation[int] = 1000
+    """Steps between checkpoints. A process's last step is saved too; 0: only that."""
+    keep: Operation[int] = 3
+    """How many of the newest checkpoints stay."""
+    keep_every: Operation[int] = 0
+    """Checkpoints of steps that are multiples of this stay too. 0: none."""
+    background: Operation[bool] = True
+    """Train on while a checkpoint is written; the step waits only for a copy of the state."""
+    grace: Operation[float] = 25
+    """Seconds that a process has after SIGTERM, SIGINT or SIGUSR1 to end its step and save; then it
+    exits at once. Keep it below what the scheduler gives, which kills after that."""
+    resume: Operation[str] = ""
+    """URL of another run, or of one of its checkpoints, whose full state a new run starts from."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What commit.json says: that the checkpoint is whole, and what run it belongs to."""
+
+    url: str
+    step: int
+    method: dict[str, Any]  # the recipe's method fields, dotted names
+    index_digest: str
+    files: dict[str, tuple[int, int]]  # name: length in bytes, CRC32
+
+
+def step_url(run: str, step: int) -> str:
+    return files.join(run, CHECKPOINTS, f"step_{step:08d}")
+
+
+def save(
+    run: str,
+    step: int,
+    state: dict[str, Any],
+    method: dict[str, Any],
+    index_digest: str,
+    world: World,
+    confirm: Callable[[], None] | None = None,
+    report: Callable[[str], None] = print,
+) -> Commit:
+    """Write `state`, nested dicts of tensors, as the checkpoint of `step`, and commit it.
+
+    Every process writes what it holds; the first one commits when all have, unless `confirm`
+    raises. Raises OSError, on all of them, when one could not write.
+    """
+    url = step_url(run, step)
+    # What a process that was killed may have left there; where it can't be removed, it is written
+    # over, or no commit names it.
+    world.on_main(lambda: files.discard(url, run, report))
+    writer = Writer(url)
+    with _one_process_is_fine(), _plain_errors(url, "written"):
+        dcp_save(
+            state,
+            storage_writer=writer,
+            process_group=world.group,
+            no_dist=not world.distributed,
+        )
+    parts = world.all_gather_object(writer.sums)
+    sums = {name: entry for part in parts for name, entry in part.items()}
+
+    def commit() -> Commit:
+        if confirm is not None:
+            confirm()
+        packages = {name: version(name) for name in ("torch", "torchvision", "numpy")}
+        document = {"format": FORMAT, "step": step, "method": method, "index_digest": index_digest}
+        document |= {"packages": packages, "files": sums}
+        document["digest"] = _digest(document)
+        files.write(files.join(url, COMMIT), json.dumps(document, indent=1).encode())
+        return Commit(url, step, method, index_digest, sums)
+
+    return world.on_main(commit)
+
+
+def load(commit: Commit, state: dict[str, Any], world: World) -> None:
+    """Fill the tensors of `state` from a checkpoint that `latest` or `find` has verified."""
+    reader = Reader(commit.url, commit.files)
+    with _one_process_is_fine(), _plain_errors(commit.url, "read"):
+        dcp_load(
+            state,
+            storage_reader=reader,
+            process_group=world.group,
+            no_dist=not world.distributed,
+        )
+
+
+def latest(run: str, world: World, report: Callable[[str], None]) -> Commit | None:
+    """The newest sound checkpoint of a run, None when it has none; damaged ones are reported."""
+    for url in reversed(world.on_main(lambda: steps(run))):
+        try:
+            return verify(url, world)
+        except InputError as error:
+            if world.main:
+                report(f"skipped: {error}")
+    return None
+
+
+def find(
+    url: str, world: World, report: Callable[[str], None], name: str = "checkpoint.resume"
+) -> Commit:
+    """The checkpoint at `url`, which is one, or a run whose newest is taken.
+
+    `name`: of the field or argument, for the message. Raises InputError.
+    """
+    if world.on_main(lambda: files.exists(files.join(url, COMMIT))):
+        return verify(url, world)
+    found = latest(url, world, report)
+    if found is None:
+        raise InputError(f"{name} {files.redact(url)}: no committed checkpoint there")
+    return found
+
+
+def verify(url: str, world: World) -> Commit:
+    """Check a checkpoint's commit, the length and CRC32 of its files, shared out, and that its
+    metadata names nothing foreign.
+
+    Raises InputError, the same on all processes.
+    """
+    commit = world.on_main(lambda: _read_commit(url))
+    fault = ""
+    for name in sorted(commit.files)[world.rank :: world.size]:
+        try:
+            if name == dcp_metadata.NAME:
+                Reader(url, commit.files).metadata()
+            else:
+                verify_file(files.join(url, name), *commit.files[name])
+        except InputError as error:
+            fault = fault or str(error)
+    if faults := [found for found in world.all_gather_object(fault) if found]:
+        raise InputError(faults[0])
+    return commit
+
+
+def _read_commit(url: str) -> Commit:
+    place = files.redact(url)
+    damaged = InputError(f"{place}: {COMMIT} is damaged")
+    try:
+        document = files.read_json(files.join(url, COMMIT))
+        found = document["format"], document["digest"]
+        step, method, index_digest = (document[key] for key in ("step", "method", "index_digest"))
+        sums = {name: (length, crc) for name, (length, crc) in document["files"].items()}
+    except FileNotFoundError:
+        raise InputError(f"{place}: not committed, its save was cut off") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise damaged from None
+    if found[0] != FORMAT:
+        raise InputError(f"{place}: format {found[0]}, not {FORMAT}")
+    if found[1] != _digest(document):
+        raise damaged
+    numbers = [step, *itertools.chain(*sums.values())]
+    typed = isinstance(method, dict) and isinstance(index_digest, str)
+    if not typed or any(type(n) is not int or not 0 <= n < 2**62 for n in numbers):
+        raise damaged
+    for name in sums:
+        names.check_name(name, f"{place}: {COMMIT}", "take another checkpoint")
+    return Commit(url, step, method, index_digest, sums)
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """SHA-256 of all that a commit says but this, 16 hex digits."""
+    facts = {name: value for name, value in document.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def prune(
+    run: str,
+    step: int,
+    keep: int,
+    keep_every: int = 0,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Remove all but the newest `keep` (at least 1) committed checkpoints, each commit first.
+
+    `step`: the one just saved. Those beyond it were found damaged when this process started: they
+    push out no good one, and stay until they are overwritten. `keep_every`: those of its multiples
+    stay too, 0 for none. `report` takes what a store refuses to remove, which stays whole.
+    """
+    until = step_url(run, step)
+    saved = [url for url in steps(run) if url <= until]
+    committed = [url for url in saved if files.exists(files.join(url, COMMIT))]
+    for url in committed[:-keep]:
+        if keep_every and int(url[-8:]) % keep_every == 0:
+            continue
+        if files.discard(files.join(url, COMMIT), run, report):
+            files.discard(url, run, report)
+
+
+def steps(run: str) -> list[str]:
+    """URLs of a run's checkpoints, whole or not, by step; what else lies there is not ours."""
+    folder = files.join(run, CHECKPOINTS)
+    found = files.list_names(folder)
+    return [files.join(folder, name) for name in found if re.fullmatch(r"step_\d{8}", name)]
+
+
+@contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    """Without torch's warning that there is no process group: there is none on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+@contextmanager
+def _plain_errors(url: str, what: str) -> Iterator[None]:
+    """OSError or InputError in place of torch's CheckpointException, which is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        if isinstance(cause, InputError):
+            raise cause from None
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        place = files.redact(url)
+        raise OSError(f"{place} could not be {what} by rank {rank}: {reason}") from None

@@ -1,0 +1,269 @@
+"""The files of torch's distributed checkpoints at a URL: written, verified and read in parallel."""
+
+import contextlib
+import io
+import itertools
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemBase, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+
+from engine.state import dcp_metadata
+from engine.state.dcp_metadata import Place
+from shards.errors import InputError
+from shards.storage import files
+from shards.storage.upload import open_writer
+
+SPAN = 32 << 20  # bytes read by one request at most
+PARALLEL = 4  # requests at once; with the span being used, memory for 160 MiB
+GAP = 1 << 20  # bytes between two tensors that are rather read than asked around
+
+Sums = dict[str, tuple[int, int]]  # of files by name: length in bytes, CRC32
+
+
+class Writer(FileSystemWriter):
+    """Writes a checkpoint's files into the folder `url`, one for each process and `.metadata`.
+
+    `sums` has those that this process wrote. What the folder held before is overwritten.
+    """
+
+    def __init__(self, url: str) -> None:
+        # Nothing to copy ahead: the state is on the CPU already.
+        super().__init__(url, sync_files=False, per_thread_copy_ahead=0)
+        files = _Files()
+        self.fs = files  # type: ignore[assignment]
+        self.path, self.sums = url, files.sums
+
+    @property
+    def checkpoint_id(self) -> str:
+        """What `.metadata` tells of the place."""
+        return files.redact(str(self.path))
+
+
+class _Files(FileSystemBase):
+    """The writer's file system: streams to storage that sum length and CRC32 on the way."""
+
+    def __init__(self) -> None:
+        self.sums: Sums = {}
+        self._unnamed: dict[str, bytes] = {}
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:  # noqa: ARG002
+        if path.endswith(".tmp"):  # kept until it is renamed, which object stores cannot
+            buffer = io.BytesIO()
+            yield buffer
+            self._unnamed[path] = buffer.getvalue()
+            return
+        with open_writer(path) as stream:
+            yield stream
+        self.sums[path.rsplit("/", 1)[-1]] = (stream.length, stream.crc)
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        with self.create_stream(new_path, "wb") as stream:
+            stream.write(self._unnamed.pop(path))
+
+    def concat_path(self, path: Any, suffix: str) -> str:
+        return files.join(path, suffix)
+
+    def init_path(self, path: Any) -> str:
+        return str(path)
+
+    def mkdir(self, path: Any) -> None:
+        """Nothing: a stream makes the folders that it needs."""
+
+    def exists(self, path: Any) -> bool:  # noqa: ARG002
+        """Asked only before something is removed and written anew: a stream replaces it whole."""
+        return False
+
+    def rm_file(self, path: Any) -> None:
+        """Never asked for, because nothing exists."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return isinstance(checkpoint_id, str)
+
+
+def verify_file(url: str, length: int, crc: int) -> None:
+    """Check a file's length in bytes and CRC32.
+
+    Raises InputError when it is missing or damaged, OSError when the store does not answer.
+    """
+    folder, _, name = files.redact(url).rpartition("/")
+    try:
+        if files.size(url) == length:
+            for _ in range(2):  # what was damaged only on the way comes whole the second time
+                found = 0
+                for content in _fetch(_pieces(url, 0, length)):
+                    found = zlib.crc32(content, found)
+                if found == crc:
+                    return
+    except FileNotFoundError:
+        raise InputError(f"{folder}: {name} is missing") from None
+    raise InputError(f"{folder}: {name} is damaged, its length or CRC32 differs")
+
+
+class Reader(StorageReader):
+    """Reads a checkpoint's tensors from the folder `url`. Nothing in its files is run.
+
+    `files` are those that the checkpoint has. Raises InputError for what no checkpoint of this
+    engine holds, OSError when the store does not answer.
+    """
+
+    def __init__(self, url: str, files: Mapping[str, tuple[int, int]]) -> None:
+        self._url, self._files = url, files
+        self._places: dict[MetadataIndex, Place] = {}
+        self._fault: InputError | OSError | None = None
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Nothing is kept that a second load would have to forget."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """Does not raise, for torch would lose the reason: `set_up_storage_reader`, next, does."""
+        self._fault = None
+        try:
+            return self.metadata()
+        except (InputError, OSError) as error:
+            self._fault = error
+            return Metadata({})
+
+    def metadata(self) -> Metadata:
+        """What the checkpoint holds, checked. Raises InputError and OSError."""
+        place = f"{files.redact(self._url)}: {dcp_metadata.NAME}"
+        try:
+            for _attempt in range(2):  # as in `verify_file`
+                content = files.read(files.join(self._url, dcp_metadata.NAME))
+                if self._files.get(dcp_metadata.NAME) == (len(content), zlib.crc32(content)):
+                    return dcp_metadata.parse(content, self._files)
+            raise InputError("is damaged, its length or CRC32 differs")
+        except FileNotFoundError:
+            raise InputError(f"{place} is missing") from None
+        except InputError as error:
+            raise InputError(f"{place} {error}") from None
+
+    def set_up_storage_reader(self, metadata: Metadata, *_: Any, **__: Any) -> None:
+        if self._fault:
+            raise self._fault
+        self._places = metadata.storage_data
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        for item in plan.items:
+            if item.storage_index not in self._places:
+                where = f"{files.redact(self._url)}: {dcp_metadata.NAME}"
+                raise InputError(f"{where} is damaged: {item.storage_index.fqn} is in no file")
+        spans = _spans((self._places[item.storage_index], item) for item in plan.items)
+        pieces = (_pieces(files.join(self._url, s.file), s.start, s.stop) for s in spans)
+        with contextlib.closing(_fetch(itertools.chain.from_iterable(pieces))) as fetched:
+            for span in spans:
+                count = len(range(span.start, span.stop, SPAN))
+                content = b"".join(itertools.islice(fetched, count))
+                for place, item in span.reads:
+                    start = place.offset - span.start
+                    self._fill(place, item, content[start : start + place.length], planner)
+        done: torch.futures.Future[None] = torch.futures.Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return isinstance(checkpoint_id, str)
+
+    def _fill(self, place: Place, item: ReadItem, content: bytes, planner: LoadPlanner) -> None:
+        """Copy the stored tensor, or the part of it that is wanted, to where the planner says."""
+        try:
+            tensor = _tensor(content)
+        except Exception:  # damaged on the way, perhaps
+            tensor = self._read_again(place)
+        target = planner.resolve_tensor(item).detach()
+        try:
+            for dim, (offset, length) in enumerate(
+                zip(item.storage_offsets, item.lengths, strict=True)
+            ):
+                tensor = tensor.narrow(dim, offset, length)
+        except (RuntimeError, IndexError):
+            raise self._wrong(place, "a tensor of another shape") from None
+        if target.size() != tensor.size():
+            raise self._wrong(place, "a tensor of another shape")
+        target.copy_(tensor)
+        planner.commit_tensor(item, target)
+
+    def _read_again(self, place: Place) -> Tensor:
+        start, stop = place.offset, place.offset + place.length
+        content = files.read(files.join(self._url, place.file), start, stop)
+        try:
+            return _tensor(content)
+        except Exception:
+            raise self._wrong(place, "no plain tensor") from None
+
+    def _wrong(self, place: Place, what: str) -> InputError:
+        where = f"{files.redact(self._url)}: {place.file} at byte {place.offset}"
+        return InputError(f"{where} has {what}: the file is damaged or malicious")
+
+
+def _tensor(content: bytes) -> Tensor:
+    """The tensor that torch.save wrote, if its sums are right. Raises whatever it is not."""
+    file = io.BytesIO(content)
+    if damaged := zipfile.ZipFile(file).testzip():  # torch does not look at them
+        raise ValueError(f"{damaged} is damaged")
+    file.seek(0)
+    tensor = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{type(tensor).__name__} in place of a tensor")
+    return tensor
+
+
+class _Span(NamedTuple):
+    """Bytes [start, stop) of a file, and what is wanted from them."""
+
+    file: str
+    start: int
+    stop: int
+    reads: list[tuple[Place, ReadItem]]
+
+
+def _spans(reads: Iterable[tuple[Place, ReadItem]]) -> list[_Span]:
+    """Neighbours that are read together; a span above SPAN is that of a single tensor."""
+    spans: list[_Span] = []
+    for place, item in sorted(reads, key=lambda read: read[0]):
+        stop = place.offset + place.length
+        last = spans[-1] if spans else _Span("", 0, 0, [])
+        near = place.file == last.file and place.offset - last.stop <= GAP
+        if near and (stop <= last.stop or stop - last.start <= SPAN):
+            spans[-1] = last._replace(stop=max(stop, last.stop))
+            last.reads.append((place, item))
+        else:
+            spans.append(_Span(place.file, place.offset, stop, [(place, item)]))
+    return spans
+
+
+def _pieces(url: str, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+    """The bytes [start, stop) of an object, as no more than SPAN at a time."""
+    for first in range(start, stop, SPAN):
+        yield url, first, min(first + SPAN, stop)
+
+
+def _fetch(pieces: Iterable[tuple[str, int, int]]) -> Generator[bytes, None, None]:
+    """The bytes [start, stop) of each URL, in order; the next few are on their way meanwhile."""
+    with ThreadPoolExecutor(PARALLEL, thread_name_prefix="fetch") as threads:
+        ahead: deque[Future[bytes]] = deque()
+        for piece in pieces:
+            ahead.append(threads.submit(files.read, *piece))
+            if len(ahead) > PARALLEL:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

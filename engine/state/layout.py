@@ -1,0 +1,34 @@
+"""The run directory, RUN/ at any URL: every name below it.
+
+RUN/recipe.json                       the resolved recipe of the last start
+RUN/checkpoints/step_00000100/        one checkpoint (state/checkpoint.py)
+RUN/lease/00000001.json               whose run it is (state/lease.py)
+RUN/compile/                          what torch.compile made (state/artefacts.py)
+RUN/metrics.jsonl, RUN/metrics/       the log, line by line (log/journal.py)
+RUN/tensorboard/                      event files (log/events.py)
+RUN/evaluations/                      results of launch/evaluate.py (evaluation/session.py)
+RUN/debug_step/                       while --debug-step lasts
+"""
+
+from typing import Any
+
+from engine.log.events import TENSORBOARD as TENSORBOARD
+from engine.log.journal import JSONL as JSONL
+from engine.log.journal import PARTS as PARTS
+from shards.storage import files
+
+RECIPE = "recipe.json"
+CHECKPOINTS = "checkpoints"
+LEASE = "lease"
+COMPILE = "compile"
+EVALUATIONS = "evaluations"
+DEBUG_STEP = "debug_step"
+
+
+def read_recipe(run: str) -> dict[str, Any]:
+    """The recipe of the last start in RUN, by dotted names. It is empty when it can't be read."""
+    try:
+        fields = files.read_json(files.join(run, RECIPE))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return fields if isinstance(fields, dict) else {}

@@ -1,0 +1,86 @@
+"""Checkpoints written beside the training: a copy of the state is taken, a thread does the rest."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
+
+from engine.processes.world import World
+from shards.errors import InputError
+
+ATTEMPTS = 3
+BACKOFF = 2.0  # seconds before the second attempt, twice that before the third
+
+State = dict[str, Any]
+
+
+class Saver:
+    """Writes one checkpoint at a time, on a process group of its own.
+
+    Its calls are made by all processes alike. A save that fails is tried again, then reported, and
+    the training goes on without it.
+    """
+
+    def __init__(self, world: World, background: bool, report: Callable[[str], None]) -> None:
+        """`background`: whether `save` returns before all is written."""
+        self._world, self._background, self._report = world.apart(), background, report
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._running: Future[bool] | None = None
+        self._committed = True
+        self._device = world.device
+        self._copy: State | None = None
+
+    def save(self, step: int, state: State, write: Callable[[State, World], object]) -> None:
+        """Copy `state`, tensors of one moment, and have `write(copy, world)` called in the thread.
+
+        Waits for the save before, if it still runs: one copy is all the memory that saves take.
+        `write` is collective over the world it is given, and raises OSError when it fails.
+        """
+        self.wait()
+        self._running = self._thread.submit(self._write, step, self._stage(state), write)
+        if not self._background:
+            self.wait()
+
+    def wait(self) -> bool:
+        """Whether the last save was committed, once it is over; True when there was none."""
+        running, self._running = self._running, None
+        if running is not None:
+            self._committed = running.result()
+        return self._committed
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        """End the thread. After a user's mistake, found by all, what was begun is still good."""
+        if failure is not None and issubclass(failure, InputError):
+            self.wait()
+        self._thread.shutdown(wait=False)
+
+    def _stage(self, state: State) -> State:
+        """A copy of the state on the CPU, in the same memory each time; pinned, a GPU fills it."""
+        # torch's stagers pin memory where there is no GPU (BlockingAsyncStager) or fail on a view
+        # in torch 2.11 (DefaultStager); these are the two functions that they are made of.
+        cuda = self._device.type == "cuda"
+        if self._copy is None:
+            self._copy = _create_cpu_state_dict(state, pin_memory=cuda)
+        staged = _copy_state_dict(state, self._copy, non_blocking=cuda)
+        if cuda:
+            torch.cuda.synchronize()
+        return staged
+
+    def _write(self, step: int, state: State, write: Callable[[State, World], object]) -> bool:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                write(state, self._world)
+                return True
+            except OSError as error:  # every process has it
+                text = f"the checkpoint of step {step} failed ({attempt} of {ATTEMPTS}): {error}"
+            if self._world.main:
+                self._report(text)
+            if attempt < ATTEMPTS:
+                time.sleep(BACKOFF * 2 ** (attempt - 1))
+        return False

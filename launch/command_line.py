@@ -1,0 +1,83 @@
+"""argv to a recipe; and what tyro says of a mistake, as one line."""
+
+import contextlib
+import difflib
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import tyro
+
+from engine.recipe import Recipe, flatten, load, operation_names
+from shards.errors import InputError
+
+
+def parse_recipe(arguments: list[str]) -> Recipe:
+    """RECIPE [--field.name value ...] -> the complete recipe, checked.
+
+    Raises InputError in one line for an unknown field or a bad value; --help exits.
+    """
+    if not arguments or arguments[0].startswith("-"):
+        raise InputError(
+            "usage: torchrun launch/train.py RECIPE [--field.name value ...]; RECIPE is a file "
+            "like recipes/quickstart.py, and RECIPE --help lists its fields"
+        )
+    base = load(arguments[0])
+    description = (
+        f"{arguments[0]}: fields and what this recipe sets them to. A run resumes only with equal "
+        f"method fields; free to change at every start are: {', '.join(operation_names())}."
+    )
+    with plain_errors():
+        recipe, unknown = tyro.cli(
+            Recipe,
+            prog=f"train.py {arguments[0]}",
+            description=description,
+            args=arguments[1:],
+            default=base,
+            return_unknown_args=True,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+    if unknown:
+        raise InputError(_unknown(unknown[0], recipe))
+    try:
+        recipe.check()
+    except TypeError as error:  # a recipe file is not held to its types
+        raise InputError(
+            f"{arguments[0]}: a field has a value of the wrong type: {error}"
+        ) from None
+    return recipe
+
+
+def _unknown(argument: str, recipe: Recipe) -> str:
+    name = argument.lstrip("-").split("=")[0]
+    if not argument.startswith("-"):
+        return f"unexpected argument {argument!r}: fields are given as --field.name value"
+    names = [known.replace("_", "-") for known in flatten(recipe)]
+    near = difflib.get_close_matches(name.replace("_", "-"), names, n=1)
+    hint = f"did you mean --{near[0]}?" if near else "--help lists the fields"
+    return f"unknown field --{name}: {hint}"
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """InputError in place of tyro's framed message and its exit; `--help` exits as it does."""
+    messages = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(messages):
+            yield
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(_one_line(messages.getvalue())) from None
+    except ValueError as error:  # from a config's own check
+        raise InputError(str(error)) from None
+
+
+def _one_line(message: str) -> str:
+    """tyro's framed error as one line."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", message)
+    text = " ".join(re.sub(r"[│╭╮╰╯─]+", " ", text).split())
+    # The box's title says what the text behind it says again.
+    text = re.sub(r"^(Value error|Parsing error|Invalid choice|Missing argument) ", "", text)
+    return re.split(r" (?:Argument|For full) helptext", text)[0]

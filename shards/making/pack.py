@@ -1,0 +1,324 @@
+"""Images to shards.
+
+Packing has two steps. A plan says which image goes where: all of them in a seeded random order, cut
+into tars of about equal size. It is a pure function of the source's listing, the seed and the shard
+size. Writing follows it in any number of threads and, when it was stopped, goes on where it was:
+the shards come out the same, byte for byte.
+
+A shard is a WebDataset tar: `<number>_<original name>.jpg` with its class index in `.cls`. The
+number is the sample's id.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from webdataset.writer import TarWriter
+
+from shards import index
+from shards.errors import InputError
+from shards.index import Blocks, Index, Shard
+from shards.philox import Domain, permutation
+from shards.storage import files, upload
+from shards.tar import BLOCK, Sample, read_samples
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+SPLITS = ("train", "val", "valid", "validation", "test")
+STEM_LENGTH = 60
+
+_WORK = ".pack"  # folder of what is needed to go on with an unfinished packing
+_PLAN = "plan.json"
+_WRITTEN = re.compile(rf"shard-\d+\.tar(\..*)?|{re.escape(index.NAME)}|{re.escape(_WORK)}")
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+class Image(NamedTuple):
+    """One image to pack: its path below the source, bytes and class index (-1: it has none)."""
+
+    path: str
+    size: int
+    label: int
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """The images that make one data set: a split of the source, or all of it (`name` is "")."""
+
+    name: str
+    images: list[Image]
+    classes: list[str]
+
+
+def find_images(source: str) -> tuple[list[ImageSet], int]:
+    """The data sets in a folder of images, and how many other files it holds.
+
+    The first folder below a data set names the class; images beside such folders have none. When
+    all folders of the source are splits, each is a data set. Raises InputError when there are no
+    images, or splits stand among other folders.
+    """
+    found, others = [], Counter[str]()
+    for path, size in files.walk(source):
+        extension = path.rpartition(".")[2].lower()
+        if extension in EXTENSIONS and not path.startswith(".") and "/." not in path:
+            found.append((path, size))
+        else:
+            others[extension] += 1
+    place = files.redact(source)
+    if not found and not files.exists(source):
+        raise InputError(f"SOURCE {place}: no such folder")
+    if not found:
+        hint = "; it holds tars: use --index-only" if others["tar"] else ""
+        raise InputError(f"SOURCE {place}: no {', '.join(EXTENSIONS)} files there{hint}")
+    found.sort()
+    folders = {path.split("/", 1)[0] for path, _ in found if "/" in path}
+    splits = [name for name in SPLITS if name in folders]
+    if len(splits) > 1 and len(folders) > len(splits):
+        rest = ", ".join(sorted(folders - set(splits))[:3])
+        raise InputError(
+            f"SOURCE {place}: holds {' and '.join(splits)}, but {rest} too: pack each split alone"
+        )
+    if not splits or len(folders) > len(splits):
+        classes = _class_names(found, "")
+        return [_image_set("", found, classes)], others.total()
+    classes = sorted({name for split in splits for name in _class_names(found, split)})
+    sets = [_image_set(split, found, classes) for split in splits]
+    others["outside"] += len(found) - sum(len(part.images) for part in sets)
+    return sets, others.total()
+
+
+def _class_names(found: list[tuple[str, int]], split: str) -> list[str]:
+    return sorted({name for path, _ in found if (name := _class_name(path, split))})
+
+
+def _class_name(path: str, split: str) -> str | None:
+    """The class of a file; "" when it has none, None when it is outside the split."""
+    if split and not path.startswith(f"{split}/"):
+        return None
+    folder, _, rest = path[len(split) :].lstrip("/").partition("/")
+    return folder if rest else ""
+
+
+def _image_set(split: str, found: list[tuple[str, int]], classes: list[str]) -> ImageSet:
+    labels = {name: i for i, name in enumerate(classes)} | {"": -1}
+    images = [
+        Image(path, size, labels[name])
+        for path, size in found
+        if (name := _class_name(path, split)) is not None
+    ]
+    labelled = any(image.label >= 0 for image in images)
+    return ImageSet(split, images, classes if labelled else [])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which image goes where: shard i holds images[cuts[i] : cuts[i + 1]], in that order."""
+
+    images: list[Image]
+    cuts: list[int]
+    classes: list[str]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that decides the shards' bytes (16 hex digits), but for the pixels."""
+        facts = [index.BLOCK_BYTES, self.images, self.cuts, self.classes]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    @property
+    def image_bytes(self) -> int:
+        return sum(image.size for image in self.images)
+
+
+def plan_shards(images: ImageSet, shard_bytes: int, seed: int) -> Plan:
+    """The images in a random order, cut into shards of about `shard_bytes`, all of about one size.
+
+    Raises InputError when `shard_bytes` is not positive.
+    """
+    if shard_bytes <= 0:
+        raise InputError("--shard-mb must be positive")
+    order = permutation(seed, Domain.PACK, np.arange(len(images.images)), epoch=0)
+    shuffled = [images.images[i] for i in order.tolist()]
+    ends = np.cumsum([_tar_bytes(image) for image in shuffled])
+    return Plan(shuffled, _even_cuts(ends, shard_bytes), images.classes)
+
+
+def _tar_bytes(image: Image) -> int:
+    label = 2 * BLOCK if image.label >= 0 else 0
+    return label + BLOCK + -(-image.size // BLOCK) * BLOCK
+
+
+def _even_cuts(ends: NDArray[np.int64], piece: int) -> list[int]:
+    """Where to cut N things that end at the bytes `ends` [N] into pieces of about `piece` bytes.
+
+    From 0 to N, both included; no piece is empty, and none is a small rest.
+    """
+    total = int(ends[-1])
+    count = max(1, round(total / piece))
+    cuts = np.searchsorted(ends, [total * i // count for i in range(1, count)], side="right")
+    return sorted({0, *cuts.tolist(), len(ends)})
+
+
+def write_shards(
+    plan: Plan,
+    url: str,
+    read: Callable[[Image], bytes],
+    *,
+    threads: int,
+    overwrite: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
+    report: Callable[[str], None] = print,
+) -> tuple[Index, bool]:
+    """Write a plan's shards and index to `url`; returns the index, and False if it stood there.
+
+    `read` gives an image's bytes, in threads; `advance` is called with the size of each one that is
+    done. Memory is at most about threads x shard size x 2. Stopped at any point, the next call goes
+    on with the same plan. `report` takes what a store refuses to remove. Raises InputError when
+    something else is there (`overwrite` removes it) or an image has changed since it was planned.
+    """
+    if overwrite:
+        names = filter(_WRITTEN.fullmatch, files.list_names(url))
+        # The index first: it must not tell of shards that are replaced.
+        for name in sorted(names, key=lambda name: name != index.NAME):
+            files.remove(files.join(url, name))
+    standing = _begin(plan, url, report)
+    if standing is not None:
+        return standing, False
+    records = set(files.list_names(files.join(url, _WORK)))
+
+    with ThreadPoolExecutor(2 * threads, thread_name_prefix="read") as readers:
+
+        def write_shard(number: int) -> Shard:
+            name = f"shard-{number:06d}.tar"
+            first, last = plan.cuts[number : number + 2]
+            record_url = files.join(url, _WORK, f"{name}.json")
+            shard = _written(url, name, record_url) if f"{name}.json" in records else None
+            if shard is None:
+                content = _build(plan.images[first:last], first, read, readers, advance)
+                shard = describe(name, read_samples(io.BytesIO(content)), len(content))
+                shard.crcs = _crcs(shard, content)
+                with upload.open_writer(files.join(url, name)) as file:
+                    file.write(content)
+                files.write(record_url, json.dumps(_record(shard)).encode())
+            else:
+                advance(sum(image.size for image in plan.images[first:last]))
+            return shard
+
+        shards = in_threads(write_shard, range(len(plan.cuts) - 1), threads)
+    result = Index(url, shards, plan.classes, plan.digest)
+    result.save()
+    files.discard(files.join(url, _WORK), url, report)
+    return result, True
+
+
+def _begin(plan: Plan, url: str, report: Callable[[str], None]) -> Index | None:
+    """Claim `url` for the plan; returns the index when the plan is already done there."""
+    names = files.list_names(url)
+    plan_url = files.join(url, _WORK, _PLAN)
+    claimed = _PLAN in files.list_names(files.join(url, _WORK))
+    if index.NAME in names:
+        standing = index.load(url, "OUT")
+        if standing.plan == plan.digest:
+            files.discard(files.join(url, _WORK), url, report)
+            return standing
+    elif claimed and files.read_json(plan_url) == plan.digest:
+        return None
+    elif not claimed and not any(name.endswith(".tar") for name in names):
+        files.write(plan_url, json.dumps(plan.digest).encode())
+        return None
+    state = "" if index.NAME in names else ", unfinished"
+    raise InputError(
+        f"OUT {files.redact(url)}: holds other shards{state} (another source, seed or shard "
+        "size): choose another OUT, or replace them with --overwrite"
+    )
+
+
+def _record(shard: Shard) -> dict[str, Any]:
+    assert shard.blocks is not None
+    blocks = shard.blocks.tolist()
+    return {
+        "samples": shard.samples,
+        "bytes": shard.bytes,
+        "blocks": blocks,
+        "crcs": shard.crcs,
+    }
+
+
+def _crcs(shard: Shard, content: bytes) -> list[int]:
+    assert shard.blocks is not None
+    starts = shard.blocks[:, 0].tolist()
+    ends = [*starts[1:], len(content)]
+    return [zlib.crc32(content[start:end]) for start, end in zip(starts, ends, strict=True)]
+
+
+def _written(url: str, name: str, record_url: str) -> Shard | None:
+    """The shard that an earlier run wrote, if it is still there and whole."""
+    # A damaged record is none: the shard is written again.
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
+        record = files.read_json(record_url)
+        blocks = np.array(record["blocks"], np.int64).reshape(-1, 2)
+        whole = blocks[:, 1].sum() == record["samples"] and len(record["crcs"]) == len(blocks)
+        if whole and files.size(files.join(url, name)) == record["bytes"]:
+            found = Shard(name, record["samples"], record["bytes"], blocks, index.checksum(blocks))
+            found.crcs = record["crcs"]
+            return found
+    return None
+
+
+def _build(
+    images: list[Image],
+    first_id: int,
+    read: Callable[[Image], bytes],
+    readers: ThreadPoolExecutor,
+    advance: Callable[[int], None],
+) -> bytes:
+    """The bytes of one tar."""
+    tar = io.BytesIO()
+    with TarWriter(tar, encoder=False, mtime=0) as writer:
+        contents = readers.map(read, images)
+        for number, (image, content) in enumerate(zip(images, contents, strict=True)):
+            if len(content) != image.size:
+                raise InputError(f"SOURCE {image.path}: has changed meanwhile; run it again")
+            stem, _, extension = image.path.rpartition("/")[2].rpartition(".")
+            name = re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:STEM_LENGTH]
+            fields: dict[str, Any] = {"__key__": f"{first_id + number:08d}_{name}"}
+            fields[extension.lower()] = content
+            if image.label >= 0:
+                fields["cls"] = str(image.label).encode()
+            writer.write(fields)
+            advance(image.size)
+    return tar.getvalue()
+
+
+def describe(name: str, samples: Iterable[Sample], size: int) -> Shard:
+    """A shard's entry in the index: blocks of about `index.BLOCK_BYTES` of its image samples.
+
+    `size` is the tar's length in bytes.
+    """
+    starts = np.array([sample.start for sample in samples if sample.image], np.int64)
+    blocks: Blocks = np.empty((0, 2), np.int64)
+    if len(starts):
+        cuts = np.array(_even_cuts(np.append(starts[1:], size), index.BLOCK_BYTES))
+        blocks = np.stack((starts[cuts[:-1]], np.diff(cuts)), axis=1)
+    return Shard(name, len(starts), size, blocks, index.checksum(blocks))
+
+
+def in_threads(call: Callable[[_T], _R], items: Iterable[_T], threads: int) -> list[_R]:
+    """`call` of every item, in order; after an exception nothing new is begun."""
+    with ThreadPoolExecutor(threads, thread_name_prefix="shard") as pool:
+        try:
+            return list(pool.map(call, items))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

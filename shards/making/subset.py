@@ -1,0 +1,145 @@
+"""A part of a data set as one of its own: as many images of each class, or those of a list.
+
+The choice is a pure function of the data set, the fraction and the seed. The images are copied to
+new shards once, so that learning from 1% of them does not read the other 99% at every epoch.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.errors import InputError
+from shards.index import Index
+from shards.making.pack import STEM_LENGTH, Image, ImageSet, plan_shards, write_shards
+from shards.philox import Domain, permutation
+from shards.reader import BlockReader, Fetches, StreamReader
+from shards.storage import files
+from shards.tar import Block
+
+Ids = NDArray[np.int64]
+AHEAD = 16  # blocks fetched ahead of need
+SHARD_BYTES = 64_000_000
+
+
+class Places(NamedTuple):
+    """Where the images of some samples are."""
+
+    ids: NDArray[np.int64]  # [n] sample ids, rising
+    labels: NDArray[np.int64]  # [n] -1 where there is none
+    spans: NDArray[np.int64]  # [n, 3] shard, byte offset in it, bytes
+    names: list[str]  # [n] key and extension: n01440764_10026.jpg
+
+    def take(self, which: NDArray[np.int64]) -> "Places":
+        """Those at the positions `which` [m]."""
+        names = [self.names[i] for i in which.tolist()]
+        return Places(self.ids[which], self.labels[which], self.spans[which], names)
+
+    @staticmethod
+    def join(parts: "Sequence[Places]") -> "Places":
+        """Those of all processes, by rising id."""
+        whole = Places(
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+            np.concatenate([part.spans for part in parts]),
+            [name for part in parts for name in part.names],
+        )
+        return whole.take(np.argsort(whole.ids, kind="stable"))
+
+
+def find_places(index: Index, part: tuple[int, int], report: Callable[[str], None]) -> Places:
+    """Read a data set once, every n-th block from the i-th on where `part` is (i, n).
+
+    Raises InputError when a shard is not what the index says.
+    """
+    places = [(s, b) for s in range(len(index.shards)) for b in range(len(index.blocks(s)))]
+    places = places[part[0] :: part[1]]
+    reader = BlockReader(index, report=report)
+    found: list[tuple[int, int, int, int, int, str]] = []
+    with ThreadPoolExecutor(AHEAD, thread_name_prefix="fetch") as pool:
+        blocks = StreamReader(iter(places), Fetches(reader, pool), AHEAD)
+        for shard, number in places:
+            block, first_id = blocks.get(shard, number), index.first_id(shard, number)
+            offset = index.block_range(shard, number)[0]
+            found += (
+                (first_id + row, block.label(row), shard, offset + start, size, name)
+                for row, (start, size, name) in enumerate(_images(block))
+            )
+    numbers = np.array([entry[:5] for entry in found], np.int64).reshape(-1, 5)
+    return Places(numbers[:, 0], numbers[:, 1], numbers[:, 2:], [entry[5] for entry in found])
+
+
+def _images(block: Block) -> Iterator[tuple[int, int, str]]:
+    for sample in block.samples:
+        span = sample.image
+        assert span is not None  # Block keeps only samples with an image
+        extension = next(name for name, place in sample.fields.items() if place == span)
+        yield *span, f"{sample.key.rsplit('/', 1)[-1]}.{extension}"
+
+
+def choose(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
+    """Positions [m], rising, of `fraction` of each class's samples (rounded, one at least).
+
+    labels: [N], -1 for samples that are never chosen.
+    """
+    order = permutation(seed, Domain.SUBSET, np.arange(len(labels)), epoch=0)
+    chosen = []
+    for label in np.unique(labels[labels >= 0]):
+        own = order[labels[order] == label]
+        chosen.append(own[: max(1, round(fraction * len(own)))])
+    return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, np.int64)
+
+
+def listed(places: Places, classes: list[str], wanted: list[str], list_name: str) -> Ids:
+    """Positions [m], rising, of the samples whose file names are `wanted`, one a line.
+
+    Neither extensions count, nor the number that packing puts first. A folder before a name is its
+    class, where several classes have a file of that name. Raises InputError when a name stands for
+    no sample, or for several.
+    """
+    known: dict[str, list[int]] = defaultdict(list)
+    for i, name in enumerate(places.names):
+        known[_stem(name)].append(i)
+    lines = [line.strip() for line in wanted if line.strip()]
+    if not lines:
+        raise InputError(f"{list_name}: names no image")
+    chosen = []
+    for line in lines:
+        found = known.get(_stem(line), [])
+        folder = line.rpartition("/")[0].rpartition("/")[2]
+        if len(found) > 1 and folder in classes:
+            label = classes.index(folder)
+            found = [i for i in found if places.labels[i] == label]
+        if len(found) != 1:
+            what = "is not in" if not found else f"stands for {len(found)} images of"
+            hint = ": put its class's folder before it" if found and not folder else ""
+            raise InputError(f"{list_name}: {line} {what} data.train{hint}")
+        chosen += found
+    return np.unique(np.array(chosen, np.int64))
+
+
+def _stem(path: str) -> str:
+    """A file's name as packing writes it, without its number."""
+    name = re.sub(r"^\d{8}_", "", path.rpartition("/")[2])
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name.rpartition(".")[0] or name)[:STEM_LENGTH]
+
+
+def write(index: Index, places: Places, url: str, threads: int) -> None:
+    """Copy samples to shards of their own at `url`; what stands there of them stays."""
+    at = {}
+    images = []
+    for i, name in enumerate(places.names):
+        path = f"{places.ids[i]:012d}/{name}"
+        at[path] = places.spans[i].tolist()
+        images.append(Image(path, int(places.spans[i, 2]), int(places.labels[i])))
+
+    def read(image: Image) -> bytes:
+        shard, start, size = at[image.path]
+        return files.read(index.shard_url(shard), start, start + size)
+
+    plan = plan_shards(ImageSet("", images, index.classes), SHARD_BYTES, seed=0)
+    write_shards(plan, url, read, threads=threads)

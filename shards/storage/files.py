@@ -1,0 +1,358 @@
+"""Bytes in and out of any fsspec URL: local paths, s3://, gs://, memory:// and the rest.
+
+A URL is a name, never a pattern or a chain: `[ ] * ? # % ::` and spaces mean themselves, and only
+what was named, or what lies below it, is read, replaced or removed.
+"""
+
+import contextlib
+import io
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, BinaryIO, TypeVar, cast
+
+import fsspec
+
+from shards.errors import InputError
+from shards.storage import local_files
+from shards.storage.failures import explain, has_query, is_beyond_end, user_info
+from shards.storage.failures import redact as redact
+
+_T = TypeVar("_T")
+
+ATTEMPTS = 8
+CONTENT_ATTEMPTS = 4  # where an answer came, but a wrong one
+BACKOFF = 0.2  # seconds before the first retry, with jitter; doubles each time
+LONGEST_WAIT = 10.0  # seconds between two tries
+PATIENCE = 120.0  # seconds after which no new try begins
+READ_BLOCK = 4 << 20  # bytes that `open_reader` asks an object store for at a time
+PART = 16 << 20  # bytes that large objects are sent, and copied, at a time
+SECONDS = 60.0  # that one try of a read may take, and one more for each MB
+CONNECTIONS = 64  # to a store, for all threads of a process
+DELETIONS = 32  # of objects, at once
+
+
+class WrongLength(OSError):
+    """Another number of bytes came than was asked for: the object ends early."""
+
+
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec filesystem of `url` and the path inside it. Raises InputError if unknown."""
+    return _open(url, {})
+
+
+def _open(url: str, options: dict[str, Any]) -> tuple[Any, str]:
+    # Not by fsspec's own url_to_fs, to which `::` chains file systems.
+    protocol = "file" if is_local(url) else url.partition("://")[0]
+    try:
+        kind = fsspec.get_filesystem_class(protocol)
+        if not is_s3(url):  # to s3fs some names would be queries
+            options = kind._get_kwargs_from_urls(url) | options
+        filesystem, path = fsspec.filesystem(protocol, **options), kind._strip_protocol(url)
+    except (ImportError, ValueError, TypeError, OSError) as error:
+        raise InputError(f"{redact(url)}: no storage for this URL: {error}") from None
+    # With `::` in a name, fsspec's memory would take off the slash that its other names begin with.
+    return filesystem, f"/{path.lstrip('/')}" if protocol == "memory" and path else path
+
+
+def client(url: str) -> tuple[Any, str]:
+    """As `open_filesystem`, without retries of the library's own, for `retry`.
+
+    botocore sends a request five times, and s3fs does that five times, twice over where it reads:
+    with ours, a dead server would be told after an hour.
+    """
+    if not is_s3(url):
+        return open_filesystem(url)
+    if user_info(url):
+        raise InputError(
+            f"{redact(url)}: credentials are not read from a URL: take them out and set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    if "?versionId=" in url or "\0" in url or not _is_unicode(url):
+        place = ascii(redact(url))[1:-1]
+        raise InputError(f"{place}: no name on S3, where names are UTF-8 without ?versionId=")
+    once = {"mode": "standard", "total_max_attempts": 1}
+    given = fsspec.config.apply_config(fsspec.get_filesystem_class("s3"), {})
+    config = {"max_pool_connections": CONNECTIONS, "retries": once}
+    # A listing that is kept would hide what another process writes later.
+    options = {
+        "use_listings_cache": False,
+        "config_kwargs": config | given.get("config_kwargs", {}),
+    }
+    filesystem, path = _open(url, options)
+    filesystem.retries = 1
+    filesystem.max_concurrency = 1  # else every read of a whole object begins with a HEAD
+    return filesystem, path
+
+
+def _is_unicode(url: str) -> bool:
+    try:
+        url.encode()
+    except UnicodeEncodeError:  # a name of a local file that is not UTF-8
+        return False
+    return True
+
+
+def is_s3(url: str) -> bool:
+    return url.startswith(("s3://", "s3a://"))
+
+
+def join(url: str, *names: str) -> str:
+    return "/".join([url.rstrip("/"), *names])
+
+
+def is_local(url: str) -> bool:
+    return "://" not in url or url.startswith(("file://", "local://"))
+
+
+def read(url: str, start: int | None = None, stop: int | None = None) -> bytes:
+    """The bytes [start, stop) of an object, the whole of it by default.
+
+    Raises FileNotFoundError at once, WrongLength when the object ends before `stop`, and OSError
+    naming the URL after a bounded number of retries.
+    """
+    filesystem, path = client(url)
+    asked = None if start is None or stop is None else stop - start
+    # A server that sends a little now and then would keep a read alive for ever.
+    seconds = 10 * SECONDS if asked is None else SECONDS + asked / 1e6
+    options = {"timeout": seconds} if filesystem.async_impl else {}
+
+    def get() -> bytes:
+        try:
+            content: bytes = filesystem.cat_file(path, start=start, end=stop, **options)
+        except OSError as error:
+            if asked is None or not is_beyond_end(error):
+                raise
+            content = b""
+        if asked is not None and len(content) != asked:
+            raise WrongLength(f"bytes {start} to {stop}: {len(content)} of {asked} bytes came")
+        return content
+
+    return retry(url, get)
+
+
+def read_json(url: str) -> Any:
+    """The JSON document in an object. Raises ValueError when it is none, and as `read`."""
+    try:
+        return json.loads(read(url))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def check(url: str, name: str) -> None:
+    """Raise InputError for a URL that a slip made another. `name`: of the field or argument."""
+    scheme, mark, place = url.partition("://")
+    if mark and not place.strip("/"):
+        raise InputError(f"{name} {redact(url)}: names no bucket or folder")
+    if not mark and re.match(r"[a-z][a-z0-9+.-]+:/", url):
+        raise InputError(f"{name} {url}: a URL has two slashes: {scheme.partition(':')[0]}://...")
+    if is_s3(url) and has_query(place):
+        raise InputError(f"{name} {redact(url)}: an s3 URL has no query: leave out what follows ?")
+
+
+def download(url: str, size: int, path: str) -> None:
+    """Copy an object of `size` bytes to a local file, whole or not at all. Raises as `read`."""
+    with local_files.new_file(path) as (file, name):
+        for start in range(0, size, PART):
+            file.write(read(url, start, min(start + PART, size)))
+        file.close()
+        os.replace(name, path)
+
+
+def open_reader(url: str) -> BinaryIO:
+    """A seekable file; remote ones are read in large blocks. Raises FileNotFoundError."""
+    if is_local(url):
+        filesystem, path = open_filesystem(url)
+        return cast(BinaryIO, filesystem.open(path, "rb"))
+    return cast(BinaryIO, io.BufferedReader(_Ranges(url), READ_BLOCK))
+
+
+class _Ranges(io.RawIOBase):
+    """A remote object as a file: every read is a range read."""
+
+    def __init__(self, url: str) -> None:
+        self._url, self._size, self._position = url, size(url), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self._position + len(buffer), self._size)
+        content = read(self._url, self._position, stop) if stop > self._position else b""
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+
+def write(url: str, content: bytes) -> None:
+    """Write an object whole or not at all: one request, or a rename on a local disk.
+
+    A local file's folders are made when they are missing. Large objects: see upload.py.
+    """
+    if is_local(url):
+        retry(url, lambda: local_files.write(open_filesystem(url)[1], content))
+        return
+    filesystem, path = client(url)
+    retry(url, lambda: filesystem.pipe_file(path, content))
+
+
+def create(url: str, content: bytes) -> bool:
+    """Write an object that does not exist yet; False when it does, and then nothing is written.
+
+    Of many that try at once one succeeds. `content` must be like no other's: when an answer got
+    lost, it tells whether the object that stands there is this call's.
+    """
+    filesystem, path = client(url)
+
+    def put() -> None:
+        if not is_local(url):
+            filesystem.pipe_file(path, content, mode="create")
+            return
+        local_files.create(path, content)
+
+    try:
+        retry(url, put)
+    except FileExistsError:
+        return read(url) == content
+    return True
+
+
+def exists(url: str) -> bool:
+    filesystem, path = client(url)
+    return bool(retry(url, lambda: filesystem.exists(path)))
+
+
+def size(url: str) -> int:
+    """Length of an object in bytes. Raises FileNotFoundError."""
+    filesystem, path = client(url)
+    return int(retry(url, lambda: filesystem.size(path)))
+
+
+def list_names(url: str) -> list[str]:
+    """Names directly under a folder, sorted; empty when it does not exist."""
+    filesystem, path = client(url)
+    filesystem.invalidate_cache()
+    try:
+        found = retry(url, lambda: filesystem.ls(path, detail=False))
+    except FileNotFoundError:
+        return []
+    # A file, and on some servers a folder's own marker, is listed as if it lay in itself.
+    below = (entry.rstrip("/") for entry in found)
+    return sorted(entry.rpartition("/")[2] for entry in below if entry != path.rstrip("/"))
+
+
+def walk(url: str) -> Iterator[tuple[str, int]]:
+    """(path relative to the folder, bytes) of all files below it, in no order; links followed.
+
+    Raises InputError for a local folder that may not be read.
+    """
+    filesystem, path = client(url)
+    if is_local(url):
+        yield from local_files.walk(path)
+        return
+    filesystem.invalidate_cache()
+    for file, info in retry(url, lambda: filesystem.find(path, detail=True)).items():
+        yield file.removeprefix(path).lstrip("/"), info["size"]
+
+
+def remove(url: str) -> None:
+    """Delete the object of that very name and, where it is a folder, what lies below it.
+
+    Nothing happens if nothing is there. Objects go one by one, many at once: some stores refuse
+    requests that delete several, and fsspec's own `rm` takes names for patterns.
+    """
+    filesystem, path = client(url)
+    if not path.strip("/") or (is_s3(url) and not filesystem.split_path(path)[1]):
+        raise InputError(f"{redact(url)}: a whole disk or bucket is never removed")
+    if is_local(url):
+        retry(url, lambda: local_files.remove(path))
+        return
+    filesystem.invalidate_cache()
+    names = set(retry(url, lambda: filesystem.find(path)))  # markers of folders end in a slash
+    names = {name for name in names if name == path or name.startswith(f"{path}/")}
+    if path not in names and retry(url, lambda: filesystem.isfile(path)):
+        names.add(path)
+
+    def delete(name: str) -> None:
+        if is_s3(url):  # s3fs's own paths lose the slash at the end of a name
+            bucket, _, _ = filesystem.split_path(path)
+            key = name[len(bucket) + 1 :]
+            retry(url, lambda: filesystem.call_s3("delete_object", Bucket=bucket, Key=key))
+            return
+        with contextlib.suppress(FileNotFoundError):
+            retry(url, lambda: filesystem.rm_file(name))
+
+    with ThreadPoolExecutor(DELETIONS, thread_name_prefix="remove") as threads:
+        list(threads.map(delete, names))
+    if is_s3(url):  # some servers keep folders that have become empty; elsewhere it does nothing
+        slashes = ((name, i) for name in names for i in range(len(path), len(name)))
+        folders = {name[: i + 1] for name, i in slashes if name[i] == "/"}
+        for folder in sorted(folders, reverse=True):
+            delete(folder)
+    filesystem.invalidate_cache()
+
+
+def discard(url: str, place: str, report: Callable[[str], None]) -> bool:
+    """`remove` what is of no more use. Where the store refuses, False, and nothing else happens.
+
+    What is then reported names `place`, the run or folder, and not the object: a `report` that
+    tells everything once tells once a run that its old objects stay.
+    """
+    try:
+        remove(url)
+    except OSError as error:
+        reason = str(error).removeprefix(f"{redact(url)}: ")
+        cause = re.sub(r"^gave up after \d+ tries in \d+ s: ", "", reason).partition(": ")[0]
+        report(f"{redact(place)}: old objects stay there, because they can't be removed ({cause})")
+        return False
+    return True
+
+
+def discard_or_empty(url: str, place: str, report: Callable[[str], None]) -> None:
+    """`discard` an object that would mislead its next reader: what can't be removed is emptied.
+
+    Raises OSError when that can't be done either.
+    """
+    if not discard(url, place, report):
+        write(url, b"")
+
+
+def retry(url: str, call: Callable[[], _T]) -> _T:
+    begun, wrong = time.monotonic(), 0
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return call()
+        except Exception as error:  # botocore's and aiohttp's are no OSErrors
+            failure = explain(error, url)
+            if is_local(url) and failure.kind is not OSError:
+                raise
+            short = isinstance(error, WrongLength)
+            wrong += short
+            kind = WrongLength if short else failure.kind
+            spent = time.monotonic() - begun
+            last = attempt == ATTEMPTS or wrong == CONTENT_ATTEMPTS or spent > PATIENCE
+            if failure.hopeless or (short and is_local(url)):
+                raise kind(f"{redact(url)}: {failure.reason}") from None
+            if last:
+                tries = f"gave up after {attempt} tries in {spent:.0f} s"
+                raise kind(f"{redact(url)}: {tries}: {failure.reason}") from None
+        pause(attempt)
+    raise AssertionError("unreachable")
+
+
+def pause(attempt: int) -> None:
+    """Wait before the try that follows number `attempt`, from 1: longer each time, never alike."""
+    wait = min(BACKOFF * 2 ** (attempt - 1), LONGEST_WAIT)
+    time.sleep(wait * random.uniform(0.5, 1.5))

@@ -1,0 +1,111 @@
+"""Files of a local disk: whole or not there, on whatever file system the disk has.
+
+Paths are taken as they stand.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from shards.errors import InputError
+from shards.storage.failures import FULL
+
+
+@contextlib.contextmanager
+def new_file(path: str) -> Iterator[tuple[BinaryIO, str]]:
+    """A file beside `path` and its name, no other's; gone at the end unless it was renamed."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    name = f"{path}.{secrets.token_hex(6)}.partial"
+    try:
+        with open(name, "xb") as file:
+            yield file, name
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def write(path: str, content: bytes) -> None:
+    """Replace a file, or make it, by a rename. Raises OSError."""
+    with new_file(path) as (file, name):
+        file.write(content)
+        file.close()
+        os.replace(name, path)
+
+
+def create(path: str, content: bytes) -> None:
+    """Make a file that was not there; of many that try at once one succeeds.
+
+    Without hard links, which exFAT, SMB and FUSE lack, the file may be seen before it is whole.
+    Raises FileExistsError and OSError.
+    """
+    with new_file(path) as (file, name):
+        file.write(content)
+        file.close()
+        try:
+            os.link(name, path)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            if error.errno in FULL:
+                raise
+            _create_without_links(path, content)
+
+
+def _create_without_links(path: str, content: bytes) -> None:
+    file = open(path, "xb")  # noqa: SIM115 - some file systems tell of a full disk at the close
+    try:
+        with file:
+            _fill(file, content)
+    except BaseException:
+        os.unlink(path)
+        raise
+
+
+def _fill(file: BinaryIO, content: bytes) -> None:
+    file.write(content)
+    file.flush()  # a full disk is told now
+
+
+def walk(path: str) -> Iterator[tuple[str, int]]:
+    """(path relative to the folder, bytes) of all files below it, in no order; links followed.
+
+    Raises InputError for a folder that may not be read.
+    """
+    # fsspec's own listing takes twice as long, and does not follow links to folders.
+    for folder, _, names in os.walk(path, followlinks=True, onerror=_raise_unreadable):
+        below = folder[len(path) :].lstrip("/")
+        for name in names:
+            size = os.stat(f"{folder}/{name}").st_size
+            yield f"{below}/{name}" if below else name, size
+
+
+def _raise_unreadable(error: OSError) -> None:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):  # there is no folder to read
+        return
+    raise InputError(
+        f"{error.filename}: may not be read ({error.strerror}), and its files would be left out: "
+        "allow it (chmod), or take the folder away"
+    ) from None
+
+
+def remove(path: str) -> None:
+    """Delete a file, a link, or a folder with all it holds; nothing happens if it is not there."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.isdir(path) and not os.path.islink(path):
+            shutil.rmtree(path)
+        else:
+            os.unlink(path)
+
+
+def sync(file: BinaryIO) -> None:
+    """Wait until what was written is on the disk, on file systems that can tell (some cannot)."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise

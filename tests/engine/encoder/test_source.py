@@ -1,0 +1,126 @@
+"""An encoder from a run: sharded or not, the newest or a given one, while others are removed."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from engine.encoder import source as encoder_source
+from engine.encoder.source import EncoderConfig, open_encoder
+from engine.evaluation.features import encoding
+from engine.fit import fit
+from engine.method.local_shards import whole
+from engine.method.resnet import ResNet
+from engine.processes.world import World
+from engine.recipe import Recipe
+from engine.state import checkpoint
+from engine.state.checkpoint import CheckpointConfig
+from engine.trainer import Trainer
+from shards.errors import InputError
+from shards.loader import DataConfig
+from shards.storage import files
+from tests.engine.processes.test_world import recipe as spread
+from tests.helpers import tiny
+from tests.helpers.ranks import Ranks
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+def ignore(_: str) -> None:
+    pass
+
+
+def train_and_encode(config: Recipe, images: torch.Tensor) -> dict[str, NDArray[np.float64]]:
+    """On a rank: features that both networks give in the end, from their gathered weights."""
+    trainer = Trainer(config)
+    fit(trainer)
+    found = {}
+    for name, network in (("online", trainer.online), ("target", trainer.target)):
+        alone = ResNet(config.model.encoder, views=1).double()
+        alone.load_state_dict({k: whole(v) for k, v in network.encoder.state_dict().items()})
+        found[name] = encoding(alone, "fp64", torch.device("cpu"))(images).numpy()
+    return found
+
+
+@pytest.mark.parametrize(("strategy", "size"), [("fsdp", 3), ("ddp", 2)])
+def test_from_a_run_of_several_processes(
+    strategy: str, size: int, ranks: Ranks, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    config = spread(tiny_data, tmp_path / "run", strategy, steps=3, precision="fp64")
+    found = ranks.run(train_and_encode, config, images, size=size)[0]
+    for network in ("online", "target"):
+        choice = EncoderConfig(network=network)
+        source, ours = open_encoder(str(tmp_path / "run"), choice, ALONE, ignore)
+        assert (source.step, source.size, source.precision) == (3, 8, "fp64")
+        features = encoding(ours, "fp64", torch.device("cpu"))(images)
+        # float32 holds the weights meanwhile
+        torch.testing.assert_close(features, torch.tensor(found[network]), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(torch.tensor(found["online"]), torch.tensor(found["target"]))
+
+
+def test_untrained_is_where_the_run_began(tiny_data: DataConfig, tmp_path: Path) -> None:
+    config = tiny.recipe(tiny_data, tmp_path / "run", steps=1, seed=5, probe=tiny.NO_PROBE)
+    trainer = Trainer(config)
+    began = {k: v.clone() for k, v in trainer.online.encoder.state_dict().items()}
+    fit(trainer)
+    choice = EncoderConfig(network="untrained")
+    _, ours = open_encoder(str(tmp_path / "run"), choice, ALONE, ignore)
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, began[name])
+
+
+def test_a_checkpoint_that_is_pruned_meanwhile(
+    tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest when it was looked for; then the run went on."""
+    run = str(tmp_path / "run")
+    base = tiny.recipe(tiny_data, run, probe=tiny.NO_PROBE, checkpoint=CheckpointConfig(keep=1))
+    fit(Trainer(dataclasses.replace(base, steps=2)))
+    messages: list[str] = []
+    load = checkpoint.load
+
+    def go_on_first(commit: checkpoint.Commit, state: dict[str, object], world: World) -> None:
+        if commit.step == 2:
+            monkeypatch.setattr(checkpoint, "load", load)
+            fit(Trainer(dataclasses.replace(base, steps=4)))
+            monkeypatch.setattr(checkpoint, "load", go_on_first)
+        load(commit, state, world)
+
+    monkeypatch.setattr(checkpoint, "load", go_on_first)
+    source, _ = open_encoder(run, EncoderConfig(), ALONE, messages.append)
+    assert source.step == 4
+    assert "the run went on meanwhile; taking a newer checkpoint" in messages[0]
+
+
+def test_what_the_run_says_of_its_input(tiny_data: DataConfig, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    probe = dataclasses.replace(tiny.NO_PROBE, crop=0.5)
+    fit(Trainer(tiny.recipe(tiny_data, run, steps=1, probe=probe)))
+    source, _ = open_encoder(run, EncoderConfig(), ALONE, ignore)
+    assert (source.size, source.crop, source.precision) == (32, 0.5, "fp32")
+    given = EncoderConfig(size=64, crop=1.0, precision="bf16")
+    source, _ = open_encoder(run, given, ALONE, ignore)
+    assert (source.size, source.crop, source.precision) == (64, 1.0, "bf16")
+    files.remove(f"{run}/recipe.json")  # a copied checkpoint folder
+    source, _ = open_encoder(f"{run}/checkpoints/step_00000001/", EncoderConfig(), ALONE, ignore)
+    assert (source.step, source.crop) == (1, 0.875)
+
+
+def test_a_recipe_of_another_time(
+    tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = str(tmp_path / "run")
+    fit(Trainer(tiny.recipe(tiny_data, run, steps=1, probe=tiny.NO_PROBE)))
+    find = encoder_source._find
+
+    def older(*arguments: object) -> checkpoint.Commit:
+        commit = find(*arguments)  # type: ignore[arg-type]
+        return dataclasses.replace(commit, method={"model.encoder.cells": 3})
+
+    monkeypatch.setattr(encoder_source, "_find", older)
+    with pytest.raises(InputError, match="lacks fields that this version knows"):
+        open_encoder(run, EncoderConfig(), ALONE, ignore)

@@ -1,0 +1,132 @@
+"""Results: measured once, by one job, whole or not at all, without secrets."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from engine.fit import fit
+from engine.log import journal
+from engine.state import lease
+from engine.trainer import Trainer
+from launch import evaluate, export
+from shards.loader import DataConfig
+from shards.storage import files
+from tests.helpers import tiny
+from tests.launch.test_evaluate import result
+
+KNN = ["--k", "5", "--threads", "1"]
+
+
+@pytest.fixture
+def run(tiny_data: DataConfig, tmp_path: Path) -> str:
+    url = str(tmp_path / "run")
+    assert fit(Trainer(tiny.recipe(tiny_data, url, steps=2, probe=tiny.NO_PROBE)))
+    return url
+
+
+def test_another_job_at_the_same_evaluation(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main(["knn", run, *KNN]) == 0
+    place = str(next(Path(run).glob("**/result.json")).parent)
+    files.remove(f"{place}/result.json")
+    other = lease.acquire(place, ["another job"], 0.2, lambda _: None)
+    assert evaluate.main(["knn", run, *KNN]) == 1
+    assert "another job is at this evaluation: wait for it" in capsys.readouterr().err
+    other.release()
+    assert evaluate.main(["knn", run, *KNN]) == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"metrics": {}, "table": []}'])
+def test_a_damaged_result_is_measured_again(
+    content: bytes, run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main(["knn", run, *KNN]) == 0
+    path = next(Path(run).glob("**/result.json"))
+    expected = path.read_bytes()
+    path.write_bytes(content)
+    assert evaluate.main(["knn", run, *KNN]) == 0
+    assert "result.json is damaged; measured again" in capsys.readouterr().out
+    assert path.read_bytes() == expected
+
+
+def test_nothing_is_lost_where_storage_fails(
+    run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between the log and the result, or before both; the same command makes up for it."""
+    add, write = journal.add, files.write
+
+    def refuse(*_: Any) -> None:
+        raise OSError("no space left")
+
+    def refuse_result(url: str, content: bytes) -> None:
+        (refuse if url.endswith("result.json") else write)(url, content)
+
+    for module, name, broken, whole in (
+        (journal, "add", refuse, add),
+        (files, "write", refuse_result, write),
+    ):
+        monkeypatch.setattr(module, name, broken)
+        assert evaluate.main(["knn", run, *KNN]) == 1
+        assert capsys.readouterr().err == "error: no space left\n"
+        monkeypatch.setattr(module, name, whole)
+    assert evaluate.main(["knn", run, *KNN]) == 0
+    assert journal.read(run)[-1]["knn_k5_t0.07_top1"] == result(run, "knn")["table"][0]["top-1"]
+
+
+def test_what_was_learned_outlasts_a_failure_to_measure(
+    run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["linear", run, "--epochs", "1", "--batch", "16", "--threads", "1"]
+    write = files.write
+
+    def refuse_result(url: str, content: bytes) -> None:
+        if url.endswith("result.json"):
+            raise OSError("no space left")
+        write(url, content)
+
+    monkeypatch.setattr(files, "write", refuse_result)
+    assert evaluate.main(few) == 1
+    monkeypatch.setattr(files, "write", write)
+    capsys.readouterr()
+    assert evaluate.main(few) == 0
+    told = capsys.readouterr().out
+    assert "resumed at step 6 of 6" in told
+    assert not list(Path(run).glob("evaluations/**/checkpoints"))
+
+
+def test_other_data_have_another_name(run: str, tmp_path: Path, tiny_data: DataConfig) -> None:
+    assert evaluate.main(["knn", run, *KNN, "--data.val", tiny_data.train]) == 0
+    digest = json.loads(Path(tiny_data.train, "index.json").read_text())["digest"]
+    assert journal.read(run)[-1][f"knn_k5_t0.07_top1_on_{digest[:6]}"] > 0.9  # themselves
+    copy = str(tmp_path / "copy")
+    Path(copy).mkdir()
+    for path in Path(tiny_data.val).iterdir():
+        Path(copy, path.name).write_bytes(path.read_bytes())
+    assert evaluate.main(["knn", run, *KNN, "--data.val", copy]) == 0
+    assert "knn_k5_t0.07_top1" in journal.read(run)[-1]
+
+
+def test_no_secret_is_told_or_written(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    secret = "memory://user:c4n4ry@evaluated"
+    for path in Path(run).glob("**/*"):
+        if path.is_file():
+            files.write(f"{secret}/run/{path.relative_to(run)}", path.read_bytes())
+    files.write(f"{secret}/list.txt", b"nobody.jpg")
+    few = ["--lr", "0.1", "--epochs", "1", "--batch", "8", "--threads", "1"]
+    there = f"{secret}/run"
+    half = ["--fraction", "0.5", "--out", f"{secret}/out"]
+    assert evaluate.main(["semi-supervised", there, *half, *few]) == 0
+    assert evaluate.main(["semi-supervised", there, "--files", f"{secret}/list.txt", *few]) == 1
+    assert evaluate.main(["knn", there, *KNN]) == 0
+    assert export.main([there, f"{secret}/export", "--format", "safetensors"]) == 0
+    assert export.main([there, " "]) == 1
+    told = capsys.readouterr()
+    assert "c4n4ry" not in told.out + told.err
+    assert "nobody.jpg is not in data.train" in told.err
+    assert "OUT is empty" in told.err
+    filesystem = fsspec.filesystem("memory")
+    written = {path: filesystem.cat_file(path) for path in filesystem.find("/")}
+    assert any(path.endswith("export/card.json") for path in written)
+    assert not [path for path, content in written.items() if b"c4n4ry" in content]

@@ -1,0 +1,283 @@
+"""What is logged: the log file, tensorboard, outages, digests, collapse signals."""
+
+import io
+import json
+import secrets
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from engine.log import events, journal
+from engine.log.figures import StepSums, data_digest, effective_rank
+from engine.log.metrics import MetricsLog
+from engine.method.augment import MEAN, STD
+from shards.errors import InputError
+from shards.storage import files
+from tests.engine.log.test_events import pictures, points, read
+
+
+def record(step: int, **more: float) -> dict[str, Any]:
+    return {"step": step, "loss": 0.1 + 0.2, "images_per_second": 1.0, **more}
+
+
+def open_log(run: str, start: int, output: io.StringIO | None = None, **more: Any) -> MetricsLog:
+    return MetricsLog(run, start, 9, Console(file=output or io.StringIO(), width=999), **more)
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def run(request: pytest.FixtureRequest, tmp_path: Path, memory: str) -> str:
+    if request.param == "s3":
+        return f"{request.getfixturevalue('s3')}/run"
+    return {"local": str(tmp_path / "run"), "memory": memory}[request.param]
+
+
+@pytest.fixture
+def memory() -> str:
+    return f"memory://{secrets.token_hex(6)}/run"
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush is always due."""
+    for module in (journal, events):
+        monkeypatch.setattr(module, "pause", lambda _: 0)
+
+
+def test_reopened_log_drops_what_comes_again(tmp_path: Path) -> None:
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        log = MetricsLog(str(tmp_path), start, 4, Console(quiet=True))
+        for step in steps:
+            log.write(record(step))
+        log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [record(step) for step in (1, 2, 3, 4)]  # floats in full precision
+
+
+def test_garbage_in_the_log_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\ngarbage\n[]\n{"step": 2}\n{"st')
+    MetricsLog(str(tmp_path), 2, 4, Console(quiet=True)).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_killed_and_resumed(run: str) -> None:
+    """Where a checkpoint was, nothing before it is missing or double, and nothing behind it stays.
+
+    Tensorboard's scalars of the first process were not in storage yet, the second completes them.
+    """
+    views = torch.zeros(2, 4, 3, 8, 8)
+    first = open_log(run, 0)
+    for step in range(1, 7):
+        if step == 2:
+            first.pictures(views, step)
+        first.write(record(step))
+        if step in (3, 4):  # before a checkpoint
+            first.flush()
+            first.compact()
+    second = open_log(run, 4)
+    assert second.last == record(4)
+    second.pictures(views, 5)
+    for step in (5, 6):
+        second.write(record(step, head_loss=0.5))
+    second.close()
+    expected = [*map(record, (1, 2, 3, 4)), *(record(step, head_loss=0.5) for step in (5, 6))]
+    assert journal.read(run) == expected
+    lines = files.read(f"{run}/metrics.jsonl").splitlines()
+    assert [json.loads(line) for line in lines] == expected
+    folder = f"{run}/tensorboard"
+    assert [step for step, _ in points(folder, "loss")] == [1, 2, 3, 4, 5, 6]
+    assert points(folder, "head_loss") == [(5, 0.5), (6, 0.5)]
+    assert pictures(folder) == [2, 5]
+
+
+def test_pictures_look_as_before_the_normalisation(memory: str) -> None:
+    pixels = torch.randint(256, (2, 3, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    views = (pixels / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    log = open_log(memory, 0)
+    log.pictures(views, 1)
+    log.close()
+    (picture,) = read(f"{memory}/tensorboard").Images("views")
+    grid = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
+    for view in range(2):
+        for n in range(3):
+            top, left = 10 * view + 2, 10 * n + 2
+            shown = grid[top : top + 8, left : left + 8].transpose(2, 0, 1)
+            np.testing.assert_array_equal(shown, pixels[view, n].numpy())
+
+
+@pytest.mark.parametrize("flushed", ["lines", "all"])
+def test_a_record_completed_by_the_next_process(memory: str, flushed: str) -> None:
+    """The evaluation was interrupted; killed once more right after a checkpoint."""
+    first = open_log(memory, 0)
+    for step in (1, 2):
+        first.write(record(step))
+    if flushed == "all":
+        first.close()
+    first.flush()
+    second = open_log(memory, 2)
+    assert second.last == record(2)
+    second.write(record(2, knn_top1=0.5))
+    second.write(record(3))
+    second.flush()
+    open_log(memory, 3).close()
+    assert journal.read(memory) == [record(1), record(2, knn_top1=0.5), record(3)]
+    folder = f"{memory}/tensorboard"
+    assert [step for step, _ in points(folder, "loss")] == [1, 2, 3]
+    assert points(folder, "knn_top1") == [(2, 0.5)]
+
+
+def test_curves_come_back_when_their_folder_was_removed(run: str) -> None:
+    first = open_log(run, 0)
+    first.write(record(1))
+    first.close()
+    files.remove(f"{run}/tensorboard")
+    second = open_log(run, 1)
+    second.write(record(2))
+    second.close()
+    assert [step for step, _ in points(f"{run}/tensorboard", "loss")] == [1, 2]
+
+
+def test_a_local_log_is_there_at_once(tmp_path: Path) -> None:
+    log = open_log(str(tmp_path), 0)
+    for step in (1, 2, 3):
+        log.write(record(step))
+        assert journal.read(str(tmp_path))[-1] == record(step)
+        assert points(f"{tmp_path}/tensorboard", "loss")[-1][0] == step
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_remote_log_is_written_on_the_way(memory: str) -> None:
+    log = open_log(memory, 0)
+    for step in (1, 2, 3):
+        log.write(record(step))
+    while len(journal.read(memory)) < 3 or len(points(f"{memory}/tensorboard", "loss")) < 3:
+        log.write(record(3))
+    assert journal.read(memory) == [record(1), record(2), record(3)]
+
+
+@pytest.mark.usefixtures("hurried")
+def test_training_does_not_wait_for_storage(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, answer = files.write, threading.Event()
+
+    def slow(url: str, content: bytes) -> None:
+        answer.wait()
+        write(url, content)
+
+    monkeypatch.setattr(files, "write", slow)
+    log = open_log(memory, 0)
+    for step in range(1, 6):
+        log.write(record(step))  # if one waited, the answer would never come
+    assert journal.read(memory) == []
+    answer.set()
+    log.close()
+    assert journal.read(memory) == [record(step) for step in range(1, 6)]
+
+
+@pytest.mark.usefixtures("hurried")
+def test_an_outage_is_told_once_and_costs_nothing(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, write = io.StringIO(), files.write
+    attempts: list[str] = []
+
+    def fail(url: str, _: bytes) -> None:
+        attempts.append(url)
+        raise OSError(f"{url}: gave up after 8 tries")
+
+    log = open_log(memory, 0, output)
+    monkeypatch.setattr(files, "write", fail)
+    for step in (1, 2, 3):
+        log.write(record(step))
+    while len(attempts) < 5:
+        log.write(record(3))
+    told = [line for line in output.getvalue().splitlines() if "gave up" in line]
+    assert len(told) == 1
+    assert "training goes on" in told[0]
+    monkeypatch.setattr(files, "write", write)
+    log.close()
+    assert journal.read(memory) == [record(step) for step in (1, 2, 3)]
+    assert [step for step, _ in points(f"{memory}/tensorboard", "loss")] == [1, 2, 3]
+    assert "not written" not in output.getvalue()
+
+
+def test_what_could_not_be_written_is_told_in_the_end(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(url: str, _: bytes) -> None:
+        raise OSError(f"{url}: gave up after 8 tries")
+
+    output = io.StringIO()
+    log = open_log(memory, 0, output)
+    for step in (1, 2, 3):
+        log.write(record(step))
+    monkeypatch.setattr(files, "write", fail)
+    log.close()
+    told = [line for line in output.getvalue().splitlines() if not line.startswith("step ")]
+    assert len(told) == 1
+    assert "gave up" in told[0]
+    assert "3 lines of metrics.jsonl, 3 events of tensorboard" in told[0]
+
+
+def test_another_jobs_run_is_left_alone(memory: str) -> None:
+    """This process was taken for dead and is late; another one goes on with the run."""
+
+    def confirm() -> None:
+        raise InputError("taken over")
+
+    late = open_log(memory, 0, confirm=confirm)
+    late.write(record(1))
+    late.flush()
+    other = open_log(memory, 1)
+    other.write(record(2, head_loss=0.5))
+    other.flush()
+    late.write(record(2))
+    with pytest.raises(InputError, match="taken over"):
+        late.compact()
+    late.close()
+    assert journal.read(memory) == [record(1), record(2, head_loss=0.5)]
+    assert points(f"{memory}/tensorboard", "loss") == []
+
+
+def test_digest_is_order_free_and_tells_samples_apart() -> None:
+    ids, crcs = np.arange(100) * 7919, np.zeros(100, np.uint32)
+    digest = data_digest(ids, crcs)
+    assert data_digest(ids[::-1], crcs) == digest
+    assert data_digest(ids[:50], crcs[:50]) + data_digest(ids[50:], crcs[50:]) == digest
+    swapped = ids.copy()
+    swapped[3] = swapped[4]
+    assert data_digest(swapped, crcs) != digest
+    crcs[5] = 1
+    assert data_digest(ids, crcs) != digest
+
+
+def feature_std(features: Tensor) -> float | None:
+    zero = torch.zeros(())
+    # As two processes with different numbers of rows add them up.
+    parts = [StepSums.of(zero, zero, part).values for part in features.split(3000)]
+    return StepSums(torch.stack(parts).sum(0)).feature_std
+
+
+def test_feature_std_from_collapse_to_spread() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(4096, 64, generator=generator)
+    unit = torch.nn.functional.normalize(spread.double(), dim=1)
+    exact = (unit.std(dim=0).mean() * 8).item()
+    assert feature_std(spread) == pytest.approx(exact, rel=1e-12)
+    assert feature_std(spread) == pytest.approx(1, abs=0.02)
+    assert feature_std(spread[:1].expand(4096, -1)) == pytest.approx(0, abs=1e-6)
+    assert feature_std(spread * float("nan")) is None
+
+
+@pytest.mark.parametrize("directions", [1, 3, 8])
+def test_effective_rank_counts_directions(directions: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inside = torch.randn(10_000, directions, generator=generator)
+    basis, _ = torch.linalg.qr(torch.randn(16, 16, generator=generator))
+    features = inside @ basis[:directions] + 5  # the mean does not count
+    assert effective_rank(features).item() == pytest.approx(directions, rel=0.01)

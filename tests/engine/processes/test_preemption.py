@@ -1,0 +1,215 @@
+"""Signals: the run is saved at the next step, on all processes alike, or ends at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.fit import fit
+from engine.log.journal import read
+from engine.processes.preemption import SIGNALS
+from engine.recipe import Recipe
+from engine.state.checkpoint import CheckpointConfig
+from engine.trainer import Trainer
+from shards.loader import DataConfig
+from tests.engine.test_trainer import comparable
+from tests.helpers import tiny
+from tests.helpers.jobs import small
+from tests.helpers.places import ROOT
+from tests.helpers.ranks import Ranks
+
+pytestmark = pytest.mark.versions
+
+
+def tell_at(trainer: Trainer, step: int, number: signal.Signals) -> None:
+    """This process gets a signal while it computes `step`."""
+    train_step = trainer.train_step
+
+    def told(batch: Any) -> Any:
+        if trainer.step + 1 == step:
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)  # for the thread that listens
+        return train_step(batch)
+
+    trainer.train_step = told  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed")
+    fit(Trainer(tiny.recipe(tiny_data, run, steps=12)))
+    return run
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_and_ends(
+    tiny_data: DataConfig, tmp_path: Path, undisturbed: Path, number: signal.Signals
+) -> None:
+    handlers, threads = [signal.getsignal(n) for n in SIGNALS], set(threading.enumerate())
+    trainer = Trainer(tiny.recipe(tiny_data, tmp_path, steps=12))
+    tell_at(trainer, 6, number)
+    assert fit(trainer)
+    assert trainer.step == 6
+    assert (tmp_path / "checkpoints" / "step_00000006" / "commit.json").exists()
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers
+    left = {thread.name for thread in set(threading.enumerate()) - threads}
+    assert not left & {"signals", "save_0", "lease", "grace"}
+    fit(Trainer(tiny.recipe(tiny_data, tmp_path, steps=12)))
+    assert comparable(tmp_path) == comparable(undisturbed)
+
+
+def test_other_signals_mean_nothing(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """Such as that of a child's end, which torch's DataLoader has a handler for."""
+    old = signal.signal(signal.SIGCHLD, lambda *_: None)
+    try:
+        trainer = Trainer(tiny.recipe(tiny_data, tmp_path, steps=8, probe=tiny.NO_PROBE))
+        tell_at(trainer, 4, signal.SIGCHLD)
+        assert fit(trainer)
+    finally:
+        signal.signal(signal.SIGCHLD, old)
+    assert trainer.step == 8
+
+
+def test_a_signal_in_an_evaluation(
+    tiny_data: DataConfig, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluation is left and comes again at the next start; its step has one line."""
+    trainer = Trainer(tiny.recipe(tiny_data, tmp_path, steps=12))
+    assert trainer.probe is not None
+    features, calls = trainer.probe.features, []
+
+    def told(*arguments: Any, **options: Any) -> Any:
+        calls.append(trainer.step)
+        if calls == [5, 5, 10]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+        return features(*arguments, **options)
+
+    monkeypatch.setattr(trainer.probe, "features", told)
+    fit(trainer)
+    assert calls == [5, 5, 10]
+    assert trainer.step == 10
+    assert "knn_top1" not in read(str(tmp_path))[-1]
+    fit(Trainer(tiny.recipe(tiny_data, tmp_path, steps=12)))
+    assert comparable(tmp_path) == comparable(undisturbed)
+
+
+def stop_on_one(recipe: Recipe, step: int, where: str) -> tuple[bool, int]:
+    """On a rank: train; the last rank alone gets a signal."""
+    trainer = Trainer(recipe)
+    if os.environ["RANK"] == "1":
+        if where == "step":
+            tell_at(trainer, step, signal.SIGUSR1)
+        else:
+            assert trainer.probe is not None
+            take = trainer.probe._take_weights
+
+            def told() -> None:
+                if trainer.step == step:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                    time.sleep(0.05)
+                take()
+
+            trainer.probe._take_weights = told  # type: ignore[method-assign]
+    return fit(trainer), trainer.step
+
+
+@pytest.mark.parametrize(
+    ("where", "told", "step"),
+    [("step", 6, 7), ("evaluation", 5, 5)],  # flags are read a step later
+)
+def test_processes_agree_on_the_step(
+    ranks: Ranks, tiny_data: DataConfig, tmp_path: Path, where: str, told: int, step: int
+) -> None:
+    recipe = tiny.recipe(tiny_data, tmp_path, steps=20)
+    assert ranks.run(stop_on_one, recipe, told, where, size=2) == [(True, step)] * 2
+    assert (tmp_path / "checkpoints" / f"step_{step:08d}" / "commit.json").exists()
+
+
+def test_machines_that_stay_go_on(ranks: Ranks, tiny_data: DataConfig, tmp_path: Path) -> None:
+    """The one that was told ends well, the other one asks its launcher for a new start."""
+    recipe = tiny.recipe(tiny_data, tmp_path, steps=20, probe=tiny.NO_PROBE)
+    found = ranks.run(stop_on_one, recipe, 5, "step", size=2, machine=1)
+    assert found == [(False, 6), (True, 6)]
+
+
+def test_signals_that_are_repeated_harm_nothing(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """They come until the very end, as from a launcher that has lost its patience."""
+    data = str(Path(tiny_data.train).parent)
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), *small(data, str(tmp_path))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 3 "):
+                break
+        told = []
+        for _ in range(200):
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.01)
+            if any((tmp_path / "lease").glob("*.json")) and _is_released(tmp_path):
+                break
+        told = process.stdout.read().splitlines()
+    assert process.returncode == 0
+    assert any(line.startswith("stopped after step") for line in told)
+
+
+def _is_released(run: Path) -> bool:
+    return '"released": true' in max((run / "lease").glob("*.json")).read_text()
+
+
+def hang(data: DataConfig, run: str) -> None:
+    """In a process of its own: a signal comes, and the step never ends."""
+    soon = CheckpointConfig(grace=0.5)
+    trainer = Trainer(tiny.recipe(data, run, probe=tiny.NO_PROBE, checkpoint=soon))
+    train_step = trainer.train_step
+
+    def wait(batch: Any) -> Any:
+        if trainer.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(600)
+        return train_step(batch)
+
+    trainer.train_step = wait  # type: ignore[method-assign]
+    fit(trainer)
+
+
+def test_no_end_of_the_step_within_the_grace(tiny_data: DataConfig, tmp_path: Path) -> None:
+    script = (
+        "from shards.loader import DataConfig;"
+        "from tests.engine.processes.test_preemption import hang;"
+        f"hang({tiny_data!r}, {str(tmp_path)!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "error: SIGTERM: not saved within checkpoint.grace (0.5 s)"
+    )
+
+
+def test_before_the_first_step_a_signal_ends_at_once(tiny_data: DataConfig, tmp_path: Path) -> None:
+    data = str(Path(tiny_data.train).parent)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "launch" / "train.py"), *small(data, str(tmp_path))],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        time.sleep(1.5)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(10) == -signal.SIGUSR1
+    finally:
+        process.kill()
+    assert not (tmp_path / "checkpoints").exists()

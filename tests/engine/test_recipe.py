@@ -1,0 +1,175 @@
+"""Recipes: complete, typed, refused in one line when something is wrong."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from engine import run
+from engine.method.adamw import AdamWConfig
+from engine.recipe import Recipe, differences, flatten, load, method_fields, operation_names
+from launch.command_line import parse_recipe
+from shards.errors import InputError
+from shards.loader import DataConfig
+from tests.helpers.places import ROOT
+
+RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.py") if p.name != "__init__.py")
+QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_whole_and_says_what_it_is(path: Path) -> None:
+    load(str(path)).check()
+    for entry in ("Paper", "Data", "Time", "Expected"):
+        assert f"\n{entry}" in path.read_text()
+
+
+def test_paper_schedules() -> None:
+    """The official presets: epochs -> base lr, weight decay, tau base."""
+    table = {
+        "r50_4096_40ep": (40, 0.45, 1e-6, 0.97),
+        "r50_4096_100ep": (100, 0.45, 1e-6, 0.99),
+        "r50_4096_300ep": (300, 0.3, 1e-6, 0.99),
+        "r50_4096": (1000, 0.2, 1.5e-6, 0.996),
+    }
+    for name, expected in table.items():
+        recipe = load(str(ROOT / "recipes" / f"{name}.py"))
+        schedule = recipe.schedule
+        decay = recipe.optimizer.weight_decay
+        assert (schedule.epochs, schedule.base_lr, decay, schedule.base_tau) == expected
+        assert (recipe.batch.size, schedule.warmup_epochs) == (4096, 10)
+
+
+def test_defaults_are_the_official_method() -> None:
+    base = method_fields(load(str(ROOT / "recipes" / "r50_4096.py")))
+    plain = method_fields(Recipe())
+    assert differences(plain, base) == [
+        "data.streams: there 64, here 512",
+        "precision: there fp32, here bf16",
+    ]
+
+
+def test_overrides() -> None:
+    recipe = parse_recipe([QUICKSTART, "--batch.size", "64", "--compile", "--precision", "fp64"])
+    for name in ("--run", "--run-url"):
+        assert parse_recipe([QUICKSTART, name, "a"]).run == "a"
+    assert (recipe.batch.size, recipe.compile, recipe.precision) == (64, True, "fp64")
+    assert recipe.optimizer == load(QUICKSTART).optimizer
+
+
+def test_every_field_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_recipe([QUICKSTART, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for name in flatten(load(QUICKSTART)):
+        if name != "optimizer":
+            assert f"--{name.replace('_', '-')}" in text
+
+
+def test_kinds_of_fields() -> None:
+    """What scripts may change at every start, and what decides the result."""
+    free = set(operation_names())
+    assert {"run", "steps", "threads", "compile", "data.train", "log.every"} <= free
+    assert {"checkpoint.every", "checkpoint.resume", "parallel.strategy"} <= free
+    method = method_fields(load(QUICKSTART)).keys()
+    assert {"seed", "batch.size", "batch.micro", "precision", "data.streams"} <= method
+    assert {"optimizer", "optimizer.betas", "views.view1.blur", "schedule.epochs"} <= method
+    assert not free & method
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ([], "usage"),
+        (["recipes/nothing.py"], "no such recipe file"),
+        ([QUICKSTART, "--bach.size", "3"], "did you mean --batch.size?"),
+        ([QUICKSTART, "--learning-rate", "3"], "unknown field --learning-rate"),
+        ([QUICKSTART, "stray"], "unexpected argument 'stray'"),
+        ([QUICKSTART, "--run", "s3://"], "run s3://: names no bucket or folder"),
+        ([QUICKSTART, "--data.val", "s3:/bucket/val"], "data.val s3:/bucket/val: a URL has two"),
+        ([QUICKSTART, "--batch.size", "many"], "--batch.size"),
+        ([QUICKSTART, "--batch.size"], "--batch.size"),
+        ([QUICKSTART, "--precision", "fp12"], "--precision"),
+        ([QUICKSTART, "--views.view1.flip", "3"], "flip must be in [0, 1]"),
+        ([QUICKSTART, "--views.size", "7"], "views.size must be from 8 to 16384, not 7"),
+        ([QUICKSTART, "--batch.size", "0"], "batch.size must be from 2"),
+        ([QUICKSTART, "--batch.micro", "100"], "batch.micro must be from 1 to 64"),
+        ([QUICKSTART, "--model.encoder.width", "nan"], "model.encoder.width must be from"),
+        ([QUICKSTART, "--schedule.epochs", "inf"], "schedule.epochs must be from"),
+        ([QUICKSTART, "--schedule.base-tau", "2"], "schedule.base_tau must be from 0 to 1"),
+        ([QUICKSTART, "--checkpoint.every", "-1"], "checkpoint.every must be from 0"),
+        ([QUICKSTART, "--threads", "100000000"], "threads must be from 1 to 1024"),
+        ([QUICKSTART, "--run", ""], "run is not set"),
+        ([QUICKSTART, "--data.train", ""], "data.train is not set"),
+        ([QUICKSTART, "--data.val", ""], "evaluations are on but data.val is not set"),
+        ([QUICKSTART, "--schedule.epochs", "0"], "schedule.epochs"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments: list[str], text: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse_recipe(arguments)
+    assert text in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("x = 1", "defines no `recipe`"),
+        ("recipe = 3", "defines no `recipe`"),
+        ("a = 1\nimport nothing_here", "line 2: ModuleNotFoundError"),
+        ("recipe = (", "line 1: SyntaxError"),
+        ("import sys\nsys.exit()", "line 2: SystemExit"),
+        ("raise RuntimeError('one\\ntwo')", "RuntimeError: one two"),
+    ],
+)
+def test_unreadable_recipe_file(tmp_path: Path, source: str, text: str) -> None:
+    path = tmp_path / "recipe.py"
+    path.write_text(source)
+    with pytest.raises(InputError) as error:
+        load(str(path))
+    assert text in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_run_of_another_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(load(QUICKSTART), run=str(tmp_path))
+    run.check(recipe, "aaaa", print)  # nothing there yet
+    run.write(recipe, "aaaa")
+    run.check(dataclasses.replace(recipe, steps=7, threads=3), "aaaa", print)
+    with pytest.raises(InputError, match="seed: there 0, here 1"):
+        run.check(dataclasses.replace(recipe, seed=1), "aaaa", print)
+    with pytest.raises(InputError, match=r"digest of data\.train: there aaaa, here bbbb"):
+        run.check(recipe, "bbbb", print)
+    other = dataclasses.replace(recipe, optimizer=AdamWConfig(betas=(0.8, 0.9)))
+    with pytest.raises(InputError, match=r"optimizer\.betas"):
+        run.check(other, "aaaa", print)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", ""])
+def test_damaged_recipe_json_is_reported(tmp_path: Path, content: str) -> None:
+    recipe = dataclasses.replace(load(QUICKSTART), run=str(tmp_path))
+    (tmp_path / "recipe.json").write_text(content)
+    reports: list[str] = []
+    run.check(recipe, "aaaa", reports.append)
+    assert "damaged" in reports[0]
+
+
+def test_recipe_json_holds_no_secrets(tmp_path: Path) -> None:
+    data = DataConfig(train="s3://user:canary1@host/train", val="https://host/val?sign=canary2")
+    recipe = dataclasses.replace(load(QUICKSTART), run=str(tmp_path), data=data)
+    run.write(recipe, "aaaa")
+    text = (tmp_path / "recipe.json").read_text()
+    assert "canary" not in text
+    assert "s3://host/train" in text
+
+
+def test_recipe_json_has_every_field(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(load(QUICKSTART), run=str(tmp_path))
+    run.write(recipe, "aaaa")
+    document = json.loads((tmp_path / "recipe.json").read_text())
+    assert document.keys() == flatten(recipe).keys() | {"index_digest"}
+    assert document["optimizer"] == "AdamWConfig"

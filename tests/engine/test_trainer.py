@@ -1,0 +1,297 @@
+"""Runs of the trainer: determinism, resuming, what they leave behind, how they stop."""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.debug import debug_step
+from engine.evaluation.probe import ProbeConfig
+from engine.fit import fit
+from engine.log.metrics import LogConfig
+from engine.method import precision
+from engine.method.schedule import ScheduleConfig
+from engine.recipe import Recipe
+from engine.state import lease
+from engine.state.checkpoint import CheckpointConfig
+from engine.trainer import StepOutput, Trainer
+from shards.errors import InputError
+from shards.index import Index
+from shards.loader import Batch, DataConfig
+from tests.conftest import PackFiles, draw_photo
+from tests.helpers import tiny
+
+pytestmark = pytest.mark.versions
+
+TIMING = {"images_per_second", "data_wait"}
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def comparable(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines(run)]
+
+
+def train(recipe: Recipe) -> Trainer:
+    trainer = Trainer(recipe)
+    fit(trainer)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from the first step to the last, undisturbed."""
+    run = tmp_path_factory.mktemp("whole")
+    train(tiny.recipe(tiny_data, run))
+    return run
+
+
+def test_metrics_of_a_run(whole_run: Path) -> None:
+    records = lines(whole_run)
+    assert [record["step"] for record in records] == list(range(1, 21))
+    steps_per_epoch = tiny.SAMPLES // 16
+    for record in records:
+        assert record["epoch"] == record["step"] // steps_per_epoch
+        assert 0 <= record["loss"] <= 8
+        assert TIMING | {"lr", "tau", "feature_std", "data_digest"} <= record.keys()
+        assert ("knn_top1" in record) == (record["step"] % 5 == 0)
+        assert ("online_top1" in record) == (record["step"] % 5 == 0)
+    assert len({record["data_digest"] for record in records}) == len(records)
+    assert any((whole_run / "tensorboard").iterdir())
+
+
+def test_equal_runs_are_equal_bit_for_bit(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    train(tiny.recipe(tiny_data, tmp_path))
+    assert comparable(tmp_path) == comparable(whole_run)
+
+
+def test_another_seed_is_another_run(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    train(tiny.recipe(tiny_data, tmp_path, seed=1, steps=2))
+    for ours, other in zip(comparable(tmp_path), comparable(whole_run)[:2], strict=True):
+        assert ours["loss"] != other["loss"]
+        assert ours["data_digest"] != other["data_digest"]
+
+
+@pytest.mark.parametrize("stop", [4, 7])
+def test_resumed_run_equals_the_whole_one(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path, stop: int
+) -> None:
+    train(tiny.recipe(tiny_data, tmp_path, steps=stop))
+    train(tiny.recipe(tiny_data, tmp_path))
+    assert comparable(tmp_path) == comparable(whole_run)
+
+
+def test_resumed_run_has_the_loss_scale(
+    tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first scale is too large for this network: it has changed before the stop."""
+    monkeypatch.setattr(precision, "FIRST_SCALE", 2.0**16)
+    for name, stops in (("whole", (4,)), ("parts", (2, 4))):
+        for steps in stops:
+            run = tmp_path / name
+            train(tiny.recipe(tiny_data, run, precision="fp16", steps=steps, probe=tiny.NO_PROBE))
+    assert lines(tmp_path / "whole")[1]["skipped"] > 0
+    assert comparable(tmp_path / "parts") == comparable(tmp_path / "whole")
+
+
+def test_a_killed_run_repeats_what_was_not_saved(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    train(tiny.recipe(tiny_data, tmp_path, steps=7))
+    # As a kill at step 7 leaves it: saved at 4, logged to 7, half a line more.
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000007")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    train(tiny.recipe(tiny_data, tmp_path))
+    assert comparable(tmp_path) == comparable(whole_run)
+
+
+def test_damaged_checkpoint_is_reported_and_the_one_before_taken(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny.recipe(tiny_data, tmp_path, steps=8))
+    (file,) = (tmp_path / "checkpoints" / "step_00000008").glob("*.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    train(tiny.recipe(tiny_data, tmp_path))
+    output = capsys.readouterr().out
+    assert "step_00000008" in output
+    assert "damaged" in output
+    assert "resumed at step 4" in output
+    assert comparable(tmp_path) == comparable(whole_run)
+
+
+def test_new_run_from_another_runs_state(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(tiny.recipe(tiny_data, first, steps=8))
+    resume = CheckpointConfig(every=4, resume=str(first))
+    train(tiny.recipe(tiny_data, second, checkpoint=resume))
+    assert comparable(second) == comparable(whole_run)[8:]
+
+
+def test_old_checkpoints_are_removed(whole_run: Path) -> None:
+    names = sorted(path.name for path in (whole_run / "checkpoints").iterdir())
+    assert names == ["step_00000012", "step_00000016", "step_00000020"]
+
+
+def test_views_are_shown_in_tensorboard(whole_run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(whole_run / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == ["views"]
+    assert [event.step for event in events.Images("views")] == [1, 5, 10, 15, 20]
+    (losses, records) = events.Scalars("loss"), lines(whole_run)
+    assert [event.step for event in losses] == [record["step"] for record in records]
+
+
+def test_data_digest_tells_audited_pixels_apart(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    audited = dataclasses.replace(tiny_data, audit=True)
+    train(tiny.recipe(audited, tmp_path, steps=2))
+    for ours, plain in zip(comparable(tmp_path), comparable(whole_run)[:2], strict=True):
+        assert ours["loss"] == plain["loss"]
+        assert ours["data_digest"] != plain["data_digest"]
+
+
+def test_debug_step_leaves_nothing(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny.recipe(tiny_data, tmp_path, steps=2))
+    before = sorted(tmp_path.rglob("*"))
+    debug_step(Trainer(tiny.recipe(tiny_data, tmp_path, debug_step=True)))
+    assert sorted(tmp_path.rglob("*")) == before
+    report = capsys.readouterr().out
+    for part in ("load", "first step", "evaluate", "save", "restore", "memory"):
+        assert part in report
+
+
+def taken(run: Path) -> None:
+    """Another job takes the run, as when this one had not answered for a while."""
+    lease.acquire(str(run), [lease_of(run)["agents"][0]], lease.PERIOD, print).release()
+
+
+def lease_of(run: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(max((run / "lease").glob("*.json")).read_text())
+    return found
+
+
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_a_run_that_was_taken_is_left_alone(
+    tiny_data: DataConfig, tmp_path: Path, log_every: int
+) -> None:
+    """Nothing is committed any more; where nothing is logged, the look before a commit finds it."""
+    log = LogConfig(every=log_every)
+    config = tiny.recipe(tiny_data, tmp_path, log=log, probe=ProbeConfig(), steps=8)
+    trainer = Trainer(config)
+    train_step = trainer.train_step
+
+    def step(batch: Batch) -> StepOutput:
+        if trainer.step == 2:
+            taken(tmp_path)
+            assert trainer.lease is not None
+            if log_every == 1:
+                trainer.lease._look()  # as at its next beat
+        return train_step(batch)
+
+    trainer.train_step = step  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="was taken over by another job"):
+        fit(trainer)
+    assert trainer.step == (3 if log_every == 1 else 8)
+    assert not list((tmp_path / "checkpoints").glob("*/commit.json"))
+
+
+def test_a_start_that_fails_lets_the_next_job_in(tiny_data: DataConfig, tmp_path: Path) -> None:
+    resume = CheckpointConfig(resume=str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="no committed checkpoint"):
+        Trainer(tiny.recipe(tiny_data, tmp_path / "run", checkpoint=resume))
+    assert lease_of(tmp_path / "run")["released"]
+
+
+def test_diverged_training_stops(tiny_data: DataConfig, tmp_path: Path) -> None:
+    config = tiny.recipe(
+        tiny_data, tmp_path, checkpoint=CheckpointConfig(every=0), probe=ProbeConfig()
+    )
+    trainer = Trainer(dataclasses.replace(config, schedule=ScheduleConfig(epochs=10)))
+    with torch.no_grad():
+        next(trainer.online.parameters()).fill_(math.nan)
+    with pytest.raises(InputError, match=r"diverged.* at step 2[01] \(loss nan, learning rate"):
+        fit(trainer)
+    assert not (tmp_path / "checkpoints").exists()
+    assert lines(tmp_path)[-1]["loss"] is None
+
+
+def test_diverged_state_is_not_saved(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """Also where no step is logged between two checkpoints."""
+    config = tiny.recipe(
+        tiny_data,
+        tmp_path,
+        schedule=ScheduleConfig(epochs=2, warmup_epochs=1, base_lr=1e30),
+        log=LogConfig(every=1000),
+        probe=ProbeConfig(),
+        checkpoint=CheckpointConfig(every=1, keep=1),
+    )
+    with pytest.raises(InputError, match="diverged"):
+        train(config)
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert saved.name == "step_00000001"  # at learning rate 0; the next step blows up
+
+
+def test_a_skipped_step_leaves_no_trace_but_its_count(
+    tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    trainer = Trainer(tiny.recipe(tiny_data, tmp_path, precision="fp16"))
+    trainer.step = 2
+    with contextlib.closing(trainer.batches()) as batches:
+        trainer.train_step(next(batches))
+        before = copy.deepcopy(trainer.state())
+        weight = trainer.online.get_parameter("projector.0.weight")
+        hook = weight.register_hook(lambda grad: grad * math.inf)
+        trainer.train_step(next(batches))
+        hook.remove()
+        after = copy.deepcopy(trainer.state())
+        guards = before.pop("guard"), after.pop("guard")
+        torch.testing.assert_close(after, before, rtol=0, atol=0)
+        assert guards[1]["scale"] == guards[0]["scale"] / 2
+        assert guards[1]["skipped"] == guards[0]["skipped"] + 1
+        kept = weight.detach().clone()
+        trainer.train_step(next(batches))
+        assert trainer.guard.skipped == guards[1]["skipped"]
+        assert not torch.equal(weight, kept)
+
+
+def test_labels_beyond_the_classes_are_refused(packed: Index, tmp_path: Path) -> None:
+    fewer = Index(packed.url, packed.shards, packed.classes[:2])
+    fewer.save()
+    data = DataConfig(train=packed.url, streams=4)
+    with pytest.raises(InputError, match="label 2, but the index has 2 classes"):
+        train(tiny.recipe(data, tmp_path / "run", probe=ProbeConfig()))
+
+
+def test_corrupt_images_are_named_once_for_the_whole_run(
+    pack_files: PackFiles, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {f"{c}/{c}{i}.jpg": draw_photo(i, 40, 40) for c in "ab" for i in range(30)}
+    files["a/a7.jpg"] = b"no image"
+    url = pack_files(str(tmp_path / "data"), files).url
+    data = DataConfig(train=url, val=url, streams=4)
+    probe = ProbeConfig(every=2, neighbours=3)
+    train(tiny.recipe(data, tmp_path / "run", probe=probe, steps=6))
+    assert capsys.readouterr().out.count("a7: no JPEG, PNG or WebP image") == 1

@@ -1,0 +1,60 @@
+"""Jobs that take leases, and leases that others left."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from engine.state.lease import Lease, acquire
+from shards.storage import files
+
+PERIOD = 0.2
+
+
+class Jobs:
+    """Takes leases as rank 0 of any job would, and releases them after the test."""
+
+    def __init__(self) -> None:
+        self.reports: list[str] = []
+        self._leases: list[Lease] = []
+
+    def acquire(self, run: str, *agents: str, period: float = PERIOD) -> Lease:
+        lease = acquire(run, agents, period, self.reports.append)
+        self._leases.append(lease)
+        return lease
+
+    def close(self) -> None:
+        for lease in self._leases:
+            lease.release()
+
+
+class Clock:
+    """Stands for `time`: sleeping takes none, and at one moment something happens."""
+
+    def __init__(self, moment: float, event: Callable[[], object]) -> None:
+        self._left = moment
+        self._events = [event]
+
+    def sleep(self, seconds: float) -> None:
+        self._left -= seconds
+        if self._left <= 0 and self._events:
+            self._events.pop()()
+
+
+def leave(run: str, number: int, **fields: Any) -> None:
+    """A lease that a job on another machine made."""
+    document = {"owner": f"owner {number}", "host": "far", "process": "far:1:2:3", "beat": 0}
+    document |= {"agents": ["far:1:2:3"], "period": PERIOD, "released": False} | fields
+    files.write(url(run, number), json.dumps(document).encode())
+
+
+def read(run: str, number: int) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(files.read(url(run, number)))
+    return found
+
+
+def url(run: str, number: int) -> str:
+    return f"{run}/lease/{number:08d}.json"
+
+
+def numbers(run: str) -> list[int]:
+    return [int(name.removesuffix(".json")) for name in files.list_names(f"{run}/lease")]

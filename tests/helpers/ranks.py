@@ -1,0 +1,99 @@
+"""A pool of processes that act as the ranks of many small runs, one after the other."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from engine.processes import world
+
+SECONDS = 240
+
+
+class RankFailure(AssertionError):
+    """What went wrong on which ranks."""
+
+
+class Ranks:
+    """Processes that call a function together, as ranks of one gloo group."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for _ in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        size: int,
+        seconds: float = SECONDS,
+        machine: int | None = None,
+    ) -> list[Any]:
+        """What `function(*arguments)` returns on each of `size` ranks.
+
+        `machine`: ranks that are on one machine, as far as they know. Raises RankFailure; the
+        pool then starts anew.
+        """
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        local = machine or size
+        for rank, pipe in enumerate(self._pipes[:size]):
+            places = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
+            places |= {"LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local, "MASTER_PORT": port}
+            environment = {name: str(value) for name, value in places.items()}
+            pipe.send((function, arguments, environment if size > 1 else {}))
+        answers = []
+        failures = []
+        for rank, pipe in enumerate(self._pipes[:size]):
+            if not pipe.poll(seconds):
+                failures.append(f"rank {rank}: no answer in {seconds} s")
+                break
+            fine, answer = pipe.recv()
+            if not fine:
+                failures.append(f"rank {rank}: {answer}")
+                seconds = 10  # for the others, which may be waiting for this one
+            answers.append(answer)
+        if failures:
+            if len(answers) < size:  # somebody hangs, or may be on the way to do so
+                self.close()
+                self._start()
+            raise RankFailure("\n".join(failures))
+        return answers
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def _serve(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    outside = dict(os.environ)
+    while True:
+        function, arguments, environment = pipe.recv()
+        os.environ.clear()
+        os.environ.update(outside | environment)
+        try:
+            answer = True, function(*arguments)
+        except Exception:
+            answer = False, traceback.format_exc()
+        finally:
+            world.leave()
+        pipe.send(answer)

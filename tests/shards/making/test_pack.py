@@ -1,0 +1,336 @@
+"""Packing: what goes in comes out, the same bytes every time, whatever stops it in between."""
+
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import fsspec
+import pytest
+import webdataset
+
+from shards import index
+from shards.errors import InputError
+from shards.index import Index
+from shards.making import pack
+from shards.storage import files, upload
+from shards.storage.upload import Stream
+from shards.tar import Block
+from tests.conftest import Files, PackFiles
+from tests.helpers.places import ROOT
+
+
+def pack_folder(source: Path | str, out: Path | str, **options: int) -> list[Index]:
+    """As launch/pack.py does it."""
+    sets, _ = pack.find_images(str(source))
+    indexes = []
+    for images in sets:
+        plan = pack.plan_shards(images, options.get("shard_bytes", 50_000), options.get("seed", 0))
+        url = files.join(str(out), images.name) if images.name else str(out)
+        written, _ = pack.write_shards(
+            plan,
+            url,
+            lambda image: files.read(files.join(str(source), image.path)),
+            threads=options.get("threads", 2),
+            overwrite=bool(options.get("overwrite", 0)),
+        )
+        indexes.append(written)
+    return indexes
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def write_files(folder: Path, names: list[str], content: bytes = b"image") -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def ignore(_: str) -> None:
+    pass
+
+
+def test_plain_webdataset_reads_what_was_packed(
+    photo_folder: Path, photos: Files, tmp_path: Path
+) -> None:
+    (written,) = pack_folder(photo_folder, tmp_path / "out")
+    assert written.classes == ["ant", "bee", "cat"]
+    assert len(written.shards) > 3
+    shards = [written.shard_url(i) for i in range(len(written.shards))]
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False))
+    assert [int(sample["__key__"].split("_")[0]) for sample in samples] == list(range(90))
+    found = {}
+    for sample in samples:
+        name = written.classes[int(sample["cls"])]
+        found[f"{name}/{sample['__key__'].split('_')[1]}.jpg"] = sample["jpg"]
+    assert found == photos
+
+
+def test_bytes_depend_on_source_seed_and_size_alone(photo_folder: Path, tmp_path: Path) -> None:
+    pack_folder(photo_folder, tmp_path / "a", threads=1)
+    pack_folder(photo_folder, tmp_path / "b", threads=4)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    pack_folder(photo_folder, tmp_path / "c", seed=1)
+    assert contents(tmp_path / "a") != contents(tmp_path / "c")
+
+
+def test_shards_are_of_about_one_size(photo_folder: Path, tmp_path: Path) -> None:
+    (written,) = pack_folder(photo_folder, tmp_path / "out", shard_bytes=40_000)
+    sizes = [shard.bytes for shard in written.shards]
+    assert max(sizes) < 40_000 * 1.5 + 10_240
+    assert min(sizes) > 40_000 / 2
+
+
+def test_an_image_larger_than_a_shard(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "in", ["a.jpg", "b.jpg", "c.jpg"], b"x" * 5000)
+    (written,) = pack_folder(source, tmp_path / "out", shard_bytes=1000)
+    assert [shard.samples for shard in written.shards] == [1, 1, 1]
+
+
+def test_names(tmp_path: Path) -> None:
+    names = [
+        "x/a b.c.JPEG",
+        "y/deep/\u00fc" + "n" * 90 + ".Png",
+        "y/._a.jpg",
+        "y/.h/b.jpg",
+        "n.txt",
+    ]
+    source = write_files(tmp_path / "in", [*names, "z/c.webp"])
+    sets, others = pack.find_images(str(source))
+    assert others == 3
+    assert sets[0].classes == ["x", "y", "z"]
+    (written,) = pack_folder(source, tmp_path / "out")
+    block = Block(Path(written.shard_url(0)).read_bytes())
+    stems = {sample.key.split("_", 1)[1]: block.label(i) for i, sample in enumerate(block.samples)}
+    assert stems == {"a_b_c": 0, "_" + "n" * 59: 1, "c": 2}
+
+
+def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "in", [f"{i}.jpg" for i in range(4)])
+    (written,) = pack_folder(source, tmp_path / "out")
+    assert written.classes == []
+    block = Block(Path(written.shard_url(0)).read_bytes())
+    assert [block.label(i) for i in range(4)] == [-1] * 4
+    assert {name for sample in block.samples for name in sample.fields} == {"jpg"}
+
+
+def test_splits_share_their_class_names(tmp_path: Path) -> None:
+    photos = ["train/b/1.jpg", "train/c/2.jpg", "val/a/3.jpg", "val/c/4.jpg", "test/5.jpg", "s.jpg"]
+    source = write_files(tmp_path / "in", photos)
+    sets, others = pack.find_images(str(source))
+    assert others == 1  # s.jpg, outside the splits
+    train, val, test = sets
+    assert [part.name for part in sets] == ["train", "val", "test"]
+    assert train.classes == val.classes == ["a", "b", "c"]
+    assert [image.label for image in train.images] == [1, 2]
+    assert [image.label for image in val.images] == [0, 2]
+    assert test.classes == []
+    assert [image.label for image in test.images] == [-1]
+    pack_folder(source, tmp_path / "out")
+    assert index.load(str(tmp_path / "out" / "val"), "data.val").samples == 2
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "in", ["bus/1.jpg", "train/2.jpg"])
+    sets, _ = pack.find_images(str(source))
+    assert [part.classes for part in sets] == [["bus", "train"]]
+    write_files(source, ["val/3.jpg"])
+    with pytest.raises(InputError, match="holds train and val, but bus too"):
+        pack.find_images(str(source))
+
+
+def test_linked_folders_are_followed(tmp_path: Path) -> None:
+    write_files(tmp_path / "elsewhere", ["1.jpg"])
+    source = write_files(tmp_path / "in", ["a/2.jpg"])
+    (source / "b").symlink_to(tmp_path / "elsewhere")
+    sets, _ = pack.find_images(str(source))
+    assert [image.path for image in sets[0].images] == ["a/2.jpg", "b/1.jpg"]
+
+
+def test_nothing_to_pack(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"SOURCE .*/missing: no such folder$"):
+        pack.find_images(str(tmp_path / "missing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"SOURCE .*no jpg, jpeg, png, webp files there$"):
+        pack.find_images(str(tmp_path / "empty"))
+    write_files(tmp_path / "tars", ["shard-0.tar"])
+    with pytest.raises(InputError, match="use --index-only"):
+        pack.find_images(str(tmp_path / "tars"))
+
+
+def test_any_storage(photo_folder: Path, tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(photo_folder), "/source", recursive=True)
+    (written,) = pack_folder("memory://source", "memory://packed/set")
+    (local,) = pack_folder(photo_folder, tmp_path / "out")
+    assert index.load("memory://packed/set", "data.train").digest == local.digest
+    for shard in written.shards:
+        stored = memory.cat_file(f"/packed/set/{shard.name}")
+        assert stored == (tmp_path / "out" / shard.name).read_bytes()
+    assert not memory.exists("/packed/set/.pack")
+
+
+def watch_writes(patch: pytest.MonkeyPatch, call: Callable[[str], None]) -> None:
+    """Have `call` called with the URL of each object before it is written."""
+    write, open_writer = files.write, upload.open_writer
+
+    def watched_write(url: str, content: bytes) -> None:
+        call(url)
+        write(url, content)
+
+    def watched_writer(url: str) -> AbstractContextManager[Stream]:
+        call(url)
+        return open_writer(url)
+
+    patch.setattr(files, "write", watched_write)
+    patch.setattr(upload, "open_writer", watched_writer)
+
+
+@pytest.mark.parametrize("written_before", [0, 1, 3])
+@pytest.mark.parametrize("moment", ["tar", "json"])
+def test_a_stopped_packing_goes_on(
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    written_before: int,
+    moment: str,
+) -> None:
+    """Killed while it wrote a shard, or between a shard and its record."""
+    pack_folder(photo_folder, tmp_path / "whole")
+    calls: list[str] = []
+
+    def dying(url: str) -> None:
+        if url.endswith(f".tar{'.json' if moment == 'json' else ''}"):
+            calls.append(url)
+            if len(calls) > written_before:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        watch_writes(patch, dying)
+        with pytest.raises(KeyboardInterrupt):
+            pack_folder(photo_folder, tmp_path / "out", threads=1)
+    assert not (tmp_path / "out" / index.NAME).exists()
+    written: list[str] = []
+    watch_writes(monkeypatch, written.append)
+    pack_folder(photo_folder, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not (tmp_path / "out" / ".pack").exists()
+    total = len(list((tmp_path / "out").glob("*.tar")))
+    assert sum(url.endswith(".tar") for url in written) == total - written_before
+
+
+def test_a_damaged_shard_of_a_stopped_packing_is_written_again(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack_folder(photo_folder, tmp_path / "whole")
+    monkeypatch.setattr(Index, "save", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pack_folder(photo_folder, tmp_path / "out")
+    monkeypatch.undo()
+    (tmp_path / "out" / "shard-000001.tar").write_bytes(b"half")
+    (tmp_path / "out" / "shard-000002.tar").unlink()
+    pack_folder(photo_folder, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_local_writes_are_whole_or_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "ATTEMPTS", 1)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        files.write(str(tmp_path / "new" / "shard.tar"), b"content")
+    assert not (tmp_path / "new" / "shard.tar").exists()
+
+
+def test_a_finished_packing_stands(photo_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack_folder(photo_folder, out)
+    before = contents(out)
+    pack_folder(photo_folder, out)
+    assert contents(out) == before
+    with pytest.raises(InputError, match=r"OUT .*holds other shards.*--overwrite"):
+        pack_folder(photo_folder, out, seed=1)
+    assert contents(out) == before
+    write_files(out, ["notes.txt"])
+    pack_folder(photo_folder, out, seed=1, shard_bytes=200_000, overwrite=1)
+    assert len(list(out.glob("*.tar"))) < len(before) - 1
+    assert (out / "notes.txt").exists()
+
+
+def test_foreign_tars_are_not_overwritten(photo_folder: Path, tmp_path: Path) -> None:
+    out = write_files(tmp_path / "out", ["shard-000000.tar"], b"precious")
+    with pytest.raises(InputError, match="holds other shards, unfinished"):
+        pack_folder(photo_folder, out)
+    assert (out / "shard-000000.tar").read_bytes() == b"precious"
+
+
+def test_a_source_that_changes_meanwhile(photo_folder: Path, tmp_path: Path) -> None:
+    sets, _ = pack.find_images(str(photo_folder))
+    plan = pack.plan_shards(sets[0], 80_000, 0)
+    with pytest.raises(InputError, match=r"SOURCE .*\.jpg: has changed meanwhile"):
+        pack.write_shards(plan, str(tmp_path / "out"), lambda _: b"other", threads=2)
+
+
+# The command
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["pack.py", *arguments])
+    runpy.run_path(str(ROOT / "launch" / "pack.py"), run_name="__main__")
+
+
+def test_command(
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = str(tmp_path / "out")
+    run(monkeypatch, str(photo_folder), out, "--shard-mb", "0.08")
+    printed = capsys.readouterr().out
+    assert printed.startswith("90 samples, 3 classes, ")
+    assert printed.endswith(f": {out}/index.json; use --data.train {out}\n")
+    run(monkeypatch, str(photo_folder), out, "--shard-mb", "0.08")
+    assert capsys.readouterr().out == f"already packed: {printed}"
+    run(monkeypatch, "--index-only", out)
+    assert capsys.readouterr().out == printed
+    names = tmp_path / "names.txt"
+    names.write_text("A\nB\nC\n")
+    run(monkeypatch, "--index-only", out, "--classes", str(names))
+    assert index.load(out, "data.train").classes == ["A", "B", "C"]
+    for arguments, text in (
+        ([out], "error: OUT: where the shards go is missing"),
+        (["--index-only", out, out], "error: OUT: --index-only writes next to the tars"),
+        ([str(photo_folder), out, "--classes", "f"], "error: --classes is for --index-only"),
+        (["--index-only", out, "--classes", "nowhere"], "error: --classes nowhere: no such file"),
+        ([str(photo_folder), out, "--threads", "0"], "error: --threads must be at least 1"),
+        ([str(photo_folder), out, "--shard-mb", "-1"], "error: --shard-mb must be positive"),
+    ):
+        with pytest.raises(SystemExit, match=text):
+            run(monkeypatch, *arguments)
+
+
+def test_command_fails_with_one_line(photo_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack_folder(photo_folder, out)
+    command = [sys.executable, "launch/pack.py", str(photo_folder), str(out), "--seed", "5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.strip().startswith(f"error: OUT {out}: holds other shards")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_pack_files_fixture_is_what_the_folder_gives(
+    pack_files: PackFiles, photos: Files, photo_folder: Path, tmp_path: Path
+) -> None:
+    one = pack_files(str(tmp_path / "a"), photos)
+    (two,) = pack_folder(photo_folder, tmp_path / "b", shard_bytes=50_000)
+    assert one.digest == two.digest

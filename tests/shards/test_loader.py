@@ -1,0 +1,381 @@
+"""The input pipeline: its batches are those computed one sample at a time, whatever runs beside."""
+
+import io
+import tarfile
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image as PillowImage
+from torch import Tensor
+
+from shards import index as index_module
+from shards.center_crops import center_crops
+from shards.decode import center_box, crop_resize, decode
+from shards.errors import InputError
+from shards.index import Index
+from shards.loader import Batch, DataConfig, TrainLoader
+from shards.order import Order, rank_streams
+from shards.views import ViewsConfig, crop_box, draw_views
+from tests.conftest import Files, PackFiles, draw_photo
+
+VIEWS = ViewsConfig(size=16)
+SEED = 11
+
+
+def ignore(_: str) -> None:
+    pass
+
+
+@contextmanager
+def loading(
+    order: Order, *, streams: range | None = None, audit: bool = False, **options: Any
+) -> Iterator[TrainLoader]:
+    settings: dict[str, Any] = {"micro": 1, "start": 0, "threads": 2, "report": ignore} | options
+    loader = TrainLoader(
+        order,
+        range(order.streams) if streams is None else streams,
+        VIEWS,
+        DataConfig(train=order.index.url, audit=audit, corrupt=settings.pop("corrupt", 0.01)),
+        pin_memory=False,
+        **settings,
+    )
+    try:
+        yield loader
+    finally:
+        loader.close()
+
+
+class Reference:
+    """Batches in the plainest way: tars by the standard library, one sample after another."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self.images: list[bytes] = []
+        self.labels: list[int] = []
+        for i in range(len(order.index.shards)):
+            with tarfile.open(order.index.shard_url(i)) as archive:
+                for member in archive:
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    if member.name.endswith(".cls"):
+                        self.labels.append(int(file.read()))
+                    else:
+                        self.images.append(file.read())
+
+    def batch(self, step: int, streams: range, micros: int) -> Batch:
+        given = [
+            [i for s in self.order.batch_segments(step, c) for i in s.ids.tolist()] for c in streams
+        ]
+        part = self.order.rows // micros
+        planned = [
+            i for m in range(micros) for ids in given for i in ids[m * part : (m + 1) * part]
+        ]
+        epoch = step // self.order.steps_per_epoch
+        ids = [self.good(i) for i in planned]
+        draws = draw_views(SEED, epoch, np.array(ids), VIEWS)
+        views = torch.stack(
+            [
+                torch.stack([self.view(i, draws.crop[v, n]) for n, i in enumerate(ids)])
+                for v in range(2)
+            ]
+        )
+        crcs = [
+            zlib.crc32(views[:, n].permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+            for n in range(len(ids))
+        ]
+        labels = torch.tensor([self.labels[i] for i in ids])
+        params = torch.from_numpy(draws.params)
+        return Batch(views, params, np.array(ids), labels, np.array(crcs, np.uint32))
+
+    def view(self, sample: int, crop: NDArray[np.float64]) -> Tensor:
+        image = decode(bytearray(self.images[sample]), 0, len(self.images[sample]))
+        box = crop_box(crop, image.shape[1], image.shape[2], VIEWS)
+        return crop_resize(image, box, VIEWS.size)
+
+    def good(self, sample: int) -> int:
+        """The sample, or the next good one of its block, wrapping."""
+        found, first = self.order.index, 0
+        counts = np.concatenate([found.blocks(i)[:, 1] for i in range(len(found.shards))])
+        for count in map(int, counts):
+            if sample < first + count:
+                break
+            first += count
+        ring: list[int] = [*range(sample, first + count), *range(first, sample)]
+        return next(i for i in ring if self.images[i].startswith(b"\xff\xd8"))
+
+
+def assert_equal(a: Batch, b: Batch, *, crcs: bool) -> None:
+    np.testing.assert_array_equal(a.ids, b.ids)
+    assert torch.equal(a.labels, b.labels)
+    assert torch.equal(a.params, b.params)
+    assert torch.equal(a.views, b.views)
+    if crcs:
+        np.testing.assert_array_equal(a.crcs, b.crcs)
+    else:
+        assert not a.crcs.any()
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_batches_equal_the_plain_ones(packed: Index, threads: int, micro: int) -> None:
+    order = Order(packed, SEED, 4, 16)  # 5 steps an epoch
+    reference = Reference(order)
+    with loading(order, threads=threads, micro=micro, audit=True) as loader:
+        for step in range(11):
+            expected = reference.batch(step, range(4), micro)
+            assert_equal(next(loader), expected, crcs=True)
+
+
+def test_any_start_step(packed: Index) -> None:
+    order = Order(packed, SEED, 4, 16)
+    reference = Reference(order)
+    for start in (1, 4, 5, 13, 5_000_000):
+        with loading(order, start=start) as loader:
+            for step in range(start, start + 3):
+                assert_equal(next(loader), reference.batch(step, range(4), 1), crcs=False)
+
+
+def test_ranks_make_up_the_global_batch(packed: Index) -> None:
+    order = Order(packed, SEED, 4, 16)
+    reference = Reference(order)
+    for world in (2, 3):
+        seen: list[int] = []
+        for rank in range(world):
+            mine = rank_streams(4, rank, world)
+            with loading(order, streams=mine, micro=2, start=3) as loader:
+                batch = next(loader)
+            assert_equal(batch, reference.batch(3, mine, 2), crcs=False)
+            seen += batch.ids.tolist()
+        assert sorted(seen) == sorted(reference.batch(3, range(4), 1).ids.tolist())
+
+
+def test_sidecars_and_object_stores(
+    packed: Index, pack_files: PackFiles, photos: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "INLINE_BLOCKS", 3)
+    pack_files("memory://loader", photos)
+    found = index_module.load("memory://loader", "data.train")
+    assert found.shards[0].blocks is None
+    reference = Reference(Order(packed, SEED, 4, 16))
+    with loading(Order(found, SEED, 4, 16)) as loader:
+        for step in range(7):
+            assert_equal(next(loader), reference.batch(step, range(4), 1), crcs=False)
+
+
+def failure(order: Order) -> str:
+    """The text of the InputError that the loader ends with, within 20 batches."""
+    with loading(order) as loader:
+        try:
+            for _ in range(20):
+                next(loader)
+        except InputError as error:
+            return str(error)
+    raise AssertionError("no InputError")
+
+
+def spoil(photos: Files, *names: str) -> Files:
+    """With these photos replaced by what cannot be decoded."""
+    return photos | dict.fromkeys(names, b"no image at all, but text")
+
+
+BAD = ("ant/a3.jpg", "bee/b7.jpg", "cat/c20.jpg")
+
+
+def test_bad_samples_are_replaced_named_once_and_counted(
+    pack_files: PackFiles, photos: Files, tmp_path: Path
+) -> None:
+    cut = photos["cat/c20.jpg"][:300]
+    files = spoil(photos, *BAD[:2]) | {"cat/c20.jpg": b"\0" + cut, "ant/a5.jpg": b""}
+    found = pack_files(str(tmp_path / "bad"), files)
+    order = Order(found, SEED, 4, 16)
+    reference = Reference(order)
+    messages: list[str] = []
+    with loading(order, threads=4, audit=True, report=messages.append) as loader:
+        for step in range(15):
+            assert_equal(next(loader), reference.batch(step, range(4), 1), crcs=True)
+        assert loader.faults.count == 4
+    assert len(messages) == 4
+    for name in ("a3", "b7", "c20", "a5"):
+        (message,) = [m for m in messages if f"_{name}:" in m]
+        assert "shard-0000" in message
+        assert "\n" not in message
+
+
+def test_a_replacement_wraps_in_file_order(
+    pack_files: PackFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "BLOCK_BYTES", 1 << 20)
+    files = {f"a/{i}.jpg": draw_photo(i, 16, 16) for i in range(6)}
+    images = Reference(Order(pack_files(str(tmp_path / "a"), files), SEED, 1, 6)).images
+    bad = {images[0], images[4], images[5]}
+    files = {path: bytes(len(c)) if c in bad else c for path, c in files.items()}
+    found = pack_files(str(tmp_path / "b"), files)
+    assert len(found.blocks(0)) == 1
+    with loading(Order(found, SEED, 1, 6)) as loader:
+        assert sorted(next(loader).ids.tolist()) == [1, 1, 1, 1, 2, 3]
+
+
+def test_a_truncated_jpeg_counts_as_bad(
+    pack_files: PackFiles, photos: Files, tmp_path: Path
+) -> None:
+    files = photos | {"ant/a3.jpg": photos["ant/a3.jpg"][:200]}
+    order = Order(pack_files(str(tmp_path / "cut"), files), SEED, 4, 16)
+    with loading(order) as loader:
+        ids = np.concatenate([next(loader).ids for _ in range(20)])
+        assert loader.faults.count == 1
+    assert len(set(ids.tolist())) == 89
+
+
+def test_too_many_bad_samples(pack_files: PackFiles, photos: Files, tmp_path: Path) -> None:
+    files = spoil(photos, *list(photos)[:12])
+    order = Order(pack_files(str(tmp_path / "bad"), files), SEED, 4, 16)
+    assert "11 corrupt samples, more than data.corrupt allows (10)" in failure(order)
+    with loading(order, corrupt=0.5) as loader:
+        for _ in range(20):
+            next(loader)
+        assert loader.faults.count == 12
+
+
+def test_a_block_without_any_good_sample(pack_files: PackFiles, tmp_path: Path) -> None:
+    found = pack_files(str(tmp_path / "bad"), {f"a/{i}.jpg": b"text" for i in range(4)})
+    with (
+        loading(Order(found, SEED, 1, 4)) as loader,
+        pytest.raises(InputError, match="no sample of its block can be decoded"),
+    ):
+        next(loader)
+
+
+def test_damaged_shards_are_named(packed: Index) -> None:
+    order = Order(packed, SEED, 4, 16)
+    path = Path(packed.shard_url(2))
+    whole = path.read_bytes()
+
+    path.write_bytes(whole[:20_000])
+    assert "shard-000002.tar: bytes" in failure(order)
+    assert "truncated" in failure(order)
+
+    broken = bytearray(whole)
+    broken[int(packed.blocks(2)[1, 0])] ^= 0x55
+    path.write_bytes(bytes(broken))
+    assert "shard-000002.tar: bytes" in failure(order)
+    assert "not the tar that the index describes" in failure(order)
+
+    path.unlink()
+    assert failure(order).endswith("shard-000002.tar: the shard is missing")
+
+
+def test_an_index_that_disagrees_with_its_shard(packed: Index) -> None:
+    blocks = packed.blocks(1)
+    blocks[0, 1] += 1
+    blocks[1, 1] -= 1
+    text = failure(Order(packed, SEED, 4, 16))
+    assert "shard-000001.tar" in text
+    assert "the index says" in text
+
+
+def live_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.is_alive()}
+
+
+@pytest.mark.parametrize("taken", [0, 1, 7])
+def test_close_ends_all_threads(packed: Index, taken: int) -> None:
+    before = live_threads()
+    with loading(Order(packed, SEED, 4, 16), threads=3) as loader:
+        for _ in range(taken):
+            next(loader)
+    deadline = time.monotonic() + 10
+    while live_threads() - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert live_threads() - before == set()
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+def test_threads_end_after_an_error(pack_files: PackFiles, tmp_path: Path) -> None:
+    before = live_threads()
+    found = pack_files(str(tmp_path / "bad"), {f"a/{i}.jpg": b"text" for i in range(4)})
+    failure(Order(found, SEED, 1, 4))
+    deadline = time.monotonic() + 10
+    while live_threads() - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert live_threads() - before == set()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "I;16", "CMYK", "1"])
+def test_images_of_other_modes(pack_files: PackFiles, tmp_path: Path, mode: str) -> None:
+    picture: PillowImage.Image = PillowImage.open(io.BytesIO(draw_photo(0, 40, 40)))
+    if mode == "I;16":
+        grey = np.asarray(picture.convert("L")).astype(np.uint16) * 257
+        picture = PillowImage.fromarray(grey)
+    else:
+        picture = picture.convert(mode)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG" if mode == "CMYK" else "PNG")
+    name = "a/x.jpg" if mode == "CMYK" else "a/x.png"
+    found = pack_files(str(tmp_path / "one"), {name: buffer.getvalue()})
+    with loading(Order(found, SEED, 1, 1)) as loader:
+        batch = next(loader)
+        assert loader.faults.count == 0
+    assert batch.views.dtype == torch.uint8
+    assert batch.views.float().std() > 5
+
+
+# Evaluation
+
+
+def test_evaluation_sees_every_sample_once(packed: Index) -> None:
+    reference = Reference(Order(packed, SEED, 1, 1))
+    batches = list(
+        center_crops(packed, size=20, fraction=0.875, threads=2, corrupt=0.01, report=ignore)
+    )
+    images = torch.cat([batch.images for batch in batches])
+    assert images.shape == (90, 3, 20, 20)
+    assert torch.cat([batch.labels for batch in batches]).tolist() == reference.labels
+    for sample in (0, 17, 89):
+        content = reference.images[sample]
+        image = decode(bytearray(content), 0, len(content))
+        side = int(0.875 * min(image.shape[1:]))
+        box = center_box(image.shape[1], image.shape[2], 0.875)
+        assert box[2:] == (side, side)
+        for at, whole in zip(box[:2], image.shape[1:], strict=True):
+            assert abs(2 * at + side - whole) <= 1
+        assert torch.equal(images[sample], crop_resize(image, box, 20))
+
+
+def test_evaluation_of_a_part(packed: Index) -> None:
+    some = list(
+        center_crops(packed, size=8, fraction=1.0, threads=1, corrupt=0.01, report=ignore, limit=30)
+    )
+    count = sum(len(batch.labels) for batch in some)
+    assert 20 <= count <= 40
+
+
+def test_evaluation_leaves_bad_samples_out(
+    pack_files: PackFiles, photos: Files, tmp_path: Path
+) -> None:
+    found = pack_files(str(tmp_path / "bad"), spoil(photos, *BAD))
+    messages: list[str] = []
+    options = {"size": 8, "fraction": 1.0, "threads": 2, "corrupt": 0.01}
+    batches = list(center_crops(found, report=messages.append, **options))  # type: ignore[arg-type]
+    assert sum(len(batch.images) for batch in batches) == 87
+    assert len(messages) == 3
+    Path(found.shard_url(1)).unlink()
+    with pytest.raises(InputError, match=r"shard-000001\.tar: the shard is missing"):
+        list(center_crops(found, report=ignore, **options))  # type: ignore[arg-type]
+
+
+def test_memory_is_stated(packed: Index, pack_files: PackFiles, tmp_path: Path) -> None:
+    with loading(Order(packed, SEED, 4, 16)) as loader:
+        assert 4 * 2 * 8_000 < loader.block_memory < 4 * 2 * 24_000
+    one = pack_files(str(tmp_path / "one"), {"a/0.jpg": draw_photo(0, 8, 8)})  # a single block
+    with loading(Order(one, SEED, 1, 1)) as loader:
+        assert loader.block_memory == 2 * one.shards[0].bytes

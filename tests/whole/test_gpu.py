@@ -1,0 +1,166 @@
+"""What only a GPU can show; skipped, and said so, without one."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from engine.method.local_shards import local
+from engine.method.norm import BatchNorm, synchronise
+from engine.processes import world
+from engine.processes.parallel import ParallelConfig
+from engine.state.saver import Saver
+from engine.trainer import Trainer
+from shards.loader import DataConfig
+from tests.engine.test_trainer import comparable, train
+from tests.helpers import tiny
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.fixture
+def nccl() -> Iterator[world.World]:
+    """One process in a group of its own."""
+    yield world.enter(None, distributed=True)
+    world.leave()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_equal_runs_are_equal_bit_for_bit(
+    tiny_data: DataConfig, tmp_path: Path, precision: str
+) -> None:
+    for name in ("a", "b"):
+        recipe = tiny.recipe(tiny_data, tmp_path / name, precision=precision, steps=8, compile=True)
+        train(recipe)
+    assert comparable(tmp_path / "a") == comparable(tmp_path / "b")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_one_rank_of_nccl_is_one_process(
+    tiny_data: DataConfig, tmp_path: Path, strategy: Any, compile: bool
+) -> None:
+    train(tiny.recipe(tiny_data, tmp_path / "alone", steps=3, probe=tiny.NO_PROBE))
+    parallel = ParallelConfig(strategy=strategy)
+    try:
+        train(
+            tiny.recipe(
+                tiny_data,
+                tmp_path / "nccl",
+                steps=3,
+                probe=tiny.NO_PROBE,
+                parallel=parallel,
+                compile=compile,
+            )
+        )
+    finally:
+        world.leave()
+    for ours, alone in zip(
+        comparable(tmp_path / "nccl"), comparable(tmp_path / "alone"), strict=True
+    ):
+        assert ours["data_digest"] == alone["data_digest"]
+        assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0, 1e3])
+def test_norm_is_as_close_to_float64_as_torchs(nccl: world.World, offset: float) -> None:
+    group: Any = dist.group.WORLD
+    torch.manual_seed(0)
+    x = offset + torch.randn(64, 16, 8, 8, device=nccl.device)
+    ours = BatchNorm(16, views=1).to(nccl.device)
+    synchronise(ours, group)
+    torchs = nn.SyncBatchNorm(16, process_group=group).to(nccl.device)
+    exact = nn.BatchNorm2d(16).to(nccl.device, torch.float64)
+    upstream = torch.randn_like(x)
+    errors = {}
+    expected = x.double().requires_grad_()
+    y = exact(expected)
+    y.backward(upstream.double())
+    assert expected.grad is not None
+    for name, norm in (("ours", ours), ("torchs", torchs)):
+        mine = x.clone().requires_grad_()
+        found = norm(mine)
+        found.backward(upstream)
+        assert mine.grad is not None
+        errors[name] = [
+            ((a.double() - b).norm() / b.norm()).item()
+            for a, b in ((found, y), (mine.grad, expected.grad))
+        ]
+    print(errors)
+    for our_error, torchs_error in zip(errors["ours"], errors["torchs"], strict=True):
+        assert our_error <= 1.1 * torchs_error + 1e-7
+
+
+def test_images_and_features_are_channels_last(tiny_data: DataConfig, tmp_path: Path) -> None:
+    trainer = Trainer(tiny.recipe(tiny_data, tmp_path))
+    shapes = []
+
+    def look(_: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        for tensor in (*inputs, output):
+            shapes.append(tensor.is_contiguous(memory_format=torch.channels_last))
+
+    trainer.online.encoder.conv1.register_forward_hook(look)
+    trainer.online.encoder.bn1.register_forward_hook(look)
+    with contextlib.closing(trainer.batches()) as batches:
+        output = trainer.train_step(next(batches))
+    assert output.images.is_contiguous(memory_format=torch.channels_last)
+    assert shapes
+    assert all(shapes)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_background_save_is_of_one_step(
+    tiny_data: DataConfig, tmp_path: Path, strategy: Any
+) -> None:
+    """Copied to pinned memory while the device goes on."""
+    recipe = tiny.recipe(tiny_data, tmp_path, parallel=ParallelConfig(strategy))
+    trainer = Trainer(recipe)
+    go_on, same = threading.Event(), []
+    with (
+        contextlib.closing(trainer.batches()) as batches,
+        Saver(trainer.world, True, print) as saves,
+    ):
+        for _ in range(2):  # the second one fills the same buffers
+            trainer.train_step(next(batches))
+            expected = [t.cpu() for t in local(tree_leaves(trainer.state()))]
+
+            def write(state: dict[str, Any], _: world.World, expected: Any = expected) -> None:
+                go_on.wait(60)
+                found = local(tree_leaves(state))
+                same.append(all(map(torch.equal, found, expected)))
+                assert all(t.is_pinned() for t in found if t.numel() > 1)
+
+            go_on.clear()
+            saves.save(1, trainer.state(), write)
+            trainer.train_step(next(batches))
+            torch.cuda.synchronize()
+            go_on.set()
+            assert saves.wait()
+    assert same == [True, True]
+    world.leave()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_never_waits_for_the_device(
+    tiny_data: DataConfig, tmp_path: Path, precision: str
+) -> None:
+    trainer = Trainer(tiny.recipe(tiny_data, tmp_path, precision=precision))
+    with contextlib.closing(trainer.batches()) as batches:
+        trainer.train_step(next(batches))
+        batch = next(batches)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer.train_step(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
