@@ -39,5 +39,5 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_named_files_exist() -> None:
-    for name in set(re.findall(r"(?:launch|recipes|tests|shards|engine)/\w+\.py", README)):
+    for name in set(re.findall(r"(?:launch|recipes|tests|shards|engine)/[\w/]+\.py", README)):
         assert (ROOT / name).exists(), name

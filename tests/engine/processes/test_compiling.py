@@ -15,6 +15,7 @@ from engine.fit import fit
 from engine.processes import compiling
 from engine.processes.world import World
 from engine.run import open_artefacts
+from engine.state.artefacts import Artefacts
 from engine.trainer import Trainer
 from launch import evaluate, export
 from shards.errors import InputError
