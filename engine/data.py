@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from engine.processes.world import World
+from engine.processes.world import World, check_alike
 from engine.recipe import Recipe
 from shards import index as indexes
 from shards.errors import InputError
@@ -25,7 +25,8 @@ class Data(NamedTuple):
 def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Data:
     """Read the indexes, after drawing the images that the recipe asks for.
 
-    Raises InputError for data that does not fit the recipe, or more processes than streams.
+    All processes call it together. Raises InputError for data that does not fit the recipe, or is
+    not the same everywhere, and for more processes than streams.
     """
     rank_streams(recipe.data.streams, world.rank, world.size)
     world.on_main(lambda: _draw(recipe, report))
@@ -35,6 +36,7 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
     _check_batches(recipe, data.order)
     if val is not None:
         _check_classes(recipe, train, val)
+    check_alike(world, {"digest of data.train": train.digest})
     return data
 
 

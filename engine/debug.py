@@ -67,7 +67,7 @@ def debug_step(trainer: Trainer) -> None:
     finally:
         data.close()
         if trainer.world.main:
-            files.discard(url, url, trainer.report)
+            files.discard(url, url, trainer.terminal.report)
     parameters = sum(p.numel() for p in trainer.online.parameters())
     table.caption = (
         f"{trainer.device}, {trainer.recipe.precision}, {parameters / 1e6:.1f} M parameters, "
@@ -75,7 +75,7 @@ def debug_step(trainer: Trainer) -> None:
         f"memory: {_memory(trainer.device)}, blocks at most {data.block_memory / 2**20:,.0f} MiB; "
         f"undecodable samples: {data.faults.count}"
     )
-    trainer.console.print(table)
+    trainer.terminal.console.print(table)
 
 
 def _shape(tensor: torch.Tensor) -> str:

@@ -4,15 +4,13 @@ Recipe files define `recipe`; the command line overrides single fields by their 
 those names are also what recipe.json, commit.json and every message use.
 """
 
-import dataclasses
 import math
 import runpy
 import traceback
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import tyro
 
@@ -26,7 +24,7 @@ from engine.method.schedule import ScheduleConfig
 from engine.processes.parallel import ParallelConfig
 from engine.state.checkpoint import CheckpointConfig
 from shards.errors import InputError
-from shards.fields import OPERATION, Operation
+from shards.fields import OPERATION, Operation, walk
 from shards.loader import DataConfig
 from shards.order import BatchConfig
 from shards.storage import files
@@ -132,46 +130,18 @@ class Recipe:
             )
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{dotted name: value} of a config's fields; a field that is one of several config classes
-    also stands there itself, with its class's name."""
-    return {name: value for name, value, _ in _walk(config, prefix)}
-
-
 def method_fields(recipe: Recipe) -> dict[str, Any]:
     """The fields that must match to resume, as `flatten`, in the form that JSON gives back."""
     return {
         name: list(value) if isinstance(value, tuple) else value
-        for name, value, operation in _walk(recipe)
-        if not operation
+        for name, value, annotations in walk(recipe)
+        if OPERATION not in annotations
     }
 
 
 def operation_names() -> list[str]:
     """The names of the fields that are free to change at every start."""
-    return [name for name, _, operation in _walk(Recipe()) if operation]
-
-
-def _walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    hints = get_type_hints(type(config), include_extras=True)
-    for entry in dataclasses.fields(config):
-        value, hint, name = getattr(config, entry.name), hints[entry.name], prefix + entry.name
-        if not dataclasses.is_dataclass(value):
-            yield name, value, get_origin(hint) is Annotated and OPERATION in get_args(hint)
-            continue
-        if not dataclasses.is_dataclass(hint):  # a union: which class it is belongs to the value
-            yield name, type(value).__name__, False
-        yield from _walk(value, name + ".")
-
-
-def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """`name: there -> here` for every method field that two recipes do not share."""
-    names = sorted(there.keys() | here.keys())
-    return [
-        f"{name}: there {there.get(name, 'absent')}, here {here.get(name, 'absent')}"
-        for name in names
-        if there.get(name) != here.get(name)
-    ]
+    return [name for name, _, annotations in walk(Recipe()) if OPERATION in annotations]
 
 
 def load(path: str) -> Recipe:

@@ -1,32 +1,33 @@
 """The training: what is built, and in which order; the step. Around it is the loop of fit.py."""
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
 
-from engine import run
-from engine.data import open_data, train_batches
+from engine.data import Data, train_batches
 from engine.evaluation.probe import Probe
+from engine.log.figures import StepSums, data_digest
 from engine.method import byol
 from engine.method.augment import augment
 from engine.method.byol import byol_loss, update_target
-from engine.method.local_shards import local
+from engine.method.local_shards import foreach_norms, local, not_finite, whole_norms
 from engine.method.norm import RunningStatistics
-from engine.method.precision import StepGuard, autocast, parameter_dtype
+from engine.method.precision import PATIENCE, StepGuard, autocast, parameter_dtype
 from engine.method.schedule import learning_rate, tau
-from engine.processes import compiling, parallel, world
-from engine.processes.identity import agent_identity
+from engine.processes import compiling, parallel
+from engine.processes.world import World, share_of_cores
 from engine.recipe import Recipe
-from engine.state import checkpoint, lease
+from engine.run import Run
+from engine.state import checkpoint
+from shards.errors import InputError
 from shards.loader import Batch, TrainLoader
 from shards.storage import files
 
@@ -43,93 +44,51 @@ class StepOutput(NamedTuple):
 
 
 class Trainer:
-    """A run, in this process: data, networks and optimizer, with `step` updates done."""
+    """A run, in this process: networks and optimizer, with `step` updates done."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        """Build, in this order: processes, data, networks, saved state, strategy, optimizer.
+    def __init__(self, recipe: Recipe, world: World, data: Data, run: Run) -> None:
+        """Build networks, strategy, optimizer, in this order, and take over the saved state.
 
-        Raises InputError for what the user got wrong, before the first expensive thing.
+        All processes call it together. It reads from storage and writes nothing there. Raises
+        InputError for a strategy that these processes can't have.
         """
-        self.recipe = recipe
-        self.world = world.enter(recipe.threads, recipe.parallel.strategy != "auto")
-        self.device = self.world.device
-        self.threads = recipe.threads or world.share_of_cores()
-        self.console = Console(
-            markup=False, highlight=False, soft_wrap=True, quiet=not self.world.main
-        )
-        # Every process tells of the faults that it sees in its data, each once.
-        self.report = cache(Console(markup=False, highlight=False, soft_wrap=True).print)
-
-        run.check_alike(self.world, run.shared_fields(recipe))
-        self.train_index, self.val_index, self.order = open_data(
-            recipe, self.world, self.console.print
-        )
-        run.check_alike(self.world, {"digest of data.train": self.train_index.digest})
-        samples, batch = self.train_index.samples, recipe.batch.size
+        self.recipe, self.world, self.data, self.run = recipe, world, data, run
+        self.device, self.terminal = world.device, run.terminal
+        self.threads = recipe.threads or share_of_cores()
+        samples, batch = data.train.samples, recipe.batch.size
         self.total_steps = recipe.schedule.total_steps(samples, batch)
         self.warmup_steps = recipe.schedule.warmup_steps(samples, batch)
         self.peak_lr = recipe.schedule.peak_lr(batch)
         self.tau_power = recipe.schedule.tau_power(batch)
 
-        self.classes = len(self.train_index.classes)
+        self.classes = len(data.train.classes)
         self.online, self.target = byol.build(recipe.model, self.classes, recipe.seed)
-        held = parallel.state_bytes(self.online, self.target, recipe.optimizer.slots)
-        strategy = parallel.choose(recipe.parallel, self.world, held, self.console.print)
-        self.lease = self._claim_run()
-        try:
-            self._build(strategy)
-        except BaseException:
-            if self.lease is not None:
-                self.lease.release()
-            raise
-
-    def _build(self, strategy: parallel.Strategy) -> None:
-        """All that comes after the run's directory is this job's."""
-        recipe = self.recipe
-        commit = run.find_checkpoint(recipe, self.train_index.digest, self.world, self.report)
-        if not recipe.debug_step:
-            self.world.on_main(lambda: run.write(recipe, self.train_index.digest))
-        self._parallelize(strategy)
+        self._parallelize()
         self.optimizer = recipe.optimizer.build(self.online, self.parallel.shard_group)
         self.moved, self.towards = byol.paired(self.target, self.online)
         self.statistics = RunningStatistics([self.online, self.target])
-        self.guard = StepGuard(recipe.precision, self.device, recipe.batch.size, self.world.size)
+        self.guard = StepGuard(recipe.precision, self.device, batch, world.size)
         if self.compile:
             compiling.compile_optimizer(self.optimizer)
 
         self.probe = self._build_probe()
         self.step = 0
-        if commit is None:
-            self.baseline = self._measure_baseline()
-        else:
-            self.load(commit)
-            self.step, self.baseline = commit.step, {}
-            self.console.print(f"resumed at step {self.step} from {files.redact(commit.url)}")
+        if run.start is not None:
+            self.load(run.start)
+            self.step = run.start.step
+            self.terminal.say(f"resumed at step {self.step} from {files.redact(run.start.url)}")
 
-    def _claim_run(self) -> lease.Lease | None:
-        """Make sure that the run's directory is of this recipe, and no other job's; None on all
-        processes but the first, and when nothing is going to be written."""
-        claimed: list[lease.Lease] = []
-        agents = self.world.all_gather_object(agent_identity())
-
-        def claim() -> None:
-            run.check(self.recipe, self.train_index.digest, self.report)
-            if not self.recipe.debug_step:
-                held = lease.acquire(self.recipe.run, agents, lease.PERIOD, self.report)
-                claimed.append(held)
-
-        self.world.on_main(claim)
-        return claimed[0] if claimed else None
-
-    def _parallelize(self, strategy: parallel.Strategy) -> None:
-        recipe = self.recipe
+    def _parallelize(self) -> None:
+        recipe, say = self.recipe, self.terminal.say
+        held = parallel.state_bytes(self.online, self.target, recipe.optimizer.slots)
+        strategy = parallel.choose(recipe.parallel, self.world, held, say)
         missing = compiling.missing_compiler(self.device) if recipe.compile else ""
         if missing:
-            self.console.print(f"compile: {missing}; going on without torch.compile")
+            say(f"compile: {missing}; going on without torch.compile")
         self.compile = recipe.compile and not missing
-        self.artefacts = run.open_artefacts(recipe, self.world, strategy)
+        self.artefacts = self.run.artefacts(strategy)
         if self.compile and recipe.compile_artefacts:
-            self.artefacts.load(self.console.print)
+            self.artefacts.load(say)
         for network in (self.online, self.target):
             network.to(self.device, parameter_dtype(recipe.precision))
         self.parallel = parallel.parallelize(
@@ -208,48 +167,96 @@ class Trainer:
         """This process's rows of the batches, from the next step on."""
         return train_batches(
             self.recipe,
-            self.order,
+            self.data.order,
             self.world,
             start=self.step,
             threads=self.threads,
-            report=self.report,
+            report=self.terminal.report,
         )
-
-    def is_measured(self, step: int) -> bool:
-        """Whether an evaluation belongs to `step`."""
-        every = self.recipe.probe.every
-        return every > 0 and (step == self.total_steps or step % every == 0)
 
     def _build_probe(self) -> Probe | None:
         """None when the recipe asks for no evaluations."""
         recipe = self.recipe
-        if self.val_index is None or not (recipe.probe.every or recipe.probe.baseline):
+        if self.data.val is None or not (recipe.probe.every or recipe.probe.baseline):
             return None
         return Probe(
             recipe.probe,
             self.online,
             recipe.model.encoder,
-            self.train_index,
-            self.val_index,
+            self.data.train,
+            self.data.val,
             self.world,
             size=recipe.views.size,
             precision=recipe.precision,
             threads=self.threads,
             corrupt=recipe.data.corrupt,
-            report=self.report,
+            report=self.terminal.report,
         )
 
-    def _measure_baseline(self) -> dict[str, float]:
-        """kNN before the first step."""
-        if self.probe is None or not self.recipe.probe.baseline or self.recipe.debug_step:
+    def measure_baseline(self) -> dict[str, float]:
+        """kNN before the first step, where the recipe asks for it."""
+        if self.probe is None or not self.recipe.probe.baseline or self.step:
             return {}
         found = {
             "raw pixels": self.probe.pixels_top1(),
             "untrained encoder": self.probe.evaluate()["knn_top1"],
         }
         for name, accuracy in found.items():
-            self.console.print(f"kNN of {name}: {accuracy:.1%}")
+            self.terminal.say(f"kNN of {name}: {accuracy:.1%}")
         return found
+
+    # What is told of a step ------------------------------------------------------------------
+
+    def measure(self, output: StepOutput, batch: Batch) -> dict[str, Any]:
+        """The step's record, but for its speed: the same on every process.
+
+        All processes call it together.
+        """
+        own = StepSums.of(output.loss, output.head_loss, output.features)
+        sums = StepSums(self.world.all_reduce(own.values))
+        digest = self.world.all_reduce(data_digest(batch.ids, batch.crcs)).item()
+        record: dict[str, Any] = {
+            "step": self.step,
+            "epoch": self.step // self.data.order.steps_per_epoch,
+            "loss": sums.loss,
+            "lr": output.lr,
+            "tau": output.tau,
+            "feature_std": sums.feature_std,
+            "data_digest": f"{digest % 2**64:016x}",
+            "skipped": int(self.guard.skipped),
+        }
+        if self.guard.scale is not None:
+            record["loss_scale"] = self.guard.scale.item()
+        if self.classes:
+            record["head_loss"] = sums.head_loss
+        return record
+
+    def pictures(self, output: StepOutput) -> Tensor:
+        """Both views [V, n, 3, S, S] of the first images, as the network saw them."""
+        both: Tensor = output.images.unflatten(0, (2, -1))
+        return both[:, : self.recipe.log.pictures]
+
+    def check_skips(self, output: StepOutput) -> None:
+        """Raise InputError once too many steps on end were skipped."""
+        if self.guard.in_a_row() >= PATIENCE:
+            raise self._diverged(output)
+
+    def check_finite(self, output: StepOutput) -> None:
+        """Raise InputError when weights are not finite; before a step is measured or saved: a
+        diverged run must not push out good states."""
+        norms = foreach_norms(local(self.online.parameters()))
+        if not_finite(whole_norms(norms, self.parallel.shard_group)):
+            raise self._diverged(output)
+
+    def _diverged(self, output: StepOutput) -> InputError:
+        scale = "" if self.guard.scale is None else f", loss scale {self.guard.scale.item():g}"
+        loss = self.world.all_reduce(output.loss.double().cpu()).item()
+        return InputError(
+            f"training has diverged: gradients or weights are not finite at step {self.step} "
+            f"(loss {loss:g}, learning rate {output.lr:g}{scale}); "
+            "the last checkpoint is kept: start a new run with a lower --schedule.base-lr"
+            + (" or --precision bf16" if self.recipe.precision == "fp16" else "")
+        )
 
     # Saved state ----------------------------------------------------------------------------
 

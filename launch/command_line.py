@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 import tyro
 
-from engine.recipe import Recipe, flatten, load, operation_names
+from engine.recipe import Recipe, load, operation_names
 from shards.errors import InputError
+from shards.fields import flatten
 
 
 def parse_recipe(arguments: list[str]) -> Recipe:

@@ -51,7 +51,7 @@ class Options:
     def open(self, protocol: str, settings: dict[str, Any], labels: bool = True) -> Evaluation:
         if self.threads is not None and not 1 <= self.threads <= 1024:
             raise InputError(f"--threads must be from 1 to 1024, not {self.threads}")
-        here = world.enter(self.threads, False)
+        here = world.join(self.threads, False)
         return Evaluation(
             protocol,
             self.checkpoint_url,

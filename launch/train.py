@@ -12,28 +12,43 @@ from launch.requirements import check_requirements
 if __name__ == "__main__":  # an import of what follows would fail with less to go by
     check_requirements()
 
+from engine.data import open_data
 from engine.debug import debug_step
 from engine.fit import fit
-from engine.processes import world
+from engine.log.terminal import Terminal
 from engine.processes.failures import report_failure
+from engine.processes.preemption import Preemption
+from engine.processes.world import check_alike, enter, rank
+from engine.recipe import Recipe
+from engine.run import claim, shared_fields
 from engine.trainer import Trainer
 from launch.command_line import parse_recipe
 
 START_AGAIN = 75  # any failure would do: torchrun starts the processes again, without who left
 
 
+def train(recipe: Recipe) -> bool:
+    """One job, from its start to its end; False when torchrun is to start this process again."""
+    with (
+        enter(recipe.threads, recipe.parallel.strategy != "auto") as world,
+        Preemption(world, recipe.checkpoint.grace) as preemption,
+    ):
+        terminal = Terminal(world.main)
+        check_alike(world, shared_fields(recipe))
+        data = open_data(recipe, world, terminal.say)
+        with claim(recipe, data.train.digest, world, terminal) as run:
+            trainer = Trainer(recipe, world, data, run)
+            if recipe.debug_step:
+                debug_step(trainer)
+                return True
+            return fit(trainer, preemption)
+
+
 def main(arguments: list[str]) -> int:
     try:
-        recipe = parse_recipe(arguments)
-        trainer = Trainer(recipe)
-        ended = True
-        if recipe.debug_step:
-            debug_step(trainer)
-        else:
-            ended = fit(trainer)
-        world.leave()
+        ended = train(parse_recipe(arguments))
     except KeyboardInterrupt:
-        if world.rank() == 0:
+        if rank() == 0:
             message = "interrupted: the same command continues from the last checkpoint"
             print(message, file=sys.stderr)
         return 130

@@ -37,6 +37,10 @@ class ProbeConfig:
     baseline: Operation[bool] = False
     """Also measure raw pixels and the untrained encoder, before the first step."""
 
+    def due(self, step: int, last: int) -> bool:
+        """Whether an evaluation belongs to `step`; `last`: of the run."""
+        return self.every > 0 and (step == last or step % self.every == 0)
+
 
 class Stopped(Exception):
     """An evaluation was left because the process is to stop; all processes raise it together."""

@@ -3,18 +3,17 @@
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from engine.log.events import TENSORBOARD, EventLog
 from engine.log.journal import JSONL, Journal, Record
+from engine.log.terminal import Terminal
 from engine.method.augment import MEAN, STD
-from shards.errors import InputError
 from shards.fields import Operation
 from shards.storage import files
 
@@ -27,6 +26,10 @@ class LogConfig:
     """Steps from one logged step to the next."""
     pictures: Operation[int] = 8
     """Images of which both views are shown in tensorboard, at the start and at evaluations."""
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is logged."""
+        return step % self.every == 0
 
 
 class Timer:
@@ -62,21 +65,12 @@ class MetricsLog:
         run: str,
         start: int,
         total: int,
-        console: Console,
-        confirm: Callable[[], None] | None = None,
-        report: Callable[[str], None] = print,
+        terminal: Terminal,
     ) -> None:
-        """Raises OSError.
-
-        Args:
-            confirm: Called before an object is replaced or removed. Raises InputError when the run
-                is another job's by now.
-            report: Takes what a store refuses to remove.
-        """
-        self.console = console
+        """Cleans what an earlier process left. Raises OSError."""
+        self.console = terminal.console
         self._run = run
-        self._confirm = confirm
-        self._journal = Journal(run, start, report)
+        self._journal = Journal(run, start, terminal.report)
         self._events = EventLog(files.join(run, TENSORBOARD), start)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
         self._storing: Future[None] | None = None
@@ -133,28 +127,32 @@ class MetricsLog:
         self._attempt(self._journal.flush, *events)
 
     def compact(self) -> None:
-        """Have all lines in metrics.jsonl; for after a checkpoint. Raises what `confirm` does."""
-        self._attempt(self._compact)
+        """Have all lines in metrics.jsonl; for after a checkpoint."""
+        self._attempt(self._journal.compact)
 
-    def close(self) -> None:
-        """Write what is left, if the run is not another job's; tell what could not be written."""
+    def postpone(self, reason: str) -> None:
+        """Tell that storage fails, as the first failure in a row; what is logged is kept."""
+        if not self._failing:
+            self.console.print(f"{reason}; training goes on, the log is kept and written later")
+        self._failing = True
+
+    def stop(self) -> None:
+        """End the progress bar and the thread."""
         if self._progress.live.is_started:
             self._progress.stop()
         self._thread.shutdown()
-        reason = ""
-        with suppress(InputError):
-            reason = _failure(self._compact, self._events.flush)
-        if reason:
-            lines, events = self._journal.unwritten, self._events.unwritten
-            self.console.print(
-                f"{reason}; not written are {lines} lines of {JSONL}, {events} events of "
-                f"{TENSORBOARD}"
-            )
 
-    def _compact(self) -> None:
-        if self._confirm is not None:
-            self._confirm()
-        self._journal.compact()
+    def finish(self) -> None:
+        """Write what is left, after `stop`; tell what could not be written."""
+        if reason := _failure(self._journal.compact, self._events.flush):
+            self.give_up(reason)
+
+    def give_up(self, reason: str) -> None:
+        """Tell what is left and will not be written."""
+        lines, events = self._journal.unwritten, self._events.unwritten
+        self.console.print(
+            f"{reason}; not written are {lines} lines of {JSONL}, {events} events of {TENSORBOARD}"
+        )
 
     def _plot(self, record: Record, known: Record) -> None:
         points = {k: v for k, v in record.items() if isinstance(v, float) and k not in known}
@@ -174,10 +172,10 @@ class MetricsLog:
 
     def _attempt(self, *calls: Callable[[], None]) -> None:
         """Make calls that may find storage failing. The first failure in a row is told."""
-        reason = _failure(*calls)
-        if reason and not self._failing:
-            self.console.print(f"{reason}; training goes on, the log is kept and written later")
-        self._failing = bool(reason)
+        if reason := _failure(*calls):
+            self.postpone(reason)
+        else:
+            self._failing = False
 
     def _show(self, record: Record) -> None:
         loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
@@ -230,5 +228,5 @@ class NoLog(MetricsLog):
     def compact(self) -> None:
         pass
 
-    def close(self) -> None:
+    def postpone(self, reason: str) -> None:
         pass

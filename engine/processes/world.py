@@ -5,10 +5,11 @@ run is one process. Tensors on a GPU travel by NCCL, everything else by gloo.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.rendezvous import rendezvous
 
 from shards.errors import InputError
+from shards.fields import differences
 
 try:
     from torch.distributed import set_timeout as _set_timeout
@@ -128,7 +130,15 @@ def rank() -> int:
     return from_launcher("RANK", 0)
 
 
-def enter(threads: int | None, distributed: bool) -> World:
+@contextmanager
+def enter(threads: int | None, distributed: bool) -> Iterator[World]:
+    """Be one of the processes of a run, as `join`, and part from the others at the end."""
+    yield join(threads, distributed)
+    # Not after a failure: who tells of it asks the others whether they have failed before.
+    leave()
+
+
+def join(threads: int | None, distributed: bool) -> World:
     """Take the device, set torch's threads, and meet the other processes.
 
     Args:
@@ -178,6 +188,23 @@ def _store(world: World) -> Store:
     return PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
+def leave() -> None:
+    """Part from the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_alike(world: World, facts: dict[str, Any]) -> None:
+    """Raise InputError, on every process, when they were not all started with the same `facts`."""
+    found = world.all_gather_object(facts)
+    for rank, there in enumerate(found):
+        if listed := differences(there, found[0]):
+            raise InputError(
+                f"processes were started for different runs ({'; '.join(listed)}; here is rank 0, "
+                f"there rank {rank}): start every machine with the same command and data"
+            )
+
+
 def share_of_cores() -> int:
     """Cores of this machine for each of its processes, at least one."""
     return max(1, (os.cpu_count() or 1) // from_launcher("LOCAL_WORLD_SIZE", 1))
@@ -193,12 +220,6 @@ def set_timeout(seconds: float, groups: Iterable[ProcessGroup]) -> None:
 def shared_store() -> Store:
     """The store that the processes of this attempt met at."""
     return dist.distributed_c10d._get_default_store()
-
-
-def leave() -> None:
-    """Part from the other processes at the end of a run."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def from_launcher(name: str, default: int) -> int:

@@ -33,6 +33,8 @@ from shards.storage import files, names
 FORMAT = 3
 COMMIT = "commit.json"
 
+Sums = dict[str, tuple[int, int]]  # name of a file: length in bytes, CRC32
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -52,6 +54,10 @@ class CheckpointConfig:
     resume: Operation[str] = ""
     """URL of another run, or of one of its checkpoints, whose full state a new run starts from."""
 
+    def due(self, step: int) -> bool:
+        """Whether `step` is one of those that are saved by the way."""
+        return self.every > 0 and step % self.every == 0
+
 
 @dataclass(frozen=True)
 class Commit:
@@ -61,7 +67,7 @@ class Commit:
     step: int
     method: dict[str, Any]  # the recipe's method fields, dotted names
     index_digest: str
-    files: dict[str, tuple[int, int]]  # name: length in bytes, CRC32
+    files: Sums
 
 
 def step_url(run: str, step: int) -> str:
@@ -75,13 +81,23 @@ def save(
     method: dict[str, Any],
     index_digest: str,
     world: World,
-    confirm: Callable[[], None] | None = None,
     report: Callable[[str], None] = print,
 ) -> Commit:
     """Write `state`, nested dicts of tensors, as the checkpoint of `step`, and commit it.
 
-    Every process writes what it holds; the first one commits when all have, unless `confirm`
-    raises. Raises OSError, on all of them, when one could not write.
+    Raises OSError, on all processes, when one could not write.
+    """
+    sums = write(run, step, state, world, report)
+    return world.on_main(lambda: commit(run, step, sums, method, index_digest))
+
+
+def write(
+    run: str, step: int, state: dict[str, Any], world: World, report: Callable[[str], None]
+) -> Sums:
+    """Write `state` as the files of the checkpoint of `step`, which exists when it is committed.
+
+    Every process writes what it holds; each gets the lengths and CRCs of all files. Raises OSError,
+    on all processes, when one could not write.
     """
     url = step_url(run, step)
     # What a process that was killed may have left there; where it can't be removed, it is written
@@ -96,19 +112,18 @@ def save(
             no_dist=not world.distributed,
         )
     parts = world.all_gather_object(writer.sums)
-    sums = {name: entry for part in parts for name, entry in part.items()}
+    return {name: entry for part in parts for name, entry in part.items()}
 
-    def commit() -> Commit:
-        if confirm is not None:
-            confirm()
-        packages = {name: version(name) for name in ("torch", "torchvision", "numpy")}
-        document = {"format": FORMAT, "step": step, "method": method, "index_digest": index_digest}
-        document |= {"packages": packages, "files": sums}
-        document["digest"] = _digest(document)
-        files.write(files.join(url, COMMIT), json.dumps(document, indent=1).encode())
-        return Commit(url, step, method, index_digest, sums)
 
-    return world.on_main(commit)
+def commit(run: str, step: int, sums: Sums, method: dict[str, Any], index_digest: str) -> Commit:
+    """Make the checkpoint of `step` exist: its commit.json, in one PUT, by one process."""
+    url = step_url(run, step)
+    packages = {name: version(name) for name in ("torch", "torchvision", "numpy")}
+    document = {"format": FORMAT, "step": step, "method": method, "index_digest": index_digest}
+    document |= {"packages": packages, "files": sums}
+    document["digest"] = _digest(document)
+    files.write(files.join(url, COMMIT), json.dumps(document, indent=1).encode())
+    return Commit(url, step, method, index_digest, sums)
 
 
 def load(commit: Commit, state: dict[str, Any], world: World) -> None:

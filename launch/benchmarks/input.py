@@ -77,7 +77,7 @@ def bench_input(
         threads: Decode threads for ours, worker processes for stock.
     """
     require_positive(size=size, images=images, batch=batch, rounds=rounds, threads=threads)
-    device = world.enter(threads, distributed=False).device
+    device = world.join(threads, distributed=False).device
     # A stock worker makes whole batches: whole rounds of workers make their count exact.
     warm, count = 2 * threads, threads * math.ceil(images / batch / threads)
     views = ViewsConfig(size=size)

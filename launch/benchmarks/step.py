@@ -14,12 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.data import open_data
 from engine.log.metrics import Timer
+from engine.log.terminal import Terminal
 from engine.method.byol import BYOLConfig
 from engine.method.resnet import ResNetConfig
 from engine.processes import world
 from engine.processes.parallel import ParallelConfig
 from engine.recipe import Recipe, load
+from engine.run import open_run
 from engine.trainer import StepOutput, Trainer
 from launch.benchmarks.input import PHOTOS, draw_photo
 from launch.benchmarks.measuring import (
@@ -170,7 +173,8 @@ def prepare(recipe: Recipe, folder: str) -> tuple[Trainer, Batch]:
 
     Every process draws all images to a folder of its own: machines may share none.
     """
-    size, batch = world.enter(recipe.threads, recipe.parallel.strategy != "auto").size, recipe.batch
+    here, batch = world.join(recipe.threads, recipe.parallel.strategy != "auto"), recipe.batch
+    size = here.size
     if batch.size % size:
         raise InputError(f"--batch {batch.size} is not divisible by {size} processes")
     data = f"{folder}/data"
@@ -186,9 +190,10 @@ def prepare(recipe: Recipe, folder: str) -> tuple[Trainer, Batch]:
         checkpoint=replace(recipe.checkpoint, resume=""),
     )
     recipe.check()
-    trainer = Trainer(recipe)
-    if trainer.lease is not None:  # whose thread would write on after the folder is gone
-        trainer.lease.release()
+    terminal = Terminal(here.main)
+    opened = open_data(recipe, here, terminal.say)
+    run = open_run(recipe, opened.train.digest, here, terminal)
+    trainer = Trainer(recipe, here, opened, run)
     trainer.step = 1  # at 0 the learning rate is 0
     with closing(trainer.batches()) as batches:
         return trainer, next(batches)

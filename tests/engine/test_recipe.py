@@ -5,16 +5,21 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from engine import run
+from engine.log.terminal import Terminal
 from engine.method.adamw import AdamWConfig
-from engine.recipe import Recipe, differences, flatten, load, method_fields, operation_names
+from engine.processes.world import World
+from engine.recipe import Recipe, load, method_fields, operation_names
+from engine.run import Run, open_run
 from launch.command_line import parse_recipe
 from shards.errors import InputError
+from shards.fields import differences, flatten
 from shards.loader import DataConfig
 from tests.helpers.places import ROOT
 
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.py") if p.name != "__init__.py")
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
 
 
@@ -137,16 +142,16 @@ def test_unreadable_recipe_file(tmp_path: Path, source: str, text: str) -> None:
 
 def test_run_of_another_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:
     recipe = dataclasses.replace(load(QUICKSTART), run=str(tmp_path))
-    run.check(recipe, "aaaa", print)  # nothing there yet
-    run.write(recipe, "aaaa")
-    run.check(dataclasses.replace(recipe, steps=7, threads=3), "aaaa", print)
+    open_run(recipe, "aaaa", ALONE, Terminal(main=True))  # nothing there yet
+    Run(recipe, "aaaa", ALONE, Terminal(main=True), None).write_recipe()
+    open_run(dataclasses.replace(recipe, steps=7, threads=3), "aaaa", ALONE, Terminal(main=True))
     with pytest.raises(InputError, match="seed: there 0, here 1"):
-        run.check(dataclasses.replace(recipe, seed=1), "aaaa", print)
+        open_run(dataclasses.replace(recipe, seed=1), "aaaa", ALONE, Terminal(main=True))
     with pytest.raises(InputError, match=r"digest of data\.train: there aaaa, here bbbb"):
-        run.check(recipe, "bbbb", print)
+        open_run(recipe, "bbbb", ALONE, Terminal(main=True))
     other = dataclasses.replace(recipe, optimizer=AdamWConfig(betas=(0.8, 0.9)))
     with pytest.raises(InputError, match=r"optimizer\.betas"):
-        run.check(other, "aaaa", print)
+        open_run(other, "aaaa", ALONE, Terminal(main=True))
 
 
 @pytest.mark.parametrize("content", ["[]", "{", ""])
@@ -154,14 +159,16 @@ def test_damaged_recipe_json_is_reported(tmp_path: Path, content: str) -> None:
     recipe = dataclasses.replace(load(QUICKSTART), run=str(tmp_path))
     (tmp_path / "recipe.json").write_text(content)
     reports: list[str] = []
-    run.check(recipe, "aaaa", reports.append)
+    terminal = Terminal(main=True)
+    terminal.report = reports.append  # type: ignore[assignment, method-assign]
+    open_run(recipe, "aaaa", ALONE, terminal)
     assert "damaged" in reports[0]
 
 
 def test_recipe_json_holds_no_secrets(tmp_path: Path) -> None:
     data = DataConfig(train="s3://user:canary1@host/train", val="https://host/val?sign=canary2")
     recipe = dataclasses.replace(load(QUICKSTART), run=str(tmp_path), data=data)
-    run.write(recipe, "aaaa")
+    Run(recipe, "aaaa", ALONE, Terminal(main=True), None).write_recipe()
     text = (tmp_path / "recipe.json").read_text()
     assert "canary" not in text
     assert "s3://host/train" in text
@@ -169,7 +176,7 @@ def test_recipe_json_holds_no_secrets(tmp_path: Path) -> None:
 
 def test_recipe_json_has_every_field(tmp_path: Path) -> None:
     recipe = dataclasses.replace(load(QUICKSTART), run=str(tmp_path))
-    run.write(recipe, "aaaa")
+    Run(recipe, "aaaa", ALONE, Terminal(main=True), None).write_recipe()
     document = json.loads((tmp_path / "recipe.json").read_text())
     assert document.keys() == flatten(recipe).keys() | {"index_digest"}
     assert document["optimizer"] == "AdamWConfig"

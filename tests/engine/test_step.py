@@ -20,6 +20,7 @@ from engine.trainer import Trainer
 from shards.loader import DataConfig
 from shards.order import BatchConfig
 from tests.helpers import tiny
+from tests.helpers.training import open_trainer
 from tests.whole import parity
 
 pytestmark = pytest.mark.versions
@@ -100,7 +101,7 @@ def worst_difference(trainer: Trainer, replay: Replay) -> float:
 
 def run_both(data: DataConfig, run: Path, steps: int = 4) -> tuple[float, float]:
     """Train and replay the same batches in float64: (worst loss, worst state) difference."""
-    trainer = Trainer(tiny.recipe(data, run, precision="fp64"))
+    trainer = open_trainer(tiny.recipe(data, run, precision="fp64"))
     # A zero learning rate at step 0 would hide what the first update does.
     trainer.step = first = 2
     replay = Replay(trainer)
@@ -176,7 +177,7 @@ def test_replay_finds_planted_faults(
 def test_micro_batches_average_gradients(tiny_data: DataConfig, tmp_path: Path) -> None:
     """Two halves: the gradient is the mean of the halves' own, the target moves once."""
     config = BatchConfig(size=16, micro=2)
-    trainer = Trainer(tiny.recipe(tiny_data, tmp_path, precision="fp64", batch=config))
+    trainer = open_trainer(tiny.recipe(tiny_data, tmp_path, precision="fp64", batch=config))
     trainer.step = 2
     batches = trainer.batches()
     batch = next(batches)
@@ -208,7 +209,7 @@ def test_micro_batches_average_gradients(tiny_data: DataConfig, tmp_path: Path) 
 
 def first_gradient(config: Recipe) -> Tensor:
     """All gradients of one step, flat, and unscaled."""
-    trainer = Trainer(config)
+    trainer = open_trainer(config)
     trainer.step = 2
     if trainer.guard.scale is not None:
         trainer.guard.scale.fill_(1024)  # where no step of so small a network is skipped

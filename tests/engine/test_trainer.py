@@ -14,7 +14,6 @@ import torch
 
 from engine.debug import debug_step
 from engine.evaluation.probe import ProbeConfig
-from engine.fit import fit
 from engine.log.metrics import LogConfig
 from engine.method import precision
 from engine.method.schedule import ScheduleConfig
@@ -27,6 +26,7 @@ from shards.index import Index
 from shards.loader import Batch, DataConfig
 from tests.conftest import PackFiles, draw_photo
 from tests.helpers import tiny
+from tests.helpers.training import finish, open_trainer, training
 
 pytestmark = pytest.mark.versions
 
@@ -42,8 +42,8 @@ def comparable(run: Path) -> list[dict[str, Any]]:
 
 
 def train(recipe: Recipe) -> Trainer:
-    trainer = Trainer(recipe)
-    fit(trainer)
+    with training(recipe) as trainer:
+        finish(trainer)
     return trainer
 
 
@@ -53,6 +53,18 @@ def whole_run(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -
     run = tmp_path_factory.mktemp("whole")
     train(tiny.recipe(tiny_data, run))
     return run
+
+
+def test_a_trainer_is_built_without_touching_storage(tiny_data: DataConfig, tmp_path: Path) -> None:
+    def contents() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()}
+
+    open_trainer(tiny.recipe(tiny_data, tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+    train(tiny.recipe(tiny_data, tmp_path / "run", steps=2, probe=tiny.NO_PROBE))
+    before = contents()
+    assert open_trainer(tiny.recipe(tiny_data, tmp_path / "run", probe=tiny.NO_PROBE)).step == 2
+    assert contents() == before
 
 
 def test_metrics_of_a_run(whole_run: Path) -> None:
@@ -176,7 +188,7 @@ def test_debug_step_leaves_nothing(
 ) -> None:
     train(tiny.recipe(tiny_data, tmp_path, steps=2))
     before = sorted(tmp_path.rglob("*"))
-    debug_step(Trainer(tiny.recipe(tiny_data, tmp_path, debug_step=True)))
+    debug_step(open_trainer(tiny.recipe(tiny_data, tmp_path, debug_step=True)))
     assert sorted(tmp_path.rglob("*")) == before
     report = capsys.readouterr().out
     for part in ("load", "first step", "evaluate", "save", "restore", "memory"):
@@ -200,20 +212,20 @@ def test_a_run_that_was_taken_is_left_alone(
     """Nothing is committed any more; where nothing is logged, the look before a commit finds it."""
     log = LogConfig(every=log_every)
     config = tiny.recipe(tiny_data, tmp_path, log=log, probe=ProbeConfig(), steps=8)
-    trainer = Trainer(config)
-    train_step = trainer.train_step
+    with training(config) as trainer:
+        train_step = trainer.train_step
 
-    def step(batch: Batch) -> StepOutput:
-        if trainer.step == 2:
-            taken(tmp_path)
-            assert trainer.lease is not None
-            if log_every == 1:
-                trainer.lease._look()  # as at its next beat
-        return train_step(batch)
+        def step(batch: Batch) -> StepOutput:
+            if trainer.step == 2:
+                taken(tmp_path)
+                assert trainer.run._held is not None
+                if log_every == 1:
+                    trainer.run._held._look()  # as at its next beat
+            return train_step(batch)
 
-    trainer.train_step = step  # type: ignore[method-assign]
-    with pytest.raises(InputError, match="was taken over by another job"):
-        fit(trainer)
+        trainer.train_step = step  # type: ignore[method-assign]
+        with pytest.raises(InputError, match="was taken over by another job"):
+            finish(trainer)
     assert trainer.step == (3 if log_every == 1 else 8)
     assert not list((tmp_path / "checkpoints").glob("*/commit.json"))
 
@@ -221,7 +233,7 @@ def test_a_run_that_was_taken_is_left_alone(
 def test_a_start_that_fails_lets_the_next_job_in(tiny_data: DataConfig, tmp_path: Path) -> None:
     resume = CheckpointConfig(resume=str(tmp_path / "nothing"))
     with pytest.raises(InputError, match="no committed checkpoint"):
-        Trainer(tiny.recipe(tiny_data, tmp_path / "run", checkpoint=resume))
+        train(tiny.recipe(tiny_data, tmp_path / "run", checkpoint=resume))
     assert lease_of(tmp_path / "run")["released"]
 
 
@@ -229,11 +241,11 @@ def test_diverged_training_stops(tiny_data: DataConfig, tmp_path: Path) -> None:
     config = tiny.recipe(
         tiny_data, tmp_path, checkpoint=CheckpointConfig(every=0), probe=ProbeConfig()
     )
-    trainer = Trainer(dataclasses.replace(config, schedule=ScheduleConfig(epochs=10)))
+    trainer = open_trainer(dataclasses.replace(config, schedule=ScheduleConfig(epochs=10)))
     with torch.no_grad():
         next(trainer.online.parameters()).fill_(math.nan)
     with pytest.raises(InputError, match=r"diverged.* at step 2[01] \(loss nan, learning rate"):
-        fit(trainer)
+        finish(trainer)
     assert not (tmp_path / "checkpoints").exists()
     assert lines(tmp_path)[-1]["loss"] is None
 
@@ -257,7 +269,7 @@ def test_diverged_state_is_not_saved(tiny_data: DataConfig, tmp_path: Path) -> N
 def test_a_skipped_step_leaves_no_trace_but_its_count(
     tiny_data: DataConfig, tmp_path: Path
 ) -> None:
-    trainer = Trainer(tiny.recipe(tiny_data, tmp_path, precision="fp16"))
+    trainer = open_trainer(tiny.recipe(tiny_data, tmp_path, precision="fp16"))
     trainer.step = 2
     with contextlib.closing(trainer.batches()) as batches:
         trainer.train_step(next(batches))

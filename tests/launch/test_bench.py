@@ -253,7 +253,7 @@ def test_large_views_are_cut_from_photos(tmp_path: Path) -> None:
     trainer, batch = prepare(recipe, str(tmp_path))
     assert batch.views.shape == (2, 4, 3, 96, 96)
     assert sorted(batch.labels.tolist()) == [0, 1, 2, 3]
-    assert trainer.train_index.classes
+    assert trainer.data.train.classes
 
 
 @pytest.fixture

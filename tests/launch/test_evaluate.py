@@ -21,17 +21,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torchvision.models import resnet18
 
-from engine.fit import fit
 from engine.log import journal
 from engine.processes.preemption import Preemption
 from engine.state import lease
-from engine.trainer import Trainer
 from launch import evaluate, export
 from shards.loader import DataConfig
 from shards.making import synthetic
 from shards.storage import files
 from tests.conftest import PackFiles, draw_photo
 from tests.helpers import tiny
+from tests.helpers.training import finish, open_trainer, train
 
 LINEAR = ["--epochs", "3", "--batch", "16", "--lr", "0.4", "0.05", "--threads", "1"]
 
@@ -40,7 +39,7 @@ LINEAR = ["--epochs", "3", "--batch", "16", "--lr", "0.4", "0.05", "--threads", 
 def run(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run of 20 steps, checkpoints at 12, 16 and 20."""
     url = str(tmp_path_factory.mktemp("evaluate") / "run")
-    assert fit(Trainer(tiny.recipe(tiny_data, url)))
+    assert train(tiny.recipe(tiny_data, url))
     return url
 
 
@@ -198,8 +197,8 @@ def test_an_image_among_others_is_its_own_neighbour(
 def test_a_live_run_is_not_disturbed(tiny_data: DataConfig, tmp_path: Path) -> None:
     """An evaluation in the middle of training; the run's log has both in the end."""
     url, calm = str(tmp_path / "run"), str(tmp_path / "calm")
-    fit(Trainer(tiny.recipe(tiny_data, calm)))
-    trainer = Trainer(tiny.recipe(tiny_data, url))
+    train(tiny.recipe(tiny_data, calm))
+    trainer = open_trainer(tiny.recipe(tiny_data, url))
     step = trainer.train_step
     statuses: list[int] = []
 
@@ -218,7 +217,7 @@ def test_a_live_run_is_not_disturbed(tiny_data: DataConfig, tmp_path: Path) -> N
         return step(batch)
 
     trainer.train_step = step_and_evaluate  # type: ignore[method-assign]
-    assert fit(trainer)
+    assert finish(trainer)
     assert statuses == [0]
     found, expected = journal.read(url), journal.read(calm)
     assert found[7].pop("knn_k5_t0.07_top1") >= 0

@@ -172,7 +172,8 @@ def test_the_image_holds_what_pods_run(container: Document, tmp_path: Path) -> N
     text = (LAUNCH / "Dockerfile").read_text()
     copied = set(re.findall(r"^COPY (\S+) \1$", text, re.MULTILINE))
     project = tomllib.loads((LAUNCH.parent / "pyproject.toml").read_text())
-    packages = {name.split(".")[0] for name in project["tool"]["setuptools"]["packages"]}
+    patterns = project["tool"]["setuptools"]["packages"]["find"]["include"]
+    packages = {pattern.removesuffix("*") for pattern in patterns}
     assert copied == packages
     arguments, _ = started(container, tmp_path, 0)
     for path in (arguments.training_script, arguments.training_script_args[0]):

@@ -23,6 +23,7 @@ from shards.loader import DataConfig
 from shards.order import BatchConfig
 from shards.views import ViewsConfig
 from tests.helpers import tiny
+from tests.helpers.training import open_trainer
 
 Tensors = dict[str, Tensor]
 STEPS = 5
@@ -85,7 +86,7 @@ def take_steps(
 
 
 def _take_steps(config: Recipe, fault: Callable[[Trainer], None] | None) -> Outcome:
-    trainer = Trainer(config)
+    trainer = open_trainer(config)
     gradients: list[Tensors] = []
 
     def keep(*_: object) -> None:

@@ -17,10 +17,10 @@ from engine.method.norm import BatchNorm, synchronise
 from engine.processes import world
 from engine.processes.parallel import ParallelConfig
 from engine.state.saver import Saver
-from engine.trainer import Trainer
 from shards.loader import DataConfig
 from tests.engine.test_trainer import comparable, train
 from tests.helpers import tiny
+from tests.helpers.training import open_trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,7 +31,7 @@ pytestmark = [
 @pytest.fixture
 def nccl() -> Iterator[world.World]:
     """One process in a group of its own."""
-    yield world.enter(None, distributed=True)
+    yield world.join(None, distributed=True)
     world.leave()
 
 
@@ -102,7 +102,7 @@ def test_norm_is_as_close_to_float64_as_torchs(nccl: world.World, offset: float)
 
 
 def test_images_and_features_are_channels_last(tiny_data: DataConfig, tmp_path: Path) -> None:
-    trainer = Trainer(tiny.recipe(tiny_data, tmp_path))
+    trainer = open_trainer(tiny.recipe(tiny_data, tmp_path))
     shapes = []
 
     def look(_: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -124,7 +124,7 @@ def test_a_background_save_is_of_one_step(
 ) -> None:
     """Copied to pinned memory while the device goes on."""
     recipe = tiny.recipe(tiny_data, tmp_path, parallel=ParallelConfig(strategy))
-    trainer = Trainer(recipe)
+    trainer = open_trainer(recipe)
     go_on, same = threading.Event(), []
     with (
         contextlib.closing(trainer.batches()) as batches,
@@ -154,7 +154,7 @@ def test_a_background_save_is_of_one_step(
 def test_a_step_never_waits_for_the_device(
     tiny_data: DataConfig, tmp_path: Path, precision: str
 ) -> None:
-    trainer = Trainer(tiny.recipe(tiny_data, tmp_path, precision=precision))
+    trainer = open_trainer(tiny.recipe(tiny_data, tmp_path, precision=precision))
     with contextlib.closing(trainer.batches()) as batches:
         trainer.train_step(next(batches))
         batch = next(batches)

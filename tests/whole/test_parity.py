@@ -195,7 +195,7 @@ def swapped_stream(trainer: Trainer) -> None:
 def mean_of_means(trainer: Trainer) -> None:
     """Every rank's mean counts alike, however many rows it has."""
     scaled, size = trainer.guard.scaled, trainer.world.size
-    rows = trainer.order.rows * len(trainer.batches().streams)
+    rows = trainer.data.order.rows * len(trainer.batches().streams)
     trainer.guard.scaled = lambda loss: scaled(  # type: ignore[method-assign]
         loss * trainer.recipe.batch.size / (rows * size)
     )

@@ -11,20 +11,19 @@ from numpy.typing import NDArray
 from engine.encoder import source as encoder_source
 from engine.encoder.source import EncoderConfig, open_encoder
 from engine.evaluation.features import encoding
-from engine.fit import fit
 from engine.method.local_shards import whole
 from engine.method.resnet import ResNet
 from engine.processes.world import World
 from engine.recipe import Recipe
 from engine.state import checkpoint
 from engine.state.checkpoint import CheckpointConfig
-from engine.trainer import Trainer
 from shards.errors import InputError
 from shards.loader import DataConfig
 from shards.storage import files
 from tests.engine.processes.test_world import recipe as spread
 from tests.helpers import tiny
 from tests.helpers.ranks import Ranks
+from tests.helpers.training import finish, open_trainer, train
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -35,8 +34,8 @@ def ignore(_: str) -> None:
 
 def train_and_encode(config: Recipe, images: torch.Tensor) -> dict[str, NDArray[np.float64]]:
     """On a rank: features that both networks give in the end, from their gathered weights."""
-    trainer = Trainer(config)
-    fit(trainer)
+    trainer = open_trainer(config)
+    finish(trainer)
     found = {}
     for name, network in (("online", trainer.online), ("target", trainer.target)):
         alone = ResNet(config.model.encoder, views=1).double()
@@ -64,9 +63,9 @@ def test_from_a_run_of_several_processes(
 
 def test_untrained_is_where_the_run_began(tiny_data: DataConfig, tmp_path: Path) -> None:
     config = tiny.recipe(tiny_data, tmp_path / "run", steps=1, seed=5, probe=tiny.NO_PROBE)
-    trainer = Trainer(config)
+    trainer = open_trainer(config)
     began = {k: v.clone() for k, v in trainer.online.encoder.state_dict().items()}
-    fit(trainer)
+    finish(trainer)
     choice = EncoderConfig(network="untrained")
     _, ours = open_encoder(str(tmp_path / "run"), choice, ALONE, ignore)
     for name, value in ours.state_dict().items():
@@ -79,14 +78,14 @@ def test_a_checkpoint_that_is_pruned_meanwhile(
     """The newest when it was looked for; then the run went on."""
     run = str(tmp_path / "run")
     base = tiny.recipe(tiny_data, run, probe=tiny.NO_PROBE, checkpoint=CheckpointConfig(keep=1))
-    fit(Trainer(dataclasses.replace(base, steps=2)))
+    train(dataclasses.replace(base, steps=2))
     messages: list[str] = []
     load = checkpoint.load
 
     def go_on_first(commit: checkpoint.Commit, state: dict[str, object], world: World) -> None:
         if commit.step == 2:
             monkeypatch.setattr(checkpoint, "load", load)
-            fit(Trainer(dataclasses.replace(base, steps=4)))
+            train(dataclasses.replace(base, steps=4))
             monkeypatch.setattr(checkpoint, "load", go_on_first)
         load(commit, state, world)
 
@@ -99,7 +98,7 @@ def test_a_checkpoint_that_is_pruned_meanwhile(
 def test_what_the_run_says_of_its_input(tiny_data: DataConfig, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     probe = dataclasses.replace(tiny.NO_PROBE, crop=0.5)
-    fit(Trainer(tiny.recipe(tiny_data, run, steps=1, probe=probe)))
+    train(tiny.recipe(tiny_data, run, steps=1, probe=probe))
     source, _ = open_encoder(run, EncoderConfig(), ALONE, ignore)
     assert (source.size, source.crop, source.precision) == (32, 0.5, "fp32")
     given = EncoderConfig(size=64, crop=1.0, precision="bf16")
@@ -114,7 +113,7 @@ def test_a_recipe_of_another_time(
     tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = str(tmp_path / "run")
-    fit(Trainer(tiny.recipe(tiny_data, run, steps=1, probe=tiny.NO_PROBE)))
+    train(tiny.recipe(tiny_data, run, steps=1, probe=tiny.NO_PROBE))
     find = encoder_source._find
 
     def older(*arguments: object) -> checkpoint.Commit:

@@ -20,12 +20,12 @@ from engine.evaluation.supervised import hold_out
 from engine.processes import world
 from engine.recipe import method_fields
 from engine.state import checkpoint
-from engine.trainer import Trainer
 from shards.loader import DataConfig, TrainLoader
 from shards.order import Order
 from shards.views import Column, crop_and_flip, draw_views
 from tests.helpers import tiny
 from tests.helpers.ranks import Ranks
+from tests.helpers.training import open_trainer
 
 CONFIG = FinetuneConfig(epochs=(0.5, 0.7), lr=(0.2, 0.02), batch=16, holdout=20)
 
@@ -34,17 +34,15 @@ CONFIG = FinetuneConfig(epochs=(0.5, 0.7), lr=(0.2, 0.02), batch=16, holdout=20)
 def run(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run's directory with one checkpoint, of weights as they were drawn."""
     url = str(tmp_path_factory.mktemp("finetune") / "run")
-    trainer = Trainer(tiny.recipe(tiny_data, url, probe=tiny.NO_PROBE, precision="fp64"))
-    digest = trainer.train_index.digest
+    trainer = open_trainer(tiny.recipe(tiny_data, url, probe=tiny.NO_PROBE, precision="fp64"))
+    digest = trainer.data.train.digest
     method = method_fields(trainer.recipe)
     checkpoint.save(url, 3, trainer.state(), method, digest, trainer.world)
-    assert trainer.lease is not None
-    trainer.lease.release()
     return url
 
 
 def finetuning(run: str, out: str, config: FinetuneConfig = CONFIG) -> Finetuning:
-    here = world.enter(1, False)
+    here = world.join(1, False)
     evaluation = Evaluation(
         "finetune",
         run,

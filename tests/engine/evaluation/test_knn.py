@@ -75,7 +75,7 @@ def test_fewer_neighbours_are_the_nearest_of_more(monkeypatch: pytest.MonkeyPatc
 
 def find_in_parts(cuts: list[int], query_cuts: list[int]) -> tuple[Any, ...]:
     """On a rank: neighbours with its own slice of bank and queries."""
-    here = world.enter(1, False)
+    here = world.join(1, False)
     bank, queries = clouds(300, 1), clouds(90, 2)
     part = slice(cuts[here.rank], cuts[here.rank + 1])
     asked = slice(query_cuts[here.rank], query_cuts[here.rank + 1])
@@ -135,7 +135,7 @@ def test_equally_near_ones_come_by_id(
 
 def find_duplicates(size: int, keys: int) -> tuple[Any, ...]:
     """On a rank: neighbours among every `size`th sample of a bank with duplicates."""
-    here = world.enter(1, False)
+    here = world.join(1, False)
     bank, queries = with_duplicates(300, 3, torch.float32), with_duplicates(48, 4, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(knn, "KEYS", keys)

@@ -8,8 +8,6 @@ import pytest
 from engine.evaluation import finetune, linear, supervised
 from engine.evaluation.session import EvaluationDataConfig
 from engine.evaluation.supervised import hold_out
-from engine.fit import fit
-from engine.trainer import Trainer
 from launch import evaluate
 from shards.errors import InputError
 from shards.loader import DataConfig
@@ -17,6 +15,7 @@ from shards.making import pack
 from tests.conftest import draw_photo
 from tests.helpers import tiny
 from tests.helpers.ranks import Ranks
+from tests.helpers.training import train
 
 SAMPLES, HOLDOUT, CLASSES = 60, 3, ["ant", "bee"]
 
@@ -24,7 +23,7 @@ SAMPLES, HOLDOUT, CLASSES = 60, 3, ["ant", "bee"]
 @pytest.fixture(scope="module")
 def run(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
     url = str(tmp_path_factory.mktemp("labels") / "run")
-    fit(Trainer(tiny.recipe(tiny_data, url, steps=1, probe=tiny.NO_PROBE)))
+    train(tiny.recipe(tiny_data, url, steps=1, probe=tiny.NO_PROBE))
     return url
 
 

@@ -7,14 +7,13 @@ from typing import Any
 import fsspec
 import pytest
 
-from engine.fit import fit
 from engine.log import journal
 from engine.state import lease
-from engine.trainer import Trainer
 from launch import evaluate, export
 from shards.loader import DataConfig
 from shards.storage import files
 from tests.helpers import tiny
+from tests.helpers.training import train
 from tests.launch.test_evaluate import result
 
 KNN = ["--k", "5", "--threads", "1"]
@@ -23,7 +22,7 @@ KNN = ["--k", "5", "--threads", "1"]
 @pytest.fixture
 def run(tiny_data: DataConfig, tmp_path: Path) -> str:
     url = str(tmp_path / "run")
-    assert fit(Trainer(tiny.recipe(tiny_data, url, steps=2, probe=tiny.NO_PROBE)))
+    assert train(tiny.recipe(tiny_data, url, steps=2, probe=tiny.NO_PROBE))
     return url
 
 

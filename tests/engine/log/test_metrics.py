@@ -17,18 +17,31 @@ from torch import Tensor
 from engine.log import events, journal
 from engine.log.figures import StepSums, data_digest, effective_rank
 from engine.log.metrics import MetricsLog
+from engine.log.terminal import Terminal
 from engine.method.augment import MEAN, STD
+from engine.processes.world import World
+from engine.run import Run
+from engine.state.lease import Lease
 from shards.errors import InputError
+from shards.loader import DataConfig
 from shards.storage import files
 from tests.engine.log.test_events import pictures, points, read
+from tests.helpers import tiny
 
 
 def record(step: int, **more: float) -> dict[str, Any]:
     return {"step": step, "loss": 0.1 + 0.2, "images_per_second": 1.0, **more}
 
 
-def open_log(run: str, start: int, output: io.StringIO | None = None, **more: Any) -> MetricsLog:
-    return MetricsLog(run, start, 9, Console(file=output or io.StringIO(), width=999), **more)
+def open_log(run: str, start: int, output: io.StringIO | None = None) -> MetricsLog:
+    terminal = Terminal(main=True)
+    terminal.console = Console(file=output or io.StringIO(), width=999)
+    return MetricsLog(run, start, 9, terminal)
+
+
+def close(log: MetricsLog) -> None:
+    log.stop()
+    log.finish()
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
@@ -52,17 +65,17 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_reopened_log_drops_what_comes_again(tmp_path: Path) -> None:
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        log = MetricsLog(str(tmp_path), start, 4, Console(quiet=True))
+        log = open_log(str(tmp_path), start)
         for step in steps:
             log.write(record(step))
-        log.close()
+        close(log)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [record(step) for step in (1, 2, 3, 4)]  # floats in full precision
 
 
 def test_garbage_in_the_log_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\ngarbage\n[]\n{"step": 2}\n{"st')
-    MetricsLog(str(tmp_path), 2, 4, Console(quiet=True)).close()
+    close(open_log(str(tmp_path), 2))
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
@@ -85,7 +98,7 @@ def test_killed_and_resumed(run: str) -> None:
     second.pictures(views, 5)
     for step in (5, 6):
         second.write(record(step, head_loss=0.5))
-    second.close()
+    close(second)
     expected = [*map(record, (1, 2, 3, 4)), *(record(step, head_loss=0.5) for step in (5, 6))]
     assert journal.read(run) == expected
     lines = files.read(f"{run}/metrics.jsonl").splitlines()
@@ -101,7 +114,7 @@ def test_pictures_look_as_before_the_normalisation(memory: str) -> None:
     views = (pixels / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     log = open_log(memory, 0)
     log.pictures(views, 1)
-    log.close()
+    close(log)
     (picture,) = read(f"{memory}/tensorboard").Images("views")
     grid = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
     for view in range(2):
@@ -118,14 +131,14 @@ def test_a_record_completed_by_the_next_process(memory: str, flushed: str) -> No
     for step in (1, 2):
         first.write(record(step))
     if flushed == "all":
-        first.close()
+        close(first)
     first.flush()
     second = open_log(memory, 2)
     assert second.last == record(2)
     second.write(record(2, knn_top1=0.5))
     second.write(record(3))
     second.flush()
-    open_log(memory, 3).close()
+    close(open_log(memory, 3))
     assert journal.read(memory) == [record(1), record(2, knn_top1=0.5), record(3)]
     folder = f"{memory}/tensorboard"
     assert [step for step, _ in points(folder, "loss")] == [1, 2, 3]
@@ -135,11 +148,11 @@ def test_a_record_completed_by_the_next_process(memory: str, flushed: str) -> No
 def test_curves_come_back_when_their_folder_was_removed(run: str) -> None:
     first = open_log(run, 0)
     first.write(record(1))
-    first.close()
+    close(first)
     files.remove(f"{run}/tensorboard")
     second = open_log(run, 1)
     second.write(record(2))
-    second.close()
+    close(second)
     assert [step for step, _ in points(f"{run}/tensorboard", "loss")] == [1, 2]
 
 
@@ -175,7 +188,7 @@ def test_training_does_not_wait_for_storage(memory: str, monkeypatch: pytest.Mon
         log.write(record(step))  # if one waited, the answer would never come
     assert journal.read(memory) == []
     answer.set()
-    log.close()
+    close(log)
     assert journal.read(memory) == [record(step) for step in range(1, 6)]
 
 
@@ -200,7 +213,7 @@ def test_an_outage_is_told_once_and_costs_nothing(
     assert len(told) == 1
     assert "training goes on" in told[0]
     monkeypatch.setattr(files, "write", write)
-    log.close()
+    close(log)
     assert journal.read(memory) == [record(step) for step in (1, 2, 3)]
     assert [step for step, _ in points(f"{memory}/tensorboard", "loss")] == [1, 2, 3]
     assert "not written" not in output.getvalue()
@@ -217,7 +230,7 @@ def test_what_could_not_be_written_is_told_in_the_end(
     for step in (1, 2, 3):
         log.write(record(step))
     monkeypatch.setattr(files, "write", fail)
-    log.close()
+    close(log)
     told = [line for line in output.getvalue().splitlines() if not line.startswith("step ")]
     assert len(told) == 1
     assert "gave up" in told[0]
@@ -227,19 +240,24 @@ def test_what_could_not_be_written_is_told_in_the_end(
 def test_another_jobs_run_is_left_alone(memory: str) -> None:
     """This process was taken for dead and is late; another one goes on with the run."""
 
-    def confirm() -> None:
-        raise InputError("taken over")
+    class Taken(Lease):
+        def __init__(self) -> None:
+            pass
 
-    late = open_log(memory, 0, confirm=confirm)
-    late.write(record(1))
-    late.flush()
-    other = open_log(memory, 1)
-    other.write(record(2, head_loss=0.5))
-    other.flush()
-    late.write(record(2))
-    with pytest.raises(InputError, match="taken over"):
-        late.compact()
-    late.close()
+        def confirm(self) -> None:
+            raise InputError("taken over")
+
+    recipe, here = tiny.recipe(DataConfig(), memory), World(0, 1, 0, 1, torch.device("cpu"))
+    run = Run(recipe, "", here, Terminal(main=True), None, Taken())
+    with run.open_log(0, 9) as late:
+        late.write(record(1))
+        late.flush()
+        other = open_log(memory, 1)
+        other.write(record(2, head_loss=0.5))
+        other.flush()
+        late.write(record(2))
+        with pytest.raises(InputError, match="taken over"):
+            run.compact(late)
     assert journal.read(memory) == [record(1), record(2, head_loss=0.5)]
     assert points(f"{memory}/tensorboard", "loss") == []
 

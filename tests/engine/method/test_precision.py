@@ -15,9 +15,9 @@ from engine.method.local_shards import whole
 from engine.method.precision import FIRST_SCALE, PATIENCE, StepGuard
 from engine.processes.parallel import ParallelConfig
 from engine.recipe import Recipe
-from engine.trainer import Trainer
 from shards.loader import DataConfig
 from tests.helpers.ranks import Ranks
+from tests.helpers.training import open_trainer
 from tests.whole import parity
 
 pytestmark = pytest.mark.versions
@@ -36,7 +36,7 @@ class Scaled(NamedTuple):
 def take_steps(config: Recipe, first_scale: float, fault: bool) -> Scaled:
     """On a rank. `fault`: the loss is multiplied by the number of processes."""
     with patch("torch.relu", F.softplus):  # without ReLU's kinks, which rounding can cross
-        trainer = Trainer(config)
+        trainer = open_trainer(config)
         guard = trainer.guard
         assert guard.scale is not None
         guard.scale.fill_(first_scale)

@@ -21,10 +21,10 @@ from engine.method.resnet import ResNetConfig
 from engine.processes import compiling, world
 from engine.processes.parallel import ParallelConfig, parallelize
 from engine.recipe import Recipe
-from engine.trainer import Trainer
 from shards.errors import InputError
 from shards.loader import DataConfig
 from tests.helpers.ranks import Ranks
+from tests.helpers.training import open_trainer
 from tests.whole import parity
 
 pytestmark = pytest.mark.versions
@@ -51,7 +51,7 @@ def part(values: Tensor, rank: int) -> Tensor:
 
 def normalise(dtype: torch.dtype, offset: float) -> dict[str, Tensor]:
     """On a rank: output, gradients and running statistics of our norm."""
-    there = world.enter(1, distributed=True)
+    there = world.join(1, distributed=True)
     norm = BatchNorm(CHANNELS, views=2).to(dtype)
     synchronise(norm, dist.group.WORLD)  # type: ignore[arg-type]
     x, upstream, weight, bias = draw(dtype, offset)
@@ -193,7 +193,7 @@ def counted(
 
 def count_step(recipe: Recipe) -> tuple[dict[str, Counter[str]], int, int]:
     """On a rank: collectives of the parts of a step; the norms of online and target network."""
-    trainer = Trainer(recipe)
+    trainer = open_trainer(recipe)
     trainer.step = 1
     found: dict[str, Counter[str]] = {}
     with closing(trainer.batches()) as batches:
@@ -256,7 +256,7 @@ def graphs_of_online() -> tuple[int, list[int]]:
 
     Forward and backward graphs, in this order.
     """
-    there = world.enter(1, distributed=True)
+    there = world.join(1, distributed=True)
     online, target = build(SMALL, 10, seed=0)
     parallel = parallelize(
         online, target, ParallelConfig("ddp"), "ddp", there, compile=False, static=True
@@ -289,7 +289,7 @@ def test_online_network_is_one_graph(ranks: Ranks) -> None:
 
 def check_norm_on_a_rank(fault: bool) -> str:
     """On a rank: what the check of the compiled norm says, with a `fault` in what is traced."""
-    there = world.enter(1, distributed=True)
+    there = world.join(1, distributed=True)
     backward = norm_module._SyncNorm.backward
 
     def ignores_its_tangents(ctx: Any, dy: Tensor, *more: Tensor) -> Any:

@@ -11,18 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.fit import fit
+from engine.log.terminal import Terminal
 from engine.processes import compiling
 from engine.processes.world import World
-from engine.run import open_artefacts
+from engine.recipe import Recipe
+from engine.run import Run
 from engine.state.artefacts import Artefacts
-from engine.trainer import Trainer
 from launch import evaluate, export
 from shards.errors import InputError
 from shards.loader import DataConfig
 from shards.storage import files
 from tests.helpers import tiny
 from tests.helpers.places import ROOT
+from tests.helpers.training import finish, open_trainer, train
 
 pytestmark = pytest.mark.versions
 
@@ -33,19 +34,25 @@ SCRIPT = """
 import sys
 import torch
 from torch._dynamo.utils import counters
-from engine.run import open_artefacts
+from engine.run import Run
+from engine.log.terminal import Terminal
 from engine.processes.world import World
 from shards.loader import DataConfig
 from tests.helpers import tiny
 
 recipe = tiny.recipe(DataConfig(), sys.argv[1])
-artefacts = open_artefacts(recipe, World(0, 1, 0, 1, torch.device("cpu")), "none")
+alone = World(0, 1, 0, 1, torch.device("cpu"))
+artefacts = Run(recipe, "", alone, Terminal(main=True), None).artefacts("none")
 artefacts.load(print)
 torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.randn(8))
 artefacts.save(print)
 found = counters["inductor"]
 print("hits", found["fxgraph_cache_hit"], "misses", found["fxgraph_cache_miss"])
 """
+
+
+def artefacts_of(recipe: Recipe, world: World = ALONE, strategy: str = "none") -> Artefacts:
+    return Run(recipe, "", world, Terminal(main=True), None).artefacts(strategy)
 
 
 def compile_somewhere(run: Path, cache: Path) -> str:
@@ -74,18 +81,18 @@ def test_artefacts_are_met_again(tmp_path: Path) -> None:
 def test_damaged_artefacts_are_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"code", None))
-    open_artefacts(tiny.recipe(DataConfig(), run), ALONE, "none").save(print)
+    artefacts_of(tiny.recipe(DataConfig(), run)).save(print)
     (content,) = (run / "compile").glob("*.bin")
     content.write_bytes(content.read_bytes()[:-1] + b"?")
     reports: list[str] = []
-    artefacts = open_artefacts(tiny.recipe(DataConfig(), run), ALONE, "none")
+    artefacts = artefacts_of(tiny.recipe(DataConfig(), run))
     artefacts.load(reports.append)
     assert not artefacts.loaded
     assert "is damaged; compiling again" in reports[0]
 
 
 def test_artefacts_of_another_run_are_not_taken(tmp_path: Path) -> None:
-    here = open_artefacts(tiny.recipe(DataConfig(), tmp_path / "here"), ALONE, "none")
+    here = artefacts_of(tiny.recipe(DataConfig(), tmp_path / "here"))
     (tmp_path / "there" / "compile").mkdir(parents=True)
     name = Path(here._url).name
     (tmp_path / "there" / "compile" / name).write_bytes(b"code")
@@ -99,7 +106,7 @@ def test_other_machines_and_strategies_have_their_own(tmp_path: Path) -> None:
     recipe = tiny.recipe(DataConfig(), tmp_path)
     two = World(0, 2, 0, 2, torch.device("cpu"))
     places = [(ALONE, "none"), (ALONE, "ddp"), (two, "ddp"), (two, "fsdp")]
-    urls = {open_artefacts(recipe, world, strategy)._url for world, strategy in places}
+    urls = {artefacts_of(recipe, world, strategy)._url for world, strategy in places}
     assert len(urls) == len(places)
 
 
@@ -110,8 +117,8 @@ def test_without_a_compiler_training_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    trainer = Trainer(tiny.recipe(tiny_data, tmp_path, compile=True, steps=1))
-    fit(trainer)
+    trainer = open_trainer(tiny.recipe(tiny_data, tmp_path, compile=True, steps=1))
+    finish(trainer)
     output = capsys.readouterr().out
     line = "compile: no C++ compiler (no-such-compiler) found; going on without torch.compile"
     assert output.count(line) == 1
@@ -172,7 +179,7 @@ def test_artifacts_that_lead_outside_of_torchs_cache_are_not_taken(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
     keys = [key.format(outside=outside) for key in LEADING_OUTSIDE]
     for key, content in zip([*INSIDE, *keys], craft([*INSIDE, *keys]), strict=True):
-        artefacts = open_artefacts(tiny.recipe(DataConfig(), run), ALONE, "none")
+        artefacts = artefacts_of(tiny.recipe(DataConfig(), run))
         files.write(artefacts._url, content)
         files.write(artefacts._digest_url, hashlib.sha256(content).hexdigest().encode())
         reports: list[str] = []
@@ -187,7 +194,7 @@ def test_artifacts_that_lead_outside_of_torchs_cache_are_not_taken(
 
 @pytest.mark.parametrize("content", [b"code", b"\xff" * 100, b"\x00" * 23])
 def test_a_file_of_no_artifacts_is_compiled_again(tmp_path: Path, content: bytes) -> None:
-    artefacts = open_artefacts(tiny.recipe(DataConfig(), tmp_path), ALONE, "none")
+    artefacts = artefacts_of(tiny.recipe(DataConfig(), tmp_path))
     files.write(artefacts._url, content)
     files.write(artefacts._digest_url, hashlib.sha256(content).hexdigest().encode())
     reports: list[str] = []
@@ -203,7 +210,7 @@ def test_artifacts_that_torch_cannot_take_are_compiled_again(
         raise OSError(28, "No space left on device")
 
     (content,) = craft(INSIDE[:1])
-    artefacts = open_artefacts(tiny.recipe(DataConfig(), tmp_path), ALONE, "none")
+    artefacts = artefacts_of(tiny.recipe(DataConfig(), tmp_path))
     files.write(artefacts._url, content)
     files.write(artefacts._digest_url, hashlib.sha256(content).hexdigest().encode())
     monkeypatch.setattr(torch.compiler, "load_cache_artifacts", fail)
@@ -219,7 +226,7 @@ def test_a_local_folder_in_place_of_the_runs(
     monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"code", None))
     folder = tmp_path / "folder"
     recipe = tiny.recipe(DataConfig(), tmp_path / "run", compile_folder=str(folder))
-    open_artefacts(recipe, ALONE, "none").save(print)
+    artefacts_of(recipe).save(print)
     assert sorted(path.suffix for path in folder.iterdir()) == [".bin", ".sha256"]
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match=r"^compile_folder s3://b/c: must be on a local disk"):
@@ -230,7 +237,7 @@ def test_evaluations_and_exports_take_no_artifacts(
     tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    fit(Trainer(tiny.recipe(tiny_data, run, steps=1)))
+    train(tiny.recipe(tiny_data, run, steps=1))
     monkeypatch.setattr(Artefacts, "load", lambda *_: pytest.fail("artifacts were asked for"))
     taken = lambda _: pytest.fail("artifacts were taken")  # noqa: E731
     monkeypatch.setattr(torch.compiler, "load_cache_artifacts", taken)

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from engine.fit import fit
 from engine.log.journal import read
 from engine.processes.preemption import SIGNALS
 from engine.recipe import Recipe
@@ -23,6 +22,7 @@ from tests.helpers import tiny
 from tests.helpers.jobs import small
 from tests.helpers.places import ROOT
 from tests.helpers.ranks import Ranks
+from tests.helpers.training import finish, open_trainer, train
 
 pytestmark = pytest.mark.versions
 
@@ -43,7 +43,7 @@ def tell_at(trainer: Trainer, step: int, number: signal.Signals) -> None:
 @pytest.fixture(scope="module")
 def undisturbed(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed")
-    fit(Trainer(tiny.recipe(tiny_data, run, steps=12)))
+    train(tiny.recipe(tiny_data, run, steps=12))
     return run
 
 
@@ -52,15 +52,15 @@ def test_a_signal_saves_and_ends(
     tiny_data: DataConfig, tmp_path: Path, undisturbed: Path, number: signal.Signals
 ) -> None:
     handlers, threads = [signal.getsignal(n) for n in SIGNALS], set(threading.enumerate())
-    trainer = Trainer(tiny.recipe(tiny_data, tmp_path, steps=12))
+    trainer = open_trainer(tiny.recipe(tiny_data, tmp_path, steps=12))
     tell_at(trainer, 6, number)
-    assert fit(trainer)
+    assert finish(trainer)
     assert trainer.step == 6
     assert (tmp_path / "checkpoints" / "step_00000006" / "commit.json").exists()
     assert [signal.getsignal(n) for n in SIGNALS] == handlers
     left = {thread.name for thread in set(threading.enumerate()) - threads}
     assert not left & {"signals", "save_0", "lease", "grace"}
-    fit(Trainer(tiny.recipe(tiny_data, tmp_path, steps=12)))
+    train(tiny.recipe(tiny_data, tmp_path, steps=12))
     assert comparable(tmp_path) == comparable(undisturbed)
 
 
@@ -68,9 +68,9 @@ def test_other_signals_mean_nothing(tiny_data: DataConfig, tmp_path: Path) -> No
     """Such as that of a child's end, which torch's DataLoader has a handler for."""
     old = signal.signal(signal.SIGCHLD, lambda *_: None)
     try:
-        trainer = Trainer(tiny.recipe(tiny_data, tmp_path, steps=8, probe=tiny.NO_PROBE))
+        trainer = open_trainer(tiny.recipe(tiny_data, tmp_path, steps=8, probe=tiny.NO_PROBE))
         tell_at(trainer, 4, signal.SIGCHLD)
-        assert fit(trainer)
+        assert finish(trainer)
     finally:
         signal.signal(signal.SIGCHLD, old)
     assert trainer.step == 8
@@ -80,7 +80,7 @@ def test_a_signal_in_an_evaluation(
     tiny_data: DataConfig, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The evaluation is left and comes again at the next start; its step has one line."""
-    trainer = Trainer(tiny.recipe(tiny_data, tmp_path, steps=12))
+    trainer = open_trainer(tiny.recipe(tiny_data, tmp_path, steps=12))
     assert trainer.probe is not None
     features, calls = trainer.probe.features, []
 
@@ -92,17 +92,17 @@ def test_a_signal_in_an_evaluation(
         return features(*arguments, **options)
 
     monkeypatch.setattr(trainer.probe, "features", told)
-    fit(trainer)
+    finish(trainer)
     assert calls == [5, 5, 10]
     assert trainer.step == 10
     assert "knn_top1" not in read(str(tmp_path))[-1]
-    fit(Trainer(tiny.recipe(tiny_data, tmp_path, steps=12)))
+    train(tiny.recipe(tiny_data, tmp_path, steps=12))
     assert comparable(tmp_path) == comparable(undisturbed)
 
 
 def stop_on_one(recipe: Recipe, step: int, where: str) -> tuple[bool, int]:
     """On a rank: train; the last rank alone gets a signal."""
-    trainer = Trainer(recipe)
+    trainer = open_trainer(recipe)
     if os.environ["RANK"] == "1":
         if where == "step":
             tell_at(trainer, step, signal.SIGUSR1)
@@ -117,7 +117,7 @@ def stop_on_one(recipe: Recipe, step: int, where: str) -> tuple[bool, int]:
                 take()
 
             trainer.probe._take_weights = told  # type: ignore[method-assign]
-    return fit(trainer), trainer.step
+    return finish(trainer), trainer.step
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def _is_released(run: Path) -> bool:
 def hang(data: DataConfig, run: str) -> None:
     """In a process of its own: a signal comes, and the step never ends."""
     soon = CheckpointConfig(grace=0.5)
-    trainer = Trainer(tiny.recipe(data, run, probe=tiny.NO_PROBE, checkpoint=soon))
+    trainer = open_trainer(tiny.recipe(data, run, probe=tiny.NO_PROBE, checkpoint=soon))
     train_step = trainer.train_step
 
     def wait(batch: Any) -> Any:
@@ -176,7 +176,7 @@ def hang(data: DataConfig, run: str) -> None:
         return train_step(batch)
 
     trainer.train_step = wait  # type: ignore[method-assign]
-    fit(trainer)
+    finish(trainer)
 
 
 def test_no_end_of_the_step_within_the_grace(tiny_data: DataConfig, tmp_path: Path) -> None:

@@ -14,17 +14,16 @@ import pytest
 import torch
 
 from engine.evaluation.probe import ProbeConfig
-from engine.fit import fit
 from engine.method.local_shards import local
 from engine.method.precision import FIRST_SCALE
 from engine.processes.parallel import ParallelConfig
 from engine.recipe import Recipe
 from engine.state.checkpoint import CheckpointConfig
-from engine.trainer import Trainer
 from shards.errors import InputError
 from shards.loader import DataConfig
 from tests.helpers.places import ROOT
 from tests.helpers.ranks import RankFailure, Ranks
+from tests.helpers.training import finish, open_trainer
 from tests.whole import parity
 from tests.whole.parity import SGDConfig
 
@@ -35,8 +34,8 @@ QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
 
 def train(recipe: Recipe) -> int:
     """On a rank: train to the recipe's last step."""
-    trainer = Trainer(recipe)
-    fit(trainer)
+    trainer = open_trainer(recipe)
+    finish(trainer)
     return trainer.step
 
 
@@ -89,7 +88,7 @@ def test_any_world_size_goes_on_from_any_other(
 def measure(config: Recipe) -> dict[str, float]:
     """On a rank: what evaluations say of the untrained networks."""
     config = dataclasses.replace(config, probe=ProbeConfig(every=5, neighbours=5))
-    probe = Trainer(config).probe
+    probe = open_trainer(config).probe
     assert probe is not None
     return probe.evaluate() | {"pixels": probe.pixels_top1()}
 
@@ -151,7 +150,7 @@ def test_hsdp_needs_replicas(
 
 def test_hsdp_alone_is_refused(tiny_data: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"use --parallel\.strategy fsdp"):
-        Trainer(recipe(tiny_data, tmp_path, "hsdp"))
+        open_trainer(recipe(tiny_data, tmp_path, "hsdp"))
     torch.distributed.destroy_process_group()
 
 
@@ -163,7 +162,7 @@ def skip_a_step(config: Recipe, where: str) -> tuple[float, bool, float]:
 
     Returns the loss scale's factor, whether the rank's parameters stayed, and the steps skipped.
     """
-    trainer = Trainer(config)
+    trainer = open_trainer(config)
     trainer.step = 2
     scale = trainer.guard.scale
     assert scale is not None

@@ -132,14 +132,14 @@ def sharded(value: Tensor) -> State:
 
 
 def save_sharded(url: str, value: Tensor) -> Sums:
-    world.enter(1, distributed=True)
+    world.join(1, distributed=True)
     writer = Writer(url)
     dcp_save(sharded(value), storage_writer=writer)
     return writer.sums
 
 
 def load_sharded(url: str, written: Sums, value: Tensor) -> bool:
-    world.enter(1, distributed=True)
+    world.join(1, distributed=True)
     state = sharded(torch.zeros_like(value))
     dcp_load(state, storage_reader=Reader(url, written))
     return torch.equal(state["rows"].full_tensor(), value) and torch.equal(state["whole"], value)

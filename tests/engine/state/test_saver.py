@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from engine import fit
 from engine.method.local_shards import local
 from engine.processes.parallel import ParallelConfig
 from engine.processes.world import World
@@ -18,11 +17,11 @@ from engine.recipe import Recipe
 from engine.state import checkpoint, saver
 from engine.state.checkpoint import CheckpointConfig
 from engine.state.saver import Saver
-from engine.trainer import Trainer
 from shards.errors import InputError
 from shards.loader import DataConfig
 from tests.helpers import tiny
 from tests.helpers.ranks import Ranks
+from tests.helpers.training import finish, open_trainer, train
 from tests.whole.parity import SGDConfig
 
 pytestmark = pytest.mark.versions
@@ -108,14 +107,14 @@ def test_an_unexpected_error_is_not_swallowed() -> None:
 
 def failing(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """All attempts to save at `steps` fail."""
-    save = checkpoint.save
+    save = checkpoint.write
 
     def other(run: str, step: int, *rest: Any) -> Any:
         if step in steps:
             raise OSError("no space")
         return save(run, step, *rest)
 
-    monkeypatch.setattr(checkpoint, "save", other)
+    monkeypatch.setattr(checkpoint, "write", other)
 
 
 def test_training_goes_on_without_a_checkpoint(
@@ -125,7 +124,7 @@ def test_training_goes_on_without_a_checkpoint(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     failing(monkeypatch, {4, 8})
-    fit.fit(Trainer(tiny.recipe(tiny_data, tmp_path, steps=12, probe=tiny.NO_PROBE)))
+    train(tiny.recipe(tiny_data, tmp_path, steps=12, probe=tiny.NO_PROBE))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000012"]
     assert capsys.readouterr().out.count("no space") == 6
 
@@ -138,14 +137,14 @@ def test_the_last_state_must_be_saved(
     how = CheckpointConfig(every=4, background=background)
     recipe = tiny.recipe(tiny_data, tmp_path, steps=6, probe=tiny.NO_PROBE, checkpoint=how)
     with pytest.raises(OSError, match="the state of step 6 could not be saved"):
-        fit.fit(Trainer(recipe))
+        train(recipe)
 
 
 def test_a_save_that_was_begun_outlives_a_fault_of_the_data(
     tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(tiny.recipe(tiny_data, tmp_path, steps=12, probe=tiny.NO_PROBE))
-    save, train_step, failed = checkpoint.save, trainer.train_step, threading.Event()
+    trainer = open_trainer(tiny.recipe(tiny_data, tmp_path, steps=12, probe=tiny.NO_PROBE))
+    save, train_step, failed = checkpoint.write, trainer.train_step, threading.Event()
 
     def late(*arguments: Any) -> Any:
         failed.wait(60)
@@ -157,10 +156,10 @@ def test_a_save_that_was_begun_outlives_a_fault_of_the_data(
             raise InputError("a shard is gone")
         return train_step(batch)
 
-    monkeypatch.setattr(checkpoint, "save", late)
+    monkeypatch.setattr(checkpoint, "write", late)
     monkeypatch.setattr(trainer, "train_step", fail)
     with pytest.raises(InputError, match="a shard is gone"):
-        fit.fit(trainer)
+        finish(trainer)
     assert checkpoint.verify(checkpoint.step_url(str(tmp_path), 4), ALONE).step == 4
 
 
@@ -171,9 +170,9 @@ def tensors(state: Any) -> list[torch.Tensor]:
 
 def train_while_saving(recipe: Recipe) -> bool:
     """On a rank: saves take until two steps later; what they hold is compared with a copy."""
-    trainer = Trainer(recipe)
+    trainer = open_trainer(recipe)
     expected: dict[int, Any] = {}
-    save, train_step = checkpoint.save, trainer.train_step
+    save, train_step = checkpoint.write, trainer.train_step
     reached = {4: threading.Event(), 8: threading.Event(), 12: threading.Event()}
     same = []
 
@@ -200,8 +199,8 @@ def train_while_saving(recipe: Recipe) -> bool:
         return commit
 
     trainer.train_step = note  # type: ignore[method-assign]
-    with mock.patch.object(checkpoint, "save", late):
-        fit.fit(trainer)
+    with mock.patch.object(checkpoint, "write", late):
+        finish(trainer)
     return same == [4, 8, 12]
 
 

@@ -19,9 +19,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from engine.fit import fit
 from engine.state import checkpoint
-from engine.trainer import Trainer
 from launch import evaluate, export
 from launch import pack as pack_command
 from shards.errors import InputError
@@ -31,6 +29,7 @@ from shards.storage import files, upload
 from tests.conftest import PackFiles, draw_photo
 from tests.helpers import tiny
 from tests.helpers.object_store import ObjectStore
+from tests.helpers.training import train
 
 Contents = dict[str, bytes]
 
@@ -322,7 +321,7 @@ def test_names_are_no_markup_where_they_are_told(
     """rich would take `[red]` out of a line, and raise at `[/b]`."""
     run = f"{tmp_path}/lr[red]/a[/b]"
     recipe = tiny.recipe(tiny_data, run, steps=1, probe=tiny.NO_PROBE)
-    fit(Trainer(recipe))
+    train(recipe)
     assert run in capsys.readouterr().out
     assert evaluate.main(["knn", run, "--threads", "1"]) == 0
     assert run in capsys.readouterr().out

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from engine.fit import fit
-from engine.trainer import Trainer
 from launch import pack as pack_command
 from shards.errors import InputError
 from shards.loader import DataConfig
@@ -21,6 +19,7 @@ from shards.making import pack
 from shards.storage import files, local_files, upload
 from tests.conftest import draw_photo
 from tests.helpers import tiny
+from tests.helpers.training import finish, open_trainer
 
 NO_LINKS = [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES, errno.EINVAL]
 CANNOT = [errno.ENOSPC, errno.EROFS, errno.EDQUOT]
@@ -122,9 +121,9 @@ def test_a_run_on_such_a_file_system(
     monkeypatch.setattr(os, "link", refuse(errno.EPERM))
     monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL))
     for steps, begun in ((2, 0), (3, 2)):
-        trainer = Trainer(tiny.recipe(tiny_data, tmp_path, steps=steps, probe=tiny.NO_PROBE))
+        trainer = open_trainer(tiny.recipe(tiny_data, tmp_path, steps=steps, probe=tiny.NO_PROBE))
         assert trainer.step == begun
-        fit(trainer)
+        finish(trainer)
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 

@@ -13,10 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.fit import fit
 from engine.processes.world import World
 from engine.state import checkpoint
-from engine.trainer import Trainer
 from launch import evaluate, export
 from shards import index as indexes
 from shards.errors import InputError
@@ -24,6 +22,7 @@ from shards.index import Index
 from shards.loader import DataConfig
 from shards.storage import files, names
 from tests.helpers import tiny
+from tests.helpers.training import train
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 PLAIN = [
@@ -116,7 +115,7 @@ def test_an_index_with_a_shard_elsewhere(
 def trained(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step."""
     run = tmp_path_factory.mktemp("names") / "run"
-    fit(Trainer(tiny.recipe(tiny_data, run, steps=1, probe=tiny.NO_PROBE)))
+    train(tiny.recipe(tiny_data, run, steps=1, probe=tiny.NO_PROBE))
     return run
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from engine.fit import fit
 from engine.log import journal
 from engine.log.journal import Journal, add, read
 from engine.state import checkpoint
@@ -24,6 +23,7 @@ from tests.engine.state.test_checkpoint import ALONE
 from tests.engine.test_trainer import TIMING
 from tests.helpers import tiny
 from tests.helpers.fault_proxy import FaultProxy
+from tests.helpers.training import finish, open_trainer, train
 
 DELETES = r"^DELETE |^POST .*[?&]delete"
 BULK_DELETES = r"^POST .*[?&]delete"
@@ -134,7 +134,7 @@ def killed_at(trainer: Trainer, step: int) -> None:
 
     trainer.train_step = step_or_die  # type: ignore[method-assign]
     with pytest.raises(Killed):
-        fit(trainer)
+        finish(trainer)
 
 
 def without_timing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -161,15 +161,15 @@ def test_a_run_goes_on_and_ends_as_any(
     proxy.deny(denied)
     config = checkpoint.CheckpointConfig(every=3, keep=1)
     recipe = tiny.recipe(tiny_data, f"{s3}/run", checkpoint=config, steps=11)
-    killed_at(Trainer(recipe), 8)  # the last checkpoint is that of step 6
+    killed_at(open_trainer(recipe), 8)  # the last checkpoint is that of step 6
     first = capsys.readouterr().out
-    trainer = Trainer(recipe)
+    trainer = open_trainer(recipe)
     assert trainer.step == 6
-    fit(trainer)
+    finish(trainer)
     second = capsys.readouterr().out
 
     alone = tiny.recipe(tiny_data, tmp_path / "run", checkpoint=config, steps=11)
-    fit(Trainer(alone))
+    train(alone)
     expected = without_timing(read(alone.run))
     assert [line["step"] for line in expected] == [*range(1, 12)]
     assert without_timing(read(recipe.run)) == expected
@@ -192,7 +192,7 @@ def test_a_checkpoint_that_cannot_be_removed_stays_whole(
     config = checkpoint.CheckpointConfig(every=1, keep=1)
     recipe = tiny.recipe(tiny_data, f"{s3}/run", checkpoint=config, steps=3, probe=tiny.NO_PROBE)
     proxy.deny(r"^DELETE .*commit\.json")
-    fit(Trainer(recipe))
+    train(recipe)
     assert capsys.readouterr().out.count(TOLD) == 1
     urls = checkpoint.steps(recipe.run)
     assert len(urls) == 3
@@ -207,7 +207,7 @@ def test_an_export_leaves_nothing_of_an_earlier_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, out = str(tmp_path / "run"), tmp_path / "out"
-    fit(Trainer(tiny.recipe(tiny_data, run, steps=1, probe=tiny.NO_PROBE)))
+    train(tiny.recipe(tiny_data, run, steps=1, probe=tiny.NO_PROBE))
     first = ["--format", "torchscript", "state-dict"]
     assert export.main([run, str(out), *first]) == 0
     assert (out / "encoder.ts").stat().st_size > 0
