@@ -4,7 +4,6 @@ Recipe files define `recipe`; the command line overrides single fields by their 
 those names are also what recipe.json, commit.json and every message use.
 """
 
-import math
 import runpy
 import traceback
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from annotated_types import Interval
 
 from engine.evaluation.probe import ProbeConfig
 from engine.log.metrics import LogConfig
@@ -24,7 +24,7 @@ from engine.method.schedule import ScheduleConfig
 from engine.processes.parallel import ParallelConfig
 from engine.state.checkpoint import CheckpointConfig
 from shards.errors import InputError
-from shards.fields import OPERATION, Operation, walk
+from shards.fields import OPERATION, Operation, check_bounds, check_range, walk
 from shards.loader import DataConfig
 from shards.order import BatchConfig
 from shards.storage import files
@@ -39,11 +39,11 @@ class Recipe:
     run: Annotated[Operation[str], tyro.conf.arg(aliases=["--run-url"])] = ""
     """URL of the run's directory: checkpoints, metrics, tensorboard. Made when it is not there.
     Under torchrun write --run-url."""
-    seed: int = 0
+    seed: Annotated[int, Interval(ge=0, le=2**62)] = 0
     """Decides the initial weights, the order of the data and every random view."""
-    steps: Operation[int | None] = None
+    steps: Operation[Annotated[int | None, Interval(ge=0)]] = None
     """Stop this process after that step; never changes a schedule. None: train to the end."""
-    threads: Operation[int | None] = None
+    threads: Operation[Annotated[int | None, Interval(ge=1, le=1024)]] = None
     """Threads of each process, for decoding and for torch on the CPU. None: the machine's cores,
     shared out among its processes."""
     compile: Operation[bool] = True
@@ -71,45 +71,13 @@ class Recipe:
 
     def check(self) -> None:
         """Raise InputError, naming the field, for what no single config can see or forbid."""
+        check_bounds(self)
         least = 32 if self.model.encoder.stem == "imagenet" else 8
-        for name, low, high in (
-            ("threads", 1, 1024),
-            ("steps", 0, math.inf),
-            ("seed", 0, 2**62),
-            ("batch.size", 2, 2**31),
-            ("batch.micro", 1, self.batch.size // 2),  # a norm needs two rows
-            ("model.encoder.width", 1 / 64, 64),
-            ("model.hidden", 1, 2**20),
-            ("model.projection", 1, 2**20),
-            ("views.size", least, 2**14),
-            ("schedule.epochs", 1e-9, 1e9),
-            ("schedule.warmup_epochs", 0, self.schedule.epochs),
-            ("schedule.base_lr", 0, 1e9),
-            ("schedule.base_tau", 0, 1),
-            ("schedule.paper_batch", 1, 2**31),
-            ("optimizer.weight_decay", 0, 1e9),
-            ("data.draw", 0, 2**31),
-            ("data.streams", 1, 2**20),
-            ("data.prefetch", 0, 1024),
-            ("data.corrupt", 0, 1),
-            ("data.cache_gb", 0, 1e6),
-            ("probe.every", 0, math.inf),
-            ("probe.neighbours", 1, 2**31),
-            ("probe.temperature", 1e-3, 1e3),
-            ("probe.bank", 1, math.inf),
-            ("probe.crop", 1e-3, 1),
-            ("checkpoint.every", 0, math.inf),
-            ("checkpoint.keep", 1, math.inf),
-            ("checkpoint.keep_every", 0, math.inf),
-            ("checkpoint.grace", 0, 1e6),
-            ("log.every", 1, math.inf),
-            ("parallel.shard", 0, 2**20),
-            ("parallel.timeout", 1, 1e6),
-            ("log.pictures", 1, 1024),
-        ):
-            value = attrgetter(name)(self)
-            if value is not None and not low <= value <= high:  # nan is in no range
-                raise InputError(f"{name} must be from {low:g} to {high:g}, not {value}")
+        check_range("views.size", self.views.size, Interval(ge=least, le=2**14))
+        # A norm needs two rows.
+        check_range("batch.micro", self.batch.micro, Interval(ge=1, le=self.batch.size // 2))
+        warmup = Interval(ge=0, le=self.schedule.epochs)
+        check_range("schedule.warmup_epochs", self.schedule.warmup_epochs, warmup)
         for name, what in (
             ("run", "directory to write to (under torchrun: --run-url)"),
             ("data.train", "folder of shards"),

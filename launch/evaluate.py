@@ -5,10 +5,13 @@ checkpoint file of a ResNet that others trained. Several processes: torchrun lau
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
+
+from annotated_types import Interval
 
 from launch.requirements import check_requirements
 
@@ -29,8 +32,10 @@ from engine.processes import world
 from engine.processes.failures import report_failure
 from launch.command_line import plain_errors
 from shards.errors import InputError
+from shards.fields import as_flag, check_bounds
 
 _Flat = tyro.conf.arg(name="")  # fields without a prefix
+_FLAT_PREFIXES = r"^((options|protocol|subset|encoder)\.)*"
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,11 @@ class Options:
     out: str = ""
     """URL of a folder for the results, and then the run is left alone. Empty: RUN/evaluations, and
     the run's metrics and tensorboard; for others' checkpoints the folder evaluations."""
-    threads: int | None = None
+    threads: Annotated[int | None, Interval(ge=1, le=1024)] = None
     """Threads of each process, for decoding and for torch on the CPU. None: the machine's cores,
     shared out among its processes."""
 
     def open(self, protocol: str, settings: dict[str, Any], labels: bool = True) -> Evaluation:
-        if self.threads is not None and not 1 <= self.threads <= 1024:
-            raise InputError(f"--threads must be from 1 to 1024, not {self.threads}")
         here = world.join(self.threads, False)
         return Evaluation(
             protocol,
@@ -73,7 +76,6 @@ class Linear:
     protocol: Annotated[LinearConfig, _Flat] = field(default_factory=LinearConfig)
 
     def run(self) -> None:
-        self.protocol.check()
         evaluation = self.options.open("linear", self.protocol.settings())
         _measure(evaluation, lambda: linear.evaluate(evaluation, self.protocol))
 
@@ -86,7 +88,6 @@ class KNN:
     protocol: Annotated[KNNConfig, _Flat] = field(default_factory=KNNConfig)
 
     def run(self) -> None:
-        self.protocol.check()
         evaluation = self.options.open("knn", self.protocol.settings())
         _measure(evaluation, lambda: knn.evaluate(evaluation, self.protocol))
 
@@ -99,7 +100,6 @@ class Finetune:
     protocol: Annotated[FinetuneConfig, _Flat] = field(default_factory=FinetuneConfig)
 
     def run(self) -> None:
-        self.protocol.check()
         evaluation = self.options.open("finetune", self.protocol.settings())
         labels = finetune.all_labels(evaluation, self.protocol)
         _measure(evaluation, lambda: finetune.evaluate(evaluation, self.protocol, labels))
@@ -114,7 +114,6 @@ class SemiSupervised:
     protocol: Annotated[FinetuneConfig, _Flat] = field(default_factory=FinetuneConfig)
 
     def run(self) -> None:
-        self.protocol.check()
         self.subset.check()
         name = f"semi-supervised-{'files' if self.subset.files else f'{self.subset.fraction:g}'}"
         settings = self.subset.settings() | self.protocol.settings()
@@ -135,7 +134,6 @@ class Neighbours:
     protocol: Annotated[NeighboursConfig, _Flat] = field(default_factory=NeighboursConfig)
 
     def run(self) -> None:
-        self.protocol.check()
         evaluation = self.options.open("neighbours", self.protocol.settings(), labels=False)
         neighbours.draw(evaluation, self.protocol)
 
@@ -174,12 +172,16 @@ def parse(arguments: list[str]) -> Protocol:
         sys.exit(0)
     try:
         with plain_errors():
-            return tyro.cli(chosen, prog=f"evaluate.py {arguments[0]}", args=arguments[1:])
+            given: Protocol = tyro.cli(
+                chosen, prog=f"evaluate.py {arguments[0]}", args=arguments[1:]
+            )
     except InputError as error:
         if not arguments[1:] or not arguments[1].startswith("-"):
             raise
         # An option that takes several values took CHECKPOINT for one.
         raise InputError(f"{error}; put CHECKPOINT right behind {arguments[0]}") from None
+    check_bounds(given, lambda name: as_flag(re.sub(_FLAT_PREFIXES, "", name)))
+    return given
 
 
 def main(arguments: list[str]) -> int:

@@ -1,17 +1,28 @@
-"""Config fields: the two kinds of them, and what all configs have in common.
+"""Config fields: the two kinds of them, their bounds, and what all configs have in common.
 
 A field is *method* unless it is marked `Operation[...]`: method fields decide what is computed and
-must match to resume; operation fields are free to change at every start.
+must match to resume; operation fields are free to change at every start. Bounds are annotations
+too: `Annotated[int, Interval(ge=1)]`.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+from annotated_types import Interval, MinLen
+
+from shards.errors import InputError
 
 _T = TypeVar("_T")
 
 OPERATION = "operation"
 Operation = Annotated[_T, OPERATION]
+
+RISING = "rising"  # of a tuple: no value is smaller than the one before
+
+UnitInterval = Annotated[float, Interval(ge=0, le=1)]
+Range = Annotated[tuple[float, float], Interval(gt=0), RISING]
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
@@ -22,10 +33,12 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, tuple[Any, .
     hints = get_type_hints(type(config), include_extras=True)
     for entry in dataclasses.fields(config):
         value, hint, name = getattr(config, entry.name), hints[entry.name], prefix + entry.name
+        annotations = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
         if not dataclasses.is_dataclass(value):
-            yield name, value, get_args(hint)[1:] if get_origin(hint) is Annotated else ()
+            yield name, value, annotations
             continue
-        if not dataclasses.is_dataclass(hint):  # a union: which class it is belongs to the value
+        if not dataclasses.is_dataclass(get_args(hint)[0] if annotations else hint):
+            # A union: which class it is belongs to the value.
             yield name, type(value).__name__, ()
         yield from walk(value, name + ".")
 
@@ -43,3 +56,58 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
         for name in names
         if there.get(name) != here.get(name)
     ]
+
+
+def check_bounds(config: Any, spell: Callable[[str], str] = str) -> None:
+    """Raise InputError for the first field of a config that is outside of its bounds.
+
+    None is in all bounds, and of a tuple every value has to be. `spell` makes of a dotted name what
+    the message calls the field.
+    """
+    for name, value, annotations in walk(config):
+        values = value if isinstance(value, tuple) else (value,)
+        for bound in annotations:
+            if isinstance(bound, MinLen) and len(value) < bound.min_length:
+                raise InputError(f"{spell(name)} needs at least {bound.min_length} value")
+            if isinstance(bound, Interval):
+                for one in values:
+                    check_range(spell(name), one, bound)
+            if bound == RISING and any(a > b for a, b in itertools.pairwise(values)):
+                raise InputError(f"{spell(name)} must be two rising numbers, not {value}")
+
+
+def as_flag(name: str) -> str:
+    """A field's name as it is given on a command line."""
+    return "--" + name.replace("_", "-")
+
+
+def check_range(name: str, value: Any, bound: Interval) -> None:
+    """Raise InputError, with the field's name, for a value that is not in the interval."""
+    if value is None:
+        return
+    inside = (
+        (bound.ge is None or value >= bound.ge)  # nan is in no interval
+        and (bound.gt is None or value > bound.gt)
+        and (bound.le is None or value <= bound.le)
+        and (bound.lt is None or value < bound.lt)
+    )
+    if inside and value == value:
+        return
+    limits = [
+        f"{word} {_shown(limit)}"
+        for word, limit in (
+            ("at least", bound.ge),
+            ("more than", bound.gt),
+            ("at most", bound.le),
+            ("less than", bound.lt),
+        )
+        if limit is not None
+    ]
+    wanted = " and ".join(limits)
+    if bound.ge is not None and bound.le is not None:
+        wanted = f"from {_shown(bound.ge)} to {_shown(bound.le)}"
+    raise InputError(f"{name} must be {wanted}, not {value}")
+
+
+def _shown(limit: Any) -> str:
+    return f"{limit:g}" if float(f"{limit:g}") == limit else str(limit)

@@ -8,10 +8,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from numpy.typing import NDArray
 from torch import Tensor
 from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, Prefetcher
@@ -19,7 +20,7 @@ from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, Prefetche
 from shards.cache import ShardCache
 from shards.decode import crop_resize
 from shards.errors import InputError
-from shards.fields import Operation
+from shards.fields import Operation, UnitInterval
 from shards.order import Order
 from shards.reader import BlockReader, Faults, Fetches, StreamReader
 from shards.storage import files
@@ -39,19 +40,19 @@ class DataConfig:
     """URL of the training shards: a folder with an index.json (launch/pack.py writes it)."""
     val: Operation[str] = ""
     """URL of the validation shards, for kNN and the online head's accuracy; none when empty."""
-    draw: Operation[int] = 0
-    """Draw that many synthetic images to data.train (and a quarter of it to data.val) when there
-    are none yet: see shards/making/synthetic.py."""
-    streams: int = 64
+    draw: Operation[Annotated[int, Interval(ge=0, le=2**31)]] = 0
+    """Draw that many images of textures to data.train, and a quarter of it to data.val, when there
+    are none yet. 0: none."""
+    streams: Annotated[int, Interval(ge=1, le=2**20)] = 64
     """Parallel readers that an epoch is cut into; part of the order. Divides batch.size."""
-    prefetch: Operation[int] = 1
+    prefetch: Operation[Annotated[int, Interval(ge=0, le=1024)]] = 1
     """Blocks (about 4 MB) fetched ahead of need for each stream that this process reads."""
     cache: Operation[str] = ""
     """Local folder that training shards are kept in once fetched; none when empty. Several
     processes of a machine may share it. The first use of a shard waits for all of it."""
-    cache_gb: Operation[float] = 50
+    cache_gb: Operation[Annotated[float, Interval(ge=0, le=1e6)]] = 50
     """Gigabytes that data.cache may hold of a data set: of its shards, the first that fit."""
-    corrupt: Operation[float] = 0.01
+    corrupt: Operation[UnitInterval] = 0.01
     """Fraction of the training images that a process may find undecodable (10 always may) before
     it stops."""
     audit: Operation[bool] = False

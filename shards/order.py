@@ -11,8 +11,10 @@ position of any stream at any step is arithmetic. tests/golden/order.json freeze
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Interval
 from numpy.typing import NDArray
 
 from shards.errors import InputError
@@ -26,9 +28,9 @@ Ids = NDArray[np.int64]
 class BatchConfig:
     """The global batch: all rows over all processes that make up one update."""
 
-    size: int = 4096
+    size: Annotated[int, Interval(ge=2, le=2**31)] = 4096
     """Images in the global batch."""
-    micro: int = 1
+    micro: Annotated[int, Interval(ge=1)] = 1
     """Equal parts that the batch goes through the networks in; gradients are averaged over them.
     Norm statistics are then those of a part."""
 

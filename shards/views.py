@@ -9,15 +9,17 @@ Source: arXiv 2006.07733, appendix B, and the ranges of the official code.
 import math
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+from annotated_types import Interval
 from numpy.typing import NDArray
 
+from shards.fields import Range, UnitInterval
 from shards.philox import Domain, draw, uniform
 
 
-class Operation(IntEnum):
+class ColorOperation(IntEnum):
     """The colour operations of the jitter, as the order columns name them. Values are frozen."""
 
     BRIGHTNESS = 0
@@ -29,7 +31,7 @@ class Operation(IntEnum):
 class Column(IntEnum):
     """Where each parameter stands in a row of `ViewDraws.params`.
 
-    FACTORS and ORDER are the first of four columns: the factor of each `Operation`, and the
+    FACTORS and ORDER are the first of four columns: the factor of each `ColorOperation`, and the
     operation at each position.
     """
 
@@ -49,57 +51,42 @@ COLUMNS = 13
 class ViewConfig:
     """The random distribution of one view, in the order in which it is applied."""
 
-    flip: float = 0.5
+    flip: UnitInterval = 0.5
     """Probability of a horizontal flip."""
-    jitter: float = 0.8
+    jitter: UnitInterval = 0.8
     """Probability of the colour jitter: the next four, in random order, each clipped to [0, 1]."""
-    brightness: float = 0.4
+    brightness: UnitInterval = 0.4
     """Largest brightness added or subtracted (1 = black to white)."""
-    contrast: float = 0.4
+    contrast: UnitInterval = 0.4
     """Contrast factor about the mean of each channel: 1 plus or minus at most this."""
-    saturation: float = 0.2
+    saturation: UnitInterval = 0.2
     """Saturation factor in HSV: 1 plus or minus at most this."""
-    hue: float = 0.1
+    hue: Annotated[float, Interval(ge=0, le=0.5)] = 0.1
     """Largest hue shift in HSV, in turns of the colour circle."""
-    grayscale: float = 0.2
+    grayscale: UnitInterval = 0.2
     """Probability of dropping the colour."""
-    blur: float
+    blur: UnitInterval
     """Probability of a Gaussian blur."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: Range = (0.1, 2.0)
     """Range of the blur's standard deviation, in pixels."""
-    solarize: float
+    solarize: UnitInterval
     """Probability of inverting all values of at least one half."""
-
-    def __post_init__(self) -> None:
-        for name in ("flip", "jitter", "contrast", "saturation", "grayscale", "blur", "solarize"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
-        if not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
-            raise ValueError(f"blur_sigma must be a positive range, not {self.blur_sigma}")
 
 
 @dataclass(frozen=True)
 class ViewsConfig:
     """The two views of an image: a random resized crop each, then each its own distortion."""
 
-    size: int = 224
+    size: Annotated[int, Interval(ge=1, le=2**14)] = 224
     """Side of a view, in pixels."""
-    area: tuple[float, float] = (0.08, 1.0)
+    area: Annotated[Range, Interval(le=1)] = (0.08, 1.0)
     """Range of the crop's area, as a fraction of the image's."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: Range = (3 / 4, 4 / 3)
     """Range of the crop's width over its height (log-uniform)."""
     view1: ViewConfig = field(default_factory=lambda: ViewConfig(blur=1.0, solarize=0.0))
     """First view."""
     view2: ViewConfig = field(default_factory=lambda: ViewConfig(blur=0.1, solarize=0.2))
     """Second view."""
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"size must be at least 1, not {self.size}")
-        if not 0 < self.area[0] <= self.area[1] <= 1:
-            raise ValueError(f"area must be a range in (0, 1], not {self.area}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio must be a positive range, not {self.ratio}")
 
     @property
     def views(self) -> tuple[ViewConfig, ...]:

@@ -5,8 +5,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast, get_args, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
 
+from annotated_types import Interval
 from torch import Generator, Tensor, nn
 
 from engine.encoder import foreign
@@ -17,6 +18,7 @@ from engine.processes.world import World
 from engine.state import checkpoint, layout
 from engine.state.checkpoint import Commit
 from shards.errors import InputError
+from shards.fields import as_flag, check_bounds
 from shards.storage import files, names
 
 TRIES = 3  # a live run may remove the checkpoint that is being read
@@ -42,22 +44,17 @@ class EncoderConfig:
     """online or target; to compare with, the run's untrained encoder, or the pixels themselves."""
     prefix: str | None = None
     """Of the encoder's names in a file that others made; found by itself unless there are more."""
-    size: int | None = None
+    size: Annotated[int | None, Interval(ge=8, le=2**14)] = None
     """Side of the network's input in pixels. None: the run's, 224 for others' checkpoints."""
-    crop: float | None = None
+    crop: Annotated[float | None, Interval(ge=1e-3, le=1)] = None
     """Side of the central crop, as a fraction of the image's shorter side. None: the run's, 0.875
     for others' checkpoints."""
     precision: Precision | None = None
     """Of the forward passes. None: the run's, fp32 for others' checkpoints."""
 
     def check(self) -> None:
-        """Raises InputError."""
-        for name, low, high, value in (
-            ("size", 8, 2**14, self.size),
-            ("crop", 1e-3, 1, self.crop),
-        ):
-            if value is not None and not low <= value <= high:
-                raise InputError(f"--{name} must be from {low:g} to {high:g}, not {value}")
+        """Raise InputError for what a field can't be."""
+        check_bounds(self, as_flag)
         if self.checkpoint != "latest" and not re.fullmatch("[0-9]{1,8}", self.checkpoint):
             raise InputError(
                 f"--checkpoint must be latest or the number of a step, not {self.checkpoint!r}"

@@ -10,12 +10,13 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice, product
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from annotated_types import Interval, MinLen
 from numpy.typing import NDArray
 from safetensors.torch import save as save_tensors
 from torch import Generator as RandomNumbers
@@ -27,10 +28,10 @@ from engine.evaluation.session import Evaluation, Result, Row, chosen_columns
 from engine.evaluation.supervised import (
     Examples,
     Held,
+    LearningRates,
     SupervisedConfig,
     check_held_out,
     check_labels,
-    check_some,
     crops,
     hold_out,
     momenta,
@@ -53,17 +54,11 @@ MODEL = "model.safetensors"
 class FinetuneConfig(SupervisedConfig):
     """The defaults are the paper's, for few labels."""
 
-    epochs: tuple[float, ...] = (30, 50)
+    epochs: Annotated[tuple[float, ...], Interval(ge=1e-9, le=1e9), MinLen(1)] = (30, 50)
     """Passes over the images with labels; each number is tried."""
-    lr: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.005)
+    lr: LearningRates = (0.01, 0.02, 0.05, 0.1, 0.005)
     """Learning rates at batch size 256; each is tried. They go in proportion to the batch, and
     along a cosine to 0."""
-
-    def check(self) -> None:
-        """Raises InputError."""
-        super().check()
-        check_some("epochs", self.epochs, 1e-9, 1e9)
-        check_some("lr", self.lr, 1e-12, 1e9)
 
 
 class Labels(NamedTuple):

@@ -5,15 +5,15 @@ Source: Wu et al., "Unsupervised feature learning via non-parametric instance di
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval, MinLen
 from torch import Tensor
 
 from engine.evaluation.features import Features, accuracy
 from engine.evaluation.session import Evaluation, Result, Row
-from engine.evaluation.supervised import check_some
 from engine.processes.world import World
 from shards.errors import InputError
 
@@ -143,19 +143,14 @@ def vote(neighbours: Neighbours, k: int, temperature: float, classes: int) -> Te
 class KNNConfig:
     """All combinations are measured with one extraction and one search."""
 
-    k: tuple[int, ...] = (20, 200)
+    k: Annotated[tuple[int, ...], Interval(ge=1, le=2**31), MinLen(1)] = (20, 200)
     """How many neighbours vote."""
-    temperature: tuple[float, ...] = (0.07,)
+    temperature: Annotated[tuple[float, ...], Interval(ge=1e-3, le=1e3), MinLen(1)] = (0.07,)
     """Of their weights exp(cosine / temperature)."""
 
     def settings(self) -> dict[str, Any]:
         """What decides the result."""
         return asdict(self)
-
-    def check(self) -> None:
-        """Raises InputError."""
-        check_some("k", self.k, 1, 2**31)
-        check_some("temperature", self.temperature, 1e-3, 1e3)
 
 
 def evaluate(evaluation: Evaluation, config: KNNConfig) -> Result:

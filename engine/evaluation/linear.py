@@ -8,11 +8,12 @@ Source: BYOL (arXiv 2006.07733), section 4.1 and appendix C.1.
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from numpy.typing import NDArray
 from safetensors.torch import save as save_tensors
 from torch import Generator as RandomNumbers
@@ -24,11 +25,10 @@ from engine.evaluation.supervised import (
     Batches,
     Examples,
     Held,
+    LearningRates,
     SupervisedConfig,
     check_held_out,
     check_labels,
-    check_ranges,
-    check_some,
     crops,
     hold_out,
     momenta,
@@ -51,19 +51,13 @@ HEAD = "head.safetensors"
 class LinearConfig(SupervisedConfig):
     """The defaults are the paper's."""
 
-    epochs: float = 80
+    epochs: Annotated[float, Interval(ge=1e-9, le=1e9)] = 80
     """Passes over data.train."""
-    lr: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1, 0.05)
+    lr: LearningRates = (0.4, 0.3, 0.2, 0.1, 0.05)
     """Learning rates at batch size 256, a head for each; they go in proportion to the batch, and
     along a cosine to 0."""
     fast: bool = False
     """Take the features of central crops once and learn from those: no random crops, no flips."""
-
-    def check(self) -> None:
-        """Raises InputError."""
-        super().check()
-        check_ranges(("epochs", self.epochs, 1e-9, 1e9))
-        check_some("lr", self.lr, 1e-12, 1e9)
 
 
 def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:

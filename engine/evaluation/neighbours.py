@@ -2,10 +2,11 @@
 
 import io
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch import Tensor
 from engine.evaluation.features import Features
 from engine.evaluation.knn import nearest
 from engine.evaluation.session import Evaluation
-from engine.evaluation.supervised import check_ranges
 from engine.state.layout import EVALUATIONS, TENSORBOARD
 from shards.center_crops import center_crops
 from shards.index import Index
@@ -30,27 +30,18 @@ RIGHT, WRONG, NEUTRAL = (46, 160, 67), (207, 34, 46), (140, 149, 159)
 class NeighboursConfig:
     """What is drawn."""
 
-    queries: int = 16
+    queries: Annotated[int, Interval(ge=1, le=256)] = 16
     """Images of data.val, one row each, evenly spread."""
-    neighbours: int = 8
+    neighbours: Annotated[int, Interval(ge=1, le=64)] = 8
     """Nearest images of data.train beside each."""
-    bank: int = 50_000
+    bank: Annotated[int, Interval(ge=1, le=2**31)] = 50_000
     """Training images to look among, about."""
-    points: int = 2000
+    points: Annotated[int, Interval(ge=0, le=100_000)] = 2000
     """Images of data.val in the projector; 0 leaves it out."""
 
     def settings(self) -> dict[str, Any]:
         """What decides the result."""
         return asdict(self)
-
-    def check(self) -> None:
-        """Raises InputError."""
-        check_ranges(
-            ("queries", self.queries, 1, 256),
-            ("neighbours", self.neighbours, 1, 64),
-            ("bank", self.bank, 1, 2**31),
-            ("points", self.points, 0, 100_000),
-        )
 
 
 def draw(evaluation: Evaluation, config: NeighboursConfig) -> None:

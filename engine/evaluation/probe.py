@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import nn
 
 from engine.evaluation.features import Features, accuracy, encoding, extract
@@ -24,15 +26,15 @@ from shards.index import Index
 class ProbeConfig:
     """Evaluations during training, on data.val; they never touch the training's state."""
 
-    every: Operation[int] = 0
+    every: Operation[Annotated[int, Interval(ge=0)]] = 0
     """Steps from one evaluation to the next; the last step of the run is one too. 0: never."""
-    neighbours: Operation[int] = 200
+    neighbours: Operation[Annotated[int, Interval(ge=1, le=2**31)]] = 200
     """k of kNN."""
-    temperature: Operation[float] = 0.07
+    temperature: Operation[Annotated[float, Interval(ge=1e-3, le=1e3)]] = 0.07
     """Of the neighbours' weights exp(cosine / temperature)."""
-    bank: Operation[int] = 50_000
+    bank: Operation[Annotated[int, Interval(ge=1)]] = 50_000
     """Training images to look for neighbours in, about."""
-    crop: Operation[float] = 0.875
+    crop: Operation[Annotated[float, Interval(ge=1e-3, le=1)]] = 0.875
     """Side of the central crop, as a fraction of the image's shorter side."""
     baseline: Operation[bool] = False
     """Also measure raw pixels and the untrained encoder, before the first step."""

@@ -5,9 +5,10 @@ Source: BYOL (arXiv 2006.07733), section 4.2 and appendix C.2.
 
 import hashlib
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Interval
 
 from engine.evaluation.finetune import FinetuneConfig, Labels
 from engine.evaluation.session import Evaluation
@@ -23,9 +24,9 @@ from shards.storage import files
 class SemiSupervisedConfig:
     """Which training images have labels."""
 
-    fraction: float = 0.01
+    fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.01
     """Of each class; at least one image of each."""
-    subset_seed: int = 0
+    subset_seed: Annotated[int, Interval(ge=0, lt=2**62)] = 0
     """Which ones: the same for every encoder and run."""
     files: str = ""
     """URL of a list of file names, one a line, in place of fraction: a published subset."""
@@ -48,11 +49,7 @@ class SemiSupervisedConfig:
             raise InputError(f"{place}: no list of names") from None
 
     def check(self) -> None:
-        """Raises InputError."""
-        if not 0 < self.fraction < 1:
-            raise InputError(f"--fraction must be between 0 and 1, not {self.fraction}")
-        if not 0 <= self.subset_seed < 2**62:
-            raise InputError(f"--subset-seed must be from 0 to 2**62, not {self.subset_seed}")
+        """Raise InputError when `files` is no URL."""
         files.check(self.files, "--files")
 
 

@@ -29,6 +29,7 @@ from engine.state.layout import CHECKPOINTS, EVALUATIONS, TENSORBOARD
 from shards import index as indexes
 from shards.center_crops import EvalBatch, center_crops
 from shards.errors import InputError
+from shards.fields import UnitInterval
 from shards.index import Index
 from shards.storage import files
 
@@ -46,7 +47,7 @@ class EvaluationDataConfig:
     """URL of the training shards: neighbours, or what a head learns from."""
     val: str = ""
     """URL of the shards that the figures are of."""
-    corrupt: float = 0.01
+    corrupt: UnitInterval = 0.01
     """Fraction of the images that may be undecodable (10 always may) before it stops."""
 
 
@@ -90,8 +91,6 @@ class Evaluation:
         self.report = cache(Console(markup=False, highlight=False, soft_wrap=True).print)
         self.threads = threads or share_of_cores()
         self.corrupt = data.corrupt
-        if not 0 <= data.corrupt <= 1:
-            raise InputError(f"--data.corrupt must be from 0 to 1, not {data.corrupt}")
         files.check(out, "--out")
         given = {
             name: _open_index(url, name)

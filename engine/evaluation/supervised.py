@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from annotated_types import Interval, MinLen
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -34,6 +35,8 @@ STREAMS = 64  # readers that an epoch is cut into, or as many as divide the batc
 GRACE = 25.0  # seconds from a signal to the end, in which the state is saved
 LINES = 50  # of progress
 
+LearningRates = Annotated[tuple[float, ...], Interval(ge=1e-12, le=1e9), MinLen(1)]
+
 Held = Callable[[NDArray[np.int64]], NDArray[np.bool_]]  # ids [N] -> which nobody learns from
 
 
@@ -41,30 +44,20 @@ Held = Callable[[NDArray[np.int64]], NDArray[np.bool_]]  # ids [N] -> which nobo
 class SupervisedConfig:
     """What linear evaluation and fine-tuning share; the defaults are the paper's."""
 
-    batch: int = 1024
+    batch: Annotated[int, Interval(ge=2, le=2**31)] = 1024  # a norm needs two rows
     """Images in a batch, of all processes together."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Interval(ge=1e-9, le=1)] = 0.9
     """Nesterov's."""
-    holdout: int = 10_000
+    holdout: Annotated[int, Interval(ge=1, le=2**31)] = 10_000
     """About how many training images the choice is made on; a tenth of them at most."""
-    seed: int = 0
+    seed: Annotated[int, Interval(ge=0, le=2**62)] = 0
     """Of the classifier, the order, the crops and what is held out."""
-    save_every: int = 1000
+    save_every: Annotated[int, Interval(ge=1, le=2**31)] = 1000
     """Steps from one saved state to the next; a stopped evaluation goes on from there."""
 
     def settings(self) -> dict[str, Any]:
         """What decides the result."""
         return {name: value for name, value in asdict(self).items() if name != "save_every"}
-
-    def check(self) -> None:
-        """Raises InputError."""
-        check_ranges(
-            ("batch", self.batch, 2, 2**31),  # a norm needs two rows
-            ("momentum", self.momentum, 1e-9, 1),
-            ("holdout", self.holdout, 1, 2**31),
-            ("seed", self.seed, 0, 2**62),
-            ("save-every", self.save_every, 1, 2**31),
-        )
 
 
 class Examples(NamedTuple):
@@ -256,17 +249,3 @@ def momenta(optimizer: torch.optim.SGD) -> dict[str, Tensor]:
             state["momentum_buffer"] = torch.zeros_like(parameter)
         found[str(number)] = state["momentum_buffer"]
     return found
-
-
-def check_ranges(*ranges: tuple[str, float, float, float]) -> None:
-    """Raise InputError for the first (name, value, low, high) that is out of its range."""
-    for name, value, low, high in ranges:
-        if not low <= value <= high:  # nan is in no range
-            raise InputError(f"--{name} must be from {low:g} to {high:g}, not {value}")
-
-
-def check_some(name: str, values: tuple[float, ...], low: float, high: float) -> None:
-    """Raise InputError unless there are values, all in the range."""
-    if not values:
-        raise InputError(f"--{name} needs at least one value")
-    check_ranges(*((name, value, low, high) for value in values))

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Interval
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -22,9 +24,9 @@ from shards.storage import files
 class LogConfig:
     """What is written down, and how often."""
 
-    every: Operation[int] = 10
+    every: Operation[Annotated[int, Interval(ge=1)]] = 10
     """Steps from one logged step to the next."""
-    pictures: Operation[int] = 8
+    pictures: Operation[Annotated[int, Interval(ge=1, le=1024)]] = 8
     """Images of which both views are shown in tensorboard, at the start and at evaluations."""
 
     def due(self, step: int) -> bool:

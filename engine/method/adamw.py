@@ -5,9 +5,10 @@ Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (arXiv 17
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -87,10 +88,10 @@ class AdamW(torch.optim.Optimizer):
 class AdamWConfig:
     """AdamW, for small batches and small networks."""
 
-    weight_decay: float = 1e-2
+    weight_decay: Annotated[float, Interval(ge=0, le=1e9)] = 1e-2
     """Pull of the weights towards zero; biases and norm parameters have none."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], Interval(ge=0, lt=1)] = (0.9, 0.999)
     """Shares kept of the gradient's running mean and running square."""
 
     slots: ClassVar[int] = 2  # tensors of state for each parameter

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shards.views import Column, Operation
+from shards.views import ColorOperation, Column
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB
 STD = (0.229, 0.224, 0.225)
 LUMA = (0.2989, 0.5870, 0.1140)
-OPERATIONS = tuple(operation.value for operation in Operation)  # torch 2.11 traces no Enum's loop
+# Plain numbers, because torch 2.11 traces no loop over an Enum.
+OPERATIONS = tuple(operation.value for operation in ColorOperation)
 CPU_PIXELS = 1 << 18  # of the rows that a CPU takes at once
 
 
@@ -81,10 +82,10 @@ def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
     Args:
         x: [N, 3, H, W] in [0, 1].
-        factors: [N, 4], the parameter of each `Operation`.
+        factors: [N, 4], the parameter of each `ColorOperation`.
         order: [N, 4], the operation at each position.
     """
-    delta, stretch, saturate, turns = factors.unbind(1)  # [N], as `Operation` counts them
+    delta, stretch, saturate, turns = factors.unbind(1)  # [N], as `ColorOperation` counts them
     for position in order.unbind(1):
         bright, stretched, saturated, turned = (position == number for number in OPERATIONS)
         # Every row goes the whole way; parameters that are not its turn's are neutral.

@@ -7,9 +7,10 @@ Source: BYOL (arXiv 2006.07733), "Description of BYOL" and figure 2.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from annotated_types import Interval
 from torch import Generator, Tensor, nn
 
 from engine.method.norm import BatchNorm
@@ -25,10 +26,10 @@ class BYOLConfig:
     encoder: ResNetConfig = field(default_factory=ResNetConfig)
     """The network whose features are what training is for."""
 
-    hidden: int = 4096
+    hidden: Annotated[int, Interval(ge=1, le=2**20)] = 4096
     """Width of the hidden layer of the projector and of the predictor."""
 
-    projection: int = 256
+    projection: Annotated[int, Interval(ge=1, le=2**20)] = 256
     """Size of the projections, in which the loss compares the two networks."""
 
 

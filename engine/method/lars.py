@@ -6,9 +6,10 @@ BYOL (arXiv 2006.07733), "Implementation details: Optimization".
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -122,13 +123,13 @@ def directions(
 class LARSConfig:
     """LARS; the defaults are the paper's for 1000 epochs (shorter ones decay by 1e-6)."""
 
-    momentum: float = 0.9
+    momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     """Share of the previous steps' direction that is kept."""
 
-    weight_decay: float = 1.5e-6
+    weight_decay: Annotated[float, Interval(ge=0, le=1e9)] = 1.5e-6
     """Pull of the weights towards zero; biases and norm parameters have none."""
 
-    trust_coefficient: float = 1e-3
+    trust_coefficient: Annotated[float, Interval(gt=0, le=1e9)] = 1e-3
     """Length of a weight's update before momentum, as a share of the weight's own length."""
 
     slots: ClassVar[int] = 1  # tensors of state for each parameter

@@ -8,9 +8,10 @@ Source: He et al. (arXiv 1512.03385); BYOL (arXiv 2006.07733), "Implementation d
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Generator, Tensor, nn
 
 from engine.method.norm import BatchNorm
@@ -23,7 +24,7 @@ class ResNetConfig:
     depth: Literal[10, 18, 34, 50, 101, 152, 200] = 50
     """Layers with weights: basic blocks up to 34, bottlenecks from 50 on."""
 
-    width: float = 1.0
+    width: Annotated[float, Interval(ge=1 / 64, le=64)] = 1.0
     """Factor on the channels of every layer."""
 
     stem: Literal["imagenet", "cifar"] = "imagenet"

@@ -8,23 +8,27 @@ Source: BYOL (arXiv 2006.07733), "Implementation details".
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+
+from shards.fields import UnitInterval
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """How long to train, and how fast; the defaults are the paper's 1000 epochs."""
 
-    epochs: float = 1000
+    epochs: Annotated[float, Interval(ge=1e-9, le=1e9)] = 1000
     """Passes over the data set; a fraction trains for a part of a pass."""
 
-    warmup_epochs: float = 10
+    warmup_epochs: Annotated[float, Interval(ge=0)] = 10
     """Epochs in which the learning rate rises linearly from zero."""
 
-    base_lr: float = 0.2
+    base_lr: Annotated[float, Interval(ge=0, le=1e9)] = 0.2
     """Peak learning rate at batch size 256; it is scaled in proportion to the batch."""
 
-    base_tau: float = 0.996
+    base_tau: UnitInterval = 0.996
     """Averaging rate of the target network at the first step; it rises to 1 at the last."""
 
     lr_rule: Literal["linear", "fixed"] = "linear"
@@ -35,7 +39,7 @@ class ScheduleConfig:
     """How tau goes with batch.size: not at all; or to the power of batch.size / paper_batch, so
     that the target forgets at the same rate for each image seen (arXiv 2307.13813)."""
 
-    paper_batch: int = 4096
+    paper_batch: Annotated[int, Interval(ge=1, le=2**31)] = 4096
     """The batch size that base_tau (and base_lr, when fixed) are meant for."""
 
     def total_steps(self, samples: int, batch: int) -> int:

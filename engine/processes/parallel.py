@@ -5,10 +5,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.distributed as dist
+from annotated_types import Interval
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -39,14 +40,14 @@ class ParallelConfig:
     processes; hsdp: over the processes of a group, and groups are replicas. auto: ddp unless the
     networks and the optimizer take more than half of a GPU's memory."""
 
-    shard: Operation[int] = 0
+    shard: Operation[Annotated[int, Interval(ge=0, le=2**20)]] = 0
     """hsdp: processes in a group. 0: those of one machine."""
 
     recompute: Operation[bool] = False
     """Activation checkpointing: keep only each residual block's input, and compute the block again
     in the backward. Saves memory for about a quarter more time."""
 
-    timeout: Operation[float] = 300
+    timeout: Operation[Annotated[float, Interval(ge=1, le=1e6)]] = 300
     """Seconds that a process waits for the others before it fails; half an hour before the first
     step is done."""
 

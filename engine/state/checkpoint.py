@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Interval
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -40,15 +41,15 @@ Sums = dict[str, tuple[int, int]]  # name of a file: length in bytes, CRC32
 class CheckpointConfig:
     """When the run is saved, and what it starts from."""
 
-    every: Operation[int] = 1000
+    every: Operation[Annotated[int, Interval(ge=0)]] = 1000
     """Steps between checkpoints. A process's last step is saved too; 0: only that."""
-    keep: Operation[int] = 3
+    keep: Operation[Annotated[int, Interval(ge=1)]] = 3
     """How many of the newest checkpoints stay."""
-    keep_every: Operation[int] = 0
+    keep_every: Operation[Annotated[int, Interval(ge=0)]] = 0
     """Checkpoints of steps that are multiples of this stay too. 0: none."""
     background: Operation[bool] = True
     """Train on while a checkpoint is written; the step waits only for a copy of the state."""
-    grace: Operation[float] = 25
+    grace: Operation[Annotated[float, Interval(ge=0, le=1e6)]] = 25
     """Seconds that a process has after SIGTERM, SIGINT or SIGUSR1 to end its step and save; then it
     exits at once. Keep it below what the scheduler gives, which kills after that."""
     resume: Operation[str] = ""

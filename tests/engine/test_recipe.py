@@ -16,10 +16,11 @@ from launch.command_line import parse_recipe
 from shards.errors import InputError
 from shards.fields import differences, flatten
 from shards.loader import DataConfig
-from tests.helpers.places import ROOT
+from tests.helpers.places import RECIPES, ROOT
 
 RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.py") if p.name != "__init__.py")
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+IMAGENETTE = str(RECIPES / "imagenette.py")
 QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
 
 
@@ -97,14 +98,22 @@ def test_kinds_of_fields() -> None:
         ([QUICKSTART, "--batch.size", "many"], "--batch.size"),
         ([QUICKSTART, "--batch.size"], "--batch.size"),
         ([QUICKSTART, "--precision", "fp12"], "--precision"),
-        ([QUICKSTART, "--views.view1.flip", "3"], "flip must be in [0, 1]"),
+        ([QUICKSTART, "--views.view1.flip", "3"], "views.view1.flip must be from 0 to 1, not 3"),
         ([QUICKSTART, "--views.size", "7"], "views.size must be from 8 to 16384, not 7"),
         ([QUICKSTART, "--batch.size", "0"], "batch.size must be from 2"),
         ([QUICKSTART, "--batch.micro", "100"], "batch.micro must be from 1 to 64"),
         ([QUICKSTART, "--model.encoder.width", "nan"], "model.encoder.width must be from"),
         ([QUICKSTART, "--schedule.epochs", "inf"], "schedule.epochs must be from"),
         ([QUICKSTART, "--schedule.base-tau", "2"], "schedule.base_tau must be from 0 to 1"),
-        ([QUICKSTART, "--checkpoint.every", "-1"], "checkpoint.every must be from 0"),
+        ([QUICKSTART, "--checkpoint.every", "-1"], "checkpoint.every must be at least 0, not -1"),
+        ([QUICKSTART, "--views.view2.brightness", "-1"], "views.view2.brightness must be from 0"),
+        ([QUICKSTART, "--views.view2.hue", "0.6"], "views.view2.hue must be from 0 to 0.5"),
+        ([QUICKSTART, "--views.view1.blur-sigma", "2", "1"], "blur_sigma must be two rising"),
+        ([QUICKSTART, "--views.area", "0", "1"], "views.area must be more than 0"),
+        ([QUICKSTART, "--optimizer.betas", "0.9", "1"], "optimizer.betas must be at least 0 and"),
+        ([IMAGENETTE, "--optimizer.momentum", "1"], "optimizer.momentum must be at least 0 and"),
+        ([IMAGENETTE, "--optimizer.momentum", "nan"], "optimizer.momentum must be at least 0"),
+        ([IMAGENETTE, "--optimizer.trust-coefficient", "0"], "optimizer.trust_coefficient must be"),
         ([QUICKSTART, "--threads", "100000000"], "threads must be from 1 to 1024"),
         ([QUICKSTART, "--run", ""], "run is not set"),
         ([QUICKSTART, "--data.train", ""], "data.train is not set"),

@@ -14,7 +14,8 @@ PACKAGES = ("shards", "engine", "recipes", "launch")
 # From the bottom to the top. A module may import what is on lower floors, and what is in its own
 # room; rooms on one floor know nothing of each other.
 LAYERS: list[tuple[str, ...]] = [
-    ("shards.errors", "shards.fields", "shards.philox"),
+    ("shards.errors",),
+    ("shards.fields", "shards.philox"),
     ("shards.storage",),
     ("shards",),
     ("shards.making",),

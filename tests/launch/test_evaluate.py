@@ -30,7 +30,7 @@ from shards.making import synthetic
 from shards.storage import files
 from tests.conftest import PackFiles, draw_photo
 from tests.helpers import tiny
-from tests.helpers.training import finish, open_trainer, train
+from tests.helpers.training import finish, train, training
 
 LINEAR = ["--epochs", "3", "--batch", "16", "--lr", "0.4", "0.05", "--threads", "1"]
 
@@ -198,26 +198,26 @@ def test_a_live_run_is_not_disturbed(tiny_data: DataConfig, tmp_path: Path) -> N
     """An evaluation in the middle of training; the run's log has both in the end."""
     url, calm = str(tmp_path / "run"), str(tmp_path / "calm")
     train(tiny.recipe(tiny_data, calm))
-    trainer = open_trainer(tiny.recipe(tiny_data, url))
-    step = trainer.train_step
     statuses: list[int] = []
+    with training(tiny.recipe(tiny_data, url)) as trainer:
+        step = trainer.train_step
 
-    def step_and_evaluate(batch: Any) -> Any:
-        if trainer.step == 10:  # step 8 is saved by now, or soon
-            until = time.monotonic() + 60
-            while not files.list_names(f"{url}/checkpoints/step_00000008"):
-                assert time.monotonic() < until
-                time.sleep(0.05)
-            time.sleep(1)
-            knn = ["knn", url, "--checkpoint", "8", "--k", "5", "--threads", "1"]
-            other = threading.Thread(target=lambda: statuses.append(evaluate.main(knn)))
-            other.start()
-            other.join()
-            assert not lease.is_free(url)
-        return step(batch)
+        def step_and_evaluate(batch: Any) -> Any:
+            if trainer.step == 10:  # step 8 is saved by now, or soon
+                until = time.monotonic() + 60
+                while not files.list_names(f"{url}/checkpoints/step_00000008"):
+                    assert time.monotonic() < until
+                    time.sleep(0.05)
+                time.sleep(1)
+                knn = ["knn", url, "--checkpoint", "8", "--k", "5", "--threads", "1"]
+                other = threading.Thread(target=lambda: statuses.append(evaluate.main(knn)))
+                other.start()
+                other.join()
+                assert not lease.is_free(url)
+            return step(batch)
 
-    trainer.train_step = step_and_evaluate  # type: ignore[method-assign]
-    assert finish(trainer)
+        trainer.train_step = step_and_evaluate  # type: ignore[method-assign]
+        assert finish(trainer)
     assert statuses == [0]
     found, expected = journal.read(url), journal.read(calm)
     assert found[7].pop("knn_k5_t0.07_top1") >= 0
@@ -349,7 +349,10 @@ def test_on_a_bucket(run: str, s3: str, tmp_path: Path, tiny_data: DataConfig) -
         (["knn", "FILE", "--network", "target"], "target"),
         (["finetune", "RUN", "--network", "pixels"], "nothing to fine-tune"),
         (["finetune", "RUN", "--precision", "fp16"], "fp16 is not supported"),
-        (["semi-supervised", "RUN", "--fraction", "2"], "--fraction must be between 0 and 1"),
+        (
+            ["semi-supervised", "RUN", "--fraction", "2"],
+            "--fraction must be more than 0 and less than 1",
+        ),
         (["semi-supervised", "RUN", "--files", "RUN/none"], "no such file"),
         (["linear", "RUN", "--epoch", "3"], "--epoch"),
         (["quadratic", "RUN"], "PROTOCOL is one of linear, knn"),

@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from shards.errors import InputError
+from shards.fields import check_bounds
 from shards.views import Column, ViewConfig, ViewDraws, ViewsConfig, crop_box, draw_views
 from tests.helpers.places import GOLDEN
 
@@ -159,14 +161,17 @@ def test_box_lies_inside_the_image(
 
 
 def test_impossible_settings_are_refused() -> None:
-    with pytest.raises(ValueError, match="blur must be in"):
-        ViewConfig(blur=1.1, solarize=0)
-    with pytest.raises(ValueError, match="blur_sigma"):
-        ViewConfig(blur=1, solarize=0, blur_sigma=(0, 1))
-    with pytest.raises(ValueError, match="area"):
-        ViewsConfig(area=(0.5, 0.1))
-    with pytest.raises(ValueError, match="ratio"):
-        ViewsConfig(ratio=(0, 1))
+    for config, text in (
+        (ViewConfig(blur=1.1, solarize=0), "blur must be from 0 to 1, not 1.1"),
+        (ViewConfig(blur=1, solarize=math.nan), "solarize must be from 0 to 1, not nan"),
+        (ViewConfig(blur=1, solarize=0, blur_sigma=(0, 1)), "blur_sigma must be more than 0"),
+        (ViewsConfig(area=(0.5, 0.1)), "area must be two rising numbers"),
+        (ViewsConfig(area=(0.5, 1.1)), "area must be at most 1"),
+        (ViewsConfig(ratio=(0, 1)), "ratio must be more than 0"),
+        (ViewsConfig(view2=ViewConfig(blur=0, solarize=2)), "view2.solarize must be"),
+    ):
+        with pytest.raises(InputError, match=f"^{text}"):
+            check_bounds(config)
     with pytest.raises(ValueError, match="size"):
         ViewsConfig(size=0)
 

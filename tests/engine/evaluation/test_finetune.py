@@ -35,6 +35,7 @@ def run(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run's directory with one checkpoint, of weights as they were drawn."""
     url = str(tmp_path_factory.mktemp("finetune") / "run")
     trainer = open_trainer(tiny.recipe(tiny_data, url, probe=tiny.NO_PROBE, precision="fp64"))
+    trainer.run.write_recipe()
     digest = trainer.data.train.digest
     method = method_fields(trainer.recipe)
     checkpoint.save(url, 3, trainer.state(), method, digest, trainer.world)
