@@ -18,13 +18,13 @@ from shards.fields import differences, flatten
 from shards.loader import DataConfig
 from tests.helpers.places import RECIPES, ROOT
 
-RECIPES = sorted(p for p in (ROOT / "recipes").glob("*.py") if p.name != "__init__.py")
+ALL = sorted(path for path in RECIPES.glob("*.py") if path.name != "__init__.py")
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 IMAGENETTE = str(RECIPES / "imagenette.py")
-QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
+QUICKSTART = str(RECIPES / "quickstart.py")
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_every_recipe_is_whole_and_says_what_it_is(path: Path) -> None:
     load(str(path)).check()
     for entry in ("Paper", "Data", "Time", "Expected"):
