@@ -6,7 +6,6 @@ a second thread or process would see half a shard.
 """
 
 import contextlib
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from threading import Lock
 
 import numpy as np
 
+from shards.digest import digest
 from shards.errors import InputError
 from shards.index import Index
 from shards.storage import files
@@ -42,7 +42,7 @@ class ShardCache:
         # Another data set, or this one packed anew, has another folder.
         facts = json.dumps([index.url, index.digest, index.plan])
         root = Path(files.open_filesystem(folder)[1])
-        self._folder = root / hashlib.sha256(facts.encode()).hexdigest()[:16]
+        self._folder = root / digest(facts)
         self._full = False
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

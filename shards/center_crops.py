@@ -1,7 +1,8 @@
 """Images for measuring: every sample once, in file order, one central crop each."""
 
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torchdata.nodes import IterableWrapper, ParallelMapper
 from shards.decode import DecodeError, center_box, crop_resize
 from shards.errors import InputError
 from shards.index import Index
-from shards.reader import BlockReader, Faults, Fetches, StreamReader
+from shards.reader import BlockReader, Faults, read_blocks
 from shards.storage import files
 from shards.tar import Block
 
@@ -35,48 +36,74 @@ class _Chunk(NamedTuple):
     rows: list[int]
 
 
-def center_crops(
-    index: Index,
-    *,
-    size: int,
-    fraction: float,
-    threads: int,
-    corrupt: float,
-    report: Callable[[str], None],
-    limit: int | None = None,
-    ids: NDArray[np.int64] | None = None,
-    part: tuple[int, int] = (0, 1),
-) -> Generator[EvalBatch, None, None]:
-    """The central square of `fraction` of each image's shorter side, at `size` pixels.
+@dataclass(frozen=True)
+class CropReader:
+    """Reads data sets for measuring: of each image its central square, at one size.
 
-    With a `limit`, of evenly spaced blocks that hold about that many samples; with `ids` [n], in
-    rising order, of these samples only. Of all blocks every n-th from the i-th on, where `part` is
-    (i, n): what one of n processes measures. There is at least one batch, perhaps an empty one.
-    Undecodable samples are left out and reported. Raises InputError when they are more than the
-    fraction `corrupt` (and more than 10).
+    Undecodable samples are left out and reported.
     """
-    reader = BlockReader(index, report=report)
-    faults = Faults(index.samples, corrupt, report)
-    ahead = LOCAL_AHEAD if files.is_local(index.url) else REMOTE_AHEAD
 
-    def plan() -> Iterator[_Chunk | InputError]:
-        places = _places(index, limit, ids)[part[0] :: part[1]]
-        with ThreadPoolExecutor(ahead, thread_name_prefix="fetch") as pool:
-            blocks = StreamReader(iter(places), Fetches(reader, pool), ahead)
-            try:
-                for shard, number in places:
-                    block = blocks.get(shard, number)
-                    first_id = index.first_id(shard, number)
-                    rows = list(range(len(block)))
-                    if ids is not None:
-                        first, last = np.searchsorted(ids, (first_id, first_id + len(block)))
-                        rows = (ids[first:last] - first_id).tolist()
-                    for start in range(0, len(rows), CHUNK):
-                        yield _Chunk(block, first_id, rows[start : start + CHUNK])
-            except InputError as error:
-                yield error
+    size: int
+    """Side of a crop, in pixels."""
+    fraction: float
+    """Side of the square, as a fraction of the image's shorter side."""
+    threads: int
+    corrupt: float
+    """Fraction of the samples that may be undecodable; 10 always may."""
+    report: Callable[[str], None]
+    part: tuple[int, int] = (0, 1)
+    """(i, n): of all blocks every n-th from the i-th on, what one of n processes measures."""
 
-    def load(chunk: _Chunk | InputError) -> EvalBatch | InputError:
+    def read(
+        self, index: Index, *, limit: int | None = None, ids: NDArray[np.int64] | None = None
+    ) -> Generator[EvalBatch, None, None]:
+        """Crops in file order, in at least one batch, perhaps an empty one.
+
+        Raises InputError when too many samples are undecodable.
+
+        Args:
+            limit: Read evenly spaced blocks only that hold about that many samples.
+            ids: [n], rising: read these samples only.
+        """
+        reader = BlockReader(index, report=self.report)
+        faults = Faults(index.samples, self.corrupt, self.report)
+        decoded = ParallelMapper(
+            IterableWrapper(self._plan(reader, limit, ids)),
+            partial(self._load, reader, faults),
+            num_workers=self.threads,
+            method="thread",
+            snapshot_frequency=0,
+        )
+        empty = True
+        for batch in decoded:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+            empty = False
+        if empty:
+            yield self._batch([], [], [])
+
+    def _plan(
+        self, reader: BlockReader, limit: int | None, ids: NDArray[np.int64] | None
+    ) -> Iterator[_Chunk | InputError]:
+        index, (first_part, parts) = reader.index, self.part
+        ahead = LOCAL_AHEAD if files.is_local(index.url) else REMOTE_AHEAD
+        places = _places(index, limit, ids)[first_part::parts]
+        try:
+            for (shard, number), block in read_blocks(reader, places, ahead):
+                first_id = index.first_id(shard, number)
+                rows = list(range(len(block)))
+                if ids is not None:
+                    first, last = np.searchsorted(ids, (first_id, first_id + len(block)))
+                    rows = (ids[first:last] - first_id).tolist()
+                for start in range(0, len(rows), CHUNK):
+                    yield _Chunk(block, first_id, rows[start : start + CHUNK])
+        except InputError as error:
+            yield error
+
+    def _load(
+        self, reader: BlockReader, faults: Faults, chunk: _Chunk | InputError
+    ) -> EvalBatch | InputError:
         if isinstance(chunk, InputError):
             return chunk
         images, labels, found = [], [], []
@@ -87,27 +114,18 @@ def center_crops(
                 except DecodeError as error:
                     reader.record(faults, chunk.block, chunk.first_id, row, error)
                     continue
-                box = center_box(image.shape[1], image.shape[2], fraction)
-                images.append(crop_resize(image, box, size))
+                box = center_box(image.shape[1], image.shape[2], self.fraction)
+                images.append(crop_resize(image, box, self.size))
                 labels.append(chunk.block.label(row))
                 found.append(chunk.first_id + row)
         except InputError as error:
             return error
-        stacked = torch.stack(images) if images else torch.empty((0, 3, size, size)).byte()
-        return EvalBatch(stacked, *(torch.tensor(x, dtype=torch.int64) for x in (labels, found)))
+        return self._batch(images, labels, found)
 
-    decoded = ParallelMapper(
-        IterableWrapper(plan()), load, num_workers=threads, method="thread", snapshot_frequency=0
-    )
-    empty = True
-    for batch in decoded:
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
-        empty = False
-    if empty:
-        nothing = torch.empty(0, dtype=torch.int64)
-        yield EvalBatch(torch.empty((0, 3, size, size)).byte(), nothing, nothing)
+    def _batch(self, images: list[Tensor], labels: list[int], ids: list[int]) -> EvalBatch:
+        nothing = torch.empty((0, 3, self.size, self.size), dtype=torch.uint8)
+        stacked = torch.stack(images) if images else nothing
+        return EvalBatch(stacked, *(torch.tensor(x, dtype=torch.int64) for x in (labels, ids)))
 
 
 def _places(

@@ -6,7 +6,6 @@ read when the shard is first needed; their checksums are part of the index's dig
 """
 
 import gc
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.digest import digest
 from shards.errors import InputError
 from shards.storage import files, names
 
@@ -75,7 +75,7 @@ class Index:
         """SHA-256 of all that decides which bytes a sample id stands for, 16 hex digits."""
         facts = [[s.name, s.samples, s.bytes, s.checksum] for s in self.shards]
         text = json.dumps([VERSION, facts, self.classes], separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest(text)
 
     def shard_url(self, shard: int) -> str:
         return files.join(self.url, self.shards[shard].name)
@@ -150,7 +150,7 @@ def _read_sidecar(url: str, shards: list[Shard], shard: int) -> Blocks:
 
 
 def checksum(blocks: Blocks) -> str:
-    return hashlib.sha256(blocks.astype("<i8").tobytes()).hexdigest()[:16]
+    return digest(blocks.astype("<i8").tobytes())
 
 
 def read_document(url: str) -> Any:

@@ -3,7 +3,7 @@
 import threading
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from weakref import WeakValueDictionary
 
@@ -207,3 +207,16 @@ class Fetches:
             future = self._pool.submit(self._reader.fetch, shard, block)
             self._known[shard, block] = future
         return future
+
+
+def read_blocks(
+    reader: BlockReader, places: Sequence[tuple[int, int]], ahead: int
+) -> Iterator[tuple[tuple[int, int], Block]]:
+    """Each of `places`, (shard, block), with its block, in that order; `ahead` are under way.
+
+    Raises InputError as `BlockReader.fetch`.
+    """
+    with ThreadPoolExecutor(ahead, thread_name_prefix="fetch") as pool:
+        blocks = StreamReader(iter(places), Fetches(reader, pool), ahead)
+        for place in places:
+            yield place, blocks.get(*place)

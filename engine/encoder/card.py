@@ -1,6 +1,5 @@
 """An export: files of an encoder, each proved equal to it, and a card that says what they are."""
 
-import hashlib
 import json
 from collections.abc import Callable
 from functools import cache
@@ -16,7 +15,8 @@ from engine.encoder.torchvision_twin import recipe_lines
 from engine.log import journal
 from engine.method.augment import MEAN, STD, normalize
 from engine.method.resnet import ResNet
-from shards.center_crops import center_crops
+from shards.center_crops import CropReader
+from shards.digest import digest
 from shards.errors import InputError
 from shards.index import Index
 from shards.storage import files
@@ -31,16 +31,8 @@ def sample_images(source: Source, val: Index | None, report: Callable[[str], Non
     shape = (IMAGES, 3, source.size, source.size)
     images = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)]
     if val is not None:
-        crops = center_crops(
-            val,
-            size=source.size,
-            fraction=source.crop,
-            threads=1,
-            corrupt=1,
-            report=report,
-            limit=IMAGES,
-        )
-        images += [batch.images[:IMAGES] for batch in crops][:1]
+        crops = CropReader(source.size, source.crop, threads=1, corrupt=1, report=report)
+        images += [batch.images[:IMAGES] for batch in crops.read(val, limit=IMAGES)][:1]
     return normalize(torch.cat(images).float() / 255)
 
 
@@ -85,7 +77,7 @@ def write(
         written[FILES[name]] = {
             "format": name,
             "bytes": len(content),
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": digest(content, 64),
             "largest_difference": difference,
         }
         say(f"{files.redact(url)}  {len(content) / 1e6:.1f} MB, equal within {difference:.0e}")

@@ -1,6 +1,5 @@
 """An encoder to measure or to export: from a run, one of its checkpoints, or a file others made."""
 
-import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from engine.method.resnet import ResNet, ResNetConfig, initialise
 from engine.processes.world import World
 from engine.state import checkpoint, layout
 from engine.state.checkpoint import Commit
+from shards.digest import digest
 from shards.errors import InputError
 from shards.fields import as_flag, check_bounds
 from shards.storage import files, names
@@ -245,4 +245,4 @@ def _foreign(url: str, config: EncoderConfig) -> tuple[Source, Network]:
 
 
 def _digest(facts: object) -> str:
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    return digest(repr(facts))

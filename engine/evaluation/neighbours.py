@@ -1,22 +1,20 @@
 """Look at an encoder: images beside their nearest neighbours, and tensorboard's projector."""
 
-import io
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from annotated_types import Interval
 from numpy.typing import NDArray
-from PIL import Image as PillowImage
 from torch import Tensor
 
 from engine.evaluation.features import Features
 from engine.evaluation.knn import nearest
 from engine.evaluation.session import Evaluation
 from engine.state.layout import EVALUATIONS, TENSORBOARD
-from shards.center_crops import center_crops
 from shards.index import Index
+from shards.png import encode_png
 from shards.storage import files
 
 SHEET = "neighbours.png"
@@ -73,7 +71,7 @@ def draw(evaluation: Evaluation, config: NeighboursConfig) -> None:
         rows.append(np.concatenate(row, axis=1))
     sheet = np.concatenate(rows)
     url = files.join(evaluation.url, SHEET)
-    files.write(url, _png(sheet))
+    files.write(url, encode_png(sheet))
     events = evaluation.events()
     events.picture("neighbours", sheet, evaluation.source.step or 0)
     events.flush()
@@ -99,15 +97,7 @@ def _images(
     evaluation: Evaluation, index: Index, ids: NDArray[np.int64], side: int = SIDE
 ) -> dict[int, NDArray[np.uint8]]:
     """Central crops [side, side, 3] by sample id."""
-    crops = center_crops(
-        index,
-        size=side,
-        fraction=evaluation.source.crop,
-        threads=evaluation.threads,
-        corrupt=evaluation.corrupt,
-        report=evaluation.report,
-        ids=np.unique(ids),
-    )
+    crops = replace(evaluation.crops, size=side, part=(0, 1)).read(index, ids=np.unique(ids))
     return {
         number: image.permute(1, 2, 0).numpy()
         for batch in crops
@@ -122,12 +112,6 @@ def _framed(image: NDArray[np.uint8], colour: tuple[int, int, int]) -> NDArray[n
     framed[BORDER:-BORDER, BORDER:-BORDER] = colour
     framed[2 * BORDER : -2 * BORDER, 2 * BORDER : -2 * BORDER] = image
     return framed
-
-
-def _png(pixels: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    PillowImage.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _write_projector(evaluation: Evaluation, found: Features) -> None:
@@ -163,7 +147,7 @@ def _write_projector(evaluation: Evaluation, found: Features) -> None:
     for name, content in (
         ("features.bytes", _bytes(found.features)),
         ("labels.tsv", "\n".join(["id\tclass", *names]).encode()),
-        ("sprite.png", _png(sprite)),
+        ("sprite.png", encode_png(sprite)),
         ("projector_config.pbtxt", settings.encode()),
     ):
         files.write(files.join(folder, name), content)

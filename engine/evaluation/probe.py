@@ -17,7 +17,7 @@ from engine.method.local_shards import whole
 from engine.method.precision import Precision, parameter_dtype
 from engine.method.resnet import ResNet, ResNetConfig
 from engine.processes.world import World
-from shards.center_crops import center_crops
+from shards.center_crops import CropReader
 from shards.fields import Operation
 from shards.index import Index
 
@@ -73,8 +73,9 @@ class Probe:
     ) -> None:
         """`size`: side of the network's input in pixels; `report` takes warnings about the data."""
         self.config, self.online, self.train, self.val = config, online, train, val
-        self.world, self.size, self.precision = world, size, precision
-        self.threads, self.corrupt, self.report = threads, corrupt, report
+        self.world, self.precision = world, precision
+        part = world.rank, world.size
+        self.crops = CropReader(size, config.crop, threads, corrupt, report, part)
         self.encoder = ResNet(encoder, VIEWS).to(world.device, parameter_dtype(precision)).eval()
 
     def evaluate(self, leave: Callable[[], bool] = lambda: False) -> dict[str, float]:
@@ -116,16 +117,7 @@ class Probe:
             self._take_weights()
         network = nn.Flatten() if pixels else self.encoder
         encode = encoding(network, self.precision, self.world.device)
-        crops = center_crops(
-            index,
-            size=self.size,
-            fraction=self.config.crop,
-            threads=self.threads,
-            corrupt=self.corrupt,
-            report=self.report,
-            limit=limit,
-            part=(self.world.rank, self.world.size),
-        )
+        crops = self.crops.read(index, limit=limit)
         found = extract(encode, crops, self.world.device, leave=leave)
         if self.world.all_reduce(torch.tensor(int(leave()))) > 0:
             raise Stopped

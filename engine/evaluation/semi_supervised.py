@@ -3,7 +3,6 @@
 Source: BYOL (arXiv 2006.07733), section 4.2 and appendix C.2.
 """
 
-import hashlib
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from engine.evaluation.finetune import FinetuneConfig, Labels
 from engine.evaluation.session import Evaluation
 from engine.evaluation.supervised import check_held_out, hold_out, nothing
 from shards import index as indexes
+from shards.digest import digest
 from shards.errors import InputError
 from shards.index import Index
 from shards.making import subset
@@ -35,8 +35,8 @@ class SemiSupervisedConfig:
         """What decides the result. Raises InputError when the list can't be read."""
         if not self.files:
             return asdict(self)
-        digest = hashlib.sha256("\n".join(self.names()).encode()).hexdigest()[:16]
-        return asdict(self) | {"files": digest}  # the list may change
+        names = digest("\n".join(self.names()))
+        return asdict(self) | {"files": names}  # the list may change
 
     def names(self) -> list[str]:
         """The lines of the list. Raises InputError when it can't be read."""

@@ -1,8 +1,7 @@
 """What all evaluations of an encoder share: its data, its features, and where results go."""
 
-import hashlib
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -27,7 +26,8 @@ from engine.processes.world import World, share_of_cores
 from engine.state import lease
 from engine.state.layout import CHECKPOINTS, EVALUATIONS, TENSORBOARD
 from shards import index as indexes
-from shards.center_crops import EvalBatch, center_crops
+from shards.center_crops import CropReader, EvalBatch
+from shards.digest import digest
 from shards.errors import InputError
 from shards.fields import UnitInterval
 from shards.index import Index
@@ -103,6 +103,14 @@ class Evaluation:
         )
         if labels:
             check_classes(self.train, self.val)
+        self.crops = CropReader(
+            self.source.size,
+            self.source.crop,
+            self.threads,
+            data.corrupt,
+            self.report,
+            part=(world.rank, world.size),
+        )
         self.encode = encoding(self.network, self.source.precision, world.device)
         self.settings = settings
         self.run = "" if out else self.source.run  # that the results are added to
@@ -123,12 +131,14 @@ class Evaluation:
         limit: int | None = None,
         unlabelled: bool = False,
     ) -> Features:
-        """Features of central crops, of the blocks that are this process's; see `center_crops`.
+        """Features of central crops, of the blocks that are this process's; see `CropReader`.
 
         `encode`: another function than the encoder's.
         """
         count = index.samples if ids is None else len(ids)
-        shown = self._watched(self._crops(index, ids, limit), min(count, limit or count))
+        shown = self._watched(
+            self.crops.read(index, ids=ids, limit=limit), min(count, limit or count)
+        )
         return extract(encode or self.encode, shown, self.world.device, unlabelled=unlabelled)
 
     def check_labels(
@@ -143,28 +153,13 @@ class Evaluation:
             images: Which they are, for the message: "of data.val".
             use: What they are for: "measured on it".
         """
-        with closing(self._crops(index, ids)) as crops:
+        with closing(self.crops.read(index, ids=ids)) as crops:
             found = any(bool((batch.labels >= 0).any()) for batch in crops)
         if not self.world.all_reduce(torch.tensor(int(found))):
             raise InputError(
                 f"no image {images} has a label and can be decoded, so that nothing could be "
                 f"{use}: label more images"
             )
-
-    def _crops(
-        self, index: Index, ids: NDArray[np.int64] | None, limit: int | None = None
-    ) -> Generator[EvalBatch, None, None]:
-        return center_crops(
-            index,
-            size=self.source.size,
-            fraction=self.source.crop,
-            threads=self.threads,
-            corrupt=self.corrupt,
-            report=self.report,
-            limit=limit,
-            ids=ids,
-            part=(self.world.rank, self.world.size),
-        )
 
     def _watched(self, batches: Iterable[EvalBatch], total: int) -> Iterator[EvalBatch]:
         """With a progress bar, where there is a terminal, as if all processes went alike."""
@@ -254,8 +249,8 @@ class Evaluation:
             stem = f"step_{source.step:08d}"
         facts = [source.digest, source.size, source.crop, source.precision]
         facts += [self.train.digest, self.val.digest, sorted(self.settings.items())]
-        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
-        return files.join(self.home, stem, f"{self.protocol}-{source.network}-{digest}")
+        facts_digest = digest(json.dumps(facts), 8)
+        return files.join(self.home, stem, f"{self.protocol}-{source.network}-{facts_digest}")
 
     def _write(self, result: Result) -> None:
         source = self.source

@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from engine.log.journal import pause
+from shards.png import encode_png
 from shards.storage import files
 
 TENSORBOARD = "tensorboard"
@@ -87,14 +87,12 @@ class EventLog:
 
     def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
         """Note an RGB picture [H, W, 3]."""
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
         height, width, channels = pixels.shape
         image = Summary.Image(
             height=height,
             width=width,
             colorspace=channels,
-            encoded_image_string=buffer.getvalue(),
+            encoded_image_string=encode_png(pixels),
         )
         self._note([Summary.Value(tag=name, image=image)], step, unrepeatable=True)
 

@@ -1,6 +1,5 @@
 """What torch.compile made, kept beside the run for the next start."""
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -10,6 +9,7 @@ import torch
 from torch.compiler._cache import CacheArtifactManager
 
 from engine.processes.world import World
+from shards.digest import digest
 from shards.storage import files
 
 _KEY = r"[\w:-][\w.:-]*"
@@ -32,7 +32,7 @@ class Artefacts:
         facts = [method, torch.__version__, torch.version.cuda, world.size, strategy]
         facts += [recompute, _machine(world.device)]
         text = json.dumps(facts, sort_keys=True)
-        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        key = digest(text)
         self._url = files.join(folder, f"{key}.bin")
         self._digest_url = files.join(folder, f"{key}.sha256")
         self._main = world.main
@@ -48,7 +48,7 @@ class Artefacts:
         except (OSError, UnicodeDecodeError) as error:
             report(f"compile: {files.redact(self._url)} could not be read: {error}")
             return
-        if hashlib.sha256(content).hexdigest() != expected or not _stays_inside(content):
+        if digest(content, 64) != expected or not _stays_inside(content):
             report(f"compile: {files.redact(self._url)} is damaged; compiling again")
             return
         try:
@@ -67,7 +67,7 @@ class Artefacts:
         content = found[0]
         try:
             files.write(self._url, content)
-            files.write(self._digest_url, hashlib.sha256(content).hexdigest().encode())
+            files.write(self._digest_url, digest(content, 64).encode())
         except OSError as error:  # the run goes on without
             report(f"compile: artefacts could not be kept: {error}")
 

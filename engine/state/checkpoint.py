@@ -7,7 +7,6 @@ and the one before it is taken.
 All processes of a run call these functions together (but `prune`), each with its own `world`.
 """
 
-import hashlib
 import itertools
 import json
 import re
@@ -27,6 +26,7 @@ from engine.processes.world import World
 from engine.state import dcp_metadata
 from engine.state.dcp_files import Reader, Writer, verify_file
 from engine.state.layout import CHECKPOINTS
+from shards.digest import digest
 from shards.errors import InputError
 from shards.fields import Operation
 from shards.storage import files, names
@@ -214,7 +214,7 @@ def _read_commit(url: str) -> Commit:
 def _digest(document: dict[str, Any]) -> str:
     """SHA-256 of all that a commit says but this, 16 hex digits."""
     facts = {name: value for name, value in document.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(json.dumps(facts, sort_keys=True))
 
 
 def prune(

@@ -10,7 +10,6 @@ number is the sample's id.
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import re
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from webdataset.writer import TarWriter
 
 from shards import index
+from shards.digest import digest
 from shards.errors import InputError
 from shards.index import Blocks, Index, Shard
 from shards.philox import Domain, permutation
@@ -134,7 +134,7 @@ class Plan:
     def digest(self) -> str:
         """SHA-256 of all that decides the shards' bytes (16 hex digits), but for the pixels."""
         facts = [index.BLOCK_BYTES, self.images, self.cuts, self.classes]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        return digest(json.dumps(facts))
 
     @property
     def image_bytes(self) -> int:
@@ -291,8 +291,8 @@ def _build(
             if len(content) != image.size:
                 raise InputError(f"SOURCE {image.path}: has changed meanwhile; run it again")
             stem, _, extension = image.path.rpartition("/")[2].rpartition(".")
-            name = re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:STEM_LENGTH]
-            fields: dict[str, Any] = {"__key__": f"{first_id + number:08d}_{name}"}
+            key = f"{first_id + number:08d}_{plain_stem(stem)}"
+            fields: dict[str, Any] = {"__key__": key}
             fields[extension.lower()] = content
             if image.label >= 0:
                 fields["cls"] = str(image.label).encode()
@@ -322,3 +322,8 @@ def in_threads(call: Callable[[_T], _R], items: Iterable[_T], threads: int) -> l
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def plain_stem(stem: str) -> str:
+    """A file name without its extension, as it stands in a sample's key."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:STEM_LENGTH]

@@ -7,7 +7,6 @@ new shards once, so that learning from 1% of them does not read the other 99% at
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +14,9 @@ from numpy.typing import NDArray
 
 from shards.errors import InputError
 from shards.index import Index
-from shards.making.pack import STEM_LENGTH, Image, ImageSet, plan_shards, write_shards
+from shards.making.pack import Image, ImageSet, plain_stem, plan_shards, write_shards
 from shards.philox import Domain, permutation
-from shards.reader import BlockReader, Fetches, StreamReader
+from shards.reader import BlockReader, read_blocks
 from shards.storage import files
 from shards.tar import Block
 
@@ -60,15 +59,13 @@ def find_places(index: Index, part: tuple[int, int], report: Callable[[str], Non
     places = places[part[0] :: part[1]]
     reader = BlockReader(index, report=report)
     found: list[tuple[int, int, int, int, int, str]] = []
-    with ThreadPoolExecutor(AHEAD, thread_name_prefix="fetch") as pool:
-        blocks = StreamReader(iter(places), Fetches(reader, pool), AHEAD)
-        for shard, number in places:
-            block, first_id = blocks.get(shard, number), index.first_id(shard, number)
-            offset = index.block_range(shard, number)[0]
-            found += (
-                (first_id + row, block.label(row), shard, offset + start, size, name)
-                for row, (start, size, name) in enumerate(_images(block))
-            )
+    for (shard, number), block in read_blocks(reader, places, AHEAD):
+        first_id = index.first_id(shard, number)
+        offset = index.block_range(shard, number)[0]
+        found += (
+            (first_id + row, block.label(row), shard, offset + start, size, name)
+            for row, (start, size, name) in enumerate(_images(block))
+        )
     numbers = np.array([entry[:5] for entry in found], np.int64).reshape(-1, 5)
     return Places(numbers[:, 0], numbers[:, 1], numbers[:, 2:], [entry[5] for entry in found])
 
@@ -125,7 +122,7 @@ def listed(places: Places, classes: list[str], wanted: list[str], list_name: str
 def _stem(path: str) -> str:
     """A file's name as packing writes it, without its number."""
     name = re.sub(r"^\d{8}_", "", path.rpartition("/")[2])
-    return re.sub(r"[^A-Za-z0-9_-]", "_", name.rpartition(".")[0] or name)[:STEM_LENGTH]
+    return plain_stem(name.rpartition(".")[0] or name)
 
 
 def write(index: Index, places: Places, url: str, threads: int) -> None:

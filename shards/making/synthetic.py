@@ -4,16 +4,14 @@ Eight grey textures that differ in structure, each at a random angle, phase, sca
 brightness and noise: pixels tell little about the class, what BYOL learns tells more.
 """
 
-import io
-
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image as PillowImage
 
 from shards.index import Index
 from shards.making import pack
 from shards.philox import Domain, uniform
 from shards.philox import draw as draw_words
+from shards.png import encode_png
 
 CLASSES = ("stripes", "checks", "grid", "rings", "waves", "zigzag", "dots", "noise")
 
@@ -46,9 +44,7 @@ def write(url: str, samples: int, size: int, seed: int) -> Index:
     entries = []
     for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
         path = f"{CLASSES[label]}/{CLASSES[label]}{i}.png"
-        buffer = io.BytesIO()
-        PillowImage.fromarray(image[..., 0]).save(buffer, "PNG")
-        contents[path] = buffer.getvalue()
+        contents[path] = encode_png(image[..., 0])
         entries.append(pack.Image(path, len(contents[path]), label))
     images_set = pack.ImageSet("", entries, list(CLASSES))
     plan = pack.plan_shards(images_set, _SHARD_BYTES, seed)

@@ -18,7 +18,7 @@ from PIL import Image as PillowImage
 from torch import Tensor
 
 from shards import index as index_module
-from shards.center_crops import center_crops
+from shards.center_crops import CropReader
 from shards.decode import center_box, crop_resize, decode
 from shards.errors import InputError
 from shards.index import Index
@@ -334,9 +334,8 @@ def test_images_of_other_modes(pack_files: PackFiles, tmp_path: Path, mode: str)
 
 def test_evaluation_sees_every_sample_once(packed: Index) -> None:
     reference = Reference(Order(packed, SEED, 1, 1))
-    batches = list(
-        center_crops(packed, size=20, fraction=0.875, threads=2, corrupt=0.01, report=ignore)
-    )
+    crops = CropReader(size=20, fraction=0.875, threads=2, corrupt=0.01, report=ignore)
+    batches = list(crops.read(packed))
     images = torch.cat([batch.images for batch in batches])
     assert images.shape == (90, 3, 20, 20)
     assert torch.cat([batch.labels for batch in batches]).tolist() == reference.labels
@@ -352,9 +351,8 @@ def test_evaluation_sees_every_sample_once(packed: Index) -> None:
 
 
 def test_evaluation_of_a_part(packed: Index) -> None:
-    some = list(
-        center_crops(packed, size=8, fraction=1.0, threads=1, corrupt=0.01, report=ignore, limit=30)
-    )
+    crops = CropReader(size=8, fraction=1.0, threads=1, corrupt=0.01, report=ignore)
+    some = list(crops.read(packed, limit=30))
     count = sum(len(batch.labels) for batch in some)
     assert 20 <= count <= 40
 
@@ -365,12 +363,12 @@ def test_evaluation_leaves_bad_samples_out(
     found = pack_files(str(tmp_path / "bad"), spoil(photos, *BAD))
     messages: list[str] = []
     options = {"size": 8, "fraction": 1.0, "threads": 2, "corrupt": 0.01}
-    batches = list(center_crops(found, report=messages.append, **options))  # type: ignore[arg-type]
+    batches = list(CropReader(report=messages.append, **options).read(found))  # type: ignore[arg-type]
     assert sum(len(batch.images) for batch in batches) == 87
     assert len(messages) == 3
     Path(found.shard_url(1)).unlink()
     with pytest.raises(InputError, match=r"shard-000001\.tar: the shard is missing"):
-        list(center_crops(found, report=ignore, **options))  # type: ignore[arg-type]
+        list(CropReader(report=ignore, **options).read(found))  # type: ignore[arg-type]
 
 
 def test_memory_is_stated(packed: Index, pack_files: PackFiles, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shards import index
-from shards.center_crops import center_crops
+from shards.center_crops import CropReader
 from shards.index import Index
 from shards.making import synthetic
 from shards.reader import BlockReader
@@ -73,7 +73,7 @@ def test_sets_without_crcs_are_read_as_before(data: Index) -> None:
 def test_evaluation_of_given_samples(packed: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     """They, and no block without one of them, are read."""
     options = {"size": 8, "fraction": 1.0, "threads": 2, "corrupt": 0.01}
-    whole = list(center_crops(packed, report=print, **options))  # type: ignore[arg-type]
+    whole = list(CropReader(report=print, **options).read(packed))  # type: ignore[arg-type]
     images = torch.cat([batch.images for batch in whole])
     ids = np.array([0, 3, 4, 50, 89])
     fetched = []
@@ -84,7 +84,7 @@ def test_evaluation_of_given_samples(packed: Index, monkeypatch: pytest.MonkeyPa
         return fetch(self, shard, block)
 
     monkeypatch.setattr(BlockReader, "fetch", count)
-    some = list(center_crops(packed, report=print, ids=ids, **options))  # type: ignore[arg-type]
+    some = list(CropReader(report=print, **options).read(packed, ids=ids))  # type: ignore[arg-type]
     assert torch.cat([batch.ids for batch in some]).tolist() == ids.tolist()
     assert torch.equal(torch.cat([batch.images for batch in some]), images[ids])
     assert 3 <= len(fetched) <= 4

@@ -17,7 +17,7 @@ from engine.processes.world import World
 from engine.state import checkpoint
 from launch import evaluate, export, train
 from shards import index as indexes
-from shards.center_crops import EvalBatch, center_crops
+from shards.center_crops import CropReader, EvalBatch
 from shards.making import synthetic
 
 pytestmark = pytest.mark.versions
@@ -31,14 +31,10 @@ def ignore(_: str) -> None:
 
 def crops(where: Path, card: dict[str, Any]) -> Iterator[EvalBatch]:
     """data.val as the card says."""
-    return center_crops(
-        indexes.load(f"{where}/data/val", "data.val"),
-        size=card["input"]["size"],
-        fraction=card["input"]["center_crop"] / card["input"]["resize_shorter_side"],
-        threads=1,
-        corrupt=0.0,
-        report=ignore,
-    )
+    given = card["input"]
+    fraction = given["center_crop"] / given["resize_shorter_side"]
+    reader = CropReader(given["size"], fraction, threads=1, corrupt=0.0, report=ignore)
+    return reader.read(indexes.load(f"{where}/data/val", "data.val"))
 
 
 @pytest.mark.parametrize("recipe", ["quickstart", "cifar10"])

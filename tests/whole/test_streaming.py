@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from shards import index as indexes
-from shards.center_crops import center_crops
+from shards.center_crops import CropReader
 from shards.errors import InputError
 from shards.index import Index
 from shards.loader import Batch, DataConfig, TrainLoader
@@ -153,7 +153,7 @@ def test_evaluation_reads_every_byte_once(proxy: FaultProxy, remote: str) -> Non
     found = indexes.load(remote, "data.val")
     proxy.set({"slow_down": 0.1, "drop": 0.1}, only=SHARD)
     options: dict[str, Any] = {"size": 16, "fraction": 1, "threads": 2, "corrupt": 0}
-    batches = list(center_crops(found, report=ignore, **options))
+    batches = list(CropReader(report=ignore, **options).read(found))
     assert sum(len(batch.labels) for batch in batches) == 90
     blocks = sum(len(found.blocks(s)) for s in range(len(found.shards)))
     faults = proxy.counts()["slow_down"] + proxy.counts()["drop"]
