@@ -94,7 +94,7 @@ def _pack(source: str, out: str, shard_mb: float, seed: int, threads: int, overw
                 advance=bar.advance,
                 report=_warn,
             )
-        _summarise(images.name, index, "" if written else "already packed: ")
+        _summarize(images.name, index, "" if written else "already packed: ")
 
 
 def _index(source: str, classes: str, threads: int) -> None:
@@ -112,7 +112,7 @@ def _index(source: str, classes: str, threads: int) -> None:
             report=_warn,
             advance=bar.advance,
         )
-    _summarise("", index, "")
+    _summarize("", index, "")
 
 
 def _warn(text: str) -> None:
@@ -143,7 +143,7 @@ class _Bar:
         self._progress.stop()
 
 
-def _summarise(name: str, index: Index, note: str) -> None:
+def _summarize(name: str, index: Index, note: str) -> None:
     size = sum(shard.bytes for shard in index.shards) / MB
     option = "--data.train" if name in ("", "train") else "--data.val"
     url = files.redact(index.url)

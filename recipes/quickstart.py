@@ -2,7 +2,7 @@
 
 Paper        none: the method on a ResNet-10 of a quarter's width, with AdamW in place of LARS,
              which needs large batches and long schedules
-Data         drawn at the first start: 8 classes of grey textures (shards/making/synthetic.py), to
+Data         drawn at the first start: 8 classes of gray textures (shards/making/synthetic.py), to
              data/quickstart
 Command      torchrun launch/train.py recipes/quickstart.py
 Hardware     two CPU cores, 2 GB of memory

@@ -49,7 +49,7 @@ def _check_size(content: memoryview) -> None:
 def crop_resize(image: Tensor, box: Box, size: int) -> Tensor:
     """One box of `image` [3, H, W] at [3, size, size], uint8: bicubic, no antialiasing.
 
-    On uint8 torch runs a vectorised kernel, four times as fast as its float32 one.
+    On uint8 torch runs a vectorized kernel, four times as fast as its float32 one.
     """
     top, left, height, width = box
     crop = image[None, :, top : top + height, left : left + width]

@@ -20,7 +20,7 @@ from shards.philox import Domain, draw, uniform
 
 
 class ColorOperation(IntEnum):
-    """The colour operations of the jitter, as the order columns name them. Values are frozen."""
+    """The color operations of the jitter, as the order columns name them. Values are frozen."""
 
     BRIGHTNESS = 0
     CONTRAST = 1
@@ -54,7 +54,7 @@ class ViewConfig:
     flip: UnitInterval = 0.5
     """Probability of a horizontal flip."""
     jitter: UnitInterval = 0.8
-    """Probability of the colour jitter: the next four, in random order, each clipped to [0, 1]."""
+    """Probability of the color jitter: the next four, in random order, each clipped to [0, 1]."""
     brightness: UnitInterval = 0.4
     """Largest brightness added or subtracted (1 = black to white)."""
     contrast: UnitInterval = 0.4
@@ -62,9 +62,9 @@ class ViewConfig:
     saturation: UnitInterval = 0.2
     """Saturation factor in HSV: 1 plus or minus at most this."""
     hue: Annotated[float, Interval(ge=0, le=0.5)] = 0.1
-    """Largest hue shift in HSV, in turns of the colour circle."""
+    """Largest hue shift in HSV, in turns of the color circle."""
     grayscale: UnitInterval = 0.2
-    """Probability of dropping the colour."""
+    """Probability of dropping the color."""
     blur: UnitInterval
     """Probability of a Gaussian blur."""
     blur_sigma: Range = (0.1, 2.0)
@@ -151,9 +151,9 @@ def draw_views(seed: int, epoch: int, ids: NDArray[np.int64], config: ViewsConfi
         gates = uniform(words[_Draw.GATES])
         chances = (view.flip, view.jitter, view.grayscale, view.solarize)
         params[number, :, Column.FLIP : Column.SOLARIZE + 1] = gates < chances
-        centre = np.array((0.0, 1.0, 1.0, 0.0))
+        center = np.array((0.0, 1.0, 1.0, 0.0))
         reach = np.array((view.brightness, view.contrast, view.saturation, view.hue))
-        factors = centre + reach * (2 * uniform(words[_Draw.FACTORS]) - 1)
+        factors = center + reach * (2 * uniform(words[_Draw.FACTORS]) - 1)
         params[number, :, Column.FACTORS : Column.FACTORS + 4] = factors
         order = np.argsort(words[_Draw.ORDER], axis=1, kind="stable")
         params[number, :, Column.ORDER : Column.ORDER + 4] = order

@@ -26,7 +26,7 @@ IMAGES = 8  # random ones, and as many real ones, that features are compared on
 
 
 def sample_images(source: Source, val: Index | None, report: Callable[[str], None]) -> Tensor:
-    """Random images and, where there are some, real ones: [N, 3, S, S] normalised."""
+    """Random images and, where there are some, real ones: [N, 3, S, S] normalized."""
     generator = torch.Generator().manual_seed(0)
     shape = (IMAGES, 3, source.size, source.size)
     images = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)]
@@ -48,7 +48,7 @@ def write(
 
     Args:
         encoder: In evaluation mode, float32, on the CPU.
-        images: [N, 3, S, S] normalised, on which every file is compared with the encoder.
+        images: [N, 3, S, S] normalized, on which every file is compared with the encoder.
 
     Raises InputError, before the file is written, when one gives other features.
     """

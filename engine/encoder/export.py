@@ -118,7 +118,7 @@ def verify(
         content: The file's, loaded as its users do: by torch, torchvision, safetensors or
             onnxruntime.
         encoder: In evaluation mode, float32, on the CPU.
-        images: [N, 3, S, S] normalised; S as in `convert`.
+        images: [N, 3, S, S] normalized; S as in `convert`.
 
     Not a number when features are not. Raises InputError when onnx's packages are missing, and
     what the loading library raises when it cannot read the file.

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from engine.encoder import foreign
 from engine.encoder.foreign_files import read_tensors
 from engine.method.precision import Precision
-from engine.method.resnet import ResNet, ResNetConfig, initialise
+from engine.method.resnet import ResNet, ResNetConfig, initialize
 from engine.processes.world import World
 from engine.state import checkpoint, layout
 from engine.state.checkpoint import Commit
@@ -185,7 +185,7 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
     if config.network == "pixels":
         network = Pixels(size)
     elif config.network == "untrained":
-        initialise(network, Generator().manual_seed(2 * seed))  # as byol.build
+        initialize(network, Generator().manual_seed(2 * seed))  # as byol.build
     else:
         own = {f"encoder.{name}": value for name, value in network.state_dict().items()}
         checkpoint.load(commit, {config.network: own}, world)

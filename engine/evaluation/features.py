@@ -49,16 +49,16 @@ def extract(
     batches: Iterable[EvalBatch],
     device: torch.device,
     *,
-    unlabelled: bool = False,
+    unlabeled: bool = False,
     leave: Callable[[], bool] = lambda: False,
 ) -> Features:
-    """Features of all labelled samples, or of all; `encode` takes uint8 images [B, 3, S, S] there.
+    """Features of all labeled samples, or of all; `encode` takes uint8 images [B, 3, S, S] there.
 
     Of those before `leave` said so, asked at each batch.
     """
     parts: list[Features] = []
     for batch in batches:
-        wanted = (batch.labels >= 0) | unlabelled
+        wanted = (batch.labels >= 0) | unlabeled
         # The first batch goes through even when it is empty: it tells how long features are.
         if wanted.any() or not parts:
             images = batch.images[wanted].to(device, non_blocking=True)
@@ -70,7 +70,7 @@ def extract(
 
 
 class Accuracy(NamedTuple):
-    """Fractions of a data set's labelled images."""
+    """Fractions of a data set's labeled images."""
 
     top1: float
     top5: float
@@ -91,5 +91,5 @@ def accuracy(scores: Tensor, labels: Tensor, world: World, field: str) -> Accura
     sums = torch.tensor([int(hits[:, 0].sum()), int(hits.sum()), len(labels)])
     first, five, rows = world.all_reduce(sums).tolist()
     if rows == 0:
-        raise InputError(f"evaluation found no labelled image that can be decoded: see {field}")
+        raise InputError(f"evaluation found no labeled image that can be decoded: see {field}")
     return Accuracy(first / rows, five / rows)

@@ -39,9 +39,9 @@ from engine.evaluation.supervised import (
     total_steps,
     train,
 )
-from engine.method.norm import RunningStatistics, synchronise
+from engine.method.norm import RunningStatistics, synchronize
 from engine.method.precision import parameter_dtype
-from engine.method.resnet import ResNet, initialise
+from engine.method.resnet import ResNet, initialize
 from engine.method.schedule import learning_rate
 from shards.errors import InputError
 from shards.index import Index
@@ -135,10 +135,10 @@ class Finetuning:
         self._steps = [total_steps(labels.source, e, config.batch) for _, e in self.choices]
         self.step, self.total_steps = 0, sum(self._steps)
         self.model = Classifier(network, evaluation.classes)
-        initialise(self.model.fc, RandomNumbers().manual_seed(config.seed))
+        initialize(self.model.fc, RandomNumbers().manual_seed(config.seed))
         self.model.to(self.world.device, parameter_dtype(source.precision))
         if self.world.size > 1:
-            synchronise(self.model, cast(ProcessGroup, dist.group.WORLD))
+            synchronize(self.model, cast(ProcessGroup, dist.group.WORLD))
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=0.0, momentum=config.momentum, nesterov=True
         )

@@ -37,7 +37,7 @@ from engine.evaluation.supervised import (
     train,
 )
 from engine.method.precision import parameter_dtype
-from engine.method.resnet import initialise
+from engine.method.resnet import initialize
 from engine.method.schedule import learning_rate, steps_of
 from engine.processes.world import World
 from shards.errors import InputError
@@ -110,7 +110,7 @@ class Heads(nn.Module):
         self.each = [nn.Linear(features, classes) for _ in range(count)]
         self._registered = nn.ModuleList(self.each)
         for head in self.each:
-            initialise(head, RandomNumbers().manual_seed(seed))  # as the official classifier
+            initialize(head, RandomNumbers().manual_seed(seed))  # as the official classifier
 
     def forward(self, features: Tensor) -> Tensor:
         weights, biases = zip(*((head.weight, head.bias) for head in self.each), strict=True)

@@ -45,13 +45,13 @@ class NeighboursConfig:
 def draw(evaluation: Evaluation, config: NeighboursConfig) -> None:
     """Write RUN/evaluations/.../neighbours.png and RUN/tensorboard's projector files.
 
-    Borders tell whether a neighbour has the query's label: green or red, grey without labels. All
+    Borders tell whether a neighbour has the query's label: green or red, gray without labels. All
     processes call it together.
     """
     val, world = evaluation.val, evaluation.world
     ids = _spread(val.samples, max(config.queries, config.points))
-    found = _gathered(evaluation, evaluation.features(val, ids=ids, unlabelled=True))
-    bank = evaluation.features(evaluation.train, limit=config.bank, unlabelled=True)
+    found = _gathered(evaluation, evaluation.features(val, ids=ids, unlabeled=True))
+    bank = evaluation.features(evaluation.train, limit=config.bank, unlabeled=True)
     some = _spread(len(found.ids), config.queries)
     asked = Features(*(tensor[some] for tensor in found))
     # Every process looks up the same queries: their neighbours are few.
@@ -66,8 +66,8 @@ def draw(evaluation: Evaluation, config: NeighboursConfig) -> None:
         row = [_framed(queries[query], NEUTRAL)]
         for neighbour, there in zip(near.ids[i].tolist(), near.labels[i].tolist(), strict=True):
             known = label >= 0 and there >= 0
-            colour = NEUTRAL if not known else RIGHT if there == label else WRONG
-            row.append(_framed(images[neighbour], colour))
+            color = NEUTRAL if not known else RIGHT if there == label else WRONG
+            row.append(_framed(images[neighbour], color))
         rows.append(np.concatenate(row, axis=1))
     sheet = np.concatenate(rows)
     url = files.join(evaluation.url, SHEET)
@@ -105,11 +105,11 @@ def _images(
     }
 
 
-def _framed(image: NDArray[np.uint8], colour: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """With a coloured border and a white one around it."""
+def _framed(image: NDArray[np.uint8], color: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """With a colored border and a white one around it."""
     side = len(image) + 4 * BORDER
     framed = np.full((side, side, 3), 255, np.uint8)
-    framed[BORDER:-BORDER, BORDER:-BORDER] = colour
+    framed[BORDER:-BORDER, BORDER:-BORDER] = color
     framed[2 * BORDER : -2 * BORDER, 2 * BORDER : -2 * BORDER] = image
     return framed
 

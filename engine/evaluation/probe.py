@@ -109,7 +109,7 @@ class Probe:
         pixels: bool = False,
         leave: Callable[[], bool] = lambda: False,
     ) -> Features:
-        """Features of a data set's labelled images, from the encoder in evaluation mode.
+        """Features of a data set's labeled images, from the encoder in evaluation mode.
 
         `pixels`: the images themselves instead. Raises Stopped as `evaluate`.
         """

@@ -129,7 +129,7 @@ class Evaluation:
         *,
         ids: NDArray[np.int64] | None = None,
         limit: int | None = None,
-        unlabelled: bool = False,
+        unlabeled: bool = False,
     ) -> Features:
         """Features of central crops, of the blocks that are this process's; see `CropReader`.
 
@@ -139,7 +139,7 @@ class Evaluation:
         shown = self._watched(
             self.crops.read(index, ids=ids, limit=limit), min(count, limit or count)
         )
-        return extract(encode or self.encode, shown, self.world.device, unlabelled=unlabelled)
+        return extract(encode or self.encode, shown, self.world.device, unlabeled=unlabeled)
 
     def check_labels(
         self, index: Index, images: str, use: str, ids: NDArray[np.int64] | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 class StepSums:
     """What is logged of a step, as sums that add up over processes.
 
-    `values` [3 + 2 F] float64 on the CPU: loss, head loss, rows, and the normalised features' sum
+    `values` [3 + 2 F] float64 on the CPU: loss, head loss, rows, and the normalized features' sum
     and sum of squares.
     """
 
@@ -38,7 +38,7 @@ class StepSums:
     def feature_std(self) -> float | None:
         """How far features are spread: 1 in all directions alike, 0 when all are one point.
 
-        The mean over F of the standard deviation of the normalised features, times sqrt(F).
+        The mean over F of the standard deviation of the normalized features, times sqrt(F).
         """
         rows = self.values[2]
         total, squares = self.values[3:].chunk(2)
@@ -67,11 +67,11 @@ def data_digest(ids: NDArray[np.int64], crcs: NDArray[np.uint32]) -> Tensor:
 def effective_rank(features: Tensor) -> Tensor:
     """How many directions features [N, F] use: exp of the entropy of their singular values.
 
-    Of the centred features; from 1 (collapsed to a line) to min(N - 1, F). Source: Roy and
+    Of the centered features; from 1 (collapsed to a line) to min(N - 1, F). Source: Roy and
     Vetterli, "The effective rank" (EUSIPCO 2007).
     """
-    centred = features.double() - features.double().mean(dim=0)
-    spectrum = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0).sqrt()
+    centered = features.double() - features.double().mean(dim=0)
+    spectrum = torch.linalg.eigvalsh(centered.T @ centered).clamp(min=0).sqrt()
     share = spectrum / spectrum.sum().clamp(min=1e-30)
     rank: Tensor = torch.special.entr(share).sum().exp()
     return rank

@@ -1,7 +1,7 @@
 """View augmentation on the device: a whole batch at once, every sample with its own parameters.
 
 Images are RGB in [0, 1]. All rows take the same path, with neutral parameters where a row is not
-meant: no branches, no host synchronisation, one graph under `torch.compile(fullgraph=True)`.
+meant: no branches, no host synchronization, one graph under `torch.compile(fullgraph=True)`.
 No operation here is one that autocast or TF32 would round.
 
 Source: arXiv 2006.07733, appendix B; exact to the official `augmentations.py`.
@@ -43,7 +43,7 @@ def augment(images: Tensor, params: Tensor, *, blur: bool = True) -> Tensor:
 
 
 def distort(images: Tensor, params: Tensor, *, blur: bool = True) -> Tensor:
-    """All of `augment` but the normalisation: [N, 3, H, W] in [0, 1]."""
+    """All of `augment` but the normalization: [N, 3, H, W] in [0, 1]."""
     params = params.to(images.dtype if images.is_floating_point() else torch.float32)
     jittered, gray, solarized = (
         params[:, column, None, None, None] > 0
@@ -78,7 +78,7 @@ def normalize(x: Tensor) -> Tensor:
 
 
 def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """The four colour operations, each followed by a clip to [0, 1].
+    """The four color operations, each followed by a clip to [0, 1].
 
     Args:
         x: [N, 3, H, W] in [0, 1].
@@ -114,7 +114,7 @@ def saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn the HSV hue of x [N, 3, H, W] by `turns` [N] of the colour circle."""
+    """Turn the HSV hue of x [N, 3, H, W] by `turns` [N] of the color circle."""
     return saturation_and_hue(x, torch.ones_like(turns), turns)
 
 
@@ -124,7 +124,7 @@ def saturation_and_hue(x: Tensor, factor: Tensor, turns: Tensor) -> Tensor:
     value, least = x.amax(1), x.amin(1)
     chroma = value - least
     # The hue in sixths of a turn, from -3 to 3: 0 at red, 2 at green, -2 at blue. One expression
-    # for all cases: a pixelwise torch.where is slow on a CPU. Greys get any hue, and show none.
+    # for all cases: a pixelwise torch.where is slow on a CPU. Grays get any hue, and show none.
     from_red = ((green - red) + (blue - least)) / chroma.clamp_min(torch.finfo(x.dtype).tiny)
     sixths = torch.copysign(1 + from_red, green - blue) + 6 * turns[:, None, None]
     sixths = sixths - 6 * (sixths / 6).floor()  # [0, 6]

@@ -14,7 +14,7 @@ from annotated_types import Interval
 from torch import Generator, Tensor, nn
 
 from engine.method.norm import BatchNorm
-from engine.method.resnet import ResNet, ResNetConfig, initialise
+from engine.method.resnet import ResNet, ResNetConfig, initialize
 
 VIEWS = 2
 
@@ -92,26 +92,26 @@ class Target(nn.Module):
 
 
 def build(config: BYOLConfig, classes: int, seed: int) -> tuple[Online, Target]:
-    """Both networks on the CPU, initialised independently of each other, as the official ones."""
+    """Both networks on the CPU, initialized independently of each other, as the official ones."""
     online, target = Online(config, classes), Target(config)
-    initialise(online, Generator().manual_seed(2 * seed))
-    initialise(target, Generator().manual_seed(2 * seed + 1))
+    initialize(online, Generator().manual_seed(2 * seed))
+    initialize(target, Generator().manual_seed(2 * seed + 1))
     return online, target
 
 
-def _normalise(x: Tensor) -> Tensor:
+def _normalize(x: Tensor) -> Tensor:
     # The floor is on the squared norm, as in the official code; F.normalize has it on the norm.
     square = x.square().sum(dim=-1, keepdim=True)  # [N, 1]
     return x * square.clamp(min=1e-12).rsqrt()
 
 
 def regression_loss(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distance of the normalised rows, 0 to 4: [N, D], [N, D] -> [N]. Equation 2.
+    """Squared distance of the normalized rows, 0 to 4: [N, D], [N, D] -> [N]. Equation 2.
 
     Computed in float32 at least.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return (_normalise(x.to(dtype)) - _normalise(y.to(dtype))).square().sum(dim=-1)
+    return (_normalize(x.to(dtype)) - _normalize(y.to(dtype))).square().sum(dim=-1)
 
 
 def byol_loss(prediction: Tensor, projection: Tensor) -> Tensor:

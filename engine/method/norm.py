@@ -1,6 +1,6 @@
-"""Batch normalisation in which each view keeps statistics of its own, over all processes.
+"""Batch normalization in which each view keeps statistics of its own, over all processes.
 
-BYOL sends both views through the network in one forward, yet normalises each by itself, as the
+BYOL sends both views through the network in one forward, yet normalizes each by itself, as the
 official implementation does with one forward per view. Statistics over both together would let
 every view see the other.
 
@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 class BatchNorm(nn.Module):
     """Batch norm over [V*B, C] or [V*B, C, H, W], the V views stacked first.
 
-    In training each view is normalised by its own mean and biased variance. In evaluation it is
+    In training each view is normalized by its own mean and biased variance. In evaluation it is
     torch's batch norm. Names and shapes of parameters and buffers are torch's. Statistics and
     parameters stay in float32 when the input comes in half precision.
 
@@ -58,7 +58,7 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[V*B, C, ...] -> the same shape and dtype."""
         if not self.training:
-            return self._normalise(x, self.running_mean, self.running_var)
+            return self._normalize(x, self.running_mean, self.running_var)
         if len(x) % self.views:
             raise ValueError(f"{len(x)} rows do not split into {self.views} views")
         if self.group is not None:
@@ -69,18 +69,18 @@ class BatchNorm(nn.Module):
             self.batch_statistics.copy_(torch.stack([mean, variance], dim=1))
             merged: Tensor = views.flatten(0, 1)
             return merged
-        # Native kernels on each view, then a copy: on a CPU as fast in float32 as the synchronised
+        # Native kernels on each view, then a copy: on a CPU as fast in float32 as the synchronized
         # way, and a quarter faster in bfloat16.
         self.batch_statistics.zero_()  # momentum 1 overwrites, but for 0 * nan
-        normalised = [
-            self._normalise(view, mean, variance)
+        normalized = [
+            self._normalize(view, mean, variance)
             for view, (mean, variance) in zip(
                 x.chunk(self.views), self.batch_statistics, strict=True
             )
         ]  # V x [B, C, ...]
-        return normalised[0] if self.views == 1 else torch.cat(normalised)
+        return normalized[0] if self.views == 1 else torch.cat(normalized)
 
-    def _normalise(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
         """By the given statistics, or in training by those of `x`, which overwrite them."""
         return F.batch_norm(
             x, mean, variance, self.weight, self.bias, self.training, momentum=1.0, eps=self.eps
@@ -91,14 +91,14 @@ class BatchNorm(nn.Module):
 
 
 class _SyncNorm(torch.autograd.Function):
-    """[V, B, C, ...] -> the same, normalised; and each view's mean and unbiased variance [V, C]."""
+    """[V, B, C, ...] -> the same, normalized; and each view's mean and unbiased variance [V, C]."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: ProcessGroup
     ) -> tuple[Tensor, Tensor, Tensor]:
         count, channels = x[0, :, 0].numel(), len(weight)
-        centred, own_mean, own_variance = _centred(x)
+        centered, own_mean, own_variance = _centered(x)
         # Moments about zero merge by a sum. In float64 they keep a small variance about a large
         # mean, and the count goes along since processes may have different numbers of rows.
         mean, variance = own_mean.double(), own_variance.double()
@@ -109,16 +109,16 @@ class _SyncNorm(torch.autograd.Function):
         variance = (moments[1] / total - mean**2).clamp_min(0)
         scale = (variance + eps).rsqrt() * weight
         shift = (own_mean - mean) * scale + bias
-        scale, shift = (_like(values.to(centred.dtype), x) for values in (scale, shift))
+        scale, shift = (_like(values.to(centered.dtype), x) for values in (scale, shift))
         # In place saves memory. But compiled by torch 2.11, the backward loses the gradient of an
         # output that is no tensor of its own: changed in place, or what `to` gave back as it was.
-        into = None if torch.compiler.is_compiling() else centred
-        y = torch.addcmul(shift, centred, scale, out=into)
+        into = None if torch.compiler.is_compiling() else centered
+        y = torch.addcmul(shift, centered, scale, out=into)
         if y.dtype != x.dtype:
             y = y.to(x.dtype)
 
         mean, rstd, total, unbiased = (
-            figures.to(centred.dtype)
+            figures.to(centered.dtype)
             for figures in (mean, (variance + eps).rsqrt(), total, variance * total / (total - 1))
         )
         ctx.save_for_backward(x, weight, mean, rstd, total)
@@ -130,16 +130,16 @@ class _SyncNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd, total = ctx.saved_tensors
         dy = dy.to(mean.dtype)
-        normalised = (x - _like(mean, x)).mul_(_like(rstd, x))
-        sums = torch.cat([dy.sum(_rows(x)), (dy * normalised).sum(_rows(x))], dim=1)  # [V, 2C]
+        normalized = (x - _like(mean, x)).mul_(_like(rstd, x))
+        sums = torch.cat([dy.sum(_rows(x)), (dy * normalized).sum(_rows(x))], dim=1)  # [V, 2C]
         dbias, dweight = sums.sum(0).chunk(2)  # of this process's rows, like every gradient
         dmean, dscale = (_sum(sums, ctx.group) / total).chunk(2, dim=1)  # [V, C]
-        dx = normalised.mul_(-_like(dscale, x)).add_(dy).sub_(_like(dmean, x))
+        dx = normalized.mul_(-_like(dscale, x)).add_(dy).sub_(_like(dmean, x))
         dx = dx.mul_(_like(rstd * weight, x))
         return dx.to(x.dtype), dweight, dbias, None, None
 
 
-def _centred(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _centered(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x [V, B, C, ...] less its mean, and its mean and biased variance [V, C]; float32 at least."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     if torch.compiler.is_compiling():  # one pass over x
@@ -147,8 +147,8 @@ def _centred(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return x - _like(mean, x), mean, variance
     # On a CPU ten times as fast as torch's kernel for both.
     mean = x.mean(_rows(x), dtype=dtype)
-    centred = x - _like(mean, x)
-    return centred, mean, centred.square().mean(_rows(x))
+    centered = x - _like(mean, x)
+    return centered, mean, centered.square().mean(_rows(x))
 
 
 def _rows(x: Tensor) -> list[int]:
@@ -167,7 +167,7 @@ def _sum(values: Tensor, group: ProcessGroup) -> Tensor:
     return total
 
 
-def synchronise(module: nn.Module, group: ProcessGroup) -> None:
+def synchronize(module: nn.Module, group: ProcessGroup) -> None:
     """Let every batch norm of `module` have its statistics over all processes of `group`."""
     for norm in module.modules():
         if isinstance(norm, BatchNorm):

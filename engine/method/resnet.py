@@ -34,7 +34,7 @@ class ResNetConfig:
     """Give the first group of a basic-block network a projection, as the official networks do."""
 
 
-def initialise(module: nn.Module, generator: Generator) -> None:
+def initialize(module: nn.Module, generator: Generator) -> None:
     """Draw all convolution and linear weights of `module` anew; their biases become zero.
 
     A normal of standard deviation 1/sqrt(fan in), cut at two of them: the official networks'
@@ -117,7 +117,7 @@ class ResNet(nn.Module):
     """A residual network without its classifier: [N, 3, H, W] -> features [N, feature_dim].
 
     `views` is how many views a training batch holds, stacked first (see BatchNorm). Weights are
-    torch's until `initialise` draws them.
+    torch's until `initialize` draws them.
     """
 
     def __init__(self, config: ResNetConfig, views: int) -> None:

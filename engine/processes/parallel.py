@@ -22,7 +22,7 @@ from torch.utils.checkpoint import (
 )
 
 from engine.method.byol import Online, OnlineOutput, Target
-from engine.method.norm import synchronise
+from engine.method.norm import synchronize
 from engine.processes.compiling import check_norm, compile_networks
 from engine.processes.world import World
 from shards.errors import InputError
@@ -145,7 +145,7 @@ def parallelize(
     """
     if world.size > 1:
         for network in (online, target):
-            synchronise(network, _world_group())
+            synchronize(network, _world_group())
     if config.recompute:
         for block in online.encoder.blocks():
             _recompute(block)

@@ -57,7 +57,7 @@ def bench_input(
 ) -> None:
     """Images to both views: this project's pipeline beside DataLoader, PIL and torchvision.
 
-    Ours cuts and resizes two crops in threads and leaves colours and blur to the device; stock
+    Ours cuts and resizes two crops in threads and leaves colors and blur to the device; stock
     does everything in worker processes, one image at a time. So ours is compared twice: what
     loads the host when a GPU does the rest, and, without a GPU, the host doing all.
 

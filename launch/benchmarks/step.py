@@ -80,7 +80,7 @@ def bench_step(
     sides start from the same weights and see the same images, augmented before; the augmentation
     is timed by itself, and so is our training from the loader, with the time it waits for data.
 
-    Under torchrun both sides are distributed, stock by DDP and, on GPUs, torch's synchronised
+    Under torchrun both sides are distributed, stock by DDP and, on GPUs, torch's synchronized
     norm. Figures are of the global batch: the slowest process's time, the CPU time of all.
 
     Args:
@@ -131,7 +131,7 @@ def bench_step(
         size, ours = trainer.world.size, trainer.parallel.strategy
         print(f"processes {size}: ours {ours}, stock ddp; figures are of all together")
         if size > 1 and not CUDA:
-            print("stock has no synchronised norm on a CPU: each process normalises by itself")
+            print("stock has no synchronized norm on a CPU: each process normalizes by itself")
     print(f"medians of {rounds} rounds of {steps} steps")
     row("", "images/s", "images/core-s")
     show("ours: step on augmented images", costs["ours"])
@@ -144,7 +144,7 @@ def bench_step(
     if peak := peak_tflops or known:
         available = peak * 1e12 * trainer.world.size
         own, theirs = (sides.flops / _wall(costs[side]) / available for side in ("ours", "stock"))
-        print(f"model FLOPs utilisation of {peak:g} TFLOP/s: ours {own:.1%}, stock {theirs:.1%}")
+        print(f"model FLOPs utilization of {peak:g} TFLOP/s: ours {own:.1%}, stock {theirs:.1%}")
 
 
 def _default_recipe() -> Recipe:

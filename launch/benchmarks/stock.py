@@ -27,7 +27,7 @@ _Outputs = tuple[Tensor, Tensor, Tensor]  # projection, prediction, logits
 class Stock:
     """One network, one view, one tensor at a time.
 
-    Where there is a process group: DDP, and torch's synchronised norm, which a CPU does not have.
+    Where there is a process group: DDP, and torch's synchronized norm, which a CPU does not have.
     """
 
     def __init__(self, recipe: Recipe, classes: int, device: torch.device) -> None:

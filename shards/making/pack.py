@@ -118,8 +118,8 @@ def _image_set(split: str, found: list[tuple[str, int]], classes: list[str]) -> 
         for path, size in found
         if (name := _class_name(path, split)) is not None
     ]
-    labelled = any(image.label >= 0 for image in images)
-    return ImageSet(split, images, classes if labelled else [])
+    labeled = any(image.label >= 0 for image in images)
+    return ImageSet(split, images, classes if labeled else [])
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""A small labelled image set drawn by code, for the quickstart and the tests.
+"""A small labeled image set drawn by code, for the quickstart and the tests.
 
-Eight grey textures that differ in structure, each at a random angle, phase, scale, contrast,
+Eight gray textures that differ in structure, each at a random angle, phase, scale, contrast,
 brightness and noise: pixels tell little about the class, what BYOL learns tells more.
 """
 
@@ -53,7 +53,7 @@ def write(url: str, samples: int, size: int, seed: int) -> Index:
 
 
 def _draw_part(seed: int, ids: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
-    """Grey images [N, size, size]."""
+    """Gray images [N, size, size]."""
     u = uniform(np.stack([draw_words(seed, Domain.SYNTHETIC, ids, minor=m) for m in range(4)]))
     angle = 2 * np.pi * u[0, :, 0]
     period = size * (0.16 + 0.16 * u[0, :, 1])  # pixels
@@ -66,8 +66,8 @@ def _draw_part(seed: int, ids: NDArray[np.int64], size: int) -> NDArray[np.uint8
     cos, sin, scale = (_grid(v) for v in (np.cos(angle), np.sin(angle), period))
     across = (cos * x + sin * y) / scale + _grid(u[2, :, 0])  # in periods
     along = (cos * y - sin * x) / scale + _grid(u[2, :, 1])
-    centre = size * 0.7 * (u[2, :, 2:] - 0.5)
-    radius = np.hypot(x - _grid(centre[:, 0]), y - _grid(centre[:, 1])) / scale
+    center = size * 0.7 * (u[2, :, 2:] - 0.5)
+    radius = np.hypot(x - _grid(center[:, 0]), y - _grid(center[:, 1])) / scale
 
     labels = ids % len(CLASSES)
     pattern = np.empty(across.shape)
@@ -77,9 +77,9 @@ def _draw_part(seed: int, ids: NDArray[np.int64], size: int) -> NDArray[np.uint8
             pattern[of] = _band_noise(seed, ids[of], x, y, period[of])
         else:
             pattern[of] = _texture(name, across[of], along[of], radius[of] + _grid(u[3, of, 0]))
-    grey = _grid(brightness) + _grid(contrast * sign) * pattern
-    grey += _grid(noise) * _pixel_noise(seed, ids, size)
-    return np.rint(255 * np.clip(grey, 0, 1)).astype(np.uint8)
+    gray = _grid(brightness) + _grid(contrast * sign) * pattern
+    gray += _grid(noise) * _pixel_noise(seed, ids, size)
+    return np.rint(255 * np.clip(gray, 0, 1)).astype(np.uint8)
 
 
 def _texture(name: str, across: Floats, along: Floats, radius: Floats) -> Floats:
@@ -111,7 +111,7 @@ def _line(place: Floats) -> Floats:
 
 
 def _band_noise(seed: int, ids: NDArray[np.int64], x: Floats, y: Floats, period: Floats) -> Floats:
-    """Plane waves of about one frequency in all directions: no line, centre or lattice."""
+    """Plane waves of about one frequency in all directions: no line, center or lattice."""
     total: Floats = np.zeros((len(ids), *x.shape))
     for wave in range(_WAVES):
         u = uniform(draw_words(seed, Domain.SYNTHETIC, ids, minor=16 + wave))

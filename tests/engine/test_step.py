@@ -144,7 +144,7 @@ def _target_first(monkeypatch: pytest.MonkeyPatch) -> None:
 def _mixed_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(self: BatchNorm, x: Tensor) -> Tensor:
         statistics = torch.zeros_like(self.batch_statistics[0])
-        y = self._normalise(x, *statistics)
+        y = self._normalize(x, *statistics)
         self.batch_statistics.copy_(statistics.expand_as(self.batch_statistics))
         return y
 

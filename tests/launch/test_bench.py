@@ -174,7 +174,7 @@ STEP_ROWS = (
     "first step less a steady one: ours",
     "peak memory: ours",
     "data wait",
-    "model FLOPs utilisation",
+    "model FLOPs utilization",
 )
 
 

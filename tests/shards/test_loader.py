@@ -314,8 +314,8 @@ def test_threads_end_after_an_error(pack_files: PackFiles, tmp_path: Path) -> No
 def test_images_of_other_modes(pack_files: PackFiles, tmp_path: Path, mode: str) -> None:
     picture: PillowImage.Image = PillowImage.open(io.BytesIO(draw_photo(0, 40, 40)))
     if mode == "I;16":
-        grey = np.asarray(picture.convert("L")).astype(np.uint16) * 257
-        picture = PillowImage.fromarray(grey)
+        gray = np.asarray(picture.convert("L")).astype(np.uint16) * 257
+        picture = PillowImage.fromarray(gray)
     else:
         picture = picture.convert(mode)
     buffer = io.BytesIO()

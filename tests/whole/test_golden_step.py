@@ -94,7 +94,7 @@ def snapshot(module: nn.Module) -> Tensors:
 
 
 def images(dtype: torch.dtype) -> Tensor:
-    """Both views, stacked and normalised: [2B, 3, 65, 65]."""
+    """Both views, stacked and normalized: [2B, 3, 65, 65]."""
     file = golden("step_r18")
     views = torch.cat((file["view1"], file["view2"])).to(dtype) / 256
     mean = torch.tensor([0.485, 0.456, 0.406], dtype=dtype)[:, None, None]

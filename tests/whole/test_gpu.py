@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from engine.method.local_shards import local
-from engine.method.norm import BatchNorm, synchronise
+from engine.method.norm import BatchNorm, synchronize
 from engine.processes import world
 from engine.processes.parallel import ParallelConfig
 from engine.state.saver import Saver
@@ -78,7 +78,7 @@ def test_norm_is_as_close_to_float64_as_torchs(nccl: world.World, offset: float)
     torch.manual_seed(0)
     x = offset + torch.randn(64, 16, 8, 8, device=nccl.device)
     ours = BatchNorm(16, views=1).to(nccl.device)
-    synchronise(ours, group)
+    synchronize(ours, group)
     torchs = nn.SyncBatchNorm(16, process_group=group).to(nccl.device)
     exact = nn.BatchNorm2d(16).to(nccl.device, torch.float64)
     upstream = torch.randn_like(x)

@@ -163,7 +163,7 @@ def gradient_times_world(trainer: Trainer) -> None:
     trainer.optimizer.register_step_pre_hook(scale)
 
 
-def unsynchronised_norm(trainer: Trainer) -> None:
+def unsynchronized_norm(trainer: Trainer) -> None:
     for module in [*trainer.online.modules(), *trainer.target.modules()]:
         if isinstance(module, BatchNorm):
             module.group = None
@@ -205,7 +205,7 @@ def mean_of_means(trainer: Trainer) -> None:
     ("fault", "optimizer"),
     [
         (gradient_times_world, "sgd"),
-        (unsynchronised_norm, "lars"),
+        (unsynchronized_norm, "lars"),
         (average_before_step, "lars"),
         (swapped_stream, "lars"),
         (mean_of_means, "sgd"),

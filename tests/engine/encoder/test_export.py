@@ -19,7 +19,7 @@ from torch import Generator, Tensor, nn
 
 from engine.encoder.export import FILES, TOLERANCE, Format, convert, verify, verify_timm
 from engine.encoder.torchvision_twin import recipe_lines, stock_resnet
-from engine.method.resnet import ResNet, ResNetConfig, initialise
+from engine.method.resnet import ResNet, ResNetConfig, initialize
 from shards.errors import InputError
 from tests.helpers.places import ROOT
 
@@ -37,7 +37,7 @@ FORMATS = [pytest.param(f, marks=[needs_onnx] if f == "onnx" else []) for f in F
 def draw(config: ResNetConfig) -> ResNet:
     """An encoder in which every tensor matters to the features."""
     encoder, generator = ResNet(config, views=1), Generator().manual_seed(0)
-    initialise(encoder, generator)
+    initialize(encoder, generator)
     for name, value in encoder.state_dict().items():
         if name.endswith("running_var"):
             value.uniform_(0.5, 1.5, generator=generator)

@@ -28,7 +28,7 @@ IMAGES = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=Generator().ma
 OLD: dict[str, Any] = {"_use_new_zipfile_serialization": False}
 
 
-def randomise(net: nn.Module, seed: int) -> nn.Module:
+def randomize(net: nn.Module, seed: int) -> nn.Module:
     """Draw every tensor anew, so that none can be taken for another."""
     generator = Generator().manual_seed(seed)
     for name, value in net.state_dict().items():
@@ -44,7 +44,7 @@ def randomise(net: nn.Module, seed: int) -> nn.Module:
 
 @cache
 def theirs(depth: int = 18, seed: int = 0) -> nn.Module:
-    return randomise(getattr(torchvision.models, f"resnet{depth}")(), seed)
+    return randomize(getattr(torchvision.models, f"resnet{depth}")(), seed)
 
 
 def named(depth: int = 18, seed: int = 0) -> State:
@@ -69,7 +69,7 @@ def numbered(tensors: State) -> State:
 
 
 def small(seed: int = 0, config: ResNetConfig = SMALL) -> State:
-    return randomise(ResNet(config, views=1), seed).state_dict()
+    return randomize(ResNet(config, views=1), seed).state_dict()
 
 
 def under(prefix: str, tensors: State) -> State:

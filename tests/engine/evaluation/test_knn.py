@@ -40,11 +40,11 @@ def numpy_knn(
 
 
 def clouds(n: int, seed: int) -> Features:
-    """Points in float64 around one centre for each class: neither trivial nor at chance."""
+    """Points in float64 around one center for each class: neither trivial nor at chance."""
     rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(0).normal(size=(CLASSES, 16))
+    centers = np.random.default_rng(0).normal(size=(CLASSES, 16))
     labels = rng.integers(0, CLASSES, n)
-    points = centres[labels] + 1.5 * rng.normal(size=(n, 16))
+    points = centers[labels] + 1.5 * rng.normal(size=(n, 16))
     return Features(torch.tensor(points), torch.tensor(labels), torch.arange(n) + 1000)
 
 
@@ -219,11 +219,11 @@ def test_features_that_are_not_finite_are_told(value: float) -> None:
 
 def test_an_empty_bank_is_told() -> None:
     empty = Features(torch.empty(0, 16), *(torch.empty(0, dtype=torch.int64) for _ in range(2)))
-    with pytest.raises(InputError, match=r"no labelled image to look up: see data\.train"):
+    with pytest.raises(InputError, match=r"no labeled image to look up: see data\.train"):
         nearest(empty, torch.ones(3, 16), 5, ALONE)
 
 
-def test_extract_leaves_out_the_unlabelled() -> None:
+def test_extract_leaves_out_the_unlabeled() -> None:
     images = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).expand(4, 3, 2, 2)
     batches = [
         EvalBatch(images[:2], torch.tensor([1, -1]), torch.tensor([0, 1])),
@@ -235,5 +235,5 @@ def test_extract_leaves_out_the_unlabelled() -> None:
     assert found.labels.tolist() == [1, 0, 2]
     assert found.ids.tolist() == [0, 4, 5]
     assert found.features[:, 0].tolist() == [0, 2, 3]
-    everything = extract(lambda x: x.double().mean((2, 3)), batches, cpu, unlabelled=True)
+    everything = extract(lambda x: x.double().mean((2, 3)), batches, cpu, unlabeled=True)
     assert everything.ids.tolist() == list(range(6))

@@ -50,7 +50,7 @@ def training(config: LinearConfig, steps: int, here: World = ALONE) -> LinearTra
 
 
 def test_every_step_equals_numpy() -> None:
-    """Nesterov's momentum, the cosine, rates in proportion to the batch, unlabelled rows."""
+    """Nesterov's momentum, the cosine, rates in proportion to the batch, unlabeled rows."""
     config = LinearConfig(lr=(0.4, 0.05), batch=32)
     data = clouds(160)
     ours = training(config, steps=5)

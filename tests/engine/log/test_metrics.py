@@ -109,7 +109,7 @@ def test_killed_and_resumed(run: str) -> None:
     assert pictures(folder) == [2, 5]
 
 
-def test_pictures_look_as_before_the_normalisation(memory: str) -> None:
+def test_pictures_look_as_before_the_normalization(memory: str) -> None:
     pixels = torch.randint(256, (2, 3, 3, 8, 8), generator=torch.Generator().manual_seed(0))
     views = (pixels / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     log = open_log(memory, 0)

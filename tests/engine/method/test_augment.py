@@ -109,7 +109,7 @@ def test_every_array_of_the_golden_file_is_used() -> None:
     assert operations - tested == {"images", "rows", "cols"}
 
 
-def test_normalisation_and_memory_format() -> None:
+def test_normalization_and_memory_format() -> None:
     images, params = _batch(4, 24)
     result = augment(images, params)
     mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
@@ -176,7 +176,7 @@ def test_autocast_does_not_reach_it() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_gpu_under_tf32_and_autocast_without_synchronisation() -> None:
+def test_gpu_under_tf32_and_autocast_without_synchronization() -> None:
     images, params = (tensor.cuda() for tensor in _batch(8, 224))
     compiled = torch.compile(augment, fullgraph=True, dynamic=False)
     compiled(images, params)

@@ -6,14 +6,14 @@ import torchvision
 from torch import Generator, nn
 
 from engine.method.norm import RunningStatistics
-from engine.method.resnet import Bottleneck, ResNet, ResNetConfig, initialise
+from engine.method.resnet import Bottleneck, ResNet, ResNetConfig, initialize
 
 Depth = Literal[10, 18, 34, 50, 101, 152, 200]
 
 
 def build(config: ResNetConfig, views: int = 1) -> ResNet:
     net = ResNet(config, views)
-    initialise(net, Generator().manual_seed(0))
+    initialize(net, Generator().manual_seed(0))
     return net
 
 
@@ -89,9 +89,9 @@ def test_projection_shortcut() -> None:
     assert keys(50, True) == keys(50, False)
 
 
-def test_initialisation() -> None:
+def test_initialization() -> None:
     net = nn.ModuleDict({"encoder": build(ResNetConfig(50)), "head": nn.Linear(2048, 1000)})
-    initialise(net, Generator().manual_seed(1))
+    initialize(net, Generator().manual_seed(1))
     for name, p in net.named_parameters():
         if p.ndim > 1:
             std = p[0].numel() ** -0.5
@@ -105,7 +105,7 @@ def test_initialisation() -> None:
             assert (p == expected).all(), name
 
 
-def test_initialisation_is_the_generators() -> None:
+def test_initialization_is_the_generators() -> None:
     config = ResNetConfig(10, width=0.25)
     first, second = build(config).state_dict(), build(config).state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)

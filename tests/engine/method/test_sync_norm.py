@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.method import norm as norm_module
 from engine.method.byol import BYOLConfig, build
-from engine.method.norm import BatchNorm, RunningStatistics, synchronise
+from engine.method.norm import BatchNorm, RunningStatistics, synchronize
 from engine.method.resnet import ResNetConfig
 from engine.processes import compiling, world
 from engine.processes.parallel import ParallelConfig, parallelize
@@ -49,11 +49,11 @@ def part(values: Tensor, rank: int) -> Tensor:
     return rows.flatten(0, 1)
 
 
-def normalise(dtype: torch.dtype, offset: float) -> dict[str, Tensor]:
+def normalize(dtype: torch.dtype, offset: float) -> dict[str, Tensor]:
     """On a rank: output, gradients and running statistics of our norm."""
     there = world.join(1, distributed=True)
     norm = BatchNorm(CHANNELS, views=2).to(dtype)
-    synchronise(norm, dist.group.WORLD)  # type: ignore[arg-type]
+    synchronize(norm, dist.group.WORLD)  # type: ignore[arg-type]
     x, upstream, weight, bias = draw(dtype, offset)
     with torch.no_grad():
         norm.weight.copy_(weight)
@@ -127,7 +127,7 @@ def assemble(outcomes: list[dict[str, Tensor]], key: str) -> Tensor:
 
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 def test_uneven_ranks_are_exact(ranks: Ranks, offset: float) -> None:
-    outcomes = ranks.run(normalise, torch.float64, offset, size=3)
+    outcomes = ranks.run(normalize, torch.float64, offset, size=3)
     expected = exact(torch.float64, offset)
     for key in ("y", "dx"):
         torch.testing.assert_close(
@@ -144,7 +144,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("offset", [0.0, 10.0, 1e3])
 def test_float32_is_as_close_as_torchs(ranks: Ranks, offset: float) -> None:
-    outcomes = ranks.run(normalise, torch.float32, offset, size=3)
+    outcomes = ranks.run(normalize, torch.float32, offset, size=3)
     expected = exact(torch.float32, offset)
     ours = error(assemble(outcomes, "y"), expected["y"])
     torchs = error(as_torch_does(offset), expected["y"])

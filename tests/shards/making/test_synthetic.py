@@ -23,7 +23,7 @@ def test_pure_in_seed_and_id() -> None:
     assert not np.array_equal(synthetic.draw(4, ids, 32)[0], images)
 
 
-def test_images_are_grey_and_use_the_range() -> None:
+def test_images_are_gray_and_use_the_range() -> None:
     images, _ = synthetic.draw(0, np.arange(64), 24)
     assert (images[..., :1] == images).all()
     assert 90 < images.mean() < 165
