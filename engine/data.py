@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from engine.processes.world import World, check_alike
-from engine.recipe import Recipe
+from engine.recipe import Recipe, shared_fields
 from shards import index as indexes
 from shards.errors import InputError
 from shards.index import Index
@@ -25,9 +25,10 @@ class Data(NamedTuple):
 def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Data:
     """Read the indexes, after drawing the images that the recipe asks for.
 
-    All processes call it together. Raises InputError for data that does not fit the recipe, or is
-    not the same everywhere, and for more processes than streams.
+    All processes call it together. Raises InputError when they have not all the same recipe and
+    data, for data that does not fit the recipe, and for more processes than streams.
     """
+    check_alike(world, shared_fields(recipe))
     rank_streams(recipe.data.streams, world.rank, world.size)
     world.on_main(lambda: _draw(recipe, report))
     train = indexes.load(recipe.data.train, "data.train")

@@ -24,11 +24,17 @@ from engine.method.schedule import ScheduleConfig
 from engine.processes.parallel import ParallelConfig
 from engine.state.checkpoint import CheckpointConfig
 from shards.errors import InputError
-from shards.fields import OPERATION, Operation, check_bounds, check_range, walk
+from shards.fields import OPERATION, Operation, check_bounds, check_range, flatten, walk
 from shards.loader import DataConfig
 from shards.order import BatchConfig
 from shards.storage import files
 from shards.views import ViewsConfig
+
+# Machines may differ in these; all else is one run.
+_MACHINES_OWN = {
+    *("run", "data.train", "data.val", "data.prefetch", "data.cache", "data.cache_gb"),
+    *("threads", "compile", "compile_folder"),
+}
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,11 @@ class Recipe:
                 "evaluations are on but data.val is not set: give --data.val URL, or turn them off "
                 "with --probe.every 0 --probe.no-baseline"
             )
+
+
+def shared_fields(recipe: Recipe) -> dict[str, Any]:
+    """The fields that all processes of a run must agree on."""
+    return {k: v for k, v in flatten(recipe).items() if k not in _MACHINES_OWN}
 
 
 def method_fields(recipe: Recipe) -> dict[str, Any]:

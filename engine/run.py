@@ -19,12 +19,6 @@ from shards.storage import files
 
 DIGEST = "index_digest"
 
-# Machines may differ in these; all else is one run.
-_MACHINES_OWN = {
-    *("run", "data.train", "data.val", "data.prefetch", "data.cache", "data.cache_gb"),
-    *("threads", "compile", "compile_folder"),
-}
-
 
 class Run:
     """One run directory and what this job keeps in it: recipe, checkpoints, artefacts, log.
@@ -154,11 +148,6 @@ def open_run(recipe: Recipe, index_digest: str, world: World, terminal: Terminal
     world.on_main(lambda: _check_recipe(recipe, index_digest, terminal.report))
     start = find_checkpoint(recipe, index_digest, world, terminal.report)
     return Run(recipe, index_digest, world, terminal, start)
-
-
-def shared_fields(recipe: Recipe) -> dict[str, Any]:
-    """The fields that all processes of a run must agree on."""
-    return {k: v for k, v in flatten(recipe).items() if k not in _MACHINES_OWN}
 
 
 def find_checkpoint(

@@ -18,9 +18,9 @@ from engine.fit import fit
 from engine.log.terminal import Terminal
 from engine.processes.failures import report_failure
 from engine.processes.preemption import Preemption
-from engine.processes.world import check_alike, enter, rank
+from engine.processes.world import enter, rank
 from engine.recipe import Recipe
-from engine.run import claim, shared_fields
+from engine.run import claim
 from engine.trainer import Trainer
 from launch.command_line import parse_recipe
 
@@ -34,7 +34,6 @@ def train(recipe: Recipe) -> bool:
         Preemption(world, recipe.checkpoint.grace) as preemption,
     ):
         terminal = Terminal(world.main)
-        check_alike(world, shared_fields(recipe))
         data = open_data(recipe, world, terminal.say)
         with claim(recipe, data.train.digest, world, terminal) as run:
             trainer = Trainer(recipe, world, data, run)

@@ -7,9 +7,9 @@ from engine.data import open_data
 from engine.fit import fit
 from engine.log.terminal import Terminal
 from engine.processes.preemption import Preemption
-from engine.processes.world import check_alike, join
+from engine.processes.world import join
 from engine.recipe import Recipe
-from engine.run import claim, open_run, shared_fields
+from engine.run import claim, open_run
 from engine.trainer import Trainer
 
 
@@ -26,7 +26,6 @@ def training(recipe: Recipe) -> Iterator[Trainer]:
     """A trainer in a run that is claimed meanwhile."""
     world = join(recipe.threads, recipe.parallel.strategy != "auto")
     terminal = Terminal(world.main)
-    check_alike(world, shared_fields(recipe))
     data = open_data(recipe, world, terminal.say)
     with claim(recipe, data.train.digest, world, terminal) as run:
         yield Trainer(recipe, world, data, run)

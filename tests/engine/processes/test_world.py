@@ -23,7 +23,7 @@ from shards.errors import InputError
 from shards.loader import DataConfig
 from tests.helpers.places import ROOT
 from tests.helpers.ranks import RankFailure, Ranks
-from tests.helpers.training import finish, open_trainer
+from tests.helpers.training import finish, open_trainer, training
 from tests.whole import parity
 from tests.whole.parity import SGDConfig
 
@@ -34,9 +34,9 @@ QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
 
 def train(recipe: Recipe) -> int:
     """On a rank: train to the recipe's last step."""
-    trainer = open_trainer(recipe)
-    finish(trainer)
-    return trainer.step
+    with training(recipe) as trainer:
+        finish(trainer)
+        return trainer.step
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
