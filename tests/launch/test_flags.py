@@ -1,7 +1,7 @@
 """The command lines' options: scripts of users are written with them, and --help explains them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -23,7 +23,7 @@ PROTOCOLS = {
     "semi-supervised": evaluate.SemiSupervised,
     "neighbours": evaluate.Neighbours,
 }
-BENCHES = {
+BENCHES: dict[str, Callable[..., object]] = {
     "input": bench_input,
     "step": bench_step,
     "checkpoint": bench_checkpoint,
