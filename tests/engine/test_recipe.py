@@ -64,16 +64,6 @@ def test_overrides() -> None:
     assert recipe.optimizer == load(QUICKSTART).optimizer
 
 
-def test_every_field_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        parse_recipe([QUICKSTART, "--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for name in flatten(load(QUICKSTART)):
-        if name != "optimizer":
-            assert f"--{name.replace('_', '-')}" in text
-
-
 def test_kinds_of_fields() -> None:
     """What scripts may change at every start, and what decides the result."""
     free = set(operation_names())

@@ -47,6 +47,7 @@ class Agent:
         nodes: str = "1",
         port: int = 0,
         host: bool = True,
+        restarts: int = 1000,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """`port`: of the meeting point that all machines of a job share, which is at the `host`.
@@ -58,7 +59,7 @@ class Agent:
         conf = ["last_call_timeout=2", "keep_alive_interval=1", f"is_host={host}"]
         launcher = [
             *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"),
-            *(f"--nnodes={nodes}", "--max-restarts=1000", "--monitor-interval=0.1"),
+            *(f"--nnodes={nodes}", f"--max-restarts={restarts}", "--monitor-interval=0.1"),
             *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port or free_port()}"),
             *("--rdzv-id=job", f"--rdzv-conf={','.join(conf)}"),
             "--local-addr=127.0.0.1",
@@ -93,6 +94,18 @@ class Agent:
     def workers(self) -> list[int]:
         """Process numbers of the workers that live."""
         return [pid for pid in children(self.process.pid) if "train.py" in command(pid)]
+
+    def settings(self, name: str) -> dict[int, int]:
+        """A number that torchrun gave to its workers in the environment, by those that live."""
+        found = {
+            pid: dict(e.split(b"=", 1) for e in environment_of(pid) if b"=" in e)
+            for pid in self.workers()
+        }
+        return {pid: int(own[name.encode()]) for pid, own in found.items() if name.encode() in own}
+
+    def attempts(self) -> dict[int, int]:
+        """The workers that live, and how often torchrun had started them before."""
+        return self.settings("TORCHELASTIC_RESTART_COUNT")
 
     def wait(self, seconds: float = SECONDS) -> int:
         return self.process.wait(seconds)

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from shards.making import synthetic
 from shards.storage import files
 from tests.conftest import PackFiles, draw_photo
 from tests.helpers import tiny
+from tests.helpers.jobs import until
 from tests.helpers.training import finish, train, training
 
 LINEAR = ["--epochs", "3", "--batch", "16", "--lr", "0.4", "0.05", "--threads", "1"]
@@ -64,7 +64,7 @@ def result(url: str, name: str) -> dict[str, Any]:
 
 
 def test_figures_go_everywhere(
-    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: str, tmp_path: Path, tiny_data: DataConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = copied(run, tmp_path)
     before = journal.read(run)
@@ -91,9 +91,11 @@ def test_figures_go_everywhere(
     again = told(capsys, "linear", run, *LINEAR)
     assert "measured before" in again
     assert journal.read(run) == after
-    # and the run goes on with its log whole
     head = load_file(next(Path(run).glob("**/head.safetensors")))
     assert head["fc.weight"].shape == (len(synthetic.CLASSES), 64)
+    # and a training that goes on there leaves the log whole
+    assert train(tiny.recipe(tiny_data, run))
+    assert journal.read(run) == after
 
 
 def test_knn_equals_the_training_s_own(run: str, tmp_path: Path) -> None:
@@ -197,20 +199,20 @@ def test_an_image_among_others_is_its_own_neighbour(
 def test_a_live_run_is_not_disturbed(tiny_data: DataConfig, tmp_path: Path) -> None:
     """An evaluation in the middle of training; the run's log has both in the end."""
     url, calm = str(tmp_path / "run"), str(tmp_path / "calm")
+    knn = ["--checkpoint", "8", "--k", "5", "--threads", "1"]
+    train(tiny.recipe(tiny_data, calm, steps=8))
+    assert evaluate.main(["knn", calm, *knn, "--out", f"{tmp_path}/out"]) == 0
     train(tiny.recipe(tiny_data, calm))
     statuses: list[int] = []
     with training(tiny.recipe(tiny_data, url)) as trainer:
         step = trainer.train_step
 
         def step_and_evaluate(batch: Any) -> Any:
-            if trainer.step == 10:  # step 8 is saved by now, or soon
-                until = time.monotonic() + 60
-                while not files.list_names(f"{url}/checkpoints/step_00000008"):
-                    assert time.monotonic() < until
-                    time.sleep(0.05)
-                time.sleep(1)
-                knn = ["knn", url, "--checkpoint", "8", "--k", "5", "--threads", "1"]
-                other = threading.Thread(target=lambda: statuses.append(evaluate.main(knn)))
+            if trainer.step == 10:  # the save of step 8 is under way, or over
+                commit = f"{url}/checkpoints/step_00000008/commit.json"
+                until(lambda: files.exists(commit))
+                measure = lambda: statuses.append(evaluate.main(["knn", url, *knn]))  # noqa: E731
+                other = threading.Thread(target=measure)
                 other.start()
                 other.join()
                 assert not lease.is_free(url)
@@ -220,7 +222,8 @@ def test_a_live_run_is_not_disturbed(tiny_data: DataConfig, tmp_path: Path) -> N
         assert finish(trainer)
     assert statuses == [0]
     found, expected = journal.read(url), journal.read(calm)
-    assert found[7].pop("knn_k5_t0.07_top1") >= 0
+    apart = result(f"{tmp_path}/out", "knn")["metrics"]
+    assert found[7].pop("knn_k5_t0.07_top1") == apart["knn_k5_t0.07_top1"]
     timings = {"images_per_second", "data_wait"}
     for ours, theirs in zip(found, expected, strict=True):
         assert {k: v for k, v in ours.items() if k not in timings} == {
@@ -277,18 +280,18 @@ def test_a_stopped_evaluation_goes_on(
 
 def test_two_processes_find_the_same(run: str, tmp_path: Path) -> None:
     """torchrun: heads from random crops, and kNN."""
-    one = ["linear", run, *LINEAR, "--precision", "fp64"]
-    assert evaluate.main([*one, "--out", f"{tmp_path}/one"]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    script = str(Path(evaluate.__file__))
-    subprocess.run(
-        [*command, script, *one, "--out", f"{tmp_path}/two"],
-        check=True,
-        timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    found = [result(f"{tmp_path}/{folder}", "linear")["table"] for folder in ("one", "two")]
-    assert found[0] == found[1]
+    script = ["-m", "torch.distributed.run", "--nproc-per-node=2", str(Path(evaluate.__file__))]
+    for protocol, options in (("linear", LINEAR), ("knn", ["--threads", "1"])):
+        one = [protocol, run, *options, "--precision", "fp64"]
+        assert evaluate.main([*one, "--out", f"{tmp_path}/one"]) == 0
+        subprocess.run(
+            [sys.executable, *script, *one, "--out", f"{tmp_path}/two"],
+            check=True,
+            timeout=200,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        found = [result(f"{tmp_path}/{folder}", protocol)["table"] for folder in ("one", "two")]
+        assert found[0] == found[1]
     heads = [load_file(next(tmp_path.glob(f"{f}/**/head.safetensors"))) for f in ("one", "two")]
     torch.testing.assert_close(heads[0]["fc.weight"], heads[1]["fc.weight"], rtol=1e-9, atol=1e-12)
 

@@ -6,23 +6,24 @@
 Behind a proxy that harms requests now and then, faults strike at steps that the seed decides. In
 the end metrics.jsonl must have every step once, as the undisturbed run has it: with one machine bit
 for bit but for the timings, with two the same data_digest and, in float64, losses up to rounding.
+What became of each fault is looked for in the job's output, processes and checkpoints; when nobody
+can tell of one, that is a failure.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import fsspec
@@ -32,81 +33,33 @@ from shards.making import synthetic
 from shards.storage import files
 from tests.helpers import object_store, tiny
 from tests.helpers.fault_proxy import FaultProxy
-from tests.helpers.jobs import Agent, ended, free_port, small, until
+from tests.helpers.jobs import SECONDS, Agent, ended, until
+from tests.helpers.object_store import ObjectStore
+from tests.whole.chaos_job import MEASURED, Job
+from tests.whole.chaos_outcomes import UNKNOWN, Fault, count_lost, table
 
 TIMINGS = ("images_per_second", "data_wait")
 HARM = {"delay": 0.02, "slow_down": 0.01, "drop": 0.01, "truncate": 0.01, "wrong": 0.01}
 STEPS_BETWEEN = (4, 16)  # faults
-EVERY = 5  # steps between checkpoints
-MEASURED = 10  # steps between evaluations
 LOSS_BOUND = 1e-6  # relative, in float64: what the rounding of another number of processes grew to
 
-
-@dataclass
-class Row:
-    """What one kind of fault did."""
-
-    times: int = 0
-    outcomes: Counter[str] = field(default_factory=Counter)
-    repeated: int = 0  # steps done again
+Worker = tuple[Agent, int, int]  # its machine, its process number, which attempt it belongs to
+Outcome = Callable[[], str]  # what became of a fault; empty as long as nobody can tell
 
 
-class Chaos:
-    """The job, and what can happen to it."""
+class Chaos(Job):
+    """What can happen to a job."""
 
     def __init__(
-        self,
-        store: object_store.ObjectStore,
-        proxy: FaultProxy,
-        folder: Path,
-        machines: int,
-        seed: int,
+        self, store: ObjectStore, proxy: FaultProxy, folder: Path, machines: int, seed: int
     ) -> None:
+        super().__init__(store, proxy, folder, machines)
         self.random = random.Random(seed)
-        self.store, self.proxy, self.folder = store, proxy, folder
-        self.machines, self.precision = machines, "fp32" if machines == 1 else "fp64"
-        self.bucket = store.bucket()
-        self.run = f"{self.bucket}/run"
-        self.rows: dict[str, Row] = {}
-        self.port = free_port()
-        self.steps = 0
-        self.agents: list[Agent] = []
-        self.output = folder / "output"
+        self.faults: list[Fault] = []
 
-    # The job --------------------------------------------------------------------------------
+    # Faults: each strikes, and returns how to tell what became of it -------------------------
 
-    def arguments(self, run: str) -> list[str]:
-        return small(
-            f"{self.bucket}/data",
-            run,
-            *("--steps", str(self.steps), "--checkpoint.every", str(EVERY)),
-            *("--probe.every", str(MEASURED), "--precision", self.precision),
-        )
-
-    def start(self, number: int = 0, processes: int = 2) -> Agent:
-        """Start a machine's torchrun; the first one is where they meet."""
-        agent = Agent(
-            self.arguments(self.run),
-            self.folder / f"output{number}",
-            processes=processes,
-            nodes=f"1:{self.machines}",
-            port=self.port,
-            host=number == 0,
-            environment=self.store.through(self.proxy.endpoint).environment(),
-        )
-        self.agents[number:] = [agent, *self.agents[number + 1 :]]
-        return agent
-
-    def step(self) -> int:
-        return max(agent.step() for agent in self.agents)
-
-    def restarted(self, since: int) -> Callable[[], bool]:
-        """Whether training goes on after it has stopped: a new line tells of a step."""
-        return lambda: sum(len(agent.text()) for agent in self.agents) > since
-
-    # Faults ---------------------------------------------------------------------------------
-
-    def kill_in_startup(self) -> str:
+    def kill_in_startup(self) -> Outcome:
         """The second kill strikes while the processes of the next attempt start."""
         self._kill_one()
         old = set(self.agents[0].workers())
@@ -114,51 +67,56 @@ class Chaos:
         time.sleep(self.random.uniform(0.2, 6))
         return self._kill_one()
 
-    def kill_in_step(self) -> str:
+    def kill_in_step(self) -> Outcome:
         time.sleep(self.random.uniform(0, 0.2))
         return self._kill_one()
 
-    def kill_all(self) -> str:
-        for pid in self.agents[0].workers():
-            os.kill(pid, signal.SIGKILL)
-        return "restarted by torchrun"
+    def kill_all(self) -> Outcome:
+        return self._kill(lambda workers: workers)
 
-    def kill_in_save(self) -> str:
+    def kill_in_save(self) -> Outcome:
         self._request("PUT .*/checkpoints/|POST .*/checkpoints/")
         return self._kill_one()
 
-    def kill_in_evaluation(self) -> str:
+    def kill_in_evaluation(self) -> Outcome:
         self._request("GET .*/data/val/.*tar")
         time.sleep(self.random.uniform(0, 0.05))
         return self._kill_one()
 
-    def stop_by_signal(self) -> str:
+    def stop_by_signal(self) -> Outcome:
         """The scheduler takes the machine away, and gives it back."""
         (agent,) = self.agents
         os.kill(agent.process.pid, self.random.choice([signal.SIGTERM, signal.SIGUSR1]))
         agent.wait(60)
-        assert "stopped after step" in agent.text(), agent.text()[-2000:]
+        saved = self._saved_at_once()
         assert not agent.left()
         self.start()
-        return "saved at once, started again"
+        resumed = f"resumed at step {saved} "
+        return lambda: "saved at once, started again" if resumed in self.news() else ""
 
-    def stop_in_evaluation(self) -> str:
+    def stop_in_evaluation(self) -> Outcome:
         self._request("GET .*/data/val/.*tar")
         return self.stop_by_signal()
 
-    def lose_the_machine(self) -> str:
+    def lose_the_machine(self) -> Outcome:
         """Agent and workers are gone without a word; somebody starts the same command."""
         self.agents[0].kill()
-        self.start()
-        return "started again"
+        before = self.starts()
+        agent = self.start()
+        started = "started again"
+        return lambda: started if self.starts() > before and agent.workers() else ""
 
-    def damage_newest(self) -> str:
+    def damage_newest(self) -> Outcome:
         """The newest checkpoint is no longer what it was, and everybody dies."""
-        names = files.list_names(f"{self.run}/checkpoints")
-        committed = [n for n in names if files.exists(f"{self.run}/checkpoints/{n}/commit.json")]
-        for pid in self.agents[0].workers():
-            os.kill(pid, signal.SIGKILL)
-        folder = f"{self.run}/checkpoints/{committed[-1]}"
+
+        def candidates() -> list[str]:
+            # What was damaged before may still lie there, at a later step than this attempt's.
+            return [name for name in self.committed() if int(name[5:]) <= self.step()]
+
+        until(lambda: len(candidates()) > 1, every=0.2)
+        self._kill(lambda workers: workers)
+        newest = candidates()[-1]
+        folder = f"{self.run}/checkpoints/{newest}"
         name = self.random.choice(files.list_names(folder))
         content = files.read(f"{folder}/{name}")
         how = self.random.choice(["flip", "cut", "delete"])
@@ -170,58 +128,102 @@ class Chaos:
             place = self.random.randrange(len(content))
             flipped = bytes([content[place] ^ 1 << self.random.randrange(8)])
             files.write(f"{folder}/{name}", content[:place] + flipped + content[place + 1 :])
-        return "skipped, the one before it taken"
 
-    def outage(self) -> str:
+        def outcome() -> str:
+            pattern = f"skipped: .*{newest}.*\n(?s:.*)resumed at step (\\d+)"
+            resumed = re.search(pattern, self.news())
+            older = resumed and int(resumed[1]) < int(newest[5:])
+            return "skipped, the one before it taken" if older else ""
+
+        return outcome
+
+    def outage(self) -> Outcome:
         """For some seconds the store answers nobody."""
+        until(self.agents[0].attempts)
+        attempt, refused = self.attempt(), self.proxy.counts()["slow_down"]
         self.proxy.set({"slow_down": 1.0})
         time.sleep(self.random.uniform(1, 4))
+        until(lambda: self.proxy.counts()["slow_down"] > refused)
         self.proxy.set(HARM)
-        return "waited for, or restarted"
+        saved = self.committed()
 
-    def second_job(self) -> str:
+        def outcome() -> str:
+            if self.attempt() > attempt:
+                return "restarted by torchrun"
+            return "waited for" if set(self.committed()) - set(saved) else ""
+
+        return outcome
+
+    def second_job(self) -> Outcome:
         """Somebody starts the same command once more, elsewhere."""
         other = Agent(
             self.arguments(self.run),
-            self.folder / f"other{self.rows['second job'].times}",
+            self.folder / f"other{len(self.faults)}",
             processes=1,
+            restarts=0,
             environment=self.store.environment(),
         )
         with ended(other):
-            until(lambda: "is in use by another job" in other.text(), 90)
-        return "refused in one line"
+            code = other.wait(90)
+        errors = re.findall("^error: .*", other.text(), re.MULTILINE)
+        refused = code != 0 and len(errors) == 1 and "is in use by another job" in errors[0]
+        return lambda: "refused in one line" if refused and not other.steps() else ""
 
-    def lose_and_rejoin(self) -> str:
+    def lose_and_rejoin(self) -> Outcome:
         """A second machine is lost; the first goes on without it; it comes back."""
-        lost = self.agents[1]
-        lost.kill()
-        self._go_on_without()
-        return "went on with 2 processes, then with 3 or 4"
+        self.agents[1].kill()
+        found = self._go_on_without()
+        return lambda: found
 
-    def take_one_away(self) -> str:
+    def take_one_away(self) -> Outcome:
         """The second machine is told to stop: the first goes on without it; it comes back."""
         leaving = self.agents[1]
         os.kill(leaving.process.pid, signal.SIGTERM)
         leaving.wait(60)
-        self._go_on_without()
-        return "saved at once, went on with 2 processes, then with 3 or 4"
+        self._saved_at_once()
+        found = f"saved at once, {self._go_on_without()}"
+        return lambda: found
 
-    def _go_on_without(self) -> None:
+    def _go_on_without(self) -> str:
         """The first machine goes on alone; then the second one comes back, and all start again."""
-        for comes_back in (False, True):
-            before = self._starts()
-            if comes_back:
-                self.start(1, processes=self.random.choice([1, 2]))
-            until(lambda before=before: self._starts() > before)  # type: ignore[misc]
+        joining = self.random.choice([1, 2])
+        for size in (2, 2 + joining):
+            before = self.starts()
+            if size > 2:
+                self.start(1, processes=joining)
+            until(lambda b=before, s=size: self.starts() > b and self.size() == s)  # type: ignore[misc]
+        return f"went on with 2 processes, then with {2 + joining}"
 
-    def _starts(self) -> int:
-        return sum(agent.text().count("steps an epoch;") for agent in self.agents)
+    def _saved_at_once(self) -> int:
+        """The step that the job says it has stopped after, which is saved."""
+        until(lambda: "stopped after step" in self.news(), 10)
+        (step,) = set(re.findall(r"stopped after step (\d+) by", self.news()))
+        assert f"step_{int(step):08d}" in self.committed(), (step, self.committed())
+        return int(step)
 
-    def _kill_one(self) -> str:
-        pids = [pid for agent in self.agents for pid in agent.workers()]
-        if pids:
-            os.kill(self.random.choice(pids), signal.SIGKILL)
-        return "restarted by torchrun"
+    def _kill_one(self) -> Outcome:
+        return self._kill(lambda workers: self.random.sample(workers, 1))
+
+    def _kill(self, choose: Callable[[list[Worker]], list[Worker]]) -> Outcome:
+        """Kill some of the workers that live, once there are any."""
+        killed: list[Worker] = []
+
+        def kill() -> bool:
+            living = [(agent, *one) for agent in self.agents for one in agent.attempts().items()]
+            for worker in choose(living) if living else []:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker[1], signal.SIGKILL)
+                    killed.append(worker)
+            return bool(killed)
+
+        until(kill, every=0.002)
+        until(lambda: not any(pid in agent.attempts() for agent, pid, _ in killed))
+
+        def outcome() -> str:
+            again = all(max(a.attempts().values(), default=0) > n for a, _, n in killed)
+            return "restarted by torchrun" if again else ""
+
+        return outcome
 
     def _request(self, pattern: str) -> None:
         before = self.proxy.requests(pattern)
@@ -229,7 +231,7 @@ class Chaos:
 
     # The whole ------------------------------------------------------------------------------
 
-    def kinds(self) -> dict[str, Callable[[], str]]:
+    def kinds(self) -> dict[str, Callable[[], Outcome]]:
         if self.machines == 2:
             return {
                 "machine lost, and back": self.lose_and_rejoin,
@@ -258,24 +260,32 @@ class Chaos:
         plan = [next(cycle) for _ in range(faults)]
         self.random.shuffle(plan)
         at = list(itertools.accumulate(self.random.randint(*STEPS_BETWEEN) for _ in plan))
-        self.rows = {name: Row() for name in kinds}
-        self.steps = at[-1] + 4 * MEASURED + 10 * plan.count("told to stop in evaluation")
+        waits = {"told to stop in evaluation": 10, "outage of the store": 10, "second job": 30}
+        self.steps = at[-1] + 4 * MEASURED + sum(waits.get(name, 0) for name in plan)
         with ExitStack() as stack:
             stack.callback(self._end)
             for number in range(self.machines):
                 self.start(number)
             for name, step in zip(plan, at, strict=True):
                 until(lambda step=step: self._at(step))  # type: ignore[misc]
-                row, again = self.rows[name], self._repeated()
-                print(f"step {self.step()}: {name}", file=sys.stderr, flush=True)
-                row.outcomes[kinds[name]()] += 1
-                row.times += 1
-                before = self.step()
-                until(lambda before=before: self._at(before + 1))  # type: ignore[misc]
-                row.repeated += self._repeated() - again
+                self._strike(name, kinds[name])
             for agent in self.agents:
                 assert agent.wait() == 0, agent.text()[-3000:]
                 assert not agent.left()
+
+    def _strike(self, name: str, strike: Callable[[], Outcome]) -> None:
+        """One fault, until what became of it is known and the job is further than it was."""
+        print(f"step {self.step()}: {name}", file=sys.stderr, flush=True)
+        self.said = {agent.output: len(agent.text()) for agent in self.agents}
+        step, again = self.step(), self.repeated()
+        outcome, end = strike(), time.monotonic() + SECONDS
+        while not (found := outcome()) and time.monotonic() < end:
+            time.sleep(0.05)
+        before = self.highest()
+        until(lambda: self._at(0) and self.highest() > before)
+        news = [int(n) for n in re.findall(r"^step (\d+) ", self.news(), re.MULTILINE)]
+        fault = Fault(name, min([step + 1, *news]), found or UNKNOWN, self.repeated() - again)
+        self.faults.append(fault)
 
     def _end(self) -> None:
         """Nothing of the job stays behind; what it said does, when it went wrong."""
@@ -288,26 +298,11 @@ class Chaos:
         assert self.agents[0].process.poll() is None, self.agents[0].text()[-3000:]
         return self.step() >= step
 
-    def _repeated(self) -> int:
-        """Steps that were done more than once so far."""
-        steps = [line for agent in self.agents for line in agent.steps()]
-        return len(steps) - len(set(steps))
-
-    def undisturbed(self) -> list[dict[str, Any]]:
-        run = f"{self.bucket}/undisturbed"
-        agent = Agent(
-            self.arguments(run),
-            self.folder / "undisturbed",
-            processes=2,
-            environment=self.store.environment(),
-        )
-        with ended(agent):
-            assert agent.wait(600) == 0, agent.text()[-3000:]
-        return journal.read(run)
-
     def check(self) -> None:
         """The run is the run that was never disturbed."""
         found, expected = journal.read(self.run), self.undisturbed()
+        count_lost(self.faults, found, expected)
+        assert not [f for f in self.faults if f.lost or f.outcome == UNKNOWN], self.table()
         lines = files.read(f"{self.run}/{journal.JSONL}").decode().splitlines()
         assert [json.loads(line)["step"] for line in lines] == list(range(1, self.steps + 1))
         assert [r["data_digest"] for r in found] == [r["data_digest"] for r in expected]
@@ -320,13 +315,7 @@ class Chaos:
                 assert abs(one["loss"] / other["loss"] - 1) < LOSS_BOUND, (one, other)
 
     def table(self) -> str:
-        lines = ["| fault | times | outcome | samples lost | steps repeated |", "|-|-|-|-|-|"]
-        for name, row in self.rows.items():
-            outcome = "; ".join(row.outcomes)
-            lines.append(f"| {name} | {row.times} | {outcome} | 0 | {row.repeated} |")
-        for kind, times in self.proxy.counts().items():
-            lines.append(f"| request: {kind} | {times} | tried again | 0 | |")
-        return "\n".join(lines)
+        return table(self.kinds(), self.faults, self.proxy.counts())
 
 
 def run(store: object_store.ObjectStore, faults: int, machines: int, seed: int) -> str:

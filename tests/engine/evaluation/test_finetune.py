@@ -104,7 +104,7 @@ def test_sharded_equals_single(run: str, tmp_path: Path, ranks: Ranks) -> None:
 
 
 def test_each_choice_begins_at_the_checkpoint(run: str, tmp_path: Path) -> None:
-    """The second learning rate's first losses are those of a training of its own."""
+    """The losses of the last one are those of a training of its own."""
     losses, _, scores = learn(run, f"{tmp_path}/all")
     steps = [3, 4, 3, 4]  # 0.5 and 0.7 of 104 images, in batches of 16
     assert len(losses) == sum(steps)

@@ -91,15 +91,19 @@ def test_damaged_artefacts_are_not_taken(tmp_path: Path, monkeypatch: pytest.Mon
     assert "is damaged; compiling again" in reports[0]
 
 
-def test_artefacts_of_another_run_are_not_taken(tmp_path: Path) -> None:
-    here = artefacts_of(tiny.recipe(DataConfig(), tmp_path / "here"))
-    (tmp_path / "there" / "compile").mkdir(parents=True)
-    name = Path(here._url).name
-    (tmp_path / "there" / "compile" / name).write_bytes(b"code")
-    digest = hashlib.sha256(b"code").hexdigest()
-    (tmp_path / "there" / "compile" / name.replace(".bin", ".sha256")).write_text(digest)
-    here.load(print)
-    assert not here.loaded
+def test_artefacts_of_another_run_are_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though they are whole and of the same recipe, and that run itself takes them."""
+    (content,) = craft(INSIDE[:1])
+    here, there = (artefacts_of(tiny.recipe(DataConfig(), tmp_path / n)) for n in ("here", "there"))
+    assert Path(here._url).name == Path(there._url).name
+    files.write(there._url, content)
+    files.write(there._digest_url, hashlib.sha256(content).hexdigest().encode())
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    for artefacts in (here, there):
+        artefacts.load(print)
+    assert (here.loaded, there.loaded) == (False, True)
 
 
 def test_other_machines_and_strategies_have_their_own(tmp_path: Path) -> None:
