@@ -6,7 +6,7 @@ from typing import Any
 from engine.evaluation.probe import Stopped
 from engine.log.metrics import MetricsLog, Timer
 from engine.processes.preemption import Preemption
-from engine.processes.world import World, set_timeout
+from engine.processes.world import World
 from engine.state import checkpoint
 from engine.state.saver import Saver
 from engine.trainer import Trainer
@@ -20,16 +20,15 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
     go on without that one. Raises InputError when the data is at fault or training diverges, and
     OSError when the last state could not be saved.
     """
-    recipe, world, run, first = trainer.recipe, trainer.world, trainer.run, trainer.step
-    stop = trainer.total_steps if recipe.steps is None else min(recipe.steps, trainer.total_steps)
+    recipe, run, first, stop = trainer.recipe, trainer.run, trainer.step, trainer.last_step
     run.write_recipe()
     baseline = trainer.measure_baseline()
     with (
         run.open_log(first, stop) as log,
         closing(trainer.batches()) as data,
-        Saver(world, recipe.checkpoint.background, trainer.terminal.report) as saver,
+        Saver(trainer.world, recipe.checkpoint.background, trainer.terminal.report) as saver,
     ):
-        _greet(trainer, stop, data.block_memory)
+        _greet(trainer, data.block_memory)
         measured = _catch_up(trainer, log)
         timer, stopping = Timer(), False
         while trainer.step < stop and not stopping:
@@ -40,11 +39,7 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
             timer.steps += 1
             log.advance()
             trainer.check_skips(output)
-            if step == first + 1:
-                preemption.begin()
-                set_timeout(recipe.parallel.timeout, trainer.parallel.groups)
-            if step == first + 2 and trainer.compile and recipe.compile_artefacts:
-                trainer.artefacts.save(trainer.terminal.say)
+            trainer.settle(step - first)
             stopping = preemption.agreed()
 
             measure = recipe.probe.due(step, trainer.total_steps)
@@ -65,20 +60,19 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
                 _save(trainer, saver, log)
                 timer = Timer()
 
-        if not saver.wait():
-            raise OSError(f"the state of step {trainer.step} could not be saved, see above")
+        saver.finish()
     if stopping:
         trainer.terminal.say(f"stopped after step {trainer.step} by {preemption.reason}")
     _farewell(trainer, baseline, measured)
     return not (stopping and preemption.only_elsewhere)
 
 
-def _greet(trainer: Trainer, stop: int, block_memory: int) -> None:
+def _greet(trainer: Trainer, block_memory: int) -> None:
     data = trainer.data
     trainer.terminal.say(
         f"{data.train.samples:,} images, {data.order.steps_per_epoch:,} steps an epoch; "
-        f"steps {trainer.step:,} to {stop:,} on {trainer.device}; blocks in memory: up to about "
-        f"{block_memory / 2**20:,.0f} MiB"
+        f"steps {trainer.step:,} to {trainer.last_step:,} on {trainer.device}; blocks in memory: "
+        f"up to about {block_memory / 2**20:,.0f} MiB"
     )
 
 

@@ -20,10 +20,10 @@ from engine.method.augment import augment
 from engine.method.byol import byol_loss, update_target
 from engine.method.local_shards import foreach_norms, local, not_finite, whole_norms
 from engine.method.norm import RunningStatistics
-from engine.method.precision import PATIENCE, StepGuard, autocast, parameter_dtype
+from engine.method.precision import MOST_SKIPS, StepGuard, autocast, parameter_dtype
 from engine.method.schedule import learning_rate, tau
 from engine.processes import compiling, parallel
-from engine.processes.world import World, share_of_cores
+from engine.processes.world import World, set_timeout, share_of_cores
 from engine.recipe import Recipe
 from engine.run import Run
 from engine.state import checkpoint
@@ -193,6 +193,19 @@ class Trainer:
             report=self.terminal.report,
         )
 
+    @property
+    def last_step(self) -> int:
+        """The step that this process trains to: the recipe's last, or an earlier one (`steps`)."""
+        steps = self.recipe.steps
+        return self.total_steps if steps is None else min(steps, self.total_steps)
+
+    def settle(self, taken: int) -> None:
+        """What the first steps of a start lead to, once `taken` of them are done."""
+        if taken == 1:  # whoever compiled has done so
+            set_timeout(self.recipe.parallel.timeout, self.parallel.groups)
+        if taken == 2 and self.compile and self.recipe.compile_artefacts:
+            self.artefacts.save(self.terminal.say)
+
     def measure_baseline(self) -> dict[str, float]:
         """kNN before the first step, where the recipe asks for it."""
         if self.probe is None or not self.recipe.probe.baseline or self.step:
@@ -238,7 +251,7 @@ class Trainer:
 
     def check_skips(self, output: StepOutput) -> None:
         """Raise InputError once too many steps on end were skipped."""
-        if self.guard.in_a_row() >= PATIENCE:
+        if self.guard.in_a_row() >= MOST_SKIPS:
             raise self._diverged(output)
 
     def check_finite(self, output: StepOutput) -> None:

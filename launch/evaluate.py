@@ -26,8 +26,9 @@ from engine.evaluation.finetune import FinetuneConfig
 from engine.evaluation.knn import KNNConfig
 from engine.evaluation.linear import LinearConfig
 from engine.evaluation.neighbours import NeighboursConfig
+from engine.evaluation.results import Result
 from engine.evaluation.semi_supervised import SemiSupervisedConfig, take_labels
-from engine.evaluation.session import Evaluation, EvaluationDataConfig, Result
+from engine.evaluation.session import Evaluation, EvaluationDataConfig
 from engine.processes import world
 from engine.processes.failures import report_failure
 from launch.command_line import plain_errors

@@ -1,5 +1,6 @@
 """The house: who may import whom, how long a file may be, what stands at the top."""
 
+import ast
 import subprocess
 
 import pytest
@@ -70,6 +71,30 @@ def test_no_imports_in_a_circle() -> None:
 def test_files_are_short(name: str) -> None:
     assert len(MODULES[name].read_text().splitlines()) <= 400
     assert not name.endswith(".utils")
+
+
+def code_lines(function: ast.FunctionDef) -> int:
+    """The lines of a function, but for its docstring, which may be the text of a --help page."""
+    docs = function.body[0] if ast.get_docstring(function) else None
+    return _lines(function) - (_lines(docs) if docs else 0)
+
+
+def _lines(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def test_lines_are_counted() -> None:
+    (function,) = ast.parse('def f():\n    """One.\n\n    Two."""\n    a = 1\n    return a').body
+    assert isinstance(function, ast.FunctionDef)
+    assert code_lines(function) == 3
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_functions_are_short(name: str) -> None:
+    most = 50 if name == "engine.fit" else 60
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert code_lines(node) <= most, node.name
 
 
 def test_the_method_knows_nothing_of_the_launcher() -> None:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from engine.evaluation.features import Accuracy, accuracy, forward
-from engine.evaluation.session import Evaluation, Result, Row, chosen_columns
+from engine.evaluation.results import Result, Row, chosen_columns
+from engine.evaluation.session import Evaluation
 from engine.evaluation.supervised import (
     Examples,
     Held,

@@ -13,7 +13,8 @@ from annotated_types import Interval, MinLen
 from torch import Tensor
 
 from engine.evaluation.features import Features, accuracy
-from engine.evaluation.session import Evaluation, Result, Row
+from engine.evaluation.results import Result, Row
+from engine.evaluation.session import Evaluation
 from engine.processes.world import World
 from shards.errors import InputError
 

@@ -20,7 +20,8 @@ from torch import Generator as RandomNumbers
 from torch import Tensor, nn
 
 from engine.evaluation.features import Accuracy, Features, accuracy
-from engine.evaluation.session import Evaluation, Result, Row, chosen_columns
+from engine.evaluation.results import Result, Row, chosen_columns
+from engine.evaluation.session import Evaluation
 from engine.evaluation.supervised import (
     Batches,
     Examples,

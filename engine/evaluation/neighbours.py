@@ -75,7 +75,7 @@ def draw(evaluation: Evaluation, config: NeighboursConfig) -> None:
     events = evaluation.events()
     events.picture("neighbours", sheet, evaluation.source.step or 0)
     events.flush()
-    evaluation.console.print(f"sheet      {files.redact(url)}")
+    evaluation.terminal.say(f"sheet      {files.redact(url)}")
     if config.points:
         _write_projector(evaluation, Features(*(t[: config.points] for t in found)))
 
@@ -152,7 +152,7 @@ def _write_projector(evaluation: Evaluation, found: Features) -> None:
     ):
         files.write(files.join(folder, name), content)
     place = files.redact(evaluation.run or evaluation.home)
-    evaluation.console.print(f"projector  tensorboard --logdir {place}/{TENSORBOARD}")
+    evaluation.terminal.say(f"projector  tensorboard --logdir {place}/{TENSORBOARD}")
 
 
 def _bytes(features: Tensor) -> bytes:

@@ -65,7 +65,7 @@ def take_labels(
     some, others = (files.join(evaluation.url, name) for name in ("data", "held_out"))
     standing = (files.exists(files.join(url, indexes.NAME)) for url in (some, others))
     if not world.on_main(lambda: all(standing)):
-        found = subset.find_places(index, (world.rank, world.size), evaluation.report)
+        found = subset.find_places(index, (world.rank, world.size), evaluation.terminal.report)
         places = subset.Places.join(world.all_gather_object(found))
 
         def copy() -> None:
@@ -79,7 +79,7 @@ def take_labels(
 
         world.on_main(copy)
     learned, chosen_in = (indexes.load(url, "the subset") for url in (some, others))
-    evaluation.console.print(
+    evaluation.terminal.say(
         f"{learned.samples:,} of {index.samples:,} images have labels: {files.redact(some)}"
     )
     return Labels(learned, nothing, chosen_in, np.arange(chosen_in.samples))

@@ -4,23 +4,23 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from engine.encoder.source import EncoderConfig, open_encoder
-from engine.evaluation.features import Accuracy, Features, encoding, extract
+from engine.evaluation.features import Features, encoding, extract
+from engine.evaluation.results import Result, read_result, show
 from engine.log import journal
 from engine.log.events import EventLog
+from engine.log.terminal import Terminal
 from engine.processes.identity import agent_identity
 from engine.processes.world import World, share_of_cores
 from engine.state import lease
@@ -36,8 +36,6 @@ from shards.storage import files
 RESULT = "result.json"
 _SETS: tuple[Literal["data.train", "data.val"], ...] = ("data.train", "data.val")
 
-Row = dict[str, str | int | float]
-
 
 @dataclass(frozen=True)
 class EvaluationDataConfig:
@@ -49,18 +47,6 @@ class EvaluationDataConfig:
     """URL of the shards that the figures are of."""
     corrupt: UnitInterval = 0.01
     """Fraction of the images that may be undecodable (10 always may) before it stops."""
-
-
-class Result(NamedTuple):
-    """What an evaluation found."""
-
-    metrics: dict[str, float]  # fractions, by the name that they have in the run's metrics
-    table: list[Row]  # what is shown; accuracies are floats, as fractions
-
-
-def chosen_columns(found: Accuracy, chosen: bool) -> Row:
-    """The figures on data.val of the choice that was made; of the others there are none."""
-    return {"top-1": found.top1, "top-5": found.top5} if chosen else {"top-1": "", "top-5": ""}
 
 
 class Evaluation:
@@ -87,8 +73,7 @@ class Evaluation:
             labels: Whether the protocol needs them.
         """
         self.world, self.protocol = world, protocol
-        self.console = Console(markup=False, highlight=False, soft_wrap=True, quiet=not world.main)
-        self.report = cache(Console(markup=False, highlight=False, soft_wrap=True).print)
+        self.terminal = Terminal(world.main)
         self.threads = threads or share_of_cores()
         self.corrupt = data.corrupt
         files.check(out, "--out")
@@ -97,7 +82,7 @@ class Evaluation:
             for name, url in (("data.train", data.train), ("data.val", data.val))
             if url
         }
-        self.source, self.network = open_encoder(checkpoint_url, encoder, world, self.console.print)
+        self.source, self.network = open_encoder(checkpoint_url, encoder, world, self.terminal.say)
         self.train, self.val = (
             given.get(name) or _open_index(self.source.data_url(name), name) for name in _SETS
         )
@@ -108,7 +93,7 @@ class Evaluation:
             self.source.crop,
             self.threads,
             data.corrupt,
-            self.report,
+            self.terminal.report,
             part=(world.rank, world.size),
         )
         self.encode = encoding(self.network, self.source.precision, world.device)
@@ -116,7 +101,7 @@ class Evaluation:
         self.run = "" if out else self.source.run  # that the results are added to
         self.home = out or (files.join(self.run, EVALUATIONS) if self.run else EVALUATIONS)
         self.url = self._folder()
-        self.console.print(f"{protocol} of the {self.source.report}")
+        self.terminal.say(f"{protocol} of the {self.source.report}")
 
     @property
     def classes(self) -> int:
@@ -163,8 +148,9 @@ class Evaluation:
 
     def _watched(self, batches: Iterable[EvalBatch], total: int) -> Iterator[EvalBatch]:
         """With a progress bar, where there is a terminal, as if all processes went alike."""
-        off = not self.console.is_terminal or self.console.quiet
-        with Progress(console=self.console, transient=True, disable=off) as progress:
+        console = self.terminal.console
+        off = not console.is_terminal or console.quiet
+        with Progress(console=console, transient=True, disable=off) as progress:
             task = progress.add_task("features", total=total)
             for batch in batches:
                 yield batch
@@ -182,11 +168,11 @@ class Evaluation:
     def standing(self) -> Result | None:
         """The result of the same evaluation, if it was made before."""
         url = files.join(self.url, RESULT)
-        result = self.world.on_main(lambda: _read_result(url, self.report))
+        result = self.world.on_main(lambda: read_result(url, self.terminal.report))
         if result is not None:
             place = files.redact(url)
-            self.console.print(f"measured before: remove {place} to measure again")
-            self._show(result)
+            self.terminal.say(f"measured before: remove {place} to measure again")
+            show(result, self.terminal.console)
         return result
 
     @contextmanager
@@ -199,7 +185,7 @@ class Evaluation:
 
         def hold() -> None:
             try:
-                held.append(lease.acquire(self.url, agents, lease.PERIOD, self.console.print))
+                held.append(lease.acquire(self.url, agents, lease.PERIOD, self.terminal.say))
             except InputError:
                 place = files.redact(self.url)
                 raise InputError(
@@ -218,11 +204,11 @@ class Evaluation:
 
         Then nothing of what led to it is needed any more.
         """
-        self._show(result)
+        show(result, self.terminal.console)
         self.world.on_main(lambda: self._write(result))
         saved = files.join(self.url, CHECKPOINTS)
-        self.world.on_main(lambda: files.discard(saved, self.url, self.report))
-        self.console.print(f"result  {files.redact(files.join(self.url, RESULT))}")
+        self.world.on_main(lambda: files.discard(saved, self.url, self.terminal.report))
+        self.terminal.say(f"result  {files.redact(files.join(self.url, RESULT))}")
 
     def events(self) -> EventLog:
         """Tensorboard's files of evaluations, beside the run's own."""
@@ -282,18 +268,6 @@ class Evaluation:
         # Last: with it, nothing of this is done again.
         files.write(files.join(self.url, RESULT), json.dumps(document, indent=1).encode())
 
-    def _show(self, result: Result) -> None:
-        table = Table(box=None, pad_edge=False)
-        for name, value in result.table[0].items():
-            table.add_column(name, justify="left" if isinstance(value, str) else "right")
-        for row in result.table:
-            table.add_row(*map(_shown, row.values()))
-        self.console.print(table)
-
-
-def _shown(value: str | int | float) -> str:
-    return f"{value:.2%}" if isinstance(value, float) else str(value)
-
 
 def _fold(run: str) -> None:
     """Take what was added into metrics.jsonl of a run that no job trains, holding it meanwhile."""
@@ -305,20 +279,6 @@ def _fold(run: str) -> None:
         journal.Journal(run, 1 << 62)  # all steps
     finally:
         held.release()
-
-
-def _read_result(url: str, report: Callable[[str], None]) -> Result | None:
-    try:
-        document = files.read_json(url)
-        result = Result(dict(document["metrics"]), [dict(row) for row in document["table"]])
-        if not result.table:
-            raise ValueError
-        return result
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        report(f"{files.redact(url)} is damaged; measured again")
-        return None
 
 
 def _open_index(url: str, name: str) -> Index:

@@ -94,37 +94,36 @@ def train(training: Training, batches: Batches, evaluation: Evaluation, save_eve
     Raises OSError when the state could not be saved, InputError when the data is at fault.
     """
     world, url = evaluation.world, evaluation.url
-    commit = checkpoint.latest(url, world, evaluation.report)
+    commit = checkpoint.latest(url, world, evaluation.terminal.report)
     if commit is not None:
         state = training.state()
         checkpoint.load(commit, state, world)
         training.step = commit.step
-        evaluation.console.print(f"resumed at step {commit.step} of {training.total_steps}")
+        evaluation.terminal.say(f"resumed at step {commit.step} of {training.total_steps}")
     first, begun, stopping = training.step, time.monotonic(), False
     with Preemption(world, GRACE) as preemption, closing(batches(first)) as data:
         while training.step < training.total_steps and not stopping:
             losses = training.train_step(next(data))
             if training.step == first + 1:
-                preemption.begin()
                 processes.set_timeout(ParallelConfig.timeout, [])
             stopping = preemption.agreed()
             if training.step % max(1, training.total_steps // LINES) == 0:
                 world.all_reduce(losses)
                 speed = (training.step - first) / (time.monotonic() - begun)
                 left = int((training.total_steps - training.step) / speed)
-                evaluation.console.print(
+                evaluation.terminal.say(
                     f"step {training.step} of {training.total_steps}  loss {losses.min():.4f}  "
                     f"{left // 60}m{left % 60:02}s left"
                 )
             step, digest = training.step, evaluation.train.digest
             # The last one too: what is left is to measure, which may fail.
             if stopping or step % save_every == 0 or step == training.total_steps:
-                report = evaluation.report
+                report = evaluation.terminal.report
                 checkpoint.save(url, step, training.state(), {}, digest, world, report=report)
                 if world.main:
                     checkpoint.prune(url, step, keep=1, report=report)
     if stopping:
-        evaluation.console.print(
+        evaluation.terminal.say(
             f"stopped after step {training.step} by {preemption.reason}: the same command goes on"
         )
     return not stopping
@@ -214,7 +213,7 @@ def crops(evaluation: Evaluation, index: Index, batch: int, seed: int, held: Hel
             start=start,
             threads=evaluation.threads,
             pin_memory=device.type == "cuda",
-            report=evaluation.report,
+            report=evaluation.terminal.report,
         )
         with closing(loader):
             for rows in loader:

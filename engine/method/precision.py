@@ -17,7 +17,7 @@ Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FIRST_SCALE = 2.0**8  # of a row's loss: what 2**16 makes of a mean over 256 rows
 GROWTH_STEPS = 2000  # finite ones, until the scale doubles
-PATIENCE = 20  # skipped steps in a row: a row's loss is then scaled by less than 2**-10
+MOST_SKIPS = 20  # skipped steps in a row: a row's loss is then scaled by less than 2**-10
 
 
 def parameter_dtype(precision: Precision) -> torch.dtype:

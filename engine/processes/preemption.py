@@ -23,9 +23,9 @@ POLL = 0.5  # seconds between looks at the other processes' flags during evaluat
 class Preemption:
     """Whether this run is to stop before its end.
 
-    Signals count from `begin` on, when the first step is done. Until then they have their usual
-    effect, the end at once: there is nothing to save, and the process may stand in a call that no
-    handler could leave.
+    Signals count from the first call of `agreed` on, when the first step is done. Until then they
+    have their usual effect, the end at once: there is nothing to save, and the process may stand in
+    a call that no handler could leave.
     """
 
     def __init__(self, world: World, grace: float) -> None:
@@ -33,6 +33,7 @@ class Preemption:
         self._world, self._grace = world, grace
         self.told = threading.Event()  # this process was, by a signal
         self._over = threading.Event()
+        self._begun = False
         self._elsewhere = False
         self._waiting: Callable[[], Tensor] | None = None
         self._looked = 0.0
@@ -40,7 +41,7 @@ class Preemption:
         self._stack = ExitStack()
         self._watch: threading.Thread | None = None  # over the grace
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """From now on a signal only sets the flag."""
         read, write = os.pipe()
         os.set_blocking(write, False)
@@ -61,6 +62,9 @@ class Preemption:
 
         The flags of the step before are read, whose sum has long arrived: nobody waits.
         """
+        if not self._begun:
+            self._begun = True
+            self._begin()
         if not self._world.distributed:
             return self.told.is_set()
         arrived, self._waiting = self._waiting, self._sum()

@@ -25,7 +25,7 @@ from shards.storage import files
 
 PERIOD = 10.0  # seconds between two beats
 LONGEST_PERIOD = 3600.0  # that a lease may ask others to believe in
-PATIENCE = 15.0  # seconds that a release waits for storage
+RELEASE_TIMEOUT = 15.0  # seconds that a release waits for storage
 _POLLS = 5  # looks at a watched lease in each period
 
 
@@ -82,7 +82,7 @@ class Lease:
     def release(self) -> None:
         """End the beats and let the next job in at once. A lost lease stays as it is."""
         self._stop.set()
-        self._thread.join(PATIENCE)
+        self._thread.join(RELEASE_TIMEOUT)
 
     def _take(self) -> bool:
         """Make the object and start to beat; False when another job was faster."""

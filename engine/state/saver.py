@@ -29,7 +29,7 @@ class Saver:
         self._world, self._background, self._report = world.apart(), background, report
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._running: Future[bool] | None = None
-        self._committed = True
+        self._committed, self._step = True, 0
         self._device = world.device
         self._copy: State | None = None
 
@@ -40,6 +40,7 @@ class Saver:
         `write` is collective over the world it is given, and raises OSError when it fails.
         """
         self.wait()
+        self._step = step
         self._running = self._thread.submit(self._write, step, self._stage(state), write)
         if not self._background:
             self.wait()
@@ -50,6 +51,11 @@ class Saver:
         if running is not None:
             self._committed = running.result()
         return self._committed
+
+    def finish(self) -> None:
+        """Wait for the last save. Raises OSError when it was not committed."""
+        if not self.wait():
+            raise OSError(f"the state of step {self._step} could not be saved, see above")
 
     def __enter__(self) -> "Saver":
         return self

@@ -28,7 +28,7 @@ ATTEMPTS = 8
 CONTENT_ATTEMPTS = 4  # where an answer came, but a wrong one
 BACKOFF = 0.2  # seconds before the first retry, with jitter; doubles each time
 LONGEST_WAIT = 10.0  # seconds between two tries
-PATIENCE = 120.0  # seconds after which no new try begins
+TRY_FOR = 120.0  # seconds after which no new try begins
 READ_BLOCK = 4 << 20  # bytes that `open_reader` asks an object store for at a time
 PART = 16 << 20  # bytes that large objects are sent, and copied, at a time
 SECONDS = 60.0  # that one try of a read may take, and one more for each MB
@@ -342,7 +342,7 @@ def retry(url: str, call: Callable[[], _T]) -> _T:
             wrong += short
             kind = WrongLength if short else failure.kind
             spent = time.monotonic() - begun
-            last = attempt == ATTEMPTS or wrong == CONTENT_ATTEMPTS or spent > PATIENCE
+            last = attempt == ATTEMPTS or wrong == CONTENT_ATTEMPTS or spent > TRY_FOR
             if failure.hopeless or (short and is_local(url)):
                 raise kind(f"{redact(url)}: {failure.reason}") from None
             if last:

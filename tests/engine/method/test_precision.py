@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.method.local_shards import whole
-from engine.method.precision import FIRST_SCALE, PATIENCE, StepGuard
+from engine.method.precision import FIRST_SCALE, MOST_SKIPS, StepGuard
 from engine.processes.parallel import ParallelConfig
 from engine.recipe import Recipe
 from shards.loader import DataConfig
@@ -109,10 +109,10 @@ def test_the_first_scale_is_that_of_a_row(batch: int, processes: int) -> None:
     row = guard.scale.item() / batch  # what a row's gradient is multiplied by
     assert FIRST_SCALE <= row < 2 * FIRST_SCALE
     assert guard.scale.log2() % 1 == 0
-    for _ in range(PATIENCE):
+    for _ in range(MOST_SKIPS):
         guard.update(torch.ones(()))
     assert guard.scale.item() / batch < 2.0**-10
-    assert guard.skipped == PATIENCE
+    assert guard.skipped == MOST_SKIPS
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])

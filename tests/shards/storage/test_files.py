@@ -93,7 +93,7 @@ def test_waits_grow_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No try begins after PATIENCE, however few there were."""
+    """No try begins after TRY_FOR, however few there were."""
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     failing = Failing(monkeypatch, *[OSError("slow")] * 99)
