@@ -43,27 +43,29 @@ class Recipe:
 
     # torchrun takes --run for an abbreviation of its own --run-path, also behind the script.
     run: Annotated[Operation[str], tyro.conf.arg(aliases=["--run-url"])] = ""
-    """URL of the run's directory: checkpoints, metrics, tensorboard. Made when it is not there.
-    Under torchrun write --run-url."""
+    """URL of the run's directory, for checkpoints, metrics and tensorboard. It is made when it is
+    not there. Under torchrun write --run-url."""
     seed: Annotated[int, Interval(ge=0, le=2**62)] = 0
-    """Decides the initial weights, the order of the data and every random view."""
+    """Seed of the initial weights, the order of the data and all random views."""
     steps: Operation[Annotated[int | None, Interval(ge=0)]] = None
-    """Stop this process after that step; never changes a schedule. None: train to the end."""
+    """Stop this process after that step. No schedule depends on it. By default the run is trained
+    to its end."""
     threads: Operation[Annotated[int | None, Interval(ge=1, le=1024)]] = None
-    """Threads of each process, for decoding and for torch on the CPU. None: the machine's cores,
-    shared out among its processes."""
+    """Threads of each process, for decoding and for torch on the CPU. By default the machine's
+    cores are shared out among its processes."""
     compile: Operation[bool] = True
-    """Compile networks, augmentation and optimizer with torch.compile."""
+    """Compile the networks, the augmentation and the optimizer with torch.compile."""
     compile_artefacts: Operation[bool] = True
-    """Keep what torch.compile made in RUN/compile, and start from it."""
+    """Keep what torch.compile made in RUN/compile and start from it the next time."""
     compile_folder: Operation[str] = ""
-    """Keep it in this local folder instead, for all runs: whoever can write there can run code in
-    the next start. Empty: RUN/compile."""
+    """Local folder that takes the place of RUN/compile, for all runs. Whoever can write there can
+    run code in the next start."""
     precision: Precision = "fp32"
-    """Of the forward passes; parameters are float32. fp16 scales the loss. fp64 computes all in
-    float64, to verify."""
+    """Number format of the forward passes. Parameters stay float32; fp16 scales the loss; fp64
+    computes everything in float64, to verify."""
     debug_step: Operation[bool] = False
-    """Take one batch through training, evaluation and checkpoint, report, and stop."""
+    """Take one batch through training, evaluation and checkpoint, report what was seen, and
+    stop."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     model: BYOLConfig = field(default_factory=BYOLConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)

@@ -44,15 +44,16 @@ class Options:
     """What every protocol takes."""
 
     checkpoint_url: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """URL of a run, of one of its checkpoints, or of a checkpoint file that others made."""
+    """URL of a run, of one of its checkpoints, or of a third-party checkpoint file."""
     data: EvaluationDataConfig = field(default_factory=EvaluationDataConfig)
     encoder: Annotated[EncoderConfig, _Flat] = field(default_factory=EncoderConfig)
     out: str = ""
-    """URL of a folder for the results, and then the run is left alone. Empty: RUN/evaluations, and
-    the run's metrics and tensorboard; for others' checkpoints the folder evaluations."""
+    """URL of a folder for the results; the run is then left alone. By default they go to
+    RUN/evaluations and into the run's metrics and tensorboard, and for a third-party file to the
+    folder evaluations."""
     threads: Annotated[int | None, Interval(ge=1, le=1024)] = None
-    """Threads of each process, for decoding and for torch on the CPU. None: the machine's cores,
-    shared out among its processes."""
+    """Threads of each process, for decoding and for torch on the CPU. By default the machine's
+    cores are shared out among its processes."""
 
     def open(self, protocol: str, settings: dict[str, Any], labels: bool = True) -> Evaluation:
         here = world.join(self.threads, False)

@@ -37,7 +37,8 @@ class ExportDataConfig:
     """Real images that every file is compared with the checkpoint on."""
 
     val: str = ""
-    """URL of a folder of shards. Empty: the run's, if it can be read."""
+    """URL of shards whose images the exported files are compared on. By default they are the run's,
+    if they can be read."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class Export:
     """Write an encoder for torchvision, timm, TorchScript, torch.export or ONNX, and its card."""
 
     checkpoint_url: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """URL of a run, of one of its checkpoints, or of a checkpoint file that others made."""
+    """URL of a run, of one of its checkpoints, or of a third-party checkpoint file."""
     out: tyro.conf.Positional[str]
-    """URL of the folder to write to."""
+    """URL of the folder that is written to."""
     format: tuple[Format, ...] = ("safetensors", "state-dict", "torchscript", "torch-export")
-    """What to write. onnx needs pip install 'byol-engine[onnx]'."""
+    """Formats that are written. onnx needs pip install 'byol-engine[onnx]'."""
     encoder: Annotated[EncoderConfig, tyro.conf.arg(name="")] = field(default_factory=EncoderConfig)
     data: ExportDataConfig = field(default_factory=ExportDataConfig)
 

@@ -49,10 +49,10 @@ class CropReader:
     """Side of the square, as a fraction of the image's shorter side."""
     threads: int
     corrupt: float
-    """Fraction of the samples that may be undecodable; 10 always may."""
+    """Fraction of the samples that may be undecodable. 10 samples always may."""
     report: Callable[[str], None]
     part: tuple[int, int] = (0, 1)
-    """(i, n): of all blocks every n-th from the i-th on, what one of n processes measures."""
+    """(i, n) reads every n-th block from the i-th on: what one of n processes measures."""
 
     def read(
         self, index: Index, *, limit: int | None = None, ids: NDArray[np.int64] | None = None

@@ -37,26 +37,29 @@ class DataConfig:
     """Where images come from and how they are read."""
 
     train: Operation[str] = ""
-    """URL of the training shards: a folder with an index.json (launch/pack.py writes it)."""
+    """URL of the training shards: a folder with an index.json, which launch/pack.py writes."""
     val: Operation[str] = ""
-    """URL of the validation shards, for kNN and the online head's accuracy; none when empty."""
+    """URL of the validation shards, which kNN and the online head are measured on. It may be
+    empty."""
     draw: Operation[Annotated[int, Interval(ge=0, le=2**31)]] = 0
     """Draw that many images of textures to data.train, and a quarter of it to data.val, when there
-    are none yet. 0: none."""
+    are none yet. 0 draws nothing."""
     streams: Annotated[int, Interval(ge=1, le=2**20)] = 64
-    """Parallel readers that an epoch is cut into; part of the order. Divides batch.size."""
+    """Number of parallel readers that an epoch is cut into. It is part of the order, and divides
+    batch.size."""
     prefetch: Operation[Annotated[int, Interval(ge=0, le=1024)]] = 1
-    """Blocks (about 4 MB) fetched ahead of need for each stream that this process reads."""
+    """Blocks of about 4 MB that are fetched ahead of need for each stream that this process
+    reads."""
     cache: Operation[str] = ""
-    """Local folder that training shards are kept in once fetched; none when empty. Several
-    processes of a machine may share it. The first use of a shard waits for all of it."""
+    """Local folder that keeps training shards once they are fetched. Several processes of a machine
+    may share it. The first use of a shard waits for the whole shard. By default nothing is kept."""
     cache_gb: Operation[Annotated[float, Interval(ge=0, le=1e6)]] = 50
-    """Gigabytes that data.cache may hold of a data set: of its shards, the first that fit."""
+    """Gigabytes that data.cache may hold of a data set: the first shards that fit are kept."""
     corrupt: Operation[UnitInterval] = 0.01
-    """Fraction of the training images that a process may find undecodable (10 always may) before
-    it stops."""
+    """Fraction of the training images that a process may find undecodable before it stops. 10
+    images always may."""
     audit: Operation[bool] = False
-    """Fold a CRC of the decoded uint8 views into data_digest."""
+    """Add a CRC of the decoded uint8 views to data_digest in the metrics."""
 
 
 class Batch(NamedTuple):

@@ -31,8 +31,8 @@ class BatchConfig:
     size: Annotated[int, Interval(ge=2, le=2**31)] = 4096
     """Images in the global batch."""
     micro: Annotated[int, Interval(ge=1)] = 1
-    """Equal parts that the batch goes through the networks in; gradients are averaged over them.
-    Norm statistics are then those of a part."""
+    """Number of equal parts in which a batch goes through the networks. Gradients are averaged over
+    the parts, and norm statistics are those of a part."""
 
 
 @dataclass(frozen=True)

@@ -54,23 +54,24 @@ class ViewConfig:
     flip: UnitInterval = 0.5
     """Probability of a horizontal flip."""
     jitter: UnitInterval = 0.8
-    """Probability of the color jitter: the next four, in random order, each clipped to [0, 1]."""
+    """Probability of the color jitter: the next four operations in random order, each clipped to
+    [0, 1]."""
     brightness: UnitInterval = 0.4
-    """Largest brightness added or subtracted (1 = black to white)."""
+    """Largest brightness that is added or subtracted. 1 turns black into white."""
     contrast: UnitInterval = 0.4
-    """Contrast factor about the mean of each channel: 1 plus or minus at most this."""
+    """Largest change of the contrast factor about the mean of each channel, up or down from 1."""
     saturation: UnitInterval = 0.2
-    """Saturation factor in HSV: 1 plus or minus at most this."""
+    """Largest change of the saturation factor in HSV, up or down from 1."""
     hue: Annotated[float, Interval(ge=0, le=0.5)] = 0.1
     """Largest hue shift in HSV, in turns of the color circle."""
     grayscale: UnitInterval = 0.2
-    """Probability of dropping the color."""
+    """Probability that the color is dropped."""
     blur: UnitInterval
     """Probability of a Gaussian blur."""
     blur_sigma: Range = (0.1, 2.0)
     """Range of the blur's standard deviation, in pixels."""
     solarize: UnitInterval
-    """Probability of inverting all values of at least one half."""
+    """Probability that all values of at least one half are inverted."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,9 @@ class ViewsConfig:
     ratio: Range = (3 / 4, 4 / 3)
     """Range of the crop's width over its height (log-uniform)."""
     view1: ViewConfig = field(default_factory=lambda: ViewConfig(blur=1.0, solarize=0.0))
-    """First view."""
+    """Distribution of the first view."""
     view2: ViewConfig = field(default_factory=lambda: ViewConfig(blur=0.1, solarize=0.2))
-    """Second view."""
+    """Distribution of the second view."""
 
     @property
     def views(self) -> tuple[ViewConfig, ...]:

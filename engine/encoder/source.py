@@ -39,18 +39,22 @@ class EncoderConfig:
     """Which network is taken from the checkpoint, and what it is given."""
 
     checkpoint: str = "latest"
-    """Of a run: its newest checkpoint, or the number of a step."""
+    """Which checkpoint of a run is taken: latest, or the number of its step."""
     network: Literal["online", "target", "untrained", "pixels"] = "online"
-    """online or target; to compare with, the run's untrained encoder, or the pixels themselves."""
+    """The network that is taken: online or target. To compare with, untrained is the run's encoder
+    before the first step, and pixels uses the images themselves."""
     prefix: str | None = None
-    """Of the encoder's names in a file that others made; found by itself unless there are more."""
+    """Name prefix of the encoder's tensors in a third-party file. It is detected, and needed only
+    when the file holds several encoders."""
     size: Annotated[int | None, Interval(ge=8, le=2**14)] = None
-    """Side of the network's input in pixels. None: the run's, 224 for others' checkpoints."""
+    """Side of the network's input in pixels. By default it is the run's, and 224 for a third-party
+    file."""
     crop: Annotated[float | None, Interval(ge=1e-3, le=1)] = None
-    """Side of the central crop, as a fraction of the image's shorter side. None: the run's, 0.875
-    for others' checkpoints."""
+    """Side of the central crop as a fraction of the image's shorter side. By default it is the
+    run's, and 0.875 for a third-party file."""
     precision: Precision | None = None
-    """Of the forward passes. None: the run's, fp32 for others' checkpoints."""
+    """Number format of the forward passes. By default it is the run's, and fp32 for a third-party
+    file."""
 
     def check(self) -> None:
         """Raise InputError for what a field can't be."""

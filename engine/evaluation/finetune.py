@@ -56,10 +56,10 @@ class FinetuneConfig(SupervisedConfig):
     """The defaults are the paper's, for few labels."""
 
     epochs: Annotated[tuple[float, ...], Interval(ge=1e-9, le=1e9), MinLen(1)] = (30, 50)
-    """Passes over the images with labels; each number is tried."""
+    """Passes over the labeled images. Several numbers are each tried."""
     lr: LearningRates = (0.01, 0.02, 0.05, 0.1, 0.005)
-    """Learning rates at batch size 256; each is tried. They go in proportion to the batch, and
-    along a cosine to 0."""
+    """Learning rates at batch size 256. Each is tried; it is scaled in proportion to the batch and
+    falls to 0 along a cosine."""
 
 
 class Labels(NamedTuple):

@@ -145,9 +145,10 @@ class KNNConfig:
     """All combinations are measured with one extraction and one search."""
 
     k: Annotated[tuple[int, ...], Interval(ge=1, le=2**31), MinLen(1)] = (20, 200)
-    """How many neighbours vote."""
+    """Number of neighbors that vote. Several numbers are each measured."""
     temperature: Annotated[tuple[float, ...], Interval(ge=1e-3, le=1e3), MinLen(1)] = (0.07,)
-    """Of their weights exp(cosine / temperature)."""
+    """Temperature of the votes: a neighbor's weight is exp(cosine / temperature). Several are each
+    measured."""
 
     def settings(self) -> dict[str, Any]:
         """What decides the result."""

@@ -55,10 +55,11 @@ class LinearConfig(SupervisedConfig):
     epochs: Annotated[float, Interval(ge=1e-9, le=1e9)] = 80
     """Passes over data.train."""
     lr: LearningRates = (0.4, 0.3, 0.2, 0.1, 0.05)
-    """Learning rates at batch size 256, a head for each; they go in proportion to the batch, and
-    along a cosine to 0."""
+    """Learning rates at batch size 256. Each trains a head of its own; it is scaled in proportion
+    to the batch and falls to 0 along a cosine."""
     fast: bool = False
-    """Take the features of central crops once and learn from those: no random crops, no flips."""
+    """Compute the features of central crops once and learn from those, without random crops and
+    flips."""
 
 
 def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:

@@ -29,13 +29,13 @@ class NeighboursConfig:
     """What is drawn."""
 
     queries: Annotated[int, Interval(ge=1, le=256)] = 16
-    """Images of data.val, one row each, evenly spread."""
+    """Number of images of data.val that are looked up, evenly spread. Each gets a row."""
     neighbours: Annotated[int, Interval(ge=1, le=64)] = 8
-    """Nearest images of data.train beside each."""
+    """Number of nearest images of data.train that are shown beside each."""
     bank: Annotated[int, Interval(ge=1, le=2**31)] = 50_000
-    """Training images to look among, about."""
+    """Approximate number of training images that are searched."""
     points: Annotated[int, Interval(ge=0, le=100_000)] = 2000
-    """Images of data.val in the projector; 0 leaves it out."""
+    """Number of images of data.val in tensorboard's projector. 0 leaves the projector out."""
 
     def settings(self) -> dict[str, Any]:
         """What decides the result."""

@@ -27,17 +27,18 @@ class ProbeConfig:
     """Evaluations during training, on data.val; they never touch the training's state."""
 
     every: Operation[Annotated[int, Interval(ge=0)]] = 0
-    """Steps from one evaluation to the next; the last step of the run is one too. 0: never."""
+    """Steps from one evaluation to the next. The last step of the run is evaluated too. 0 turns
+    evaluations off."""
     neighbours: Operation[Annotated[int, Interval(ge=1, le=2**31)]] = 200
-    """k of kNN."""
+    """Number of neighbors that vote in kNN."""
     temperature: Operation[Annotated[float, Interval(ge=1e-3, le=1e3)]] = 0.07
-    """Of the neighbours' weights exp(cosine / temperature)."""
+    """Temperature of the votes: a neighbor's weight is exp(cosine / temperature)."""
     bank: Operation[Annotated[int, Interval(ge=1)]] = 50_000
-    """Training images to look for neighbours in, about."""
+    """Approximate number of training images that are searched for neighbors."""
     crop: Operation[Annotated[float, Interval(ge=1e-3, le=1)]] = 0.875
-    """Side of the central crop, as a fraction of the image's shorter side."""
+    """Side of the central crop as a fraction of the image's shorter side."""
     baseline: Operation[bool] = False
-    """Also measure raw pixels and the untrained encoder, before the first step."""
+    """Measure kNN on raw pixels and on the untrained encoder before the first step."""
 
     def due(self, step: int, last: int) -> bool:
         """Whether an evaluation belongs to `step`; `last`: of the run."""

@@ -25,11 +25,13 @@ class SemiSupervisedConfig:
     """Which training images have labels."""
 
     fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.01
-    """Of each class; at least one image of each."""
+    """Fraction of each class's training images that have labels. Every class keeps one at least."""
     subset_seed: Annotated[int, Interval(ge=0, lt=2**62)] = 0
-    """Which ones: the same for every encoder and run."""
+    """Seed of the choice of these images. With the same seed every encoder and run gets the same
+    ones."""
     files: str = ""
-    """URL of a list of file names, one a line, in place of fraction: a published subset."""
+    """URL of a list of file names, one a line, that replaces fraction, such as a published
+    subset."""
 
     def settings(self) -> dict[str, Any]:
         """What decides the result. Raises InputError when the list can't be read."""

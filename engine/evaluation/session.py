@@ -42,11 +42,13 @@ class EvaluationDataConfig:
     """What an encoder is measured on. Both default to the run's own."""
 
     train: str = ""
-    """URL of the training shards: neighbours, or what a head learns from."""
+    """URL of the training shards, in which neighbors are searched or from which a head learns. By
+    default they are the run's."""
     val: str = ""
-    """URL of the shards that the figures are of."""
+    """URL of the shards that the accuracy is measured on. By default they are the run's."""
     corrupt: UnitInterval = 0.01
-    """Fraction of the images that may be undecodable (10 always may) before it stops."""
+    """Fraction of the images that may be undecodable before the evaluation stops. 10 images always
+    may."""
 
 
 class Evaluation:

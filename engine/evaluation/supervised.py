@@ -45,15 +45,18 @@ class SupervisedConfig:
     """What linear evaluation and fine-tuning share; the defaults are the paper's."""
 
     batch: Annotated[int, Interval(ge=2, le=2**31)] = 1024  # a norm needs two rows
-    """Images in a batch, of all processes together."""
+    """Images in a batch of all processes together."""
     momentum: Annotated[float, Interval(ge=1e-9, le=1)] = 0.9
-    """Nesterov's."""
+    """Nesterov momentum of SGD."""
     holdout: Annotated[int, Interval(ge=1, le=2**31)] = 10_000
-    """About how many training images the choice is made on; a tenth of them at most."""
+    """Approximate number of training images that are held out to choose the learning rate. It is a
+    tenth of them at most."""
     seed: Annotated[int, Interval(ge=0, le=2**62)] = 0
-    """Of the classifier, the order, the crops and what is held out."""
+    """Seed of the classifier's first weights, the order, the crops and the choice of held-out
+    images."""
     save_every: Annotated[int, Interval(ge=1, le=2**31)] = 1000
-    """Steps from one saved state to the next; a stopped evaluation goes on from there."""
+    """Steps from one saved state to the next. An evaluation that was stopped continues from the
+    last one."""
 
     def settings(self) -> dict[str, Any]:
         """What decides the result."""

@@ -27,7 +27,8 @@ class LogConfig:
     every: Operation[Annotated[int, Interval(ge=1)]] = 10
     """Steps from one logged step to the next."""
     pictures: Operation[Annotated[int, Interval(ge=1, le=1024)]] = 8
-    """Images of which both views are shown in tensorboard, at the start and at evaluations."""
+    """Number of images whose two views are shown in tensorboard, at the start and at
+    evaluations."""
 
     def due(self, step: int) -> bool:
         """Whether `step` is logged."""

@@ -89,10 +89,10 @@ class AdamWConfig:
     """AdamW, for small batches and small networks."""
 
     weight_decay: Annotated[float, Interval(ge=0, le=1e9)] = 1e-2
-    """Pull of the weights towards zero; biases and norm parameters have none."""
+    """Strength of the weight decay. Biases and norm parameters have none."""
 
     betas: Annotated[tuple[float, float], Interval(ge=0, lt=1)] = (0.9, 0.999)
-    """Shares kept of the gradient's running mean and running square."""
+    """Decay rates of the gradient's running mean and running square."""
 
     slots: ClassVar[int] = 2  # tensors of state for each parameter
 

@@ -24,13 +24,13 @@ class BYOLConfig:
     """Shapes of the networks; the defaults are the paper's."""
 
     encoder: ResNetConfig = field(default_factory=ResNetConfig)
-    """The network whose features are what training is for."""
+    """The network whose features the training is for."""
 
     hidden: Annotated[int, Interval(ge=1, le=2**20)] = 4096
     """Width of the hidden layer of the projector and of the predictor."""
 
     projection: Annotated[int, Interval(ge=1, le=2**20)] = 256
-    """Size of the projections, in which the loss compares the two networks."""
+    """Size of the projections that the loss compares."""
 
 
 class OnlineOutput(NamedTuple):

@@ -124,13 +124,13 @@ class LARSConfig:
     """LARS; the defaults are the paper's for 1000 epochs (shorter ones decay by 1e-6)."""
 
     momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
-    """Share of the previous steps' direction that is kept."""
+    """Fraction of the previous step's direction that is kept."""
 
     weight_decay: Annotated[float, Interval(ge=0, le=1e9)] = 1.5e-6
-    """Pull of the weights towards zero; biases and norm parameters have none."""
+    """Strength of the weight decay. Biases and norm parameters have none."""
 
     trust_coefficient: Annotated[float, Interval(gt=0, le=1e9)] = 1e-3
-    """Length of a weight's update before momentum, as a share of the weight's own length."""
+    """Length of a weight's update, before momentum, as a fraction of the weight's own length."""
 
     slots: ClassVar[int] = 1  # tensors of state for each parameter
 

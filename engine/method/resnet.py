@@ -22,16 +22,19 @@ class ResNetConfig:
     """Which residual network; the default is the paper's main encoder."""
 
     depth: Literal[10, 18, 34, 50, 101, 152, 200] = 50
-    """Layers with weights: basic blocks up to 34, bottlenecks from 50 on."""
+    """Number of layers with weights. Networks up to 34 have basic blocks, from 50 on they have
+    bottlenecks."""
 
     width: Annotated[float, Interval(ge=1 / 64, le=64)] = 1.0
-    """Factor on the channels of every layer."""
+    """Factor on the number of channels of every layer."""
 
     stem: Literal["imagenet", "cifar"] = "imagenet"
-    """First layers: 7x7 of stride 2 and a max pool, or 3x3 of stride 1 for images of 32 pixels."""
+    """First layers. imagenet is a 7x7 convolution of stride 2 and a max pool; cifar, for images of
+    32 pixels, is a 3x3 convolution of stride 1."""
 
     projection_shortcut: bool = False
-    """Give the first group of a basic-block network a projection, as the official networks do."""
+    """Give the first group of a basic-block network a projection in its shortcut, as the official
+    networks have it."""
 
 
 def initialize(module: nn.Module, generator: Generator) -> None:

@@ -20,27 +20,27 @@ class ScheduleConfig:
     """How long to train, and how fast; the defaults are the paper's 1000 epochs."""
 
     epochs: Annotated[float, Interval(ge=1e-9, le=1e9)] = 1000
-    """Passes over the data set; a fraction trains for a part of a pass."""
+    """Passes over the data set. It may be a fraction."""
 
     warmup_epochs: Annotated[float, Interval(ge=0)] = 10
     """Epochs in which the learning rate rises linearly from zero."""
 
     base_lr: Annotated[float, Interval(ge=0, le=1e9)] = 0.2
-    """Peak learning rate at batch size 256; it is scaled in proportion to the batch."""
+    """Peak learning rate at batch size 256; see lr_rule."""
 
     base_tau: UnitInterval = 0.996
-    """Averaging rate of the target network at the first step; it rises to 1 at the last."""
+    """Averaging rate of the target network at the first step. It rises to 1 along a cosine."""
 
     lr_rule: Literal["linear", "fixed"] = "linear"
-    """How the peak rate goes with batch.size: in proportion, as base_lr * size / 256; or fixed, as
-    if batch.size were paper_batch."""
+    """How the peak learning rate depends on batch.size. linear scales it as base_lr * size / 256;
+    fixed uses paper_batch in place of the size."""
 
     tau_rule: Literal["fixed", "power"] = "fixed"
-    """How tau goes with batch.size: not at all; or to the power of batch.size / paper_batch, so
-    that the target forgets at the same rate for each image seen (arXiv 2307.13813)."""
+    """How tau depends on batch.size. fixed leaves it; power raises it to batch.size / paper_batch,
+    so that the target averages over as many images as before (arXiv 2307.13813)."""
 
     paper_batch: Annotated[int, Interval(ge=1, le=2**31)] = 4096
-    """The batch size that base_tau (and base_lr, when fixed) are meant for."""
+    """The batch size that base_tau is meant for, and base_lr when lr_rule is fixed."""
 
     def total_steps(self, samples: int, batch: int) -> int:
         """Updates in all, as `steps_of` counts them."""

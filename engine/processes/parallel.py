@@ -36,20 +36,20 @@ class ParallelConfig:
     """How a step is spread over processes. No choice changes what is computed, but for rounding."""
 
     strategy: Operation[Literal["auto", "ddp", "fsdp", "hsdp"]] = "auto"
-    """ddp: every process holds everything; fsdp: parameters and optimizer state are spread over all
-    processes; hsdp: over the processes of a group, and groups are replicas. auto: ddp unless the
-    networks and the optimizer take more than half of a GPU's memory."""
+    """How parameters are spread. ddp gives every process all of them; fsdp spreads them over all
+    processes; hsdp spreads them over the processes of a group, and groups are replicas. auto takes
+    ddp unless the networks and the optimizer need more than half of a GPU's memory."""
 
     shard: Operation[Annotated[int, Interval(ge=0, le=2**20)]] = 0
-    """hsdp: processes in a group. 0: those of one machine."""
+    """Number of processes in a group of hsdp. 0 takes those of one machine."""
 
     recompute: Operation[bool] = False
-    """Activation checkpointing: keep only each residual block's input, and compute the block again
-    in the backward. Saves memory for about a quarter more time."""
+    """Keep only each residual block's input and compute the block again in the backward pass
+    (activation checkpointing). It saves memory and takes about a quarter more time."""
 
     timeout: Operation[Annotated[float, Interval(ge=1, le=1e6)]] = 300
-    """Seconds that a process waits for the others before it fails; half an hour before the first
-    step is done."""
+    """Seconds that a process waits for the others before it fails. Before the first step is done it
+    waits half an hour."""
 
 
 @dataclass(frozen=True)

@@ -42,16 +42,17 @@ class CheckpointConfig:
     """When the run is saved, and what it starts from."""
 
     every: Operation[Annotated[int, Interval(ge=0)]] = 1000
-    """Steps between checkpoints. A process's last step is saved too; 0: only that."""
+    """Steps from one checkpoint to the next. The last step of a process is saved too. 0 saves only
+    that one."""
     keep: Operation[Annotated[int, Interval(ge=1)]] = 3
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints that stay."""
     keep_every: Operation[Annotated[int, Interval(ge=0)]] = 0
-    """Checkpoints of steps that are multiples of this stay too. 0: none."""
+    """Checkpoints whose step is a multiple of this stay too. 0 keeps no others."""
     background: Operation[bool] = True
-    """Train on while a checkpoint is written; the step waits only for a copy of the state."""
+    """Go on training while a checkpoint is written. The step waits only for a copy of the state."""
     grace: Operation[Annotated[float, Interval(ge=0, le=1e6)]] = 25
     """Seconds that a process has after SIGTERM, SIGINT or SIGUSR1 to end its step and save; then it
-    exits at once. Keep it below what the scheduler gives, which kills after that."""
+    exits at once. Choose less than the scheduler waits before it kills."""
     resume: Operation[str] = ""
     """URL of another run, or of one of its checkpoints, whose full state a new run starts from."""
 
