@@ -6,16 +6,6 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from engine.method.resnet import ResNetConfig
 
-_BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
-    10: (BasicBlock, [1, 1, 1, 1]),
-    18: (BasicBlock, [2, 2, 2, 2]),
-    34: (BasicBlock, [3, 4, 6, 3]),
-    50: (Bottleneck, [3, 4, 6, 3]),
-    101: (Bottleneck, [3, 4, 23, 3]),
-    152: (Bottleneck, [3, 8, 36, 3]),
-    200: (Bottleneck, [3, 24, 36, 3]),
-}
-_CHANNELS = (64, 128, 256, 512)
 NAMED = (18, 34, 50, 101, 152)
 """Depths that torchvision has a function for."""
 
@@ -26,8 +16,7 @@ def stock_resnet(config: ResNetConfig) -> torchvision.models.ResNet:
     Keys and shapes of its `state_dict` are those of `ResNet(config)`. Weights are torch's, drawn
     from the global generator.
     """
-    block, blocks = _BLOCKS[config.depth]
-    channels = _channels(config)
+    block, blocks, channels = _block(config), list(config.blocks), config.channels
     c1 = channels[0]
     model = torchvision.models.ResNet(block, blocks)
     if config.stem == "cifar":
@@ -51,10 +40,9 @@ def stock_resnet(config: ResNetConfig) -> torchvision.models.ResNet:
 
 def recipe_lines(config: ResNetConfig) -> list[str]:
     """Lines of Python that build `stock_resnet(config)` as `model`, in torch and torchvision."""
-    block, blocks = _BLOCKS[config.depth]
-    channels = _channels(config)
+    block, blocks, channels = _block(config), list(config.blocks), config.channels
     c1, name = channels[0], block.__name__
-    named, resized = config.depth in NAMED, channels != _CHANNELS
+    named, resized = config.depth in NAMED, config.width != 1
 
     lines = ["import torch", "import torchvision"]
     if resized or not named:
@@ -83,5 +71,6 @@ def recipe_lines(config: ResNetConfig) -> list[str]:
     return lines
 
 
-def _channels(config: ResNetConfig) -> tuple[int, ...]:
-    return tuple(int(channels * config.width) for channels in _CHANNELS)
+def _block(config: ResNetConfig) -> type[BasicBlock] | type[Bottleneck]:
+    block: type[BasicBlock] | type[Bottleneck] = Bottleneck if config.bottleneck else BasicBlock
+    return block

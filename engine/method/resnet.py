@@ -16,6 +16,16 @@ from torch import Generator, Tensor, nn
 
 from engine.method.norm import BatchNorm
 
+_BLOCKS = {  # by depth: how many each of the four groups has
+    10: (1, 1, 1, 1),
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+    200: (3, 24, 36, 3),
+}
+
 
 @dataclass(frozen=True)
 class ResNetConfig:
@@ -35,6 +45,22 @@ class ResNetConfig:
     projection_shortcut: bool = False
     """Give the first group of a basic-block network a projection in its shortcut, as the official
     networks have it."""
+
+    @property
+    def blocks(self) -> tuple[int, int, int, int]:
+        """The number of residual blocks in each of the four groups."""
+        return _BLOCKS[self.depth]
+
+    @property
+    def channels(self) -> tuple[int, int, int, int]:
+        """The channels of each group; bottlenecks give four times as many to the next."""
+        w = self.width
+        return int(64 * w), int(128 * w), int(256 * w), int(512 * w)
+
+    @property
+    def bottleneck(self) -> bool:
+        """Whether the blocks are bottlenecks."""
+        return self.depth >= 50
 
 
 def initialize(module: nn.Module, generator: Generator) -> None:
@@ -105,17 +131,6 @@ class Bottleneck(nn.Module):
         return torch.relu(y + self.downsample(x))
 
 
-_BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
-    10: (BasicBlock, (1, 1, 1, 1)),
-    18: (BasicBlock, (2, 2, 2, 2)),
-    34: (BasicBlock, (3, 4, 6, 3)),
-    50: (Bottleneck, (3, 4, 6, 3)),
-    101: (Bottleneck, (3, 4, 23, 3)),
-    152: (Bottleneck, (3, 8, 36, 3)),
-    200: (Bottleneck, (3, 24, 36, 3)),
-}
-
-
 class ResNet(nn.Module):
     """A residual network without its classifier: [N, 3, H, W] -> features [N, feature_dim].
 
@@ -125,8 +140,8 @@ class ResNet(nn.Module):
 
     def __init__(self, config: ResNetConfig, views: int) -> None:
         super().__init__()
-        block, (n1, n2, n3, n4) = _BLOCKS[config.depth]
-        c1, c2, c3, c4 = (int(channels * config.width) for channels in (64, 128, 256, 512))
+        block = Bottleneck if config.bottleneck else BasicBlock
+        (n1, n2, n3, n4), (c1, c2, c3, c4) = config.blocks, config.channels
         imagenet = config.stem == "imagenet"
 
         def group(

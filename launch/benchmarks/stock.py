@@ -7,11 +7,11 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from engine.encoder.torchvision_twin import stock_resnet
 from engine.method import byol
 from engine.method.adamw import AdamWConfig
 from engine.method.byol import Online, Target, regression_loss
@@ -97,10 +97,7 @@ class _StockNetwork(nn.Module):
 
 
 def _stock_encoder(ours: ResNet, config: ResNetConfig) -> nn.Module:
-    if config != ResNetConfig(config.depth) or config.depth in (10, 200):
-        return _use_torch_norm(ours, nn.BatchNorm2d)
-    encoder: nn.Module = torchvision.models.get_model(f"resnet{config.depth}")
-    encoder.fc = nn.Identity()
+    encoder: nn.Module = stock_resnet(config)
     encoder.load_state_dict(ours.state_dict())
     return encoder
 
