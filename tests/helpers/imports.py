@@ -4,6 +4,7 @@ python -m tests.helpers.imports      draws them, by room, as engine/README.md ha
 """
 
 import ast
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -99,8 +100,9 @@ def drawn() -> str:
     lines = []
     for names in reversed(LAYERS):
         for name in names:
-            ordered = sorted(below.get(name, ()), key=floor, reverse=True)
-            lines.append(f"{name:<18} -> {', '.join(ordered) or '(nothing)'}")
+            ordered = sorted(below.get(name, ()), key=lambda other: (-floor(other), other))
+            line = f"{name:<18} -> {', '.join(ordered) or '(nothing)'}"
+            lines.append(textwrap.fill(line, 100, subsequent_indent=" " * 22))
     return "\n".join(lines)
 
 
