@@ -95,7 +95,9 @@ def worst_difference(trainer: Trainer, replay: Replay) -> float:
         for name, value in ours.state_dict().items():
             if value.is_floating_point():
                 scale = expected[name].abs().max().clamp(min=1e-3)
-                worst = max(worst, ((value - expected[name]).abs().max() / scale).item())
+                difference = ((value - expected[name]).abs().max() / scale).item()
+                assert math.isfinite(difference), name  # nan is no number's maximum
+                worst = max(worst, difference)
     return worst
 
 
@@ -114,6 +116,7 @@ def run_both(data: DataConfig, run: Path, steps: int = 4) -> tuple[float, float]
             trainer.step += 1
             view1, view2 = output.images.chunk(2)
             expected = replay.step(k, view1, view2, batch.labels)
+            assert math.isfinite(output.loss.item())
             worst_loss = max(worst_loss, abs(output.loss.item() - expected))
     finally:
         batches.close()

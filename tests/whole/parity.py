@@ -1,5 +1,6 @@
 """A few steps of a small run under any strategy, and how far two such runs are apart."""
 
+import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -134,4 +135,6 @@ def _distance(found: Tensors, yardstick: Tensors) -> float:
         for name, exact in yardstick.items()
         if name not in NO_EFFECT
     ]
-    return torch.stack(relative).mean().sqrt().item()
+    found_one = torch.stack(relative).mean().sqrt().item()
+    assert math.isfinite(found_one)  # nan would get lost in a maximum
+    return found_one

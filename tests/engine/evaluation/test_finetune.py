@@ -90,6 +90,7 @@ def test_steps_equal_stock_torch(run: str, tmp_path: Path) -> None:
         optimizer.zero_grad()
         scheduler.step()
         assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert ours.step == 3
     for name, value in ours.model.tensors().items():
         torch.testing.assert_close(value, stock.state_dict()[name], rtol=1e-7, atol=1e-9)
 
