@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -141,9 +141,9 @@ def helped(call: Callable[[], object]) -> str:
 
 def helps() -> Iterator[str]:
     for recipe in ("quickstart", "r50_4096"):  # with AdamW and with LARS
-        yield helped(lambda recipe=recipe: parse_recipe([str(RECIPES / f"{recipe}.py"), "--help"]))
+        yield helped(partial(parse_recipe, [str(RECIPES / f"{recipe}.py"), "--help"]))
     for protocol in ("linear", "knn", "finetune", "semi-supervised", "neighbours"):
-        yield helped(lambda protocol=protocol: evaluate.parse([protocol, "--help"]))
+        yield helped(partial(evaluate.parse, [protocol, "--help"]))
     yield helped(lambda: export.parse(["--help"]))
     with mock.patch.object(sys, "argv", ["chaos.py"]):
         yield helped(lambda: chaos.main(["--help"]))
