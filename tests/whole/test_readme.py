@@ -40,6 +40,7 @@ README = TEXTS["README.md"]
 READERS = {"mine.py"}
 # Options of programs that are not ours and not torchrun, and what every program has.
 OTHERS = {"--help", "--logdir", "--from-env-file", "--signal", "--field.name"}
+OTHERS |= {"--shutdown-timeout"}  # torchrun of torch 2.11 has none
 OPTION = re.compile(r"(?<![\w-])--[a-z](?:[\w.-]*\w)?")
 
 every = pytest.mark.parametrize("name", NAMES)
