@@ -2,8 +2,11 @@
 
 Paper        table 1: 74.3 linear top-1
 Data         python launch/pack.py IMAGENET_FOLDER s3://bucket/imagenet   (its train/ and val/)
-Command      torchrun --nnodes=8 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500
-                 --rdzv-id=r50 launch/train.py recipes/r50_4096.py
+Command      export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+             torchrun --nnodes=8 --nproc-per-node=8 --max-restarts=3
+                 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --rdzv-id=r50
+                 --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+                 launch/train.py recipes/r50_4096.py
                  --data.train s3://bucket/imagenet/train --data.val s3://bucket/imagenet/val
                  --run-url s3://bucket/runs/r50_4096
 Hardware     the paper's: 512 TPU v3 cores. Here any number of GPUs up to 512, with 64 images each
