@@ -203,7 +203,7 @@ class Trainer:
 
     @property
     def last_step(self) -> int:
-        """The step that this process stops after: `steps`, or the end of the run if sooner."""
+        """Return the step that this process stops after: `steps`, or the run's end if sooner."""
         steps = self.recipe.steps
         return self.total_steps if steps is None else min(steps, self.total_steps)
 

@@ -66,7 +66,7 @@ def steps_of(epochs: float, samples: int, batch: int) -> int:
     50,000 samples in batches of 256 would be one step short. The same may happen to a number that
     a recipe computes, such as 20 * 16 / 104.
     """
-    most = Fraction(epochs) * (1 + Fraction(1, 2**52))  # rounding errors are smaller than this
+    most = Fraction(epochs) * (1 + Fraction(1, 2**52))  # a rounding error is at most this
     return int(most * samples // batch)
 
 

@@ -54,7 +54,7 @@ def _state(pid: int) -> tuple[str, str]:
     Raises OSError when there is no such process.
     """
     fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    return fields[0], fields[19]  # 3 and 22 of all; the split skips the name, which may hold spaces
+    return fields[0], fields[19]  # fields 3 and 22: the name before them may hold spaces
 
 
 @functools.cache
