@@ -40,7 +40,8 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
-    group: ProcessGroup | None = None  # used by the calls below; None is the default group
+    # None is the default group, which all_gather's rows and all_to_all use in any case.
+    group: ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
