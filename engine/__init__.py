@@ -1,1 +1,1 @@
-"""The training engine: networks, views, optimizer, trainer."""
+"""The training engine: networks, augmentation, optimizers and the training loop."""

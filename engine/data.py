@@ -1,4 +1,4 @@
-"""The data of a run, opened and checked against the recipe before anything expensive."""
+"""Open the data of a run and check it against the recipe before anything expensive starts."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from shards.storage import files
 
 
 class Data(NamedTuple):
-    """Training and validation set, and the order of the former."""
+    """Hold the training set, the validation set and the order of the training samples."""
 
     train: Index
     val: Index | None
@@ -23,10 +23,12 @@ class Data(NamedTuple):
 
 
 def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Data:
-    """Read the indexes, after drawing the images that the recipe asks for.
+    """Draw the synthetic images that the recipe asks for, then read the indexes of the data.
 
-    All processes call it together. Raises InputError when they have not all the same recipe and
-    data, for data that does not fit the recipe, and for more processes than streams.
+    All processes call it together.
+
+    Raises InputError when the processes differ in recipe or data, when the data does not fit the
+    recipe, and when there are more processes than streams.
     """
     check_alike(world, shared_fields(recipe))
     rank_streams(recipe.data.streams, world.rank, world.size)
@@ -50,7 +52,7 @@ def train_batches(
     threads: int,
     report: Callable[[str], None],
 ) -> TrainLoader:
-    """This process's rows of every batch from step `start` on."""
+    """Load this process's rows of every batch from step `start` on."""
     return TrainLoader(
         order,
         rank_streams(recipe.data.streams, world.rank, world.size),

@@ -1,4 +1,4 @@
-"""--debug-step: one batch through every part of a run, and a screenful of what was seen."""
+"""--debug-step: take one batch through every part of a run and print a table of what was seen."""
 
 import resource
 import time
@@ -16,9 +16,9 @@ _T = TypeVar("_T")
 
 
 def debug_step(trainer: Trainer) -> None:
-    """Load, train on, evaluate, save and restore one batch; report shapes, times and memory.
+    """Load one batch, train on it, evaluate, save and restore; print shapes, times and memory.
 
-    Leaves no checkpoint and no metrics in the run's directory.
+    It leaves no checkpoint and no metrics in the run's directory.
     """
     table = Table("part", "seconds", "what")
 
@@ -63,7 +63,7 @@ def debug_step(trainer: Trainer) -> None:
             lambda: trainer.load(checkpoint.verify(commit.url, trainer.world)),
             lambda _: commit.url,
         )
-        trainer.world.all_gather_object(None)  # all have restored
+        trainer.world.all_gather_object(None)  # all have restored, so the checkpoint may go
     finally:
         data.close()
         if trainer.world.main:

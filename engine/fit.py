@@ -1,4 +1,4 @@
-"""The loop around the step: logging, evaluations, checkpoints, stopping early."""
+"""The training loop around the step: logging, evaluations, checkpoints and stopping early."""
 
 from contextlib import closing
 from typing import Any
@@ -14,11 +14,14 @@ from shards.storage import files
 
 
 def fit(trainer: Trainer, preemption: Preemption) -> bool:
-    """Train to the last step of the recipe, or of this process (`steps`), or until a signal.
+    """Train until `trainer.last_step` or until a signal stops the run.
 
-    False when only another machine was told to stop: torchrun then starts this process again, to
-    go on without that one. Raises InputError when the data is at fault or training diverges, and
-    OSError when the last state could not be saved.
+    Raises InputError when the data is at fault or training diverges, and OSError when the last
+    state could not be saved.
+
+    Returns:
+        False when only another machine was told to stop. torchrun then starts this process again,
+        to continue without that machine.
     """
     recipe, run, first, stop = trainer.recipe, trainer.run, trainer.step, trainer.last_step
     run.write_recipe()
@@ -77,7 +80,7 @@ def _greet(trainer: Trainer, block_memory: int) -> None:
 
 
 def _catch_up(trainer: Trainer, log: MetricsLog) -> dict[str, float]:
-    """Make the evaluation of the step that training goes on from, if a signal left it undone."""
+    """Evaluate at the step that training continues from, if a signal prevented it before."""
     record: dict[str, Any] | None = trainer.world.on_main(lambda: log.last)
     if record is None or record["step"] != trainer.step or "knn_top1" in record:
         return {}
@@ -89,7 +92,7 @@ def _catch_up(trainer: Trainer, log: MetricsLog) -> dict[str, float]:
 
 
 def _evaluate(trainer: Trainer, preemption: Preemption) -> dict[str, float]:
-    """What the probe finds; nothing when a signal came meanwhile: the next start evaluates."""
+    """Evaluate; return nothing when a signal interrupts, as the next start evaluates then."""
     assert trainer.probe is not None  # a recipe with evaluations has data.val
     try:
         return trainer.probe.evaluate(preemption.looked_for)
@@ -98,11 +101,11 @@ def _evaluate(trainer: Trainer, preemption: Preemption) -> dict[str, float]:
 
 
 def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
-    """Have the state written as this step's checkpoint, and then the oldest ones removed."""
+    """Have the saver write this step's checkpoint and then remove surplus ones."""
     run, step = trainer.run, trainer.step
 
     def write(state: dict[str, Any], world: World) -> None:
-        log.flush()  # what stands before a checkpoint is never logged again
+        log.flush()  # a resumed run does not log the steps before its checkpoint again
         run.save(step, state, world)
         run.prune(step)
         run.compact(log)

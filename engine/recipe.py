@@ -1,7 +1,7 @@
 """A recipe: one complete, typed description of a run, composed of the modules' own configs.
 
-Recipe files define `recipe`; the command line overrides single fields by their dotted names, and
-those names are also what recipe.json, commit.json and every message use.
+A recipe file defines a variable `recipe`. The command line overrides single fields by their dotted
+names. recipe.json, commit.json and all messages use the same names.
 """
 
 import runpy
@@ -30,7 +30,7 @@ from shards.order import BatchConfig
 from shards.storage import files
 from shards.views import ViewsConfig
 
-# Machines may differ in these; all else is one run.
+# The machines of a run may differ in these fields, and must agree on all others.
 _MACHINES_OWN = {
     *("run", "data.train", "data.val", "data.prefetch", "data.cache", "data.cache_gb"),
     *("threads", "compile", "compile_folder"),
@@ -39,9 +39,9 @@ _MACHINES_OWN = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a run is, but its data's bytes. The defaults are the official method's."""
+    """Describe a run completely, except for its data. The defaults are the official method's."""
 
-    # torchrun takes --run for an abbreviation of its own --run-path, also behind the script.
+    # torchrun takes --run for an abbreviation of its own --run-path, even after the script.
     run: Annotated[Operation[str], tyro.conf.arg(aliases=["--run-url"])] = ""
     """URL of the run's directory, for checkpoints, metrics and tensorboard. It is made when it is
     not there. Under torchrun write --run-url."""
@@ -78,11 +78,11 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def check(self) -> None:
-        """Raise InputError, naming the field, for what no single config can see or forbid."""
+        """Raise InputError, naming the field, when a value is out of bounds or fields conflict."""
         check_bounds(self)
         least = 32 if self.model.encoder.stem == "imagenet" else 8
         check_range("views.size", self.views.size, Interval(ge=least, le=2**14))
-        # A norm needs two rows.
+        # Batch norm needs at least two rows.
         check_range("batch.micro", self.batch.micro, Interval(ge=1, le=self.batch.size // 2))
         warmup = Interval(ge=0, le=self.schedule.epochs)
         check_range("schedule.warmup_epochs", self.schedule.warmup_epochs, warmup)
@@ -107,12 +107,12 @@ class Recipe:
 
 
 def shared_fields(recipe: Recipe) -> dict[str, Any]:
-    """The fields that all processes of a run must agree on."""
+    """Return the fields that all processes of a run must agree on, by dotted name."""
     return {k: v for k, v in flatten(recipe).items() if k not in _MACHINES_OWN}
 
 
 def method_fields(recipe: Recipe) -> dict[str, Any]:
-    """The fields that must match to resume, as `flatten`, in the form that JSON gives back."""
+    """Return the fields that must match to resume, by dotted name, with tuples as JSON lists."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value, annotations in walk(recipe)
@@ -121,12 +121,12 @@ def method_fields(recipe: Recipe) -> dict[str, Any]:
 
 
 def operation_names() -> list[str]:
-    """The names of the fields that are free to change at every start."""
+    """Return the dotted names of the fields that may change at every start."""
     return [name for name, _, annotations in walk(Recipe()) if OPERATION in annotations]
 
 
 def load(path: str) -> Recipe:
-    """The `recipe` of a recipe file. Raises InputError when it can't be read or has none."""
+    """Load `recipe` from a recipe file. Raises InputError when it fails to run or has none."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such recipe file")
     try:

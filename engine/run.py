@@ -1,4 +1,4 @@
-"""The run directory: whose it is, what stands in it, and the refusal to mix it with another run."""
+"""The run directory: claim it, read and write it, and refuse to mix it with another run."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -21,9 +21,9 @@ DIGEST = "index_digest"
 
 
 class Run:
-    """One run directory and what this job keeps in it: recipe, checkpoints, artefacts, log.
+    """Read and write one run directory: its recipe, checkpoints, compiled artefacts and log.
 
-    It is made by `claim`, or by `open_run` where nobody else can be at work.
+    `claim` creates it; `open_run` does where no other job can be writing.
     """
 
     def __init__(
@@ -35,32 +35,35 @@ class Run:
         start: Commit | None,
         held: lease.Lease | None = None,
     ) -> None:
-        """`held`: the lease, on the first process of a job that claimed the run."""
+        """Take the lease as `held` on the first process of a job that claimed the run."""
         self.url, self.terminal = recipe.run, terminal
         self.start = start
-        """The checkpoint that this job goes on from; None at the beginning."""
+        """The checkpoint that this job continues from; None when the run begins."""
         self._recipe, self._digest, self._world, self._held = recipe, index_digest, world, held
 
     def write_recipe(self) -> None:
-        """Note the resolved recipe of this start, and the data's digest, in RUN/recipe.json."""
+        """Write this start's resolved recipe and the digest of its data to RUN/recipe.json."""
         self._world.on_main(lambda: _write_recipe(self._recipe, self._digest))
 
     def artefacts(self, strategy: str) -> Artefacts:
-        """What torch.compile made at an earlier start of this recipe, in RUN or where it says."""
+        """Open the store of compiled artefacts, in RUN or in the recipe's `compile_folder`."""
         recipe = self._recipe
         folder = recipe.compile_folder or files.join(recipe.run, layout.COMPILE)
         method, recompute = method_fields(recipe), recipe.parallel.recompute
         return Artefacts(folder, method, strategy, recompute, self._world)
 
     def check(self) -> None:
-        """Raise InputError once the run is known to be another job's."""
+        """Raise InputError when it is known that another job has taken over the run."""
         if self._held is not None:
             self._held.check()
 
     def save(self, step: int, state: dict[str, Any], world: World) -> None:
-        """Write `state` as the checkpoint of `step`; commit it, if the run is still this job's.
+        """Write `state` as the checkpoint of `step`, and commit it if this job still has the run.
 
-        All processes of `world` call it together. Raises OSError on all when one could not write.
+        All processes of `world` call it together.
+
+        Raises OSError on all processes when one could not write, or when nobody can tell who has
+        the run. Raises InputError when another job has it.
         """
         report = self.terminal.report
         sums = checkpoint.write(self.url, step, state, world, report)
@@ -72,17 +75,17 @@ class Run:
         world.on_main(commit)
 
     def prune(self, step: int) -> None:
-        """Remove checkpoints that are too many, after that of `step`, on the first process."""
+        """Remove surplus checkpoints once that of `step` is saved; only the first process acts."""
         config, report = self._recipe.checkpoint, self.terminal.report
         if not self._world.main:
             return
         try:
             checkpoint.prune(self.url, step, config.keep, config.keep_every, report)
-        except OSError as error:  # the next save does it
+        except OSError as error:  # the next save tries again
             report(f"old checkpoints stay for now: {error}")
 
     def compact(self, log: MetricsLog) -> None:
-        """Have all lines of `log` in metrics.jsonl, if the run is still this job's."""
+        """Write all lines of `log` to metrics.jsonl, if this job still has the run."""
         try:
             self._look()
         except OSError as error:
@@ -92,9 +95,10 @@ class Run:
 
     @contextmanager
     def open_log(self, step: int, stop: int) -> Iterator[MetricsLog]:
-        """The log from `step` on; what is left of it is written at the end.
+        """Open the log for the steps from `step` to `stop`, and write its last lines at the end.
 
-        Once the run is another job's, so is its log: then nothing is written.
+        Nothing is written at the end when another job has taken over the run, because the log is
+        then that job's.
         """
         if not self._world.main:
             yield NoLog()
@@ -113,17 +117,19 @@ class Run:
                 pass
 
     def _look(self) -> None:
-        """Raise InputError when the run is another job's by now, OSError when nobody can tell."""
+        """Raise InputError when another job has the run now, OSError when nobody can tell."""
         if self._held is not None:
             self._held.confirm()
 
 
 @contextmanager
 def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -> Iterator[Run]:
-    """Hold the run directory for this job: nobody else trains there meanwhile.
+    """Hold the run directory for this job, so that no other job trains there meanwhile.
 
     All processes call it together. With `debug_step` nothing is held, since nothing is written.
-    Raises InputError when the directory is another recipe's, or another job holds it.
+
+    Raises InputError when the directory has a run of another recipe or of other data, or when
+    another job holds it.
     """
     agents = world.all_gather_object(agent_identity())
     claimed: list[lease.Lease] = []
@@ -144,7 +150,10 @@ def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -
 
 
 def open_run(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -> Run:
-    """`claim` without a lease. Raises InputError when the directory is another recipe's."""
+    """Open the run directory without holding it.
+
+    Raises InputError when it has a run of another recipe or of other data.
+    """
     world.on_main(lambda: _check_recipe(recipe, index_digest, terminal.report))
     start = find_checkpoint(recipe, index_digest, world, terminal.report)
     return Run(recipe, index_digest, world, terminal, start)
@@ -153,9 +162,10 @@ def open_run(recipe: Recipe, index_digest: str, world: World, terminal: Terminal
 def find_checkpoint(
     recipe: Recipe, index_digest: str, world: World, report: Callable[[str], None]
 ) -> Commit | None:
-    """This run's newest checkpoint, or the one to start from, if it is of this recipe.
+    """Find the newest checkpoint of the run or, if it has none, that of `checkpoint.resume`.
 
-    All processes call it together. Raises InputError.
+    All processes call it together. Raises InputError when the checkpoint is of another recipe or
+    of other data.
     """
     resume, remedy = recipe.checkpoint.resume, "give another --run"
     commit = checkpoint.latest(recipe.run, world, report)
@@ -176,7 +186,7 @@ def _write_recipe(recipe: Recipe, index_digest: str) -> None:
 
 
 def _check_recipe(recipe: Recipe, index_digest: str, report: Callable[[str], None]) -> None:
-    """Raise InputError when RUN holds a run of another recipe or of other data."""
+    """Raise InputError when RUN has a run of another recipe or of other data."""
     url = files.join(recipe.run, layout.RECIPE)
     try:
         there = files.read_json(url)
@@ -200,9 +210,12 @@ def _refuse_other(
     digest_there: str | None,
     remedy: str = "give another --run",
 ) -> None:
-    """Raise InputError, listing what differs, unless what is at `url` is of this recipe and data.
+    """Raise InputError, listing the differences, unless `url` belongs to this recipe and data.
 
-    `method`: the method fields there, by dotted name. `remedy`: what else the user could do.
+    Args:
+        method: The method fields found at `url`, by dotted name.
+        digest_there: The digest of the training data found at `url`.
+        remedy: What else the user could do, for the message.
     """
     found = differences(method, method_fields(recipe))
     if digest_there != index_digest:

@@ -1,4 +1,4 @@
-"""The training: what is built, and in which order; the step. Around it is the loop of fit.py."""
+"""Build the parts of a training run in order, and take one training step; fit.py has the loop."""
 
 from collections.abc import Callable
 from functools import partial
@@ -33,10 +33,13 @@ from shards.storage import files
 
 
 class StepOutput(NamedTuple):
-    """What a step leaves for the log, on the device; images, features: the last micro-batch's."""
+    """Hold what a step leaves for the log, on the device.
+
+    The images and the features are those of the last micro-batch only.
+    """
 
     loss: Tensor  # [] this process's share of the mean over the global batch, 0 to 8
-    head_loss: Tensor  # [] of the online classifier, likewise; 0 without labels
+    head_loss: Tensor  # [] the same for the online classifier; 0 without labels
     features: Tensor  # [V*b, F]
     images: Tensor  # [V*b, 3, S, S], as the network saw them
     lr: float
@@ -44,13 +47,14 @@ class StepOutput(NamedTuple):
 
 
 class Trainer:
-    """A run, in this process: networks and optimizer, with `step` updates done."""
+    """Hold one process's networks and optimizer; `step` counts the updates that are done."""
 
     def __init__(self, recipe: Recipe, world: World, data: Data, run: Run) -> None:
-        """Build networks, strategy, optimizer, in this order, and take over the saved state.
+        """Build the networks, the strategy and the optimizer, then load the saved state.
 
-        All processes call it together. It reads from storage and writes nothing there. Raises
-        InputError for a strategy that these processes can't have.
+        All processes call it together. It reads from storage and writes nothing there.
+
+        Raises InputError for a strategy that these processes cannot use.
         """
         self.recipe, self.world, self.data, self.run = recipe, world, data, run
         self.device, self.terminal = world.device, run.terminal
@@ -104,17 +108,17 @@ class Trainer:
         self.update_target = update_target
         if self.compile:
             self.update_target = compiling.compiled(update_target)
-            if self.device.type == "cuda":  # a CPU takes rows in parts that its caches hold
+            if self.device.type == "cuda":  # on a CPU, augment splits the rows itself
                 self.augment = compiling.compiled(self.augment)
 
     # The step -------------------------------------------------------------------------------
 
     def train_step(self, batch: Batch) -> StepOutput:
-        """One update: both networks see both views, the online one learns, the target follows.
+        """Make one update: train the online network on both views, then move the target.
 
-        Section 3.1 and algorithm 1 of the paper. With micro-batches, gradients are averaged over
-        them and everything after the backward passes happens once, as in the paper. A step with a
-        gradient that is not finite changes nothing but the guard's counters.
+        Source: section 3.1 and algorithm 1 of the paper. With micro-batches, the gradients are
+        averaged over them, and everything after the backward passes happens once, as in the
+        paper. A step with a gradient that is not finite changes only what the guard keeps.
         """
         lr = learning_rate(self.step, self.peak_lr, self.warmup_steps, self.total_steps)
         rate = tau(self.step, self.recipe.schedule.base_tau, self.total_steps, self.tau_power)
@@ -139,7 +143,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         divisor = self.guard.divisor(self.online.parameters())
-        skip = self.optimizer.step(divisor)  # [] 1 where a gradient is not finite
+        skip = self.optimizer.step(divisor)  # [] 1 when a gradient is not finite
         self.optimizer.zero_grad()
         follow = (1 - rate) * (1 - skip).to(parameter_dtype(self.recipe.precision))
         self.update_target(local(self.moved), local(self.towards), follow)
@@ -148,7 +152,11 @@ class Trainer:
         return StepOutput(loss, head_loss, online.features, images, lr, rate)
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """views [V*b, 3, S, S], parameters [V*b, P] and labels [b] of each, on the device."""
+        """Split a batch into micro-batches on the device.
+
+        Returns:
+            The views [V*b, 3, S, S], augmentation parameters [V*b, P] and labels [b] of each.
+        """
         views, params, labels = (
             tensor.to(self.device, non_blocking=True)
             for tensor in (batch.views, batch.params, batch.labels)
@@ -164,7 +172,7 @@ class Trainer:
     # The parts ------------------------------------------------------------------------------
 
     def batches(self) -> TrainLoader:
-        """This process's rows of the batches, from the next step on."""
+        """Load this process's rows of every batch, from the next step on."""
         return train_batches(
             self.recipe,
             self.data.order,
@@ -175,7 +183,7 @@ class Trainer:
         )
 
     def _build_probe(self) -> Probe | None:
-        """None when the recipe asks for no evaluations."""
+        """Build the probe, or return None when the recipe asks for no evaluations."""
         recipe = self.recipe
         if self.data.val is None or not (recipe.probe.every or recipe.probe.baseline):
             return None
@@ -195,19 +203,26 @@ class Trainer:
 
     @property
     def last_step(self) -> int:
-        """The step that this process trains to: the recipe's last, or an earlier one (`steps`)."""
+        """Return the step that this process stops after: `steps`, or the run's end if sooner."""
         steps = self.recipe.steps
         return self.total_steps if steps is None else min(steps, self.total_steps)
 
     def settle(self, taken: int) -> None:
-        """What the first steps of a start lead to, once `taken` of them are done."""
-        if taken == 1:  # whoever compiled has done so
+        """Shorten the timeout after the first step, and save compiled artefacts after the second.
+
+        `taken` is the number of steps since this process started.
+        """
+        if taken == 1:  # every process that compiles has done so by now
             set_timeout(self.recipe.parallel.timeout, self.parallel.groups)
         if taken == 2 and self.compile and self.recipe.compile_artefacts:
             self.artefacts.save(self.terminal.say)
 
     def measure_baseline(self) -> dict[str, float]:
-        """kNN before the first step, where the recipe asks for it."""
+        """Measure and report the kNN accuracies before the first step of the run.
+
+        Returns:
+            The accuracies by name; nothing when the recipe asks for none or the run has begun.
+        """
         if self.probe is None or not self.recipe.probe.baseline or self.step:
             return {}
         found = {
@@ -218,10 +233,10 @@ class Trainer:
             self.terminal.say(f"kNN of {name}: {accuracy:.1%}")
         return found
 
-    # What is told of a step ------------------------------------------------------------------
+    # Reports about a step --------------------------------------------------------------------
 
     def measure(self, output: StepOutput, batch: Batch) -> dict[str, Any]:
-        """The step's record, but for its speed: the same on every process.
+        """Return the step's log record without its speed; it is the same on every process.
 
         All processes call it together.
         """
@@ -245,18 +260,21 @@ class Trainer:
         return record
 
     def pictures(self, output: StepOutput) -> Tensor:
-        """Both views [V, n, 3, S, S] of the first images, as the network saw them."""
+        """Return both views [V, n, 3, S, S] of the first images, as the network saw them."""
         both: Tensor = output.images.unflatten(0, (2, -1))
         return both[:, : self.recipe.log.pictures]
 
     def check_skips(self, output: StepOutput) -> None:
-        """Raise InputError once too many steps on end were skipped."""
+        """Raise InputError when too many steps in a row were skipped."""
         if self.guard.in_a_row() >= MOST_SKIPS:
             raise self._diverged(output)
 
     def check_finite(self, output: StepOutput) -> None:
-        """Raise InputError when weights are not finite; before a step is measured or saved: a
-        diverged run must not push out good states."""
+        """Raise InputError when a weight is not finite.
+
+        It is called before a step is measured or saved, because the checkpoints of a diverged run
+        must not displace good ones.
+        """
         norms = foreach_norms(local(self.online.parameters()))
         if not_finite(whole_norms(norms, self.parallel.shard_group)):
             raise self._diverged(output)
@@ -274,7 +292,7 @@ class Trainer:
     # Saved state ----------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """The run's tensors. With the recipe and the step they are all there is to save."""
+        """Return the run's tensors: with the recipe and the step, all that a checkpoint needs."""
         optimizer = get_optimizer_state_dict(self.online, self.optimizer)
         return {
             "online": self.online.state_dict(),
@@ -284,7 +302,7 @@ class Trainer:
         }
 
     def load(self, commit: checkpoint.Commit) -> None:
-        """Take over a checkpoint's tensors."""
+        """Load a checkpoint's tensors."""
         state = self.state()
         checkpoint.load(commit, state, self.world)
         self.online.load_state_dict(state["online"])
@@ -298,8 +316,11 @@ class Trainer:
 
 
 def _head_loss(logits: Tensor | None, labels: Tensor) -> Tensor:
-    """Cross-entropy [] of the online classifier, mean over the rows; those without a label (-1)
-    count as 0, so that nobody needs to know how many there are elsewhere."""
+    """Compute the online classifier's cross-entropy [], as a mean over all rows.
+
+    Rows without a label (-1) count as 0. So a process need not know how many rows of the other
+    processes have labels.
+    """
     if logits is None:
         return torch.zeros((), device=labels.device)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

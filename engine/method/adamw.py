@@ -1,4 +1,4 @@
-"""AdamW, for small batches and small networks: torch's fused kernels on this process's shards.
+"""AdamW, for small batches and small networks, by torch's fused kernels on this process's shards.
 
 Source: Loshchilov and Hutter, "Decoupled weight decay regularization" (arXiv 1711.05101).
 """
@@ -17,10 +17,10 @@ from engine.method.local_shards import foreach_norms, local, not_finite, whole_n
 
 
 class AdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW, but for the skip of a step that is not finite, which all processes share.
+    """AdamW as in torch.optim, except that all processes skip a step that is not finite.
 
-    `lr` starts at 0: the trainer sets each group's before a step. A step never waits for the
-    device.
+    `lr` starts at 0, and the trainer sets it in each group before a step. A step never waits for
+    the device.
     """
 
     def __init__(
@@ -30,7 +30,11 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float,
         shard_group: ProcessGroup | None = None,
     ) -> None:
-        """`shard_group`: the processes that parameters are spread over; None when they are not."""
+        """Create the optimizer state.
+
+        `shard_group` is the processes that the parameters are spread over, None when each process
+        holds them all.
+        """
         super().__init__(groups, {"lr": 0.0, "betas": betas, "weight_decay": weight_decay})
         self.shard_group = shard_group
         for group in self.param_groups:
@@ -44,10 +48,10 @@ class AdamW(torch.optim.Optimizer):
         """Move every parameter that has a gradient, or none when some gradient is not finite.
 
         Args:
-            scale: [] that the gradients are to be divided by, float32; None: by nothing.
+            scale: [] float32, divides the gradients. None leaves them as they are.
 
         Returns:
-            [] float32, 1 when the step was skipped, the same on all processes.
+            [] float32, 1 when the step was skipped and else 0, the same on all processes.
         """
         groups = [
             (group, [p for p in group["params"] if p.grad is not None])
@@ -86,7 +90,7 @@ class AdamW(torch.optim.Optimizer):
 
 @dataclass(frozen=True)
 class AdamWConfig:
-    """AdamW, for small batches and small networks."""
+    """Configure AdamW, for small batches and small networks."""
 
     weight_decay: Annotated[float, Interval(ge=0, le=1e9)] = 1e-2
     """Strength of the weight decay. Biases and norm parameters have none."""
@@ -97,5 +101,5 @@ class AdamWConfig:
     slots: ClassVar[int] = 2  # tensors of state for each parameter
 
     def build(self, module: nn.Module, shard_group: ProcessGroup | None = None) -> AdamW:
-        """AdamW over the parameters of `module`, at learning rate 0."""
+        """Build AdamW for the parameters of `module`, at learning rate 0."""
         return AdamW(parameter_groups(module), self.betas, self.weight_decay, shard_group)

@@ -1,10 +1,11 @@
-"""View augmentation on the device: a whole batch at once, every sample with its own parameters.
+"""Augment views on the device, a whole batch at once, each sample with its own parameters.
 
-Images are RGB in [0, 1]. All rows take the same path, with neutral parameters where a row is not
-meant: no branches, no host synchronization, one graph under `torch.compile(fullgraph=True)`.
-No operation here is one that autocast or TF32 would round.
+Images are RGB in [0, 1]. All rows take the same path. An operation that is not for a row gets
+neutral parameters there, or its result is not selected. So there are no branches and no host
+synchronization, and `torch.compile(fullgraph=True)` makes one graph. Autocast and TF32 change no
+operation used here.
 
-Source: arXiv 2006.07733, appendix B; exact to the official `augmentations.py`.
+Source: arXiv 2006.07733, appendix B. The operations match the official `augmentations.py` exactly.
 """
 
 import torch
@@ -16,24 +17,24 @@ from shards.views import ColorOperation, Column
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB
 STD = (0.229, 0.224, 0.225)
 LUMA = (0.2989, 0.5870, 0.1140)
-# Plain numbers, because torch 2.11 traces no loop over an Enum.
+# These are plain numbers, because torch.compile of torch 2.11 cannot trace a loop over an Enum.
 OPERATIONS = tuple(operation.value for operation in ColorOperation)
-CPU_PIXELS = 1 << 18  # of the rows that a CPU takes at once
+CPU_PIXELS = 1 << 18  # in the rows that a CPU processes at once
 
 
 def augment(images: Tensor, params: Tensor, *, blur: bool = True) -> Tensor:
-    """Cropped images to the network's input: `distort`, then `normalize`.
+    """Turn cropped images into the network's input: `distort`, then `normalize`.
 
     Args:
-        images: [N, 3, H, W], uint8, or float in [0, 1] (whose dtype is then kept).
+        images: [N, 3, H, W], uint8, or float in [0, 1], whose dtype is then kept.
         params: [N, shards.views.COLUMNS], rows of `ViewDraws.params`.
-        blur: False leaves the blur out, for recipes in which no view ever blurs.
+        blur: False leaves the blur out, for recipes that never blur a view.
 
     Returns:
         [N, 3, H, W], float32 (or the images' float dtype), channels_last.
     """
-    # A GPU takes all rows at once. A CPU takes as many as its caches hold: at 224 px that is about
-    # three times as fast.
+    # A GPU processes all rows at once. A CPU processes only as many as fit its caches: at 224 px
+    # that is about three times as fast.
     rows = len(images) if images.is_cuda else max(1, CPU_PIXELS // images[0, 0].numel())
     parts = [
         normalize(distort(some_images, some_params, blur=blur))
@@ -43,7 +44,7 @@ def augment(images: Tensor, params: Tensor, *, blur: bool = True) -> Tensor:
 
 
 def distort(images: Tensor, params: Tensor, *, blur: bool = True) -> Tensor:
-    """All of `augment` but the normalization: [N, 3, H, W] in [0, 1]."""
+    """Do all of `augment` except the normalization; return [N, 3, H, W] in [0, 1]."""
     params = params.to(images.dtype if images.is_floating_point() else torch.float32)
     jittered, gray, solarized = (
         params[:, column, None, None, None] > 0
@@ -64,7 +65,10 @@ def distort(images: Tensor, params: Tensor, *, blur: bool = True) -> Tensor:
 
 
 def flip(images: Tensor, params: Tensor) -> Tensor:
-    """The rows that are meant to be, mirrored: [N, 3, H, W], any dtype; params as `augment`."""
+    """Mirror the images [N, 3, H, W] of the rows whose params ask for it; any dtype.
+
+    `params` is the same as for `augment`.
+    """
     flipped = params[:, Column.FLIP, None, None, None] > 0  # [N, 1, 1, 1]
     return torch.where(flipped, images.flip(-1), images)
 
@@ -78,17 +82,17 @@ def normalize(x: Tensor) -> Tensor:
 
 
 def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
-    """The four color operations, each followed by a clip to [0, 1].
+    """Apply the four color operations in each row's order, and clip to [0, 1] after each.
 
     Args:
         x: [N, 3, H, W] in [0, 1].
         factors: [N, 4], the parameter of each `ColorOperation`.
-        order: [N, 4], the operation at each position.
+        order: [N, 4], the number of the `ColorOperation` at each position.
     """
-    delta, stretch, saturate, turns = factors.unbind(1)  # [N], as `ColorOperation` counts them
+    delta, stretch, saturate, turns = factors.unbind(1)  # [N], in `ColorOperation` order
     for position in order.unbind(1):
         bright, stretched, saturated, turned = (position == number for number in OPERATIONS)
-        # Every row goes the whole way; parameters that are not its turn's are neutral.
+        # Every row takes all operations; those that are not its turn get neutral parameters.
         x = brightness(x, torch.where(bright, delta, 0))
         x = contrast(x, torch.where(stretched, stretch, 1)).clamp(0, 1)
         x = saturation_and_hue(
@@ -98,18 +102,18 @@ def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 
 
 def brightness(x: Tensor, delta: Tensor) -> Tensor:
-    """Add `delta` [N] to x [N, 3, H, W]. Not clipped."""
+    """Add `delta` [N] to x [N, 3, H, W], without clipping."""
     return x + _per_row(delta)
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """Stretch x [N, 3, H, W] by `factor` [N] about the mean of each channel. Not clipped."""
+    """Scale x [N, 3, H, W] by `factor` [N] about each channel's mean, without clipping."""
     mean = x.mean((2, 3), keepdim=True)
     return torch.lerp(mean, x, _per_row(factor))
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """Multiply the HSV saturation of x [N, 3, H, W] by `factor` [N], to at most 1."""
+    """Multiply the HSV saturation of x [N, 3, H, W] by `factor` [N], up to at most 1."""
     return saturation_and_hue(x, factor, torch.zeros_like(factor))
 
 
@@ -119,24 +123,31 @@ def hue(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def saturation_and_hue(x: Tensor, factor: Tensor, turns: Tensor) -> Tensor:
-    """One way to HSV and back: x [N, 3, H, W] in [0, 1]; `factor` and `turns` [N]."""
+    """Change saturation and hue in one conversion to HSV and back.
+
+    Args:
+        x: [N, 3, H, W] in [0, 1].
+        factor: [N], multiplies the saturation.
+        turns: [N], added to the hue, in turns of the color circle.
+    """
     red, green, blue = x.unbind(1)  # [N, H, W]
     value, least = x.amax(1), x.amin(1)
     chroma = value - least
-    # The hue in sixths of a turn, from -3 to 3: 0 at red, 2 at green, -2 at blue. One expression
-    # for all cases: a pixelwise torch.where is slow on a CPU. Grays get any hue, and show none.
+    # The hue is in sixths of a turn, from -3 to 3: 0 at red, 2 at green, -2 at blue. One expression
+    # covers all cases, because torch.where on pixels is slow on a CPU. Gray pixels get an
+    # arbitrary hue, which does not matter because their chroma is 0.
     from_red = ((green - red) + (blue - least)) / chroma.clamp_min(torch.finfo(x.dtype).tiny)
     sixths = torch.copysign(1 + from_red, green - blue) + 6 * turns[:, None, None]
     sixths = sixths - 6 * (sixths / 6).floor()  # [0, 6]
     chroma = torch.minimum(chroma * factor[:, None, None], value)
     floor = value - chroma
-    # How much of the chroma each channel has: 1 within one sixth of its own hue, 0 beyond two.
+    # Each channel has a share of the chroma: 1 within one sixth of its own hue, 0 beyond two.
     shares = ((sixths - 3).abs() - 1, 2 - (sixths - 2).abs(), 2 - (sixths - 4).abs())
     return torch.stack([floor + chroma * share.clamp(0, 1) for share in shares], dim=1)
 
 
 def grayscale(x: Tensor) -> Tensor:
-    """The luma of x [N, 3, H, W] in all three channels."""
+    """Set all three channels of x [N, 3, H, W] to its luma."""
     red, green, blue = x.unbind(1)
     luma = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue  # [N, H, W]
     return luma[:, None].expand_as(x)
@@ -145,18 +156,19 @@ def grayscale(x: Tensor) -> Tensor:
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Blur x [N, 3, H, W] with a Gaussian of `sigma` [N] pixels; 0 leaves a row as it is.
 
-    The window reaches H // 20 pixels each way. Outside the image is black, so borders darken.
+    The window reaches H // 20 pixels in each direction. Pixels outside the image count as black,
+    so borders darken.
     """
     height, width = x.shape[-2:]
     radius = height // 20
     offsets = torch.arange(-radius, radius + 1, dtype=x.dtype, device=x.device)
-    # So small a sigma in place of 0 makes every weight but the middle one exactly 0.
+    # A sigma of 0 would divide by 0. With 0.01 all weights but the middle one are exactly 0.
     sigma = sigma.clamp_min(0.01)[:, None]
     weights = torch.exp(-(offsets**2) / (2 * sigma**2))
     weights = weights / weights.sum(1, keepdim=True)  # [N, 2 radius + 1]
 
-    # A sum of shifted images, first down and then across: faster than matrix products or grouped
-    # convolutions, and nothing that autocast or TF32 would round.
+    # The blur is a sum of shifted images, first vertically and then horizontally. This is faster
+    # than matrix products or grouped convolutions, and autocast and TF32 do not round it.
     for dim, length, padding in ((2, height, (0, 0, radius, radius)), (3, width, (radius, radius))):
         padded = F.pad(x, padding)
         x = torch.zeros_like(x)
@@ -167,10 +179,10 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 def solarize(x: Tensor, threshold: float | Tensor = 0.5) -> Tensor:
     """Invert the values of x [N, 3, H, W] that are at least `threshold`."""
-    # As torch.where, and as exact, but several times faster on a CPU for a mask of pixels.
+    # With a mask of pixels, lerp is as exact as torch.where and several times faster on a CPU.
     return torch.lerp(x, 1 - x, (x >= threshold).to(x.dtype))
 
 
 def _per_row(values: Tensor) -> Tensor:
-    """[N] -> [N, 1, 1, 1], to go with images."""
+    """Reshape [N] to [N, 1, 1, 1], which broadcasts with images."""
     return values[:, None, None, None]

@@ -1,7 +1,7 @@
-"""The method: an online network learns to predict a slowly moving target's view of an image.
+"""BYOL: an online network learns to predict a slowly moving target's projection of another view.
 
-Both views of a batch of B images go through one forward, stacked: [V*B, 3, H, W] with V = 2, view 1
-first. Nothing here knows how many processes there are.
+Both views of a batch of B images go through one forward pass. They are stacked as [V*B, 3, H, W]
+with V = 2, view 1 first. Nothing here depends on the number of processes.
 
 Source: BYOL (arXiv 2006.07733), "Description of BYOL" and figure 2.
 """
@@ -21,7 +21,7 @@ VIEWS = 2
 
 @dataclass(frozen=True)
 class BYOLConfig:
-    """Shapes of the networks; the defaults are the paper's."""
+    """Configure the shapes of the networks; the defaults are the paper's."""
 
     encoder: ResNetConfig = field(default_factory=ResNetConfig)
     """The network whose features the training is for."""
@@ -34,7 +34,7 @@ class BYOLConfig:
 
 
 class OnlineOutput(NamedTuple):
-    """What a step needs of the online network."""
+    """Hold the outputs of the online network that a step needs."""
 
     features: Tensor  # [V*B, F], detached
     prediction: Tensor  # [V*B, D]
@@ -42,7 +42,7 @@ class OnlineOutput(NamedTuple):
 
 
 def mlp(inputs: int, hidden: int, outputs: int, views: int) -> nn.Sequential:
-    """Projector or predictor, [V*B, inputs] -> [V*B, outputs]. Paper: "Architecture"."""
+    """Build a projector or predictor, [V*B, inputs] -> [V*B, outputs]. Paper: "Architecture"."""
     return nn.Sequential(
         nn.Linear(inputs, hidden),
         BatchNorm(hidden, views),
@@ -52,10 +52,10 @@ def mlp(inputs: int, hidden: int, outputs: int, views: int) -> nn.Sequential:
 
 
 class Online(nn.Module):
-    """The network that is trained, and a linear classifier that watches its features.
+    """The online network, which is trained, with a linear classifier on its features.
 
-    The classifier sees detached features, so it measures the encoder without teaching it.
-    `classes` 0 leaves it out.
+    The classifier sees detached features, so it measures the encoder without training it. There is
+    no classifier when `classes` is 0.
     """
 
     def __init__(self, config: BYOLConfig, classes: int) -> None:
@@ -67,7 +67,7 @@ class Online(nn.Module):
         self.classifier = nn.Linear(features, classes) if classes else None
 
     def forward(self, images: Tensor) -> OnlineOutput:
-        """Images [V*B, 3, H, W] -> features, prediction and logits."""
+        """Compute features, prediction and logits of the images [V*B, 3, H, W]."""
         features = self.encoder(images)  # [V*B, F]
         prediction = self.predictor(self.projector(features))  # [V*B, D]
         features = features.detach()
@@ -77,7 +77,10 @@ class Online(nn.Module):
 
 
 class Target(nn.Module):
-    """The network that is predicted. It stays in train mode and never needs a gradient."""
+    """The target network, whose projections are predicted.
+
+    It stays in training mode and never needs a gradient.
+    """
 
     def __init__(self, config: BYOLConfig) -> None:
         super().__init__()
@@ -86,13 +89,13 @@ class Target(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [V*B, 3, H, W] -> projection [V*B, D]."""
+        """Compute the projections [V*B, D] of the images [V*B, 3, H, W]."""
         projection: Tensor = self.projector(self.encoder(images))
         return projection
 
 
 def build(config: BYOLConfig, classes: int, seed: int) -> tuple[Online, Target]:
-    """Both networks on the CPU, initialized independently of each other, as the official ones."""
+    """Build both networks on the CPU and initialize each on its own, as the official code does."""
     online, target = Online(config, classes), Target(config)
     initialize(online, Generator().manual_seed(2 * seed))
     initialize(target, Generator().manual_seed(2 * seed + 1))
@@ -100,25 +103,25 @@ def build(config: BYOLConfig, classes: int, seed: int) -> tuple[Online, Target]:
 
 
 def _normalize(x: Tensor) -> Tensor:
-    # The floor is on the squared norm, as in the official code; F.normalize has it on the norm.
+    # The official code bounds the squared norm from below; F.normalize bounds the norm.
     square = x.square().sum(dim=-1, keepdim=True)  # [N, 1]
     return x * square.clamp(min=1e-12).rsqrt()
 
 
 def regression_loss(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distance of the normalized rows, 0 to 4: [N, D], [N, D] -> [N]. Equation 2.
+    """Compute the squared distance of the normalized rows, 0 to 4: [N, D], [N, D] -> [N].
 
-    Computed in float32 at least.
+    It is equation 2 of the paper, computed in float32 or wider.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     return (_normalize(x.to(dtype)) - _normalize(y.to(dtype))).square().sum(dim=-1)
 
 
 def byol_loss(prediction: Tensor, projection: Tensor) -> Tensor:
-    """Each row's loss, both directions, 0 to 8: [2B, D], [2B, D] -> [B].
+    """Compute each image's loss, summed over both directions, 0 to 8: [2B, D], [2B, D] -> [B].
 
-    The online prediction of either view is held against the target's projection of the other one;
-    no gradient goes to the target.
+    The online prediction of each view is compared with the target's projection of the other view.
+    No gradient reaches the target.
     """
     q1, q2 = prediction.chunk(VIEWS)  # [B, D] each
     z1, z2 = projection.detach().chunk(VIEWS)
@@ -126,7 +129,7 @@ def byol_loss(prediction: Tensor, projection: Tensor) -> Tensor:
 
 
 def paired(target: Target, online: Online) -> tuple[list[Tensor], list[Tensor]]:
-    """Every parameter of the target, and the online network's of the same name."""
+    """List all parameters of the target, and those of the online network by the same names."""
     source = dict(online.named_parameters())
     moved = dict(target.named_parameters())
     return list(moved.values()), [source[name] for name in moved]
@@ -134,10 +137,15 @@ def paired(target: Target, online: Online) -> tuple[list[Tensor], list[Tensor]]:
 
 @torch.no_grad()
 def update_target(target: list[Tensor], online: list[Tensor], step: Tensor) -> None:
-    """target += step * (online - target) for every parameter. Equation 1, with step = 1 - tau.
+    """Move the target in place: target += step * (online - target) for every parameter.
 
-    `step` [] is on the parameters' device, so that it can be 0 where the online network's own step
-    was skipped. Running statistics are left alone: the target has those of its own forwards.
+    It is equation 1 of the paper with step = 1 - tau. The running statistics are not averaged,
+    because the target keeps those of its own forward passes.
+
+    Args:
+        target: The parameters to move.
+        online: The parameters of the online network, in the same order.
+        step: [] on the parameters' device, 0 when the step of the online network was skipped.
     """
     difference = torch._foreach_sub(online, target)
     torch._foreach_mul_(difference, step)

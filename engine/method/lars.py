@@ -1,4 +1,4 @@
-"""LARS: momentum SGD for large batches, right on sharded parameters.
+"""LARS: momentum SGD for large batches, which also works on sharded parameters.
 
 Source: You et al., "Large batch training of convolutional networks" (arXiv 1708.03888);
 BYOL (arXiv 2006.07733), "Implementation details: Optimization".
@@ -17,9 +17,10 @@ from engine.method.local_shards import foreach_norms, local, not_finite, whole_n
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """The weights of `module`, then its biases and norm parameters (all of at most one dimension).
+    """Return one group with the weights of `module`, one with its biases and norm parameters.
 
-    The latter are neither decayed nor adapted.
+    The second group holds all parameters of at most one dimension. They have no weight decay, and
+    LARS does not adapt their rates.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     return [
@@ -36,8 +37,9 @@ class LARS(torch.optim.Optimizer):
         m = momentum * m + u
         p -= lr * m
 
-    `lr` starts at 0: the trainer sets each group's before a step. Momentum exists from the start,
-    so that a checkpoint has somewhere to load to. A step never waits for the device.
+    `lr` starts at 0, and the trainer sets it in each group before a step. The momentum tensors
+    exist from the start, so that a checkpoint can be loaded into them. A step never waits for the
+    device.
     """
 
     def __init__(
@@ -48,7 +50,11 @@ class LARS(torch.optim.Optimizer):
         trust_coefficient: float,
         shard_group: ProcessGroup | None = None,
     ) -> None:
-        """`shard_group`: the processes that parameters are spread over; None when they are not."""
+        """Create the optimizer state.
+
+        `shard_group` is the processes that the parameters are spread over, None when each process
+        holds them all.
+        """
         defaults = {
             "lr": 0.0,
             "momentum": momentum,
@@ -57,7 +63,7 @@ class LARS(torch.optim.Optimizer):
         }
         super().__init__(groups, defaults)
         self.shard_group = shard_group
-        self.directions = directions  # or the same, compiled
+        self.directions = directions  # compile_optimizer may replace it
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -67,12 +73,12 @@ class LARS(torch.optim.Optimizer):
         """Move every parameter that has a gradient, or none when some gradient is not finite.
 
         Args:
-            scale: [] that the gradients are to be divided by, float32; None: by nothing.
+            scale: [] float32, divides the gradients. None leaves them as they are.
 
         Returns:
-            [] float32, 1 when the step was skipped, the same on all processes.
+            [] float32, 1 when the step was skipped and else 0, the same on all processes.
         """
-        moved = []  # for each group: itself, parameters, momenta, updates
+        moved = []  # for each group: the group, parameters, momenta, updates
         norms = []  # [2, tensors] for each group: of parameters and updates
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
@@ -110,7 +116,11 @@ class LARS(torch.optim.Optimizer):
 def directions(
     params: list[Tensor], grads: list[Tensor], scale: Tensor | None, weight_decay: float
 ) -> tuple[list[Tensor], Tensor]:
-    """Updates before adaptation, and the norms [2, tensors] of parameters and updates."""
+    """Compute the LARS direction of every parameter, before adaptation and momentum.
+
+    Returns:
+        The directions, and the norms [2, tensors] of the parameters and of the directions.
+    """
     if scale is None:
         updates = torch._foreach_add(grads, params, alpha=weight_decay)
     else:
@@ -121,7 +131,10 @@ def directions(
 
 @dataclass(frozen=True)
 class LARSConfig:
-    """LARS; the defaults are the paper's for 1000 epochs (shorter ones decay by 1e-6)."""
+    """Configure LARS; the defaults are the paper's for 1000 epochs.
+
+    For shorter trainings the paper uses a weight decay of 1e-6.
+    """
 
     momentum: Annotated[float, Interval(ge=0, lt=1)] = 0.9
     """Fraction of the previous step's direction that is kept."""
@@ -135,7 +148,7 @@ class LARSConfig:
     slots: ClassVar[int] = 1  # tensors of state for each parameter
 
     def build(self, module: nn.Module, shard_group: ProcessGroup | None = None) -> LARS:
-        """LARS over the parameters of `module`, at learning rate 0."""
+        """Build LARS for the parameters of `module`, at learning rate 0."""
         return LARS(
             parameter_groups(module),
             self.momentum,

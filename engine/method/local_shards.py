@@ -1,4 +1,4 @@
-"""Parameters whose rows are spread over processes: this process's part, and norms of the whole."""
+"""Work on parameters whose rows are spread over processes: local parts, and norms of the whole."""
 
 from collections.abc import Iterable
 
@@ -10,19 +10,21 @@ from torch.distributed.tensor import DTensor
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The part of each that this process holds, as plain tensors that share its memory."""
+    """Return this process's part of each tensor, as plain tensors that share its memory."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a parameter, gathered from the processes that hold its parts."""
+    """Gather a whole parameter from the processes that hold its parts."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_norms(norms: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Norms of local parts, of any shape -> those of the whole tensors, by one all-reduce.
+    """Combine the norms of local parts into the norms of the whole tensors, by one all-reduce.
 
-    `group`: the processes that the parts are spread over, None when each holds everything.
+    Args:
+        norms: Norms of this process's parts, of any shape.
+        group: The processes that the parts are spread over, None when each holds everything.
     """
     if group is None:
         return norms
@@ -32,10 +34,10 @@ def whole_norms(norms: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def not_finite(norms: Tensor) -> Tensor:
-    """1 when any of `norms` is infinite or nan, else 0, as a float32 [] on the same device."""
+    """Return 1 when any of `norms` is infinite or nan, else 0; [] float32 on the same device."""
     return (~norms.isfinite().all()).float()
 
 
 def foreach_norms(tensors: list[Tensor]) -> Tensor:
-    """The norm of each tensor [n]; an empty part's is 0."""
+    """Compute the norm of each of the n tensors: [n]. An empty tensor has norm 0."""
     return torch.stack(torch._foreach_norm(tensors))

@@ -1,12 +1,12 @@
-"""Batch normalization in which each view keeps statistics of its own, over all processes.
+"""Batch normalization in which each view has its own statistics, over all processes.
 
-BYOL sends both views through the network in one forward, yet normalizes each by itself, as the
-official implementation does with one forward per view. Statistics over both together would let
-every view see the other.
+Both views go through the network in one forward pass, but each is normalized by its own
+statistics. This matches the official implementation, which has one forward pass for each view.
+Statistics over both views together would let each view see the other.
 
-A forward leaves its statistics in `batch_statistics`; `RunningStatistics` carries them over into
-the running ones after the backward. So whatever recomputes a forward changes nothing, and a step
-that is skipped leaves no trace.
+A forward pass leaves its statistics in `batch_statistics`. `RunningStatistics` adds them to the
+running statistics after the backward pass. So recomputing a forward pass changes nothing, and a
+skipped step leaves no trace.
 
 Source: the official implementation of BYOL (arXiv 2006.07733), one forward for each view; merging
 of moments: Chan et al., "Algorithms for computing the sample variance" (1983).
@@ -23,17 +23,18 @@ from torch.distributed import ProcessGroup
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over [V*B, C] or [V*B, C, H, W], the V views stacked first.
+    """Batch norm of [V*B, C] or [V*B, C, H, W], with the V views stacked first.
 
-    In training each view is normalized by its own mean and biased variance. In evaluation it is
-    torch's batch norm. Names and shapes of parameters and buffers are torch's. Statistics and
-    parameters stay in float32 when the input comes in half precision.
+    In training each view is normalized by its own mean and biased variance. In evaluation the
+    layer does the same as torch's batch norm. Parameters and buffers have torch's names and
+    shapes. Statistics and parameters stay in float32 when the input is in half precision.
 
-    With a `group`, statistics are over the rows of all its processes, which may differ in number:
-    one all-reduce in the forward and one in the backward, for all views together.
+    With a `group`, the statistics are over the rows of all its processes, which may have different
+    numbers of rows. This takes one all-reduce in the forward pass and one in the backward pass,
+    for all views together.
 
-    Raises ValueError when the rows do not split into the views, or, without a group, when a view
-    has a single value per channel.
+    Raises ValueError when the rows cannot be split into the views, or, without a group, when a
+    view has a single value per channel.
     """
 
     running_mean: Tensor
@@ -52,11 +53,11 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
-        # Mean and unbiased variance of each view in the last training forward.
+        # These are the mean and the unbiased variance of each view in the last training forward.
         self.register_buffer("batch_statistics", torch.zeros(views, 2, channels), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[V*B, C, ...] -> the same shape and dtype."""
+        """Normalize x [V*B, C, ...]; the result has the same shape and dtype."""
         if not self.training:
             return self._normalize(x, self.running_mean, self.running_var)
         if len(x) % self.views:
@@ -69,9 +70,9 @@ class BatchNorm(nn.Module):
             self.batch_statistics.copy_(torch.stack([mean, variance], dim=1))
             merged: Tensor = views.flatten(0, 1)
             return merged
-        # Native kernels on each view, then a copy: on a CPU as fast in float32 as the synchronized
-        # way, and a quarter faster in bfloat16.
-        self.batch_statistics.zero_()  # momentum 1 overwrites, but for 0 * nan
+        # Torch's kernels run on each view, and a copy joins the results. On a CPU this is as fast
+        # in float32 as `_SyncNorm`, and a quarter faster in bfloat16.
+        self.batch_statistics.zero_()  # momentum 1 multiplies old values by 0: nan would stay
         normalized = [
             self._normalize(view, mean, variance)
             for view, (mean, variance) in zip(
@@ -81,7 +82,7 @@ class BatchNorm(nn.Module):
         return normalized[0] if self.views == 1 else torch.cat(normalized)
 
     def _normalize(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        """By the given statistics, or in training by those of `x`, which overwrite them."""
+        """Normalize by the given statistics, or in training by those of x, which replace them."""
         return F.batch_norm(
             x, mean, variance, self.weight, self.bias, self.training, momentum=1.0, eps=self.eps
         )
@@ -91,7 +92,7 @@ class BatchNorm(nn.Module):
 
 
 class _SyncNorm(torch.autograd.Function):
-    """[V, B, C, ...] -> the same, normalized; and each view's mean and unbiased variance [V, C]."""
+    """Normalize [V, B, C, ...]; also return each view's mean and unbiased variance, [V, C]."""
 
     @staticmethod
     def forward(
@@ -99,8 +100,9 @@ class _SyncNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         count, channels = x[0, :, 0].numel(), len(weight)
         centered, own_mean, own_variance = _centered(x)
-        # Moments about zero merge by a sum. In float64 they keep a small variance about a large
-        # mean, and the count goes along since processes may have different numbers of rows.
+        # Moments about zero of several processes merge by a sum. In float64 they do not lose a
+        # small variance beside a large mean. The count is summed too, because processes may have
+        # different numbers of rows.
         mean, variance = own_mean.double(), own_variance.double()
         moments = [mean * count, (variance + mean**2) * count, mean.new_full((len(x), 1), count)]
         moments = _sum(torch.cat(moments, dim=1), group).split([channels, channels, 1], dim=1)
@@ -110,8 +112,9 @@ class _SyncNorm(torch.autograd.Function):
         scale = (variance + eps).rsqrt() * weight
         shift = (own_mean - mean) * scale + bias
         scale, shift = (_like(values.to(centered.dtype), x) for values in (scale, shift))
-        # In place saves memory. But compiled by torch 2.11, the backward loses the gradient of an
-        # output that is no tensor of its own: changed in place, or what `to` gave back as it was.
+        # Working in place saves memory. But when torch 2.11 compiles this, the backward pass loses
+        # the gradient of an output that is not a new tensor: one that was changed in place, or one
+        # that `to` returned unchanged.
         into = None if torch.compiler.is_compiling() else centered
         y = torch.addcmul(shift, centered, scale, out=into)
         if y.dtype != x.dtype:
@@ -132,7 +135,7 @@ class _SyncNorm(torch.autograd.Function):
         dy = dy.to(mean.dtype)
         normalized = (x - _like(mean, x)).mul_(_like(rstd, x))
         sums = torch.cat([dy.sum(_rows(x)), (dy * normalized).sum(_rows(x))], dim=1)  # [V, 2C]
-        dbias, dweight = sums.sum(0).chunk(2)  # of this process's rows, like every gradient
+        dbias, dweight = sums.sum(0).chunk(2)  # of this process's rows only, like every gradient
         dmean, dscale = (_sum(sums, ctx.group) / total).chunk(2, dim=1)  # [V, C]
         dx = normalized.mul_(-_like(dscale, x)).add_(dy).sub_(_like(dmean, x))
         dx = dx.mul_(_like(rstd * weight, x))
@@ -140,44 +143,49 @@ class _SyncNorm(torch.autograd.Function):
 
 
 def _centered(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x [V, B, C, ...] less its mean, and its mean and biased variance [V, C]; float32 at least."""
+    """Subtract the mean of each view and channel from x [V, B, C, ...].
+
+    Returns:
+        The centered x, its mean [V, C] and its biased variance [V, C], in float32 or wider.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if torch.compiler.is_compiling():  # one pass over x
+    if torch.compiler.is_compiling():  # the compiler makes it one pass over x
         variance, mean = torch.var_mean(x.to(dtype), _rows(x), correction=0)
         return x - _like(mean, x), mean, variance
-    # On a CPU ten times as fast as torch's kernel for both.
+    # On a CPU this is ten times as fast as torch.var_mean.
     mean = x.mean(_rows(x), dtype=dtype)
     centered = x - _like(mean, x)
     return centered, mean, centered.square().mean(_rows(x))
 
 
 def _rows(x: Tensor) -> list[int]:
-    """The dimensions of [V, B, C, ...] that statistics are over."""
+    """List the dimensions of x [V, B, C, ...] that the statistics are taken over."""
     return [1, *range(3, x.ndim)]
 
 
 def _like(values: Tensor, x: Tensor) -> Tensor:
-    """[V, C] or [C] -> [V or 1, 1, C, ...], to go with x [V, B, C, ...]."""
+    """Reshape [V, C] or [C] to [V or 1, 1, C, ...], which broadcasts with x [V, B, C, ...]."""
     return values.reshape(-1, 1, values.shape[-1], *(1 for _ in x.shape[3:]))
 
 
 def _sum(values: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum over all processes. A functional collective: torch.compile traces it."""
+    """Sum over all processes, by a functional collective, because torch.compile can trace it."""
     total: Tensor = collectives.wait_tensor(collectives.all_reduce(values, "sum", group))
     return total
 
 
 def synchronize(module: nn.Module, group: ProcessGroup) -> None:
-    """Let every batch norm of `module` have its statistics over all processes of `group`."""
+    """Make every batch norm of `module` take its statistics over all processes of `group`."""
     for norm in module.modules():
         if isinstance(norm, BatchNorm):
             norm.group = group
 
 
 class RunningStatistics:
-    """The running statistics of several networks, which follow those of training forwards.
+    """Update the running statistics of several networks from their training forward passes.
 
-    Each view enters once, in order, at the norms' momentum. All norms move together.
+    Each view updates them once, in order, with the momentum of the norms. All norms are updated
+    together.
     """
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
@@ -189,7 +197,7 @@ class RunningStatistics:
 
     @torch.no_grad()
     def note(self) -> None:
-        """Take in the statistics of the last training forward of all networks."""
+        """Add the statistics of the last training forward pass of all networks."""
         running = torch.cat(self._running) if self._next is None else self._next
         for view in torch.cat([norm.batch_statistics.flatten(1) for norm in self._norms], dim=1):
             running = torch.lerp(running, view, self._norms[0].momentum)
@@ -198,7 +206,7 @@ class RunningStatistics:
 
     @torch.no_grad()
     def apply(self, skip: Tensor | None = None) -> None:
-        """Write down what was noted since the last call, unless `skip` [] is 1."""
+        """Write to the buffers what was noted since the last call, unless `skip` [] is 1."""
         if self._next is None:
             return
         counters = [norm.num_batches_tracked for norm in self._norms]

@@ -1,6 +1,7 @@
-"""In which floating-point format a step computes, and what becomes of one that is not finite.
+"""Choose the floating-point format of a step, and handle steps that are not finite.
 
-Parameters, statistics, the loss, LARS norms and the moving average are float32 (float64 to verify).
+Parameters, statistics, the loss, LARS norms and the moving average are float32. With precision
+fp64, which serves to verify, they are float64.
 """
 
 from collections.abc import Iterable
@@ -15,84 +16,92 @@ from engine.method.local_shards import local
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-FIRST_SCALE = 2.0**8  # of a row's loss: what 2**16 makes of a mean over 256 rows
-GROWTH_STEPS = 2000  # finite ones, until the scale doubles
-MOST_SKIPS = 20  # skipped steps in a row: a row's loss is then scaled by less than 2**-10
+FIRST_SCALE = 2.0**8  # of one row's loss; equals 2**16 on the mean of 256 rows
+GROWTH_STEPS = 2000  # finite steps until the scale doubles
+MOST_SKIPS = 20  # skipped steps in a row; they take FIRST_SCALE below 2**-10
 
 
 def parameter_dtype(precision: Precision) -> torch.dtype:
-    """The dtype of parameters, statistics, optimizer state and of what is sent into the network."""
+    """Return the dtype of the parameters, statistics, optimizer state and network inputs."""
     return torch.float64 if precision == "fp64" else torch.float32
 
 
 def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
-    """The context of the forward passes: half precision where it is safe, or nothing."""
+    """Return the context of the forward passes: half precision where it is safe, or no autocast."""
     half = _HALF.get(precision)
     return torch.autocast(device.type, half, enabled=half is not None)
 
 
 class StepGuard:
-    """Counts skipped steps and, in fp16, keeps the factor on the loss that suits the gradients.
+    """Count the skipped steps and, in fp16, adapt the loss scale to the gradients.
 
-    Everything stays on the device: the host never waits for the step that is under way. The loss
-    scale halves at a skipped step and doubles after 2000 others (Micikevicius et al.,
-    arXiv 1710.03740). What overflows does not depend on the number of processes.
+    All figures stay on the device, so the host never waits for the current step. The loss scale
+    halves at a skipped step and doubles after 2000 finite ones in a row (Micikevicius et al.,
+    arXiv 1710.03740). Which steps overflow does not depend on the number of processes.
     """
 
     def __init__(
         self, precision: Precision, device: torch.device, batch: int, processes: int
     ) -> None:
-        """`scale` [] float32, of the mean over the global batch, is None where none is needed.
+        """Start the counters at 0 and, in fp16, the loss scale at FIRST_SCALE times the batch.
+
+        `scale` [] float32 multiplies the mean over the global batch. It is None outside fp16.
 
         Args:
-            batch: Rows of the global batch.
-            processes: That gradients are averaged over.
+            precision: The number format of the forward passes.
+            device: The device of the counters and the scale.
+            batch: Rows of the global batch. The scale uses the next power of two.
+            processes: The number of processes that gradients are averaged over.
         """
         self._processes = processes
         self.scale: Tensor | None = None
         if precision == "fp16":
-            power_of_2 = 2 ** (batch - 1).bit_length()  # scaling then rounds nothing
+            power_of_2 = 2 ** (batch - 1).bit_length()  # scaling by a power of 2 is exact
             self.scale = torch.full((), FIRST_SCALE * power_of_2, device=device)
-        self._finite = torch.zeros((), dtype=torch.int32, device=device)  # since the scale grew
+        self._finite = torch.zeros((), dtype=torch.int32, device=device)  # steps since it changed
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self._seen = torch.zeros((), dtype=torch.int64, pin_memory=device.type == "cuda")
         self._seen_at: torch.cuda.Event | None = None
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors to save and, in place, to load."""
+        """Return the tensors to save; a checkpoint is loaded into them in place."""
         tensors = {"finite": self._finite, "skipped": self.skipped, "in_a_row": self._in_a_row}
         return tensors if self.scale is None else tensors | {"scale": self.scale}
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """What to call `backward` on, where `loss` is this process's share of the mean.
+        """Scale `loss`, this process's share of the global mean, for the backward pass.
 
-        Shares add up, but gradients are averaged over the processes. That is made good here; in
-        fp16, where a larger factor could overflow, by `divisor`.
+        The shares of all processes add up to the mean, but gradients are averaged over the
+        processes. So the loss is multiplied by the number of processes. In fp16, where that could
+        overflow, `divisor` corrects for it instead.
         """
         return loss * (self._processes if self.scale is None else self.scale)
 
     @torch.no_grad()
     def divisor(self, parameters: Iterable[Tensor]) -> Tensor | None:
-        """What averaged gradients are still to be divided by: [] float32, or None for nothing.
+        """Return the number that the averaged gradients must be divided by, None outside fp16.
 
-        nan, which has the step skipped, where the sum over the processes is more than half
-        precision holds. Each of them holds its own part of it in half precision, and the smaller
-        the parts, the later they overflow: without this, skips and scale would depend on how many
-        processes share the batch.
+        The divisor is nan when a gradient, summed over the processes, exceeds the range of fp16.
+        The optimizer then skips the step. Each process computes only its part of that sum in half
+        precision, and parts overflow less often the more processes share the batch. Without this
+        check, the skips and the scale would depend on the number of processes.
+
+        Returns:
+            [] float32, or None when nothing is to be divided.
         """
         if self.scale is None:
             return None
         held = [g for g in local(p.grad for p in parameters if p.grad is not None) if g.numel()]
         divisor = self.scale / self._processes
-        if not held:  # of a shard of so few rows
+        if not held:  # a process may hold no rows of any gradient
             return divisor
         largest = torch.stack(torch._foreach_norm(held, torch.inf)).max() * self._processes
         return torch.where(largest <= torch.finfo(torch.float16).max, divisor, torch.nan)
 
     @torch.no_grad()
     def update(self, skip: Tensor) -> None:
-        """Note whether a step was skipped: [] 1 or 0."""
+        """Update the counters and the scale after a step; `skip` [] is 1 when it was skipped."""
         if self.scale is not None:
             torch._amp_update_scale_(self.scale, self._finite, skip, 2.0, 0.5, GROWTH_STEPS)
         skipped = skip.to(torch.int64)
@@ -101,7 +110,10 @@ class StepGuard:
         self._in_a_row *= skipped
 
     def in_a_row(self) -> int:
-        """How many steps on end were skipped, as of this function's last call."""
+        """Return how many steps in a row were skipped, as of the previous call of this function.
+
+        The count is one call old so that the host need not wait for the current step.
+        """
         if self._seen_at is not None:
             self._seen_at.synchronize()
         count = int(self._seen)

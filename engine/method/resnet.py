@@ -1,8 +1,8 @@
-"""Residual networks: depth 10 to 200, any width, for large images or small ones.
+"""Residual networks of depth 10 to 200 and any width, for large or small images.
 
-Parameter names and shapes are torchvision's (without `fc`), so that weights go both ways. The
-stride of a bottleneck is on its 3x3 convolution. Padding is symmetric, as usual in PyTorch; the
-official network's "SAME" padding differs from it at even sizes.
+Parameter names and shapes are torchvision's (without `fc`), so weights can be exchanged both ways.
+The stride of a bottleneck is on its 3x3 convolution. Padding is symmetric, as usual in PyTorch.
+The official network's "SAME" padding differs from it at even sizes.
 
 Source: He et al. (arXiv 1512.03385); BYOL (arXiv 2006.07733), "Implementation details".
 """
@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 
 from engine.method.norm import BatchNorm
 
-_BLOCKS = {  # by depth: how many each of the four groups has
+_BLOCKS = {  # by depth: the number of blocks in each of the four groups
     10: (1, 1, 1, 1),
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
@@ -29,7 +29,7 @@ _BLOCKS = {  # by depth: how many each of the four groups has
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """Which residual network; the default is the paper's main encoder."""
+    """Choose a residual network; the default is the paper's main encoder."""
 
     depth: Literal[10, 18, 34, 50, 101, 152, 200] = 50
     """Number of layers with weights. Networks up to 34 have basic blocks, from 50 on they have
@@ -48,27 +48,27 @@ class ResNetConfig:
 
     @property
     def blocks(self) -> tuple[int, int, int, int]:
-        """The number of residual blocks in each of the four groups."""
+        """Return the number of residual blocks in each of the four groups."""
         return _BLOCKS[self.depth]
 
     @property
     def channels(self) -> tuple[int, int, int, int]:
-        """The channels of each group; bottlenecks give four times as many to the next."""
+        """Return the channels of each group; a bottleneck outputs four times as many."""
         w = self.width
         return int(64 * w), int(128 * w), int(256 * w), int(512 * w)
 
     @property
     def bottleneck(self) -> bool:
-        """Whether the blocks are bottlenecks."""
+        """Return whether the blocks are bottlenecks."""
         return self.depth >= 50
 
 
 def initialize(module: nn.Module, generator: Generator) -> None:
-    """Draw all convolution and linear weights of `module` anew; their biases become zero.
+    """Draw all convolution and linear weights of `module`, and set their biases to zero.
 
-    A normal of standard deviation 1/sqrt(fan in), cut at two of them: the official networks'
-    default (Haiku's), whose deviation is not corrected for the cut. `generator` must be on the
-    weights' device.
+    The weights come from a normal distribution of standard deviation 1/sqrt(fan in), truncated at
+    two standard deviations. This is the default of the official networks (Haiku's), which does not
+    correct the deviation for the truncation. `generator` must be on the weights' device.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -89,7 +89,7 @@ def _shortcut(inputs: int, outputs: int, stride: int, project: bool, views: int)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions: [N, inputs, H, W] -> [N, channels, H/stride, W/stride]."""
+    """A block of two 3x3 convolutions, [N, inputs, H, W] -> [N, channels, H/stride, W/stride]."""
 
     expansion = 1
 
@@ -108,7 +108,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions: [N, inputs, H, W] -> [N, 4*channels, H/stride, W/stride]."""
+    """A block of 1x1, 3x3 and 1x1 convolutions.
+
+    It maps [N, inputs, H, W] to [N, 4*channels, H/stride, W/stride].
+    """
 
     expansion = 4
 
@@ -134,8 +137,8 @@ class Bottleneck(nn.Module):
 class ResNet(nn.Module):
     """A residual network without its classifier: [N, 3, H, W] -> features [N, feature_dim].
 
-    `views` is how many views a training batch holds, stacked first (see BatchNorm). Weights are
-    torch's until `initialize` draws them.
+    `views` is the number of views that are stacked in a training batch (see BatchNorm). The
+    weights have torch's defaults until `initialize` draws them.
     """
 
     def __init__(self, config: ResNetConfig, views: int) -> None:
@@ -162,12 +165,16 @@ class ResNet(nn.Module):
         self.feature_dim = c4 * block.expansion
 
     def blocks(self) -> list[nn.Module]:
-        """All residual blocks, in order."""
+        """List all residual blocks, in order."""
         layers = (self.layer1, self.layer2, self.layer3, self.layer4)
         return [block for layer in layers for block in layer]
 
     def stem(self, x: Tensor) -> Tensor:
-        """The layers before the first block: [N, 3, H, W] -> [N, 64, H/4, W/4] at width 1."""
+        """Apply the layers before the first block.
+
+        At width 1, the imagenet stem maps [N, 3, H, W] to [N, 64, H/4, W/4], and the cifar stem
+        maps it to [N, 64, H, W].
+        """
         x = torch.relu(self.bn1(self.conv1(x)))  # [N, 64, H/2, W/2]
         pooled: Tensor = self.maxpool(x)
         return pooled

@@ -1,6 +1,6 @@
-"""The learning rate and the target's averaging rate, as pure functions of the step.
+"""Compute the learning rate and the target's averaging rate as pure functions of the step.
 
-A resumed run has nothing to restore here: step k has the same rates whenever it is reached.
+A resumed run has no schedule state to restore, because a step always has the same rates.
 
 Source: BYOL (arXiv 2006.07733), "Implementation details".
 """
@@ -17,7 +17,7 @@ from shards.fields import UnitInterval
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How long to train, and how fast; the defaults are the paper's 1000 epochs."""
+    """Configure the training's length and rates; the defaults are the paper's for 1000 epochs."""
 
     epochs: Annotated[float, Interval(ge=1e-9, le=1e9)] = 1000
     """Passes over the data set. It may be a fraction."""
@@ -43,34 +43,39 @@ class ScheduleConfig:
     """The batch size that base_tau is meant for, and base_lr when lr_rule is fixed."""
 
     def total_steps(self, samples: int, batch: int) -> int:
-        """Updates in all, as `steps_of` counts them."""
+        """Return the number of updates of the whole training, by `steps_of`."""
         return steps_of(self.epochs, samples, batch)
 
     def warmup_steps(self, samples: int, batch: int) -> int:
-        """Updates of the warm-up, as `steps_of` counts them."""
+        """Return the number of updates of the warm-up, by `steps_of`."""
         return steps_of(self.warmup_epochs, samples, batch)
 
     def peak_lr(self, batch: int) -> float:
-        """The learning rate at the end of the warm-up."""
+        """Return the learning rate at the end of the warm-up."""
         return self.base_lr * (batch if self.lr_rule == "linear" else self.paper_batch) / 256
 
     def tau_power(self, batch: int) -> float:
-        """kappa, the power that `tau` is raised to."""
+        """Return kappa, the power that `tau` is raised to."""
         return batch / self.paper_batch if self.tau_rule == "power" else 1.0
 
 
 def steps_of(epochs: float, samples: int, batch: int) -> int:
-    """floor(epochs * samples / batch), for the number that `epochs` was rounded from.
+    """Return floor(epochs * samples / batch), corrected for the rounding of `epochs`.
 
-    The float nearest to 73.6 is a little less, and 73.6 epochs of 50,000 samples in batches of 256
-    would be a step short; so may be what a recipe computes, such as 20 * 16 / 104.
+    The float nearest to 73.6 is a little smaller than 73.6. Without the correction, 73.6 epochs of
+    50,000 samples in batches of 256 would be one step short. The same may happen to a number that
+    a recipe computes, such as 20 * 16 / 104.
     """
-    most = Fraction(epochs) * (1 + Fraction(1, 2**52))  # a rounding is no more than that
+    most = Fraction(epochs) * (1 + Fraction(1, 2**52))  # a rounding error is at most this
     return int(most * samples // batch)
 
 
 def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
-    """Linear from 0 to `peak` over `warmup` steps (which may be 0), then cosine to 0 at `total`."""
+    """Return the learning rate of a step.
+
+    It rises linearly from 0 to `peak` over `warmup` steps, which may be 0. Then it falls along a
+    cosine to 0 at step `total`.
+    """
     if step >= total:
         return 0.0
     if step < warmup:
@@ -79,10 +84,12 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
 
 
 def tau(step: int, base: float, total: int, power: float = 1.0) -> float:
-    """The target's averaging rate: `base` at step 0, along a cosine to 1 at `total`; to a power.
+    """Return the target's averaging rate at a step.
 
-    With kappa times the batch and tau**kappa the target averages over as many images as before:
-    Busbridge et al., "How to scale your EMA" (arXiv 2307.13813), definition 1.2.
+    It rises along a cosine from `base` at step 0 to 1 at step `total`, and is then raised to
+    `power`. When a batch is kappa times as large, tau**kappa makes the target average over as many
+    images as before. Source: Busbridge et al., "How to scale your EMA" (arXiv 2307.13813),
+    definition 1.2.
     """
     progress = min(step / total, 1.0)
     rate = 1 - (1 - base) * (1 + math.cos(math.pi * progress)) / 2

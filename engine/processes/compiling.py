@@ -1,9 +1,9 @@
-"""torch.compile: which parts of the training are compiled.
+"""Compile the parts of the training with torch.compile.
 
-Regions are compiled, not the whole network: every residual block, the stem and the heads. Blocks
-of one shape share their code, so a ResNet-50 compiles a fraction of its blocks; and gradients
-leave the backward block by block, so that DDP's and FSDP's communication overlaps with it. Each
-region is one graph, communication of its batch norms included.
+The networks are compiled by regions, not as a whole. A region is a residual block, the stem or a
+head. Blocks of the same shape share their code, so a ResNet-50 compiles only a fraction of its
+blocks. Gradients leave the backward pass block by block, so that the communication of DDP and FSDP
+overlaps with it. Each region is one graph, which includes the communication of its batch norms.
 """
 
 import os
@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 
 
 def missing_compiler(device: torch.device) -> str:
-    """What torch.compile lacks on this machine, empty when it can work."""
+    """Name what torch.compile lacks on this machine; return "" when it lacks nothing."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
@@ -37,10 +37,10 @@ def missing_compiler(device: torch.device) -> str:
 
 
 def check_norm(group: ProcessGroup, device: torch.device) -> None:
-    """Raise InputError when tracing gives the synchronized norm other gradients than eager torch.
+    """Raise InputError when tracing changes the gradients of the synchronized batch norm.
 
-    A version of torch has done that in silence, with the right outputs. The check costs a second of
-    a start that compiles for a minute or more. All processes of `group` call it together.
+    One version of torch did so silently, with correct outputs. The check takes a second, in a
+    start that compiles for a minute or more. All processes of `group` call it together.
     """
     norm = BatchNorm(4, views=2).to(device)
     norm.group = group
@@ -60,14 +60,14 @@ def check_norm(group: ProcessGroup, device: torch.device) -> None:
 
 
 def compile_networks(*networks: Online | Target) -> None:
-    """Compile every region of the networks in place: the names of parameters stay as they are.
+    """Compile every region of the networks in place; the parameters keep their names.
 
-    What is compiled is a region's `forward`, inside of the hooks that wrap the region.
+    Only the region's `forward` is compiled. Hooks that wrap the region stay outside of the graph.
     """
-    torch._dynamo.config.optimize_ddp = False  # it would cut regions at its buckets' ends
-    # Shapes are few and known: one graph for each block shape of each network.
+    torch._dynamo.config.optimize_ddp = False  # else regions are split at the ends of DDP's buckets
+    # Each block shape of each network needs a graph of its own. The shapes are few and known.
     torch._dynamo.config.recompile_limit = 256
-    # Else one region with a custom backward keeps AOTAutograd's cache from being used at all.
+    # Without this, one region with a custom backward disables the whole cache of AOTAutograd.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     for network in networks:
         heads = [network.projector]
@@ -78,12 +78,12 @@ def compile_networks(*networks: Online | Target) -> None:
 
 
 def compile_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Compile what of the optimizer is not one fused kernel already."""
+    """Compile the part of LARS that is not a fused kernel; leave other optimizers as they are."""
     if isinstance(optimizer, LARS):
         optimizer.directions = compiled(optimizer.directions)
 
 
 def compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """`function` as one graph for each set of shapes."""
+    """Return `function` compiled as one graph for each set of shapes."""
     made: Callable[_P, _T] = torch.compile(function, fullgraph=True, dynamic=False)
     return made

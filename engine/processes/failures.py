@@ -1,4 +1,4 @@
-"""What is told of a failure, by the process that failed first."""
+"""Report a failure, once, by the process that failed first."""
 
 import re
 import sys
@@ -12,16 +12,17 @@ from shards.errors import InputError
 
 
 def report_failure(error: BaseException) -> None:
-    """Tell of an error on stderr, unless another process of the run has failed before this one.
+    """Print an error on stderr, unless another process of the run has failed before this one.
 
-    What fails after the first is most often a consequence: a closed connection. A user's mistake
-    is one line, which the first process tells when all have found it.
+    Later failures are mostly consequences of the first, such as a closed connection. A user's
+    mistake is printed as one line. When all processes found it, the first process prints it.
     """
     known = isinstance(error, InputError | OSError)
     if not dist.is_initialized():
         if from_launcher("LOCAL_RANK", 0) != 0 and known:
-            # Most likely all found it, before they met. The machine's first tells, and its end is
-            # everybody's; who is still there after this while is the only one.
+            # Most likely all processes found the error, before they connected. Then the first
+            # process of the machine prints it, and its end ends them all. A process that is still
+            # alive after this wait is the only one that failed, so it prints the error itself.
             time.sleep(30)
     elif not _is_first_failure(patience=1.0 if known and rank() != 0 else 0.0):
         return
@@ -51,5 +52,5 @@ def _is_first_failure(patience: float) -> bool:
     time.sleep(patience)
     try:
         return int(shared_store().add("failures", 1)) == 1
-    except (RuntimeError, ValueError):  # the store went away with its host
+    except (RuntimeError, ValueError):  # the store ended with the process that hosted it
         return rank() == 0

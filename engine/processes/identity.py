@@ -1,4 +1,4 @@
-"""Which process is which, over machines and restarts, and whether one is known to be dead."""
+"""Identify processes across machines and restarts, and tell whether one is known to be dead."""
 
 import functools
 import os
@@ -9,24 +9,25 @@ _PROC = Path("/proc")
 
 
 def agent_identity() -> str:
-    """What launched this process: torchrun's agent, which outlives restarts, or the process itself.
+    """Identify what launched this process: torchrun's agent, or else the process itself.
 
-    Tells the machine since its boot, the process's namespace and number, and when it was started.
+    The agent outlives the restarts of its processes. The identity holds the machine's boot, the
+    process's namespace and number, and the time of its start.
     """
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     return identity(os.getppid() if by_torchrun else os.getpid())
 
 
 def identity(pid: int) -> str:
-    """Of a process of this machine, like no other's since the machine's boot."""
+    """Return an identity of a process of this machine that no other process has."""
     try:
         return f"{_machine()}:{pid}:{_state(pid)[1]}"
-    except OSError:  # no Linux: nobody can tell whether this process is dead
+    except OSError:  # not Linux: nobody can tell whether this process is dead
         return f"{_this_process()}:{pid}"
 
 
 def is_dead(identity: str) -> bool:
-    """Whether a process is known to be dead; False where this machine cannot tell."""
+    """Return whether a process is known to be dead; False when this machine cannot tell."""
     try:
         machine, pid, start = identity.rsplit(":", 2)
         if machine != _machine():
@@ -35,20 +36,23 @@ def is_dead(identity: str) -> bool:
         state, started = _state(int(pid))
     except ProcessLookupError:
         return True
-    except (OSError, ValueError):  # it is hidden from this user, or no such identity
+    except (OSError, ValueError):  # hidden from this user, or `identity` is malformed
         return False
     return state in "ZX" or started != start
 
 
 def _machine() -> str:
-    """Where a process number means one process: this boot of the machine, and the namespace."""
-    # Host names are often alike, and so is the number of every machine's first namespace.
+    """Return the boot and the process namespace in which a process number is unique."""
+    # Machines often share a host name, and the first namespace has the same number everywhere.
     boot = (_PROC / "sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}:{(_PROC / 'self/ns/pid').stat().st_ino}"
 
 
 def _state(pid: int) -> tuple[str, str]:
-    """State letter, and start in clock ticks since the boot. Raises OSError if there is none."""
+    """Return a process's state letter and its start in clock ticks since the boot.
+
+    Raises OSError when there is no such process.
+    """
     fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     return fields[0], fields[19]  # fields 3 and 22: the name before them may hold spaces
 

@@ -1,4 +1,4 @@
-"""How a training step is spread over processes: one function, `parallelize`."""
+"""Spread a training step over processes: `choose` picks the strategy, `parallelize` applies it."""
 
 import warnings
 from collections.abc import Callable
@@ -33,7 +33,7 @@ Strategy = Literal["none", "ddp", "fsdp", "hsdp"]
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a step is spread over processes. No choice changes what is computed, but for rounding."""
+    """Configure how a step is spread over processes. No choice changes more than the rounding."""
 
     strategy: Operation[Literal["auto", "ddp", "fsdp", "hsdp"]] = "auto"
     """How parameters are spread. ddp gives every process all of them; fsdp spreads them over all
@@ -54,16 +54,16 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class Parallel:
-    """What became of the networks: how a step calls the online one and steers its gradients."""
+    """Hold what a step needs to call the online network and to control its gradients."""
 
     strategy: Strategy
     online: Callable[[Tensor], OnlineOutput]
     shard_group: ProcessGroup | None  # the processes that parameters are spread over
-    groups: list[ProcessGroup]  # of some of the processes
+    groups: list[ProcessGroup]  # process groups of some of the processes
     _network: Online
 
     def micro_batch(self, last: bool) -> AbstractContextManager[object]:
-        """Around the forward and backward of a micro-batch: gradients travel after the last."""
+        """Wrap a micro-batch's forward and backward passes; only the last exchanges gradients."""
         if isinstance(self.online, DistributedDataParallel):
             return nullcontext() if last else self.online.no_sync()
         if isinstance(self._network, FSDPModule):
@@ -72,8 +72,10 @@ class Parallel:
 
 
 def state_bytes(online: Online, target: Target, slots: int) -> int:
-    """Of parameters, gradients and optimizer state (`slots` tensors for each parameter) in float32,
-    when one process holds everything."""
+    """Return the bytes of parameters, gradients and optimizer state when one process holds all.
+
+    They are counted in float32. The optimizer has `slots` tensors of state for each parameter.
+    """
     trained, moved = (sum(p.numel() for p in network.parameters()) for network in (online, target))
     return 4 * (trained * (2 + slots) + moved)
 
@@ -81,9 +83,13 @@ def state_bytes(online: Online, target: Target, slots: int) -> int:
 def choose(
     config: ParallelConfig, world: World, state_bytes: int, report: Callable[[str], None]
 ) -> Strategy:
-    """The strategy of a run whose parameters, gradients and optimizer state are `state_bytes`.
+    """Choose the strategy of a run.
 
-    Raises InputError when the processes do not allow it.
+    Args:
+        state_bytes: Bytes of the parameters, gradients and optimizer state.
+        report: Called with a line about the choice that auto makes.
+
+    Raises InputError when the processes do not allow the strategy of the recipe.
     """
     chosen: Strategy
     if config.shard and config.strategy != "hsdp":
@@ -131,17 +137,19 @@ def parallelize(
     compile: bool,
     static: bool,
 ) -> Parallel:
-    """Spread both networks, in place, in this order:
+    """Spread both networks over the processes, in place, in this order:
 
-    1. batch norms get their statistics over all processes;
-    2. blocks of the online network recompute their activations, when asked for (the target keeps
-       none);
-    3. regions are compiled, inside of what wraps them: a graph holds its norms' communication,
-       and neither DDP's nor FSDP's hooks;
+    1. The batch norms take their statistics over all processes.
+    2. The blocks of the online network recompute their activations, when the recipe asks for it.
+       The target keeps no activations.
+    3. The regions are compiled before anything wraps them. A graph includes the communication of
+       its batch norms, but no hooks of DDP or FSDP.
     4. FSDP2 shards both networks alike, block by block, so that the moving average needs no
-       communication; or DDP wraps the online one.
+       communication. Or DDP wraps the online network.
 
-    `static`: every step takes the same path (no accumulation), which DDP can rely on.
+    Args:
+        compile: Compile the regions.
+        static: Every step takes the same path (no accumulation), which DDP can rely on.
     """
     if world.size > 1:
         for network in (online, target):
@@ -161,14 +169,15 @@ def parallelize(
     for network in (online, target):
         for block in network.encoder.blocks():
             fully_shard(block, mesh=mesh)
-        # The target has no backward that would give its outermost parameters back.
+        # The target has no backward pass, which would free its outermost parameters again.
         fully_shard(network, mesh=mesh, reshard_after_forward=True if network is target else None)
     groups = mesh.get_all_groups()
     return Parallel(strategy, online, groups[-1], groups, online)
 
 
 def _ddp(online: Online, static: bool) -> DistributedDataParallel:
-    # A 1x1 convolution's gradient may be laid out as channels last, which is the same memory.
+    # The warning is harmless: a 1x1 convolution's gradient may have the strides of channels_last,
+    # which for that shape is the same order in memory.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer torch renames broadcast_buffers
@@ -193,7 +202,7 @@ def _world_group() -> ProcessGroup:
 
 
 def _recompute(block: nn.Module) -> None:
-    """Keep only the block's input for the backward, and the sums that its norms communicated."""
+    """Keep for the backward pass only the block's input and the all-reduced sums of its norms."""
     forward = block.forward
     kept = partial(create_selective_checkpoint_contexts, _keep_communicated)
 

@@ -1,4 +1,4 @@
-"""Stopping early: a signal sets a flag, all processes agree on the step, save, and end with 0."""
+"""Stop early: a signal sets a flag, and all processes agree on a step, save and exit with 0."""
 
 import contextlib
 import os
@@ -21,17 +21,17 @@ POLL = 0.5  # seconds between looks at the other processes' flags during evaluat
 
 
 class Preemption:
-    """Whether this run is to stop before its end.
+    """Watch for signals that tell the run to stop before its end.
 
-    Signals count from the first call of `agreed` on, when the first step is done. Until then they
-    have their usual effect, the end at once: there is nothing to save, and the process may stand in
-    a call that no handler could leave.
+    Signals are caught from the first call of `agreed` on, which is after the first step. Before
+    that they end the process at once, as usual, because there is nothing to save and the process
+    may be in a call that no handler could leave.
     """
 
     def __init__(self, world: World, grace: float) -> None:
-        """`grace`: seconds from the signal in which the process has to be over; then it exits."""
+        """Allow the process `grace` seconds after a signal; then it exits with an error."""
         self._world, self._grace = world, grace
-        self.told = threading.Event()  # this process was, by a signal
+        self.told = threading.Event()  # set when a signal told this process to stop
         self._over = threading.Event()
         self._begun = False
         self._elsewhere = False
@@ -39,18 +39,18 @@ class Preemption:
         self._looked = 0.0
         self.reason = "another process"
         self._stack = ExitStack()
-        self._watch: threading.Thread | None = None  # over the grace
+        self._watch: threading.Thread | None = None  # ends the process after the grace
 
     def _begin(self) -> None:
-        """From now on a signal only sets the flag."""
+        """Catch the signals from now on, so that one only sets the flag."""
         read, write = os.pipe()
         os.set_blocking(write, False)
-        # Python runs handlers between two of its own instructions, which a collective that waits
-        # for a dead process does not reach; a thread that reads the signal's number does.
+        # Python runs a handler only between two of its own instructions, and a collective that
+        # waits for a dead process never gets there. So a thread reads the signal's number instead.
         listener = threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True)
         listener.start()
         self._stack.callback(listener.join)
-        self._stack.callback(os.close, write)  # the thread reads the end
+        self._stack.callback(os.close, write)  # the thread then reads end of file and returns
         self._stack.callback(self._over.set)
         old = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self._stack.callback(signal.set_wakeup_fd, old)
@@ -58,9 +58,10 @@ class Preemption:
             self._stack.callback(signal.signal, number, signal.signal(number, _nothing))
 
     def agreed(self) -> bool:
-        """Whether to stop after the step just done; the same on all processes. Once a step.
+        """Return whether to stop after the step just done, the same on all processes.
 
-        The flags of the step before are read, whose sum has long arrived: nobody waits.
+        Call it once a step. With several processes it reads the sum of the flags of the previous
+        step, which has arrived by now, so nobody waits.
         """
         if not self._begun:
             self._begun = True
@@ -71,9 +72,10 @@ class Preemption:
         return arrived is not None and bool(arrived())
 
     def looked_for(self) -> bool:
-        """Whether this process or, half a second ago, another one was told to stop.
+        """Return whether this process or another one was told to stop, without a collective.
 
-        No collective: for the loops of evaluations, which differ in length.
+        Evaluations use it, because their loops differ in length between processes. The flags of
+        other processes are read at most every half second.
         """
         if self._world.distributed and time.monotonic() - self._looked > POLL:
             self._looked = time.monotonic()
@@ -82,15 +84,17 @@ class Preemption:
 
     @property
     def only_elsewhere(self) -> bool:
-        """Whether another machine was told to stop and this one was not, so that torchrun can go
-        on here: on one machine all processes end together."""
+        """Return whether another machine was told to stop and this process was not.
+
+        torchrun can then continue the run here. A run on one machine always ends as a whole.
+        """
         return not self.told.is_set() and self._world.size > self._world.local_size
 
     def __enter__(self) -> "Preemption":
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         if self._waiting is not None and failure is None:
             self._waiting()
         self._stack.close()
@@ -102,14 +106,14 @@ class Preemption:
 
     def _listen(self, read: int) -> None:
         while told := os.read(read, 1):
-            if told[0] not in SIGNALS or self.told.is_set():  # others may have handlers too
+            if told[0] not in SIGNALS or self.told.is_set():  # all handled signals arrive here
                 continue
             self.reason = signal.Signals(told[0]).name
             self.told.set()
             self._watch = threading.Thread(target=self._end, name="grace", daemon=True)
             self._watch.start()
             if self._world.distributed:
-                # The store goes away with its host; the flag travels with the next step too.
+                # The store may have ended with its host. The next step sends the flag anyway.
                 with contextlib.suppress(RuntimeError, ValueError):
                     shared_store().set(STOP, "1")
         os.close(read)
@@ -124,4 +128,4 @@ class Preemption:
 
 
 def _nothing(_number: int, _frame: FrameType | None) -> None:
-    """In place of the default, so that only the thread acts."""
+    """Replace the default handler, so that only the thread acts."""

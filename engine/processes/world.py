@@ -1,7 +1,7 @@
-"""The processes of a run: which one this is, its device, and the few things they tell each other.
+"""Join the processes of a run, with one device each, and exchange data between them.
 
-Plain torchrun starts one process for each GPU, or as many as wanted on a CPU; without torchrun a
-run is one process. Tensors on a GPU travel by NCCL, everything else by gloo.
+torchrun starts one process for each GPU, or any number of processes on a CPU. Without torchrun a
+run has one process. Tensors on a GPU are sent by NCCL, everything else by gloo.
 """
 
 import os
@@ -23,39 +23,40 @@ from shards.fields import differences
 
 try:
     from torch.distributed import set_timeout as _set_timeout
-except ImportError:  # as older releases (2.11) call it
+except ImportError:  # older releases (2.11) have it by another name
     from torch.distributed.distributed_c10d import _set_pg_timeout as _set_timeout
 
-START_TIMEOUT = 1800.0  # seconds: until the first step is done, somebody may compile or fetch
+START_TIMEOUT = 1800.0  # seconds; before the first step is done, some process may compile or fetch
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run. `local`: among those of its machine."""
+    """Describe this process among those of the run; `local` counts those of its machine only."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
     device: torch.device
-    group: ProcessGroup | None = None  # that the calls below travel on; None: the default one
+    # None is the default group, which all_gather's rows and all_to_all use in any case.
+    group: ProcessGroup | None = None
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that reports and writes."""
+        """Return whether this is the process that reports and writes."""
         return self.rank == 0
 
     @property
     def distributed(self) -> bool:
-        """Whether there is a process group."""
+        """Return whether there is a process group."""
         return dist.is_initialized()
 
     def apart(self) -> "World":
-        """The same processes on a process group of their own, for a thread beside the training.
+        """Return the same processes with a separate group, for a thread beside the training.
 
-        All processes have to call it at the same point.
+        All processes must call it at the same point.
         """
         if not self.distributed:
             return self
@@ -63,13 +64,13 @@ class World:
         return replace(self, group=cast(ProcessGroup, group))
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """The sum over all processes of a tensor on the CPU, which is overwritten."""
+        """Sum a CPU tensor over all processes, in place."""
         if self.distributed:
             dist.all_reduce(values, group=self.group)
         return values
 
     def all_reduce_later(self, values: Tensor) -> Callable[[], Tensor]:
-        """`all_reduce`, begun now; the call that is returned waits for it."""
+        """Start an `all_reduce`; the returned function waits for it and gives the sum."""
         if not self.distributed:
             return lambda: values
         work = dist.all_reduce(values, group=self.group, async_op=True)
@@ -81,7 +82,10 @@ class World:
         return wait
 
     def on_main(self, make: Callable[[], _T]) -> _T:
-        """What the first process makes, on every process; an error it finds, likewise."""
+        """Call `make` on the first process; return its result, or raise its error, on all.
+
+        Only InputError and OSError are raised on all processes.
+        """
         if not self.distributed:
             return make()
         made: list[_T | Exception | None] = [None]
@@ -96,7 +100,7 @@ class World:
         return made[0]  # type: ignore[return-value]
 
     def all_gather_object(self, own: _T) -> list[_T]:
-        """What each process has, on every process, in the order of their ranks."""
+        """Gather an object from each process on every process, in the order of their ranks."""
         if not self.distributed:
             return [own]
         found: list[_T | None] = [None] * self.size
@@ -104,7 +108,7 @@ class World:
         return found  # type: ignore[return-value]
 
     def all_gather(self, rows: Tensor) -> Tensor:
-        """The rows [n, ...] of all processes, in the order of their ranks; n may differ."""
+        """Gather the rows [n, ...] of all processes, in the order of their ranks; n may differ."""
         if not self.distributed:
             return rows
         counts = torch.zeros(self.size, dtype=torch.int64)
@@ -117,7 +121,7 @@ class World:
         return torch.cat([part[:n] for part, n in zip(parts, counts.tolist(), strict=True)])
 
     def all_to_all(self, parts: Tensor) -> Tensor:
-        """Send part i of [W, ...] to process i; gives what each of them sent here [W, ...]."""
+        """Send part i of [W, ...] to process i; return what each process sent here, [W, ...]."""
         if not self.distributed:
             return parts
         received = torch.empty_like(parts, memory_format=torch.contiguous_format)
@@ -126,23 +130,23 @@ class World:
 
 
 def rank() -> int:
-    """This process's rank, before anything is set up."""
+    """Return this process's rank; it works before anything is set up."""
     return from_launcher("RANK", 0)
 
 
 @contextmanager
 def enter(threads: int | None, distributed: bool) -> Iterator[World]:
-    """Be one of the processes of a run, as `join`, and part from the others at the end."""
+    """Join the processes of a run, as `join` does, and leave them at the end."""
     yield join(threads, distributed)
-    # Not after a failure: who tells of it asks the others whether they have failed before.
+    # After a failure the group must stay, because report_failure asks its store who failed first.
     leave()
 
 
 def join(threads: int | None, distributed: bool) -> World:
-    """Take the device, set torch's threads, and meet the other processes.
+    """Select the device, set torch's threads, and connect to the other processes.
 
     Args:
-        threads: Of torch on the CPU; None shares the machine's cores among its processes.
+        threads: Threads of torch on the CPU. None shares the machine's cores among its processes.
         distributed: Make a process group even for a single process.
 
     Raises InputError when this machine has fewer GPUs than processes.
@@ -157,7 +161,7 @@ def join(threads: int | None, distributed: bool) -> World:
                 f"{local_size} processes on a machine with {torch.cuda.device_count()} GPUs: "
                 f"use torchrun --nproc-per-node={torch.cuda.device_count()}"
             )
-        # Equal runs are equal bit for bit: no timing decides which kernel is used.
+        # Timings must not decide which kernel is used, so that equal runs are equal bit for bit.
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
         device = torch.device("cuda", local_rank)
@@ -176,26 +180,26 @@ def join(threads: int | None, distributed: bool) -> World:
 
 
 def _store(world: World) -> Store:
-    """Where processes meet: at the launcher's address, which a lone process lacks."""
+    """Create the store at the launcher's address; a single process without one gets its own."""
     if "MASTER_ADDR" not in os.environ:
         return HashStore()
     timeout = timedelta(seconds=START_TIMEOUT)
     store: Store = next(rendezvous("env://", world.rank, world.size, timeout=timeout))[0]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return store  # the first process's own
-    # torchrun keeps one store over its restarts. What the processes of an earlier attempt left
-    # there, their addresses among it, must not be found.
+        return store  # the first process hosts it
+    # torchrun keeps one store over its restarts. A process must not find the keys that an earlier
+    # attempt left there, such as the addresses of its processes.
     return PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def leave() -> None:
-    """Part from the other processes."""
+    """Leave the other processes by destroying the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def check_alike(world: World, facts: dict[str, Any]) -> None:
-    """Raise InputError, on every process, when they were not all started with the same `facts`."""
+    """Raise InputError on every process when the `facts` of two processes differ."""
     found = world.all_gather_object(facts)
     for rank, there in enumerate(found):
         if listed := differences(there, found[0]):
@@ -206,19 +210,19 @@ def check_alike(world: World, facts: dict[str, Any]) -> None:
 
 
 def share_of_cores() -> int:
-    """Cores of this machine for each of its processes, at least one."""
+    """Return the number of this machine's cores for each of its processes, at least one."""
     return max(1, (os.cpu_count() or 1) // from_launcher("LOCAL_WORLD_SIZE", 1))
 
 
 def set_timeout(seconds: float, groups: Iterable[ProcessGroup]) -> None:
-    """How long a process waits for the others from now on, in all or in `groups` of them."""
+    """Set how long a process waits for the others, in the default group and in `groups`."""
     if dist.is_initialized():
         for group in (None, *groups):
             _set_timeout(timedelta(seconds=seconds), group)
 
 
 def shared_store() -> Store:
-    """The store that the processes of this attempt met at."""
+    """Return the store through which the processes of this attempt connected."""
     return dist.distributed_c10d._get_default_store()
 
 
