@@ -264,4 +264,4 @@ class _Assemble(BaseNode[Any]):
                 return item.batch
 
     def get_state(self) -> dict[str, Any]:
-        return {}  # A position is a step number (law 3), so nodes have nothing to save.
+        return {}  # A position is a step number, so nodes have nothing to save.
