@@ -34,7 +34,7 @@ REMOTE_FETCHES = 32  # At most this many threads each wait for one answer of an 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from and how they are read."""
+    """The places that images come from, and how they are read."""
 
     train: Operation[str] = ""
     """URL of the training shards: a folder with an index.json, which launch/pack.py writes."""
@@ -181,7 +181,7 @@ class TrainLoader:
 
     def _plan_batch(self, step: int, readers: dict[int, StreamReader]) -> Iterator[Chunk]:
         part = self.order.rows // self.micro  # rows of one stream in one micro-batch
-        pieces = []  # (first row in the batch, shard, block, rows, ids)
+        pieces = []  # (first row in the batch, block, rows, ids)
         for position, stream in enumerate(self.streams):
             used = 0
             for segment in self.order.batch_segments(step, stream):

@@ -35,7 +35,10 @@ class Faults:
         return len(self._seen)
 
     def record(self, sample_id: int, name: str, reason: DecodeError) -> None:
-        """Note a bad sample. Raises InputError once there are more than `limit` distinct ones."""
+        """Count and report a bad sample, unless it was counted before.
+
+        Raises InputError once there are more than `limit` distinct ones.
+        """
         with self._lock:
             if sample_id in self._seen:
                 return
@@ -217,7 +220,7 @@ class Fetches:
         self._known: WeakValueDictionary[tuple[int, int], Future[Block]] = WeakValueDictionary()
 
     def submit(self, shard: int, block: int) -> Future[Block]:
-        """Start to fetch a block, unless it is already known, and return its future.
+        """Return the future of a block. Start to fetch it, unless it is in memory or under way.
 
         Two threads must not call this at the same time.
         """

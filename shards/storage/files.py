@@ -151,7 +151,7 @@ def read_json(url: str) -> Any:
 
 
 def check(url: str, name: str) -> None:
-    """Raise InputError for a URL that a typing error has changed into another one.
+    """Raise InputError for a URL that looks mistyped.
 
     Args:
         name: Name of the field or argument that gave the URL, for the message.
