@@ -1,1 +1,1 @@
-"""The input pipeline: images in WebDataset shards, from any fsspec URL, in an exact order."""
+"""The input pipeline reads images in WebDataset shards, from any fsspec URL, in an exact order."""

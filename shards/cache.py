@@ -1,8 +1,8 @@
-"""Shards on a local disk, kept once they were fetched.
+"""Keep shards on a local disk once they were fetched.
 
-Every epoch reads every shard once, in another order, so a fixed part of the data set is kept, not
-the shards that were used last. fsspec's own `simplecache` has no bound, and writes where it reads:
-a second thread or process would see half a shard.
+Every epoch reads every shard once, in a different order. So the cache keeps a fixed part of the
+data set, not the shards that were used last. fsspec's own `simplecache` is not used because it has
+no size bound and writes the file that it reads: a second thread or process would see half a shard.
 """
 
 import contextlib
@@ -20,26 +20,34 @@ from shards.index import Index
 from shards.storage import files
 
 GB = 1_000_000_000
-STALE = 3600.0  # seconds after which a half-written copy is a dead process's
+STALE = 3600.0  # A half-written copy older than this many seconds belongs to a dead process.
 
 
 class ShardCache:
-    """The first shards of a data set that fit a bound, each fetched whole when it is first needed.
+    """A cache of the first shards of a data set, as many as fit a size bound.
 
-    Any number of threads and processes may share the folder.
+    Each shard is fetched completely when it is first needed. Any number of threads and processes
+    may share the folder.
     """
 
     def __init__(
         self, index: Index, folder: str, gigabytes: float, report: Callable[[str], None]
     ) -> None:
-        """Raises InputError when `folder` is not local or can't be made."""
+        """Open the cache, and create its folder if it is missing.
+
+        Raises InputError when `folder` is not local or can't be created.
+
+        Args:
+            gigabytes: The most that the cached shards may take, in units of 10**9 bytes.
+            report: Takes a warning, in one line, when the disk fails.
+        """
         if not files.is_local(folder):
             raise InputError(f"data.cache {files.redact(folder)}: must be a local folder")
         ends = np.cumsum([shard.bytes for shard in index.shards])
         self._index, self._report, self._lock = index, report, Lock()
         self._kept = int(np.searchsorted(ends, gigabytes * GB, side="right"))
         self._locks = [Lock() for _ in range(self._kept)]
-        # Another data set, or this one packed anew, has another folder.
+        # Another data set has another folder, and so has this one when it is packed again.
         facts = json.dumps([index.url, index.digest, index.plan])
         root = Path(files.open_filesystem(folder)[1])
         self._folder = root / digest(facts)
@@ -51,14 +59,14 @@ class ShardCache:
             raise InputError(f"data.cache {folder}: {error.strerror}") from None
 
     def keeps(self, shard: int) -> bool:
-        """Whether the shard is one of those that fit."""
+        """Return whether the shard is one of those that fit."""
         return shard < self._kept
 
     def read(self, shard: int, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a shard. Raises as `files.read`."""
+        """Read the bytes [start, stop) of a shard. Raises what `files.read` raises."""
         url, size, path = self._place(shard)
         try:
-            with self._locks[shard]:  # one block's thread fetches the shard, for the others too
+            with self._locks[shard]:  # The first thread fetches the shard for all the others.
                 if not (path.exists() and path.stat().st_size == size):
                     if self._full:
                         return files.read(url, start, stop)
@@ -67,31 +75,33 @@ class ShardCache:
                 file.seek(start)
                 content = file.read(stop - start)
         except OSError as error:
-            if error.errno is None:  # the store's, not the disk's
+            if error.errno is None:  # The error comes from the store, not from the disk.
                 raise
             self._give_up(error)
             return files.read(url, start, stop)
         return content if len(content) == stop - start else files.read(url, start, stop)
 
     def drop(self, shard: int) -> None:
-        """Forget a copy that turned out damaged."""
+        """Delete the local copy of a shard, which has turned out to be damaged."""
         with self._locks[shard]:
             self._place(shard)[2].unlink(missing_ok=True)
 
     def _place(self, shard: int) -> tuple[str, int, Path]:
-        """A shard's URL, bytes, and where its copy is."""
-        path = self._folder / f"shard-{shard:06d}.tar"  # an index may name it ../../anything
+        """Return a shard's URL, its size in bytes, and the path of its copy."""
+        # The index's name for the shard is not used, because it could be `../../anything`.
+        path = self._folder / f"shard-{shard:06d}.tar"
         return self._index.shard_url(shard), self._index.shards[shard].bytes, path
 
     def _give_up(self, error: OSError) -> None:
         with self._lock:
-            if self._full or isinstance(error, FileNotFoundError):  # dropped by another process
+            # A missing file was dropped by another process.
+            if self._full or isinstance(error, FileNotFoundError):
                 return
             self._full = True
         self._report(f"data.cache {self._folder}: {error.strerror}; no more shards are kept there")
 
     def _remove_stale(self) -> None:
         for path in self._folder.glob("*.partial"):
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
+            with contextlib.suppress(FileNotFoundError):  # Another process may delete it first.
                 if path.stat().st_mtime < time.time() - STALE:
                     path.unlink()

@@ -1,4 +1,4 @@
-"""Images for measuring: every sample once, in file order, one central crop each."""
+"""Read images for evaluation: every sample once, in file order, as one central crop."""
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from shards.reader import BlockReader, Faults, read_blocks
 from shards.storage import files
 from shards.tar import Block
 
-CHUNK = 64  # samples that a decode thread takes at a time
-LOCAL_AHEAD, REMOTE_AHEAD = 4, 16  # blocks (about 4 MB) fetched ahead of need
+CHUNK = 64  # A decode thread takes this many samples at a time.
+LOCAL_AHEAD, REMOTE_AHEAD = 4, 16  # This many blocks (about 4 MB each) are fetched ahead.
 
 
 class EvalBatch(NamedTuple):
-    """Consecutive samples."""
+    """A batch of samples in file order."""
 
     images: Tensor  # [B, 3, S, S] uint8, channels last
     labels: Tensor  # [B] int64, -1 where there is none
@@ -38,9 +38,9 @@ class _Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class CropReader:
-    """Reads data sets for measuring: of each image its central square, at one size.
+    """Reads data sets for evaluation. Each image's central square is resized to one size.
 
-    Undecodable samples are left out and reported.
+    Samples that can't be decoded are left out and reported.
     """
 
     size: int
@@ -57,13 +57,13 @@ class CropReader:
     def read(
         self, index: Index, *, limit: int | None = None, ids: NDArray[np.int64] | None = None
     ) -> Generator[EvalBatch, None, None]:
-        """Crops in file order, in at least one batch, perhaps an empty one.
+        """Yield the crops in file order. There is at least one batch, which may be empty.
 
-        Raises InputError when too many samples are undecodable.
+        Raises InputError when too many samples can't be decoded, or when a block can't be read.
 
         Args:
-            limit: Read evenly spaced blocks only that hold about that many samples.
-            ids: [n], rising: read these samples only.
+            limit: Read only evenly spaced blocks that hold about this many samples.
+            ids: [n] Read only the samples with these ids, which are in rising order.
         """
         reader = BlockReader(index, report=self.report)
         faults = Faults(index.samples, self.corrupt, self.report)
@@ -131,8 +131,11 @@ class CropReader:
 def _places(
     index: Index, limit: int | None, ids: NDArray[np.int64] | None
 ) -> list[tuple[int, int]]:
-    """(shard, block) of all blocks, of evenly spaced ones with about `limit` samples, or of those
-    that hold one of `ids`."""
+    """List the (shard, block) of the blocks to read.
+
+    `ids` keeps the blocks that hold one of these samples. `limit` keeps evenly spaced blocks with
+    about that many samples. Without them, all blocks are listed.
+    """
     places = [(s, b) for s in range(len(index.shards)) for b in range(len(index.blocks(s)))]
     if ids is not None:
         counts = np.concatenate([index.blocks(s)[:, 1] for s in range(len(index.shards))])

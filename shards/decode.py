@@ -1,6 +1,6 @@
-"""Image bytes to uint8 crops: one decode for all crops of an image.
+"""Decode image bytes and cut uint8 crops. One decode serves all crops of an image.
 
-Everything here runs in threads: torchvision's decode and torch's resize release the GIL.
+This code runs in threads: torchvision's decode and torch's resize release the GIL.
 """
 
 import torch
@@ -10,17 +10,20 @@ from torchvision.io import ImageReadMode, decode_image
 
 from shards.dimensions import image_size
 
-# Pillow's own bound, above which it suspects a decompression bomb: 268 MB of pixels in RGB.
+# Above this bound Pillow suspects a decompression bomb. It is 268 MB of pixels in RGB.
 MOST_PIXELS = 89_478_485
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 class DecodeError(Exception):
-    """The bytes are no image that can be decoded; the text says why, in one line."""
+    """The bytes are not an image that can be decoded. The text says why, in one line."""
 
 
 def decode(content: bytearray, offset: int, size: int) -> Tensor:
-    """The image in content[offset : offset + size] as uint8 RGB [3, H, W]. Raises DecodeError."""
+    """Decode the image in content[offset : offset + size] to uint8 RGB [3, H, W].
+
+    Raises DecodeError.
+    """
     if size == 0:
         raise DecodeError("empty")
     _check_size(memoryview(content)[offset : offset + size])
@@ -31,13 +34,16 @@ def decode(content: bytearray, offset: int, size: int) -> Tensor:
         )
     except RuntimeError as error:
         raise DecodeError(str(error).splitlines()[0].rsplit(", ", 1)[-1]) from None
-    if image.dtype == torch.uint16:  # PNG with 16 bits a channel
+    if image.dtype == torch.uint16:  # The image is a PNG with 16 bits per channel.
         image = (image.int() >> 8).byte()
     return image
 
 
 def _check_size(content: memoryview) -> None:
-    """Decoders believe a header, and allocate what it says before they look at the rest."""
+    """Raise DecodeError when the header is unknown or announces more than MOST_PIXELS pixels.
+
+    Decoders trust the header and allocate what it says before they look at the rest.
+    """
     found = image_size(content)
     if found is None:
         raise DecodeError("no JPEG, PNG or WebP image")
@@ -47,9 +53,10 @@ def _check_size(content: memoryview) -> None:
 
 
 def crop_resize(image: Tensor, box: Box, size: int) -> Tensor:
-    """One box of `image` [3, H, W] at [3, size, size], uint8: bicubic, no antialiasing.
+    """Cut one box out of `image` [3, H, W] and resize it to [3, size, size], both uint8.
 
-    On uint8 torch runs a vectorized kernel, four times as fast as its float32 one.
+    The interpolation is bicubic, without antialiasing. On uint8 torch runs a vectorized kernel,
+    which is four times as fast as its float32 kernel.
     """
     top, left, height, width = box
     crop = image[None, :, top : top + height, left : left + width]
@@ -57,6 +64,9 @@ def crop_resize(image: Tensor, box: Box, size: int) -> Tensor:
 
 
 def center_box(height: int, width: int, fraction: float) -> Box:
-    """The central square whose side is `fraction` of the shorter side (the official rounding)."""
+    """Return the central square whose side is `fraction` of the image's shorter side.
+
+    The rounding is that of the official implementation.
+    """
     side = max(1, int(fraction * min(height, width)))
     return (height - side + 1) // 2, (width - side + 1) // 2, side, side

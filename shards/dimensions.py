@@ -1,18 +1,21 @@
-"""Width and height of an encoded image, from the few bytes that say so; nothing is decoded."""
+"""Read the width and height of an encoded image from its header, without decoding it."""
 
 from typing import cast
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # JPEG's "start of frame" markers
-_ALONE = {0x01, *range(0xD0, 0xD8)}  # JPEG's markers that no segment follows
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # These are JPEG's "start of frame" markers.
+_ALONE = {0x01, *range(0xD0, 0xD8)}  # No segment follows these JPEG markers.
 _IMAGE_OR_END = {0xD9, 0xDA}
 
 Size = tuple[int, int]  # width, height in pixels
 
 
 def image_size(content: bytes | bytearray | memoryview) -> Size | None:
-    """What the header of a JPEG, PNG or WebP says; None for other or damaged bytes."""
-    start = bytes(content[:30]).ljust(30, b"\0")  # the smallest WebP images are shorter
+    """Read the size from the header of a JPEG, PNG or WebP.
+
+    Return None for other or damaged bytes.
+    """
+    start = bytes(content[:30]).ljust(30, b"\0")  # The smallest WebP images are shorter.
     if start.startswith(_JPEG):
         return _jpeg_size(content)
     if start.startswith(_PNG):
@@ -23,10 +26,13 @@ def image_size(content: bytes | bytearray | memoryview) -> Size | None:
 
 
 def _jpeg_size(content: bytes | bytearray | memoryview) -> Size | None:
-    """From the first frame. Segments, and so the pictures that EXIF data holds, are skipped."""
+    """Read the size from the first frame header.
+
+    Other segments are skipped, and with them the thumbnails that EXIF data may hold.
+    """
     position, end = 2, len(content)
     while position + 9 <= end:
-        if content[position] != 0xFF:  # decoders skip what stands between two segments
+        if content[position] != 0xFF:  # Decoders skip bytes between two segments, as here.
             position += 1
             continue
         marker = content[position + 1]

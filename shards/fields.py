@@ -1,8 +1,8 @@
-"""Config fields: the two kinds of them, their bounds, and what all configs have in common.
+"""Define the two kinds of config fields and their bounds, and functions on all configs.
 
-A field is *method* unless it is marked `Operation[...]`: method fields decide what is computed and
-must match to resume; operation fields are free to change at every start. Bounds are annotations
-too: `Annotated[int, Interval(ge=1)]`.
+A field is a *method* field unless it is marked `Operation[...]`. Method fields decide what is
+computed, and must match when a run resumes. Operation fields may change at every start. Bounds are
+annotations too: `Annotated[int, Interval(ge=1)]`.
 """
 
 import dataclasses
@@ -19,16 +19,17 @@ _T = TypeVar("_T")
 OPERATION = "operation"
 Operation = Annotated[_T, OPERATION]
 
-RISING = "rising"  # of a tuple: no value is smaller than the one before
+RISING = "rising"  # In a tuple marked so, no value is smaller than the one before.
 
 UnitInterval = Annotated[float, Interval(ge=0, le=1)]
 Range = Annotated[tuple[float, float], Interval(gt=0), RISING]
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """(dotted name, value, annotations) of every field of a config and of the configs in it.
+    """Yield (dotted name, value, annotations) of every field of a config and of nested configs.
 
-    A field that is one of several config classes also stands there itself, with its class's name.
+    A field whose type is a union of config classes is also yielded itself, with the name of its
+    class as the value.
     """
     hints = get_type_hints(type(config), include_extras=True)
     for entry in dataclasses.fields(config):
@@ -38,18 +39,18 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, tuple[Any, .
             yield name, value, annotations
             continue
         if not dataclasses.is_dataclass(get_args(hint)[0] if annotations else hint):
-            # A union: which class it is belongs to the value.
+            # The field is a union, so the class is part of its value.
             yield name, type(value).__name__, ()
         yield from walk(value, name + ".")
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """{dotted name: value} of a config's fields, as `walk` finds them."""
+    """Return {dotted name: value} of all fields that `walk` finds in a config."""
     return {name: value for name, value, _ in walk(config)}
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """`name: there -> here` for every field that two recipes do not share."""
+    """List every field that differs between two recipes, as `name: there VALUE, here VALUE`."""
     names = sorted(there.keys() | here.keys())
     return [
         f"{name}: there {there.get(name, 'absent')}, here {here.get(name, 'absent')}"
@@ -59,10 +60,12 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
 
 
 def check_bounds(config: Any, spell: Callable[[str], str] = str) -> None:
-    """Raise InputError for the first field of a config that is outside of its bounds.
+    """Raise InputError for the first field of a config that is outside its bounds.
 
-    None is in all bounds, and of a tuple every value has to be. `spell` makes of a dotted name what
-    the message calls the field.
+    None is within all bounds. In a tuple, every value must be within the bounds.
+
+    Args:
+        spell: Turns a dotted name into the name that the message uses for the field.
     """
     for name, value, annotations in walk(config):
         values = value if isinstance(value, tuple) else (value,)
@@ -77,21 +80,21 @@ def check_bounds(config: Any, spell: Callable[[str], str] = str) -> None:
 
 
 def as_flag(name: str) -> str:
-    """A field's name as it is given on a command line."""
+    """Return a field's name in the form of a command-line option."""
     return "--" + name.replace("_", "-")
 
 
 def check_range(name: str, value: Any, bound: Interval) -> None:
-    """Raise InputError, with the field's name, for a value that is not in the interval."""
+    """Raise InputError naming the field `name` unless the value is None or in the interval."""
     if value is None:
         return
     inside = (
-        (bound.ge is None or value >= bound.ge)  # nan is in no interval
+        (bound.ge is None or value >= bound.ge)
         and (bound.gt is None or value > bound.gt)
         and (bound.le is None or value <= bound.le)
         and (bound.lt is None or value < bound.lt)
     )
-    if inside and value == value:
+    if inside and value == value:  # NaN is in no interval.
         return
     limits = [
         f"{word} {_shown(limit)}"

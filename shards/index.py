@@ -1,8 +1,9 @@
-"""`index.json`: what a data set's shards hold, so that any sample is found by arithmetic.
+"""Read and write `index.json`, which says what a data set's shards hold.
 
-It lists each shard's name, samples, bytes and blocks. A block is about 4 MB of consecutive samples
-that one range read fetches. Block lists of large data sets stand in one small sidecar per shard,
-read when the shard is first needed; their checksums are part of the index's digest.
+With it, any sample is found by arithmetic. The index lists each shard's name, samples, bytes and
+blocks. A block is about 4 MB of consecutive samples, which one range read fetches. The block lists
+of a large data set are in one small file per shard, the sidecar, which is read when the shard is
+first needed. The checksums of the block lists are part of the index's digest.
 """
 
 import gc
@@ -24,20 +25,24 @@ from shards.storage import files, names
 VERSION = 1
 NAME = "index.json"
 BLOCK_BYTES = 4 << 20
-INLINE_BLOCKS = 50_000  # more than these in the whole data set go to sidecars
-KEPT_SIDECARS = 8192  # one or two for each stream of a process; 35 MB for shards of 1 GB
+INLINE_BLOCKS = 50_000  # If the data set has more blocks than this, they go to sidecars.
+# A process needs one or two sidecars for each of its streams. This many take 35 MB for shards of
+# 1 GB.
+KEPT_SIDECARS = 8192
 
 _T = TypeVar("_T")
 
-Blocks = NDArray[np.int64]  # [K, 2]: byte offset in the shard, samples
+Blocks = NDArray[np.int64]  # [K, 2] byte offset in the shard, number of samples
 
 
 @dataclass
 class Shard:
-    """One tar. `blocks` is None while they are in the sidecar of `checksum`.
+    """The index entry of one tar.
 
-    `crcs` has the CRC32 of each block, None where they are not known: in sets that others packed,
-    of which only headers were read, and in those so large that blocks stand in sidecars.
+    `blocks` is None when the blocks are in a sidecar. `checksum` is the digest of the blocks.
+    `crcs` holds the CRC32 of each block. It is None when the CRCs are not known: in data sets that
+    others packed, because only their headers were read, and in data sets so large that their
+    blocks are in sidecars.
     """
 
     name: str
@@ -50,10 +55,11 @@ class Shard:
 
 @dataclass
 class Index:
-    """A data set: its URL, shards in order and class names (empty when it has no labels).
+    """The index of a data set: its URL, its shards in order and its class names.
 
-    Samples are numbered through the shards in file order: those numbers are the sample ids.
-    `plan` is the digest of the packing that made the shards, empty when others made them.
+    `classes` is empty when the data set has no labels. Samples are numbered in file order across
+    all shards; these numbers are the sample ids. `plan` is the digest of the packing that made the
+    shards, or "" when others made them.
     """
 
     url: str
@@ -63,7 +69,8 @@ class Index:
 
     def __post_init__(self) -> None:
         self.first_ids = np.cumsum([0, *(shard.samples for shard in self.shards)])  # [S + 1]
-        # A long run comes by every shard: all lists of a large data set would be 16 bytes a block.
+        # A long run reads every shard. The bound keeps it from holding all lists of a large data
+        # set, at 16 bytes per block.
         self._sidecar = lru_cache(KEPT_SIDECARS)(partial(_read_sidecar, self.url, self.shards))
 
     @property
@@ -72,7 +79,7 @@ class Index:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that decides which bytes a sample id stands for, 16 hex digits."""
+        """SHA-256, as 16 hex digits, of everything that decides which bytes a sample id means."""
         facts = [[s.name, s.samples, s.bytes, s.checksum] for s in self.shards]
         text = json.dumps([VERSION, facts, self.classes], separators=(",", ":"))
         return digest(text)
@@ -81,28 +88,28 @@ class Index:
         return files.join(self.url, self.shards[shard].name)
 
     def blocks(self, shard: int) -> Blocks:
-        """The blocks of a shard; its sidecar, when there is one, is read if it is not in memory.
+        """Return the blocks of a shard. Read its sidecar if it has one that is not in memory.
 
-        Raises InputError when the sidecar is missing or is another than the index was made with.
+        Raises InputError when the sidecar is missing or does not match the index.
         """
         blocks = self.shards[shard].blocks
         return self._sidecar(shard) if blocks is None else blocks
 
     def first_id(self, shard: int, block: int) -> int:
-        """The id of a block's first sample."""
+        """Return the id of a block's first sample."""
         return int(self.first_ids[shard] + self.blocks(shard)[:block, 1].sum())
 
     def block_range(self, shard: int, block: int) -> tuple[int, int]:
-        """Bytes [start, stop) of a block in its shard."""
+        """Return the byte range [start, stop) of a block in its shard."""
         offsets = self.blocks(shard)[:, 0]
         last = block + 1 == len(offsets)
         return int(offsets[block]), self.shards[shard].bytes if last else int(offsets[block + 1])
 
     def save(self) -> None:
-        """Write the sidecars, when there are so many blocks that they are needed, then the index.
+        """Write the index, and before it the sidecars if there are more than INLINE_BLOCKS blocks.
 
-        The index goes last: a data set whose index.json can be read is whole. Raises InputError
-        for a shard that no index may name.
+        The index is written last, so a data set whose index.json can be read is complete. Raises
+        InputError for a shard name that an index may not contain.
         """
         for shard in self.shards:
             names.check_name(shard.name, files.redact(self.url), "rename it")
@@ -115,7 +122,7 @@ class Index:
         files.write(files.join(self.url, NAME), content)
 
     def document(self, inline: bool) -> dict[str, Any]:
-        """What `index.json` says: with the block lists when `inline`, else without."""
+        """Return the content of `index.json`, with the block lists if `inline`."""
         entries = []
         for i, shard in enumerate(self.shards):
             entry: dict[str, Any] = {"name": shard.name, "samples": shard.samples}
@@ -154,13 +161,19 @@ def checksum(blocks: Blocks) -> str:
 
 
 def read_document(url: str) -> Any:
-    """`index.json` as it stands. Raises FileNotFoundError, or InputError when it is no JSON."""
+    """Read `index.json` without checking its content.
+
+    Raises FileNotFoundError, or InputError when the file is not JSON.
+    """
     return _json(files.join(url, NAME))
 
 
 @contextmanager
 def _without_gc() -> Iterator[None]:
-    """Python's search for cycles would take most of the time, and there are none."""
+    """Turn off Python's garbage collector during the block.
+
+    Its search for reference cycles would take most of the time, and there are no cycles.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -172,10 +185,13 @@ def _without_gc() -> Iterator[None]:
 
 @_without_gc()
 def load(url: str, field_name: str) -> Index:
-    """Read the index of the data set at `url`; `field_name` is the recipe's field, for messages.
+    """Read the index of the data set at `url`.
 
-    Raises InputError when there is none, when it is damaged or empty, and, on a local disk, when
-    a shard is missing or has another size than the index says.
+    Raises InputError when there is no index, when it is damaged or empty, and, on a local disk,
+    when a shard is missing or does not have the size that the index says.
+
+    Args:
+        field_name: Name of the recipe's field that gave the URL, for messages.
     """
     place = f"{field_name} {files.redact(url)}"
     try:
@@ -206,7 +222,7 @@ def load(url: str, field_name: str) -> Index:
 
 
 def check_same_classes(train: Index, val: Index) -> None:
-    """Raise InputError unless what a label stands for is the same in both data sets."""
+    """Raise InputError unless a label means the same class in both data sets."""
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes)) or ["their order"]
         raise InputError(
@@ -216,19 +232,26 @@ def check_same_classes(train: Index, val: Index) -> None:
 
 
 def class_names(document: Any) -> list[str]:
-    """The classes of a document from `read_document`. Raises KeyError or TypeError."""
+    """Return the class names in a document from `read_document`.
+
+    Raises KeyError or TypeError when they are missing or damaged.
+    """
     return [_typed(name, str) for name in _typed(document["classes"], list)]
 
 
 def _typed(value: Any, kind: type[_T]) -> _T:
-    """The value that JSON gave, if it is of that very type. Raises TypeError."""
+    """Return a value read from JSON. Raises TypeError unless its type is exactly `kind`."""
     if type(value) is not kind:
         raise TypeError(f"{type(value).__name__} in place of {kind.__name__}")
     return value
 
 
 def _shard(entry: dict[str, Any], place: str) -> Shard:
-    """An entry of the index at `place`. Raises InputError when it names no file beside it."""
+    """Make a Shard from an entry of the index at `place`.
+
+    Raises InputError when the entry's name is not that of a file beside the index, and KeyError,
+    TypeError, ValueError or OverflowError when the entry is damaged otherwise.
+    """
     name = names.check_name(entry["name"], place, _REINDEX)
     samples, size = _typed(entry["samples"], int), _typed(entry["bytes"], int)
     if not (0 <= samples < 2**62 and 0 <= size < 2**62):
@@ -247,7 +270,8 @@ def _check_sizes(index: Index, place: str) -> None:
     folder = files.open_filesystem(index.url)[1]
     for shard in index.shards:
         try:
-            # fsspec takes six times as long: 2 s for 100,000 shards, at every start of a rank.
+            # fsspec takes six times as long, which is 2 s for 100,000 shards at every start of a
+            # rank.
             size = os.stat(f"{folder}/{shard.name}").st_size
         except FileNotFoundError:
             raise InputError(

@@ -1,7 +1,7 @@
-"""The input pipeline of one rank: plan -> fetch blocks ahead -> decode in threads -> batches.
+"""Run the input pipeline of one rank: plan -> fetch blocks ahead -> decode in threads -> batches.
 
-The plan (shards/order.py) says which rows a batch is made of, so nothing that runs concurrently
-can change it: threads only fill rows of buffers that were laid out before.
+The plan (shards/order.py) says which rows make up a batch. Nothing that runs concurrently can
+change it, because threads only fill rows of buffers that were laid out before.
 """
 
 import zlib
@@ -27,14 +27,14 @@ from shards.storage import files
 from shards.tar import Block
 from shards.views import COLUMNS, ViewsConfig, crop_box, draw_views
 
-CHUNK = 16  # samples that a decode thread takes at a time
+CHUNK = 16  # A decode thread takes this many samples at a time.
 BATCHES_AHEAD = 2
-REMOTE_FETCHES = 32  # at a time, from an object store: threads that wait, each for one answer
+REMOTE_FETCHES = 32  # At most this many threads each wait for one answer of an object store.
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where images come from and how they are read."""
+    """The places that images come from, and how they are read."""
 
     train: Operation[str] = ""
     """URL of the training shards: a folder with an index.json, which launch/pack.py writes."""
@@ -63,7 +63,7 @@ class DataConfig:
 
 
 class Batch(NamedTuple):
-    """One rank's rows of a global batch, in host memory (pinned when asked for)."""
+    """One rank's rows of a global batch, in host memory, which is pinned when asked for."""
 
     views: Tensor  # [V, B, 3, S, S] uint8, channels last
     params: Tensor  # [V, B, P] float32, see shards.views
@@ -80,15 +80,15 @@ class Chunk(NamedTuple):
     block: Block
     first_id: int
     rows: NDArray[np.int64]  # [n] positions in the block
-    crops: NDArray[np.float64]  # [V, n, 4]
+    crops: NDArray[np.float64]  # [V, n, 4] uniforms for `crop_box`
     epoch: int
-    last: bool  # of its batch
+    last: bool  # True for the last chunk of a batch
 
 
 class TrainLoader:
-    """Iterates over the batches of `streams` from step `start` on, without end.
+    """Iterates without end over the batches of `streams`, from step `start` on.
 
-    Threads start at the first batch; `close` ends them. Raises InputError from the iteration when
+    Threads start at the first batch, and `close` ends them. The iteration raises InputError when
     the data is at fault.
     """
 
@@ -105,7 +105,14 @@ class TrainLoader:
         pin_memory: bool,
         report: Callable[[str], None],
     ) -> None:
-        """`micro`: equal slices that a batch is cut into, see `_plan`; `report` takes warnings."""
+        """Build the pipeline.
+
+        Args:
+            micro: Number of equal slices that a batch is cut into; see `_plan`.
+            start: Step of the first batch.
+            threads: Number of threads that decode.
+            report: Takes warnings, each of one line.
+        """
         self.order, self.streams, self.views, self.config = order, streams, views, config
         self.micro, self.start, self.pin_memory = micro, start, pin_memory
         remote = not files.is_local(order.index.url)
@@ -145,17 +152,17 @@ class TrainLoader:
 
     @property
     def block_memory(self) -> int:
-        """About the most bytes of blocks held at once: streams x block x (1 + prefetch)."""
+        """Estimate of the most block bytes held at once: streams x block x (1 + prefetch)."""
         index = self.order.index
         ranges = (index.block_range(0, block) for block in range(len(index.blocks(0))))
         largest = max(stop - start for start, stop in ranges)
         return len(self.streams) * largest * (1 + self.config.prefetch)
 
     def _plan(self) -> Iterator[Chunk | InputError]:
-        """The chunks of every batch. A fault of the data travels down the pipeline as a value.
+        """Yield the chunks of every batch. A fault of the data is yielded as a value.
 
         Rows are laid out by micro-batch: micro-batch m holds the m-th of M equal slices of every
-        stream's rows, so that which rows share norm statistics does not depend on the world size.
+        stream's rows. So the rows that share norm statistics do not depend on the world size.
         """
         try:
             fetches = Fetches(self.reader, self._pool)
@@ -174,7 +181,7 @@ class TrainLoader:
 
     def _plan_batch(self, step: int, readers: dict[int, StreamReader]) -> Iterator[Chunk]:
         part = self.order.rows // self.micro  # rows of one stream in one micro-batch
-        pieces = []  # (first row in the batch, shard, block, rows, ids)
+        pieces = []  # (first row in the batch, block, rows, ids)
         for position, stream in enumerate(self.streams):
             used = 0
             for segment in self.order.batch_segments(step, stream):
@@ -221,7 +228,7 @@ class TrainLoader:
     def _decode_row(self, chunk: Chunk, place: int, row: int, crops: NDArray[np.float64]) -> None:
         batch = chunk.batch
         found, image = self.reader.decode_good(chunk.block, row, chunk.first_id, self.faults)
-        if found != row:  # the replacement brings its own id and parameters
+        if found != row:  # The replacement has its own id and parameters.
             batch.ids[place] = chunk.first_id + found
             draws = draw_views(
                 self.order.seed, chunk.epoch, batch.ids[place : place + 1], self.views
@@ -238,7 +245,7 @@ class TrainLoader:
 
 
 class _Assemble(BaseNode[Any]):
-    """Chunks in order -> each batch once its last chunk has arrived, faults as they come."""
+    """Returns each batch once its last chunk has arrived in order, and faults as they come."""
 
     def __init__(self, source: BaseNode[Any]) -> None:
         super().__init__()
@@ -257,4 +264,4 @@ class _Assemble(BaseNode[Any]):
                 return item.batch
 
     def get_state(self) -> dict[str, Any]:
-        return {}  # a position is a step number (law 3): nodes have nothing to save
+        return {}  # A position is a step number, so nodes have nothing to save.

@@ -1,12 +1,13 @@
-"""Which samples make up a batch: a pure function of (index, seed, streams, batch size, step).
+"""Say which samples make up a batch, as a function of (index, seed, streams, batch size, step).
 
 An epoch permutes the shards, the blocks inside each shard and the samples inside each block, and
 joins them to one sequence of N positions. Its first U = floor(N / B) * B positions are cut into C
-equal ranges, the streams. Each stream gives its next B / C samples to every batch, so a batch
-mixes C distant places of the data set while each stream reads its blocks one after another.
+equal ranges, the streams. Each stream gives its next B / C samples to every batch. So a batch
+mixes C distant places of the data set, while each stream reads its blocks one after another.
 
-Ranks share out the streams; they never decide what is in a batch. Nothing here keeps state: the
-position of any stream at any step is arithmetic. tests/golden/order.json freezes the result.
+Ranks divide the streams among themselves; they never decide what is in a batch. Nothing here keeps
+state: the position of any stream at any step is computed. tests/golden/order.json freezes the
+result.
 """
 
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """The global batch: all rows over all processes that make up one update."""
+    """The global batch, which is all rows of all processes that make up one update."""
 
     size: Annotated[int, Interval(ge=2, le=2**31)] = 4096
     """Images in the global batch."""
@@ -37,22 +38,22 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive positions of a stream that lie in one block.
-
-    `rows` are positions in the block, in the order of use; `ids` the samples' ids. Both [n].
-    """
+    """Consecutive positions of a stream that lie in one block."""
 
     shard: int
     block: int
-    rows: Ids
-    ids: Ids
+    rows: Ids  # [n] positions in the block, in the order of use
+    ids: Ids  # [n] sample ids
 
 
 class Order:
     """The order of one data set under a seed, for C streams and batches of B samples."""
 
     def __init__(self, index: Index, seed: int, streams: int, batch: int) -> None:
-        """Raises InputError unless C divides B and the data set holds at least one batch."""
+        """Set up the order.
+
+        Raises InputError unless C divides B and the data set holds at least one batch.
+        """
         if index.samples < batch:
             raise InputError(
                 f"data.train has {index.samples} samples, fewer than batch.size {batch}: "
@@ -68,18 +69,18 @@ class Order:
             )
         self.index, self.seed, self.streams, self.batch = index, seed, streams, batch
         self.steps_per_epoch = index.samples // batch
-        self.rows = batch // streams  # of a stream in every batch
+        self.rows = batch // streams  # Every stream gives this many rows to every batch.
         self._shards: dict[int, tuple[Ids, Ids]] = {}
         self._blocks: dict[tuple[int, int], tuple[Ids, Ids]] = {}
 
     def batch_segments(self, step: int, stream: int) -> list[Segment]:
-        """What `stream` gives to the batch of `step` (counted from 0): B / C samples."""
+        """List the B / C samples that `stream` gives to the batch of `step`, counted from 0."""
         epoch, k = divmod(step, self.steps_per_epoch)
         start = (stream * self.steps_per_epoch + k) * self.rows
         return list(self.segments(epoch, start, start + self.rows))
 
     def stream_blocks(self, step: int, stream: int) -> Iterator[tuple[int, int]]:
-        """(shard, block) in the order in which `stream` needs them from `step` on, without end."""
+        """Yield, without end, each (shard, block) that `stream` needs from `step` on, in order."""
         epoch, k = divmod(step, self.steps_per_epoch)
         while True:
             first = (stream * self.steps_per_epoch + k) * self.rows
@@ -89,7 +90,7 @@ class Order:
             epoch, k = epoch + 1, 0
 
     def segments(self, epoch: int, start: int, stop: int) -> Iterator[Segment]:
-        """The positions [start, stop) of an epoch's sequence, block by block."""
+        """Yield the positions [start, stop) of an epoch's sequence, block by block."""
         for shard, block, low, high in self._walk(epoch, start, stop):
             first = self.index.first_id(shard, block)
             ids = first + np.arange(self.index.blocks(shard)[block, 1])
@@ -97,7 +98,10 @@ class Order:
             yield Segment(shard, block, rows, first + rows)
 
     def _walk(self, epoch: int, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """(shard, block, low, high): the blocks under [start, stop), and the part of each."""
+        """Yield (shard, block, low, high) for each block that overlaps [start, stop).
+
+        [low, high) is the overlap, in positions of the permuted block.
+        """
         shards, shard_ends = self._shard_order(epoch)
         i = int(np.searchsorted(shard_ends, start, side="right"))
         while start < stop:
@@ -115,20 +119,20 @@ class Order:
             i += 1
 
     def _shard_order(self, epoch: int) -> tuple[Ids, Ids]:
-        """The epoch's order of shards [S], and where each ends in the sequence [S]."""
+        """Return the epoch's order of shards [S], and where each ends in the sequence [S]."""
         if epoch not in self._shards:
             shards = permutation(self.seed, Domain.SHARDS, np.arange(len(self.index.shards)), epoch)
-            # Streams cross into the next epoch together: two epochs are ever in use.
+            # All streams enter the next epoch together, so at most two epochs are in use.
             self._shards = {e: v for e, v in self._shards.items() if e == epoch - 1}
             self._shards[epoch] = shards, np.cumsum(np.diff(self.index.first_ids)[shards])
         return self._shards[epoch]
 
     def _block_order(self, epoch: int, shard: int) -> tuple[Ids, Ids]:
-        """The epoch's order of a shard's blocks [K], and where each ends in the shard [K]."""
+        """Return the epoch's order of a shard's blocks [K], and where each ends in it [K]."""
         key = (epoch, shard)
         if key not in self._blocks:
             samples = self.index.blocks(shard)[:, 1]
-            # A block is named by its first sample: no need to count the blocks before it.
+            # The first sample's id names a block, so the blocks before it need no counting.
             names = self.index.first_ids[shard] + np.cumsum(samples) - samples
             blocks = permutation(self.seed, Domain.BLOCKS, names, epoch)
             if len(self._blocks) > 2 * self.streams:
@@ -138,7 +142,10 @@ class Order:
 
 
 def rank_streams(streams: int, rank: int, world: int) -> range:
-    """The streams that a rank reads. Raises InputError when there are more ranks than streams."""
+    """Return the streams that a rank reads.
+
+    Raises InputError when there are more ranks than streams.
+    """
     if world > streams:
         raise InputError(
             f"{world} ranks but data.streams is {streams}: use at most {streams} ranks"

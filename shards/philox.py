@@ -1,9 +1,8 @@
-"""Philox4x32-10, the counter-based generator behind every random choice of the engine.
+"""Implement Philox4x32-10, the counter-based generator behind every random choice of the engine.
 
-A counter-based generator has no state: the random words that belong to a place (epoch, shard,
-sample, view) are computed from that place and the seed alone. Hence nothing to save in a
-checkpoint, nothing that depends on how many threads or ranks draw, and any position of a run is
-reached at once.
+A counter-based generator has no state. The random words for a place (epoch, shard, sample, view)
+are computed from that place and the seed alone. So a checkpoint has nothing to save, nothing
+depends on how many threads or ranks draw, and any position of a run is reached at once.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
 """
@@ -14,13 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (0x9E3779B9, 0xBB67AE85)  # the key's increment each round: golden ratio, sqrt(3) - 1
+_WEYL = (0x9E3779B9, 0xBB67AE85)  # Each round adds these to the key: golden ratio, sqrt(3) - 1.
 _LOW = np.uint64(0xFFFFFFFF)
 _HIGH = np.uint64(32)
 
 
 class Domain(IntEnum):
-    """What a draw is for: different domains never share a counter. Values are frozen."""
+    """The purpose of a draw. Different domains never share a counter.
+
+    The values must never change.
+    """
 
     SHARDS = 0
     BLOCKS = 1
@@ -34,7 +36,7 @@ class Domain(IntEnum):
 
 
 def philox(seed: int, counters: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """Ten rounds of Philox4x32 over `counters` [..., 4], with `seed` (mod 2**64) as the key."""
+    """Run ten rounds of Philox4x32 on `counters` [..., 4], with `seed` (mod 2**64) as the key."""
     key = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
     x0, x1, x2, x3 = (counters[..., i].astype(np.uint64) for i in range(4))
     for _ in range(10):
@@ -50,10 +52,12 @@ def philox(seed: int, counters: NDArray[np.uint32]) -> NDArray[np.uint32]:
 def draw(
     seed: int, domain: Domain, index: NDArray[np.int64], epoch: int = 0, minor: int = 0
 ) -> NDArray[np.uint32]:
-    """Four random words for each `index`: [N] -> [N, 4].
+    """Draw four random words for each place: [N] -> [N, 4].
 
-    `index` is a place of 56 bits (a sample id, a shard's number), `epoch` has 32; `minor` (32 bits)
-    tells draws at one place apart.
+    Args:
+        index: [N] Places of up to 56 bits, such as sample ids or shard numbers.
+        epoch: A number of up to 32 bits.
+        minor: A number of up to 32 bits that distinguishes draws at the same place.
     """
     place = np.asarray(index, np.uint64)
     counters = np.empty((*place.shape, 4), np.uint32)
@@ -65,16 +69,16 @@ def draw(
 
 
 def uniform(words: NDArray[np.uint32]) -> NDArray[np.float64]:
-    """Random words to floats in [0, 1): multiples of 2**-32."""
+    """Turn random words into floats in [0, 1), which are multiples of 2**-32."""
     return words.astype(np.float64) * 2.0**-32
 
 
 def permutation(
     seed: int, domain: Domain, index: NDArray[np.int64], epoch: int
 ) -> NDArray[np.int64]:
-    """A random order of the things at the places `index` [N]: positions [N], a permutation.
+    """Return a random permutation [N] of the positions of `index` [N].
 
-    The argsort of 64-bit keys, one for each place: every NumPy gives the same one.
+    It is the argsort of 64-bit keys, one for each place, so every NumPy gives the same result.
     """
     words = draw(seed, domain, index, epoch).astype(np.uint64)
     return np.argsort(words[:, 0] << _HIGH | words[:, 1], kind="stable")

@@ -1,4 +1,4 @@
-"""Pictures as PNG files."""
+"""Encode images as PNG files."""
 
 import io
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
-    """Pixels [H, W, 3], or gray ones [H, W], as the content of a PNG file."""
+    """Encode color pixels [H, W, 3] or gray pixels [H, W] as the content of a PNG file."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     return buffer.getvalue()

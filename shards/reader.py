@@ -1,4 +1,4 @@
-"""Blocks of a data set, fetched ahead of need; undecodable samples, replaced and counted."""
+"""Fetch the blocks of a data set ahead of need; replace and count samples that can't be decoded."""
 
 import threading
 import zlib
@@ -19,10 +19,13 @@ from shards.tar import Block, TarError
 
 
 class Faults:
-    """Undecodable samples: counted, each named once, bounded."""
+    """Counts the samples that can't be decoded, and reports each of them once.
+
+    More than `limit` of them are an error.
+    """
 
     def __init__(self, samples: int, fraction: float, report: Callable[[str], None]) -> None:
-        """Allows `fraction` of the data set's `samples`, and 10 of however few."""
+        """Allow `fraction` of the data set's `samples` to be bad, but never fewer than 10."""
         self.limit, self.report = max(10, int(fraction * samples)), report
         self._seen: set[int] = set()
         self._lock = threading.Lock()
@@ -32,7 +35,10 @@ class Faults:
         return len(self._seen)
 
     def record(self, sample_id: int, name: str, reason: DecodeError) -> None:
-        """Note a bad sample. Raises InputError once there are more than `limit` distinct ones."""
+        """Count and report a bad sample, unless it was counted before.
+
+        Raises InputError once there are more than `limit` distinct ones.
+        """
         with self._lock:
             if sample_id in self._seen:
                 return
@@ -59,17 +65,23 @@ class BlockReader:
         cache: ShardCache | None = None,
         report: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`report` takes a warning for each shard that did not arrive sound at once."""
+        """Open a data set.
+
+        Args:
+            report: Takes one warning for each shard that arrived damaged at some time.
+        """
         self.index, self.cache, self._report = index, cache, report
         self._reported: set[int] = set()
         self._lock = threading.Lock()
 
     def fetch(self, shard: int, block: int) -> Block:
-        """Raises InputError naming the shard when it does not hold what the index says.
+        """Fetch a block.
 
-        What came damaged from an object store is fetched again, a few times. Where only the CRC32
-        stays another than the index's, that is reported and the block is used: which of its images
-        can't be decoded will show.
+        A block that arrives damaged from an object store is fetched again, a few times. If in the
+        end only its CRC32 differs from the index's, this is reported and the block is used; its
+        damaged images may still fail to decode later.
+
+        Raises InputError naming the shard when the shard does not hold what the index says.
         """
         attempts = 1 if files.is_local(self.index.url) else files.CONTENT_ATTEMPTS
         for attempt in range(1, attempts + 1):
@@ -128,7 +140,7 @@ class BlockReader:
         return files.read(self.index.shard_url(shard), start, stop)
 
     def _warn(self, shard: int, text: str) -> None:
-        """Report a shard's first fault only."""
+        """Report a fault of a shard, unless one was reported before."""
         with self._lock:
             if shard in self._reported:
                 return
@@ -136,17 +148,18 @@ class BlockReader:
         self._report(text)
 
     def decode(self, block: Block, row: int) -> Tensor:
-        """One sample's image, uint8 [3, H, W]. Raises DecodeError."""
+        """Decode one sample's image to uint8 [3, H, W]. Raises DecodeError."""
         span = block.samples[row].image
-        assert span is not None  # Block keeps only samples with an image
+        assert span is not None  # A Block keeps only samples with an image.
         return decode(block.content, *span)
 
     def decode_good(
         self, block: Block, row: int, first_id: int, faults: Faults
     ) -> tuple[int, Tensor]:
-        """The first good sample of a block from `row` on, in file order, wrapping.
+        """Find the first sample that can be decoded, from `row` on, and return its row and image.
 
-        Returns its row and image. Raises InputError when faults are too many, or none is good.
+        The search goes in file order and wraps around at the end of the block. Raises InputError
+        when there are too many faults, or when no sample of the block can be decoded.
         """
         for candidate in [*range(row, len(block)), *range(row)]:
             try:
@@ -158,7 +171,10 @@ class BlockReader:
     def record(
         self, faults: Faults, block: Block, first_id: int, row: int, error: DecodeError
     ) -> None:
-        """Count an undecodable sample under its shard's URL and key. Raises InputError."""
+        """Count a sample that can't be decoded, and name it by its shard's URL and its key.
+
+        Raises InputError when there are too many faults.
+        """
         faults.record(first_id + row, f"{self._url(first_id)}: {block.samples[row].key}", error)
 
     def _url(self, sample_id: int) -> str:
@@ -167,7 +183,7 @@ class BlockReader:
 
 
 class StreamReader:
-    """Blocks in the order of need, `ahead` of them in flight beside the one in use."""
+    """Fetches blocks in the order of need, `ahead` of them in addition to the one in use."""
 
     def __init__(
         self,
@@ -181,7 +197,10 @@ class StreamReader:
             self._submit()
 
     def get(self, shard: int, block: int) -> Block:
-        """The block in use, or the next in the order. Raises InputError as `fetch`."""
+        """Return a block, which must be the one in use or a later one in the order.
+
+        The blocks before it are dropped. Raises InputError when `BlockReader.fetch` does.
+        """
         while self._pending[0][0] != (shard, block):
             self._pending.popleft()
             self._submit()
@@ -194,14 +213,17 @@ class StreamReader:
 
 
 class Fetches:
-    """Fetches in a pool of threads; a block that is in memory for one stream serves all."""
+    """Fetches blocks in a pool of threads. Streams that need the same block at once share it."""
 
     def __init__(self, reader: BlockReader, pool: ThreadPoolExecutor) -> None:
         self._reader, self._pool = reader, pool
         self._known: WeakValueDictionary[tuple[int, int], Future[Block]] = WeakValueDictionary()
 
     def submit(self, shard: int, block: int) -> Future[Block]:
-        """Not to be called by two threads at a time."""
+        """Return the future of a block. Start to fetch it, unless it is in memory or under way.
+
+        Two threads must not call this at the same time.
+        """
         future = self._known.get((shard, block))
         if future is None:
             future = self._pool.submit(self._reader.fetch, shard, block)
@@ -212,9 +234,12 @@ class Fetches:
 def read_blocks(
     reader: BlockReader, places: Sequence[tuple[int, int]], ahead: int
 ) -> Iterator[tuple[tuple[int, int], Block]]:
-    """Each of `places`, (shard, block), with its block, in that order; `ahead` are under way.
+    """Yield each (shard, block) of `places` with its block, in that order.
 
-    Raises InputError as `BlockReader.fetch`.
+    Raises InputError when `BlockReader.fetch` does.
+
+    Args:
+        ahead: Number of blocks that are fetched ahead.
     """
     with ThreadPoolExecutor(ahead, thread_name_prefix="fetch") as pool:
         blocks = StreamReader(iter(places), Fetches(reader, pool), ahead)

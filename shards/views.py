@@ -1,7 +1,7 @@
-"""What a view is: typed configuration, and the random parameters of every sample's views.
+"""Configure the views of an image, and draw the random parameters of every sample's views.
 
-The parameters are a pure function of (seed, epoch, sample id, view). The crop is cut on the host,
-while decoding, once the image's size is known; everything else is left to the device.
+The parameters are a pure function of (seed, epoch, sample id, view). The host cuts the crop while
+decoding, once the image's size is known. The device does everything else.
 
 Source: arXiv 2006.07733, appendix B, and the ranges of the official code.
 """
@@ -20,7 +20,10 @@ from shards.philox import Domain, draw, uniform
 
 
 class ColorOperation(IntEnum):
-    """The color operations of the jitter, as the order columns name them. Values are frozen."""
+    """The color operations of the jitter.
+
+    The order columns of `ViewDraws.params` hold these values, which must never change.
+    """
 
     BRIGHTNESS = 0
     CONTRAST = 1
@@ -29,10 +32,10 @@ class ColorOperation(IntEnum):
 
 
 class Column(IntEnum):
-    """Where each parameter stands in a row of `ViewDraws.params`.
+    """The column of each parameter in a row of `ViewDraws.params`.
 
-    FACTORS and ORDER are the first of four columns: the factor of each `ColorOperation`, and the
-    operation at each position.
+    FACTORS and ORDER are each the first of four columns. FACTORS holds the factor of each
+    `ColorOperation`. ORDER holds the operation at each position.
     """
 
     FLIP = 0
@@ -49,7 +52,7 @@ COLUMNS = 13
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig:
-    """The random distribution of one view, in the order in which it is applied."""
+    """The random distribution of one view's distortions, in the order in which they apply."""
 
     flip: UnitInterval = 0.5
     """Probability of a horizontal flip."""
@@ -76,7 +79,7 @@ class ViewConfig:
 
 @dataclass(frozen=True)
 class ViewsConfig:
-    """The two views of an image: a random resized crop each, then each its own distortion."""
+    """The two views of an image. Each is a random resized crop with its own distortion."""
 
     size: Annotated[int, Interval(ge=1, le=2**14)] = 224
     """Side of a view, in pixels."""
@@ -96,13 +99,13 @@ class ViewsConfig:
 
     @property
     def ever_blur(self) -> bool:
-        """Whether any view can be blurred: if not, the device may leave the blur out."""
+        """Whether any view can be blurred. If not, the device may leave the blur out."""
         return any(view.blur > 0 for view in self.views)
 
 
 @dataclass(frozen=True)
 class OneView(ViewsConfig):
-    """Only the first view, for what learns from labels."""
+    """A configuration of the first view only, for training with labels."""
 
     @property
     def views(self) -> tuple[ViewConfig, ...]:
@@ -110,7 +113,11 @@ class OneView(ViewsConfig):
 
 
 def crop_and_flip(size: int) -> OneView:
-    """A random crop at `size` pixels and a flip: what the official evaluations train on."""
+    """Return views that are a random crop and a flip, as the official evaluations train on.
+
+    Args:
+        size: Side of the crop, in pixels.
+    """
     plain = ViewConfig(jitter=0.0, grayscale=0.0, blur=0.0, solarize=0.0)
     return OneView(size=size, view1=plain)
 
@@ -123,7 +130,10 @@ class ViewDraws(NamedTuple):
 
 
 class _Draw(IntEnum):
-    """Four words each, for one view of one sample. Values are frozen."""
+    """The draws for one view of one sample, of four random words each.
+
+    The values must never change.
+    """
 
     CROP = 0
     GATES = 1
@@ -132,13 +142,13 @@ class _Draw(IntEnum):
     BLUR = 4
 
 
-_DRAWS_PER_VIEW = 8  # room for new draws that leave the others as they are
+_DRAWS_PER_VIEW = 8  # This leaves room for new draws that do not change the others.
 
 
 def draw_views(seed: int, epoch: int, ids: NDArray[np.int64], config: ViewsConfig) -> ViewDraws:
-    """The parameters of the samples `ids` [B] in one epoch, for all views.
+    """Draw the parameters of the samples `ids` [B] in one epoch, for all views.
 
-    A row depends on nothing but its own id, the view, the seed and the epoch.
+    A row depends only on its own id, the view, the seed and the epoch.
     """
     ids = np.asarray(ids, np.int64)
     crop = np.empty((len(config.views), len(ids), 4), np.float64)
@@ -168,10 +178,15 @@ def draw_views(seed: int, epoch: int, ids: NDArray[np.int64], config: ViewsConfi
 def crop_box(
     uniforms: NDArray[np.float64], height: int, width: int, config: ViewsConfig
 ) -> tuple[int, int, int, int]:
-    """The crop of one view: `uniforms` [4] and an image's size to (top, left, height, width).
+    """Compute the crop of one view as (top, left, height, width), in pixels.
 
-    As the official sampler: area and aspect ratio are drawn once, the sides clamped to the image,
-    never drawn again. (torchvision's `RandomResizedCrop` retries up to ten times instead.)
+    Like the official sampler, this takes area and aspect ratio from one draw and clamps the sides
+    to the image. torchvision's `RandomResizedCrop` draws again, up to ten times, instead.
+
+    Args:
+        uniforms: [4] Random numbers in [0, 1).
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
     """
     u_area, u_ratio, u_top, u_left = uniforms.tolist()
     area = (config.area[0] + (config.area[1] - config.area[0]) * u_area) * height * width

@@ -1,12 +1,12 @@
-"""Images to shards.
+"""Pack a folder of images into shards.
 
-Packing has two steps. A plan says which image goes where: all of them in a seeded random order, cut
-into tars of about equal size. It is a pure function of the source's listing, the seed and the shard
-size. Writing follows it in any number of threads and, when it was stopped, goes on where it was:
-the shards come out the same, byte for byte.
+Packing has two steps. The first makes a plan that says which image goes where: all images in a
+seeded random order, cut into tars of about equal size. The plan is a pure function of the source's
+listing, the seed and the shard size. The second step writes the shards in any number of threads.
+When it was stopped, it continues where it was, and the shards come out the same, byte for byte.
 
-A shard is a WebDataset tar: `<number>_<original name>.jpg` with its class index in `.cls`. The
-number is the sample's id.
+A shard is a WebDataset tar. It holds each image as `<number>_<original name>.jpg`, and its class
+index in a `.cls` file of the same name. The number is the sample's id.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 SPLITS = ("train", "val", "valid", "validation", "test")
 STEM_LENGTH = 60
 
-_WORK = ".pack"  # folder of what is needed to go on with an unfinished packing
+_WORK = ".pack"  # This folder holds what is needed to continue an unfinished packing.
 _PLAN = "plan.json"
 _WRITTEN = re.compile(rf"shard-\d+\.tar(\..*)?|{re.escape(index.NAME)}|{re.escape(_WORK)}")
 
@@ -46,16 +46,16 @@ _R = TypeVar("_R")
 
 
 class Image(NamedTuple):
-    """One image to pack: its path below the source, bytes and class index (-1: it has none)."""
+    """One image to pack."""
 
-    path: str
-    size: int
-    label: int
+    path: str  # relative to the source
+    size: int  # in bytes
+    label: int  # class index, or -1 when it has none
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The images that make one data set: a split of the source, or all of it (`name` is "")."""
+    """The images of one data set: a split of the source, or all of it when `name` is ""."""
 
     name: str
     images: list[Image]
@@ -63,11 +63,11 @@ class ImageSet:
 
 
 def find_images(source: str) -> tuple[list[ImageSet], int]:
-    """The data sets in a folder of images, and how many other files it holds.
+    """Find the data sets in a folder of images. Return them and the number of other files.
 
-    The first folder below a data set names the class; images beside such folders have none. When
-    all folders of the source are splits, each is a data set. Raises InputError when there are no
-    images, or splits stand among other folders.
+    The first folder below a data set names the class. Images that are in no such folder have no
+    class. When all folders of the source are splits, each is a data set. Raises InputError when
+    there are no images, or when several splits stand among other folders.
     """
     found, others = [], Counter[str]()
     for path, size in files.walk(source):
@@ -104,7 +104,7 @@ def _class_names(found: list[tuple[str, int]], split: str) -> list[str]:
 
 
 def _class_name(path: str, split: str) -> str | None:
-    """The class of a file; "" when it has none, None when it is outside the split."""
+    """Return the class of a file: "" when it has none, None when it is outside the split."""
     if split and not path.startswith(f"{split}/"):
         return None
     folder, _, rest = path[len(split) :].lstrip("/").partition("/")
@@ -124,7 +124,7 @@ def _image_set(split: str, found: list[tuple[str, int]], classes: list[str]) -> 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which image goes where: shard i holds images[cuts[i] : cuts[i + 1]], in that order."""
+    """The plan of a packing. Shard i holds images[cuts[i] : cuts[i + 1]], in that order."""
 
     images: list[Image]
     cuts: list[int]
@@ -132,7 +132,7 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that decides the shards' bytes (16 hex digits), but for the pixels."""
+        """SHA-256, as 16 hex digits, of what decides the shards' bytes, except the pixels."""
         facts = [index.BLOCK_BYTES, self.images, self.cuts, self.classes]
         return digest(json.dumps(facts))
 
@@ -142,9 +142,9 @@ class Plan:
 
 
 def plan_shards(images: ImageSet, shard_bytes: int, seed: int) -> Plan:
-    """The images in a random order, cut into shards of about `shard_bytes`, all of about one size.
+    """Put the images in a random order and cut them into shards of about `shard_bytes` each.
 
-    Raises InputError when `shard_bytes` is not positive.
+    All shards have about the same size. Raises InputError when `shard_bytes` is not positive.
     """
     if shard_bytes <= 0:
         raise InputError("--shard-mb must be positive")
@@ -160,9 +160,10 @@ def _tar_bytes(image: Image) -> int:
 
 
 def _even_cuts(ends: NDArray[np.int64], piece: int) -> list[int]:
-    """Where to cut N things that end at the bytes `ends` [N] into pieces of about `piece` bytes.
+    """Cut N items that end at the bytes `ends` [N] into pieces of about `piece` bytes.
 
-    From 0 to N, both included; no piece is empty, and none is a small rest.
+    Return the cuts as item numbers, beginning with 0 and ending with N. No piece is empty, and
+    the last one is not a small remainder.
     """
     total = int(ends[-1])
     count = max(1, round(total / piece))
@@ -180,16 +181,24 @@ def write_shards(
     advance: Callable[[int], None] = lambda _: None,
     report: Callable[[str], None] = print,
 ) -> tuple[Index, bool]:
-    """Write a plan's shards and index to `url`; returns the index, and False if it stood there.
+    """Write a plan's shards and index to `url`.
 
-    `read` gives an image's bytes, in threads; `advance` is called with the size of each one that is
-    done. Memory is at most about threads x shard size x 2. Stopped at any point, the next call goes
-    on with the same plan. `report` takes what a store refuses to remove. Raises InputError when
-    something else is there (`overwrite` removes it) or an image has changed since it was planned.
+    Return the index, and whether it was written; False means that it was already there. When a
+    call was stopped at any point, the next call with the same plan continues. The call needs at
+    most about threads x shard size x 2 of memory.
+
+    Raises InputError when `url` holds something else, or when an image has changed since the plan
+    was made.
+
+    Args:
+        read: Returns an image's bytes. It is called in threads.
+        overwrite: Remove what is there instead of raising InputError.
+        advance: Is called with the size in bytes of each image that is done.
+        report: Takes a message when a store refuses to remove old objects.
     """
     if overwrite:
         names = filter(_WRITTEN.fullmatch, files.list_names(url))
-        # The index first: it must not tell of shards that are replaced.
+        # The index is removed first, because it must not describe shards that are replaced.
         for name in sorted(names, key=lambda name: name != index.NAME):
             files.remove(files.join(url, name))
     standing = _begin(plan, url, report)
@@ -223,7 +232,7 @@ def write_shards(
 
 
 def _begin(plan: Plan, url: str, report: Callable[[str], None]) -> Index | None:
-    """Claim `url` for the plan; returns the index when the plan is already done there."""
+    """Claim `url` for the plan. Return the index if the plan has already been carried out there."""
     names = files.list_names(url)
     plan_url = files.join(url, _WORK, _PLAN)
     claimed = _PLAN in files.list_names(files.join(url, _WORK))
@@ -263,8 +272,8 @@ def _crcs(shard: Shard, content: bytes) -> list[int]:
 
 
 def _written(url: str, name: str, record_url: str) -> Shard | None:
-    """The shard that an earlier run wrote, if it is still there and whole."""
-    # A damaged record is none: the shard is written again.
+    """Return the shard that an earlier run wrote, if it is still there with the same size."""
+    # A damaged record counts as no record, and the shard is written again.
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
         record = files.read_json(record_url)
         blocks = np.array(record["blocks"], np.int64).reshape(-1, 2)
@@ -283,7 +292,7 @@ def _build(
     readers: ThreadPoolExecutor,
     advance: Callable[[int], None],
 ) -> bytes:
-    """The bytes of one tar."""
+    """Build the bytes of one tar. Raises InputError when an image's size has changed."""
     tar = io.BytesIO()
     with TarWriter(tar, encoder=False, mtime=0) as writer:
         contents = readers.map(read, images)
@@ -302,9 +311,12 @@ def _build(
 
 
 def describe(name: str, samples: Iterable[Sample], size: int) -> Shard:
-    """A shard's entry in the index: blocks of about `index.BLOCK_BYTES` of its image samples.
+    """Make a shard's entry in the index, with blocks of about `index.BLOCK_BYTES`.
 
-    `size` is the tar's length in bytes.
+    Samples without an image are not counted.
+
+    Args:
+        size: The tar's length in bytes.
     """
     starts = np.array([sample.start for sample in samples if sample.image], np.int64)
     blocks: Blocks = np.empty((0, 2), np.int64)
@@ -315,7 +327,10 @@ def describe(name: str, samples: Iterable[Sample], size: int) -> Shard:
 
 
 def in_threads(call: Callable[[_T], _R], items: Iterable[_T], threads: int) -> list[_R]:
-    """`call` of every item, in order; after an exception nothing new is begun."""
+    """Call `call` on every item in threads, and return the results in order.
+
+    After an exception no new call begins.
+    """
     with ThreadPoolExecutor(threads, thread_name_prefix="shard") as pool:
         try:
             return list(pool.map(call, items))
@@ -325,5 +340,5 @@ def in_threads(call: Callable[[_T], _R], items: Iterable[_T], threads: int) -> l
 
 
 def plain_stem(stem: str) -> str:
-    """A file name without its extension, as it stands in a sample's key."""
+    """Convert a file name without its extension to the form that sample keys use."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:STEM_LENGTH]

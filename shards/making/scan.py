@@ -1,4 +1,4 @@
-"""An index for tars that others made: their headers are read once."""
+"""Make an index for tars that others made, by reading their headers once."""
 
 import contextlib
 import io
@@ -26,11 +26,17 @@ def index_tars(
     report: Callable[[str], None],
     advance: Callable[[int], None] = lambda _: None,
 ) -> Index:
-    """Write the index of tars that others made, next to them; returns it.
+    """Write the index of tars that others made, in their folder, and return it.
 
-    `source` is a folder or a brace pattern. Samples without an image do not count. `classes` names
-    the class indices found in `.cls`; without it the names of an index that stands there are kept.
-    `report` takes warnings. Raises InputError naming the tar that is damaged or missing.
+    Samples without an image do not count. Raises InputError naming the tar that is damaged or
+    missing.
+
+    Args:
+        source: A folder or a brace pattern.
+        classes: Names of the class indices that the `.cls` files hold. Without them, the names of
+            an existing index are kept if there are enough of them.
+        report: Takes warnings, each of one line.
+        advance: Is called with the size in bytes of each tar that is done.
     """
     urls = list(_tar_urls(source))
     folder = urls[0].rpartition("/")[0] or "."
@@ -74,7 +80,7 @@ def index_tars(
 def _tar_urls(source: str) -> Iterator[str]:
     if source.endswith(".tar"):
         try:
-            yield from braceexpand(source, escape=False)  # all else in it means itself
+            yield from braceexpand(source, escape=False)  # Backslashes stand for themselves.
         except ValueError as error:
             raise InputError(f"SOURCE {source}: not a brace pattern: {error}") from None
         return
@@ -86,7 +92,7 @@ def _tar_urls(source: str) -> Iterator[str]:
 
 
 def _scan(url: str) -> tuple[Shard, NDArray[np.int64]]:
-    """A tar's entry in the index, and the labels [samples] of its image samples."""
+    """Return a tar's entry in the index, and the labels [samples] of its image samples."""
     place = f"SOURCE {files.redact(url)}"
     try:
         with files.open_reader(url) as file:
@@ -112,7 +118,7 @@ def _known_classes(url: str) -> list[str]:
 
 
 def _looks_sorted(labels: NDArray[np.int64]) -> bool:
-    """Whether neighbours share their class much more often than in a random order."""
+    """Return whether neighbors share their class much more often than in a random order."""
     labels = labels[labels >= 0]
     if len(labels) < 2:
         return False

@@ -1,7 +1,7 @@
-"""A part of a data set as one of its own: as many images of each class, or those of a list.
+"""Make a data set from a part of another: a fraction of each class, or the images of a list.
 
 The choice is a pure function of the data set, the fraction and the seed. The images are copied to
-new shards once, so that learning from 1% of them does not read the other 99% at every epoch.
+new shards once, so that training on 1% of them does not read the other 99% in every epoch.
 """
 
 import re
@@ -21,26 +21,26 @@ from shards.storage import files
 from shards.tar import Block
 
 Ids = NDArray[np.int64]
-AHEAD = 16  # blocks fetched ahead of need
+AHEAD = 16  # This many blocks are fetched ahead.
 SHARD_BYTES = 64_000_000
 
 
 class Places(NamedTuple):
-    """Where the images of some samples are."""
+    """The places of the images of some samples."""
 
     ids: NDArray[np.int64]  # [n] sample ids, rising
-    labels: NDArray[np.int64]  # [n] -1 where there is none
-    spans: NDArray[np.int64]  # [n, 3] shard, byte offset in it, bytes
-    names: list[str]  # [n] key and extension: n01440764_10026.jpg
+    labels: NDArray[np.int64]  # [n] class indices, -1 where there is none
+    spans: NDArray[np.int64]  # [n, 3] shard, byte offset in it, size in bytes
+    names: list[str]  # [n] key and extension, such as n01440764_10026.jpg
 
     def take(self, which: NDArray[np.int64]) -> "Places":
-        """Those at the positions `which` [m]."""
+        """Return the places at the positions `which` [m]."""
         names = [self.names[i] for i in which.tolist()]
         return Places(self.ids[which], self.labels[which], self.spans[which], names)
 
     @staticmethod
     def join(parts: "Sequence[Places]") -> "Places":
-        """Those of all processes, by rising id."""
+        """Join the places that several processes found, and sort them by id."""
         whole = Places(
             np.concatenate([part.ids for part in parts]),
             np.concatenate([part.labels for part in parts]),
@@ -51,9 +51,13 @@ class Places(NamedTuple):
 
 
 def find_places(index: Index, part: tuple[int, int], report: Callable[[str], None]) -> Places:
-    """Read a data set once, every n-th block from the i-th on where `part` is (i, n).
+    """Find the places of all samples by reading a data set once.
 
-    Raises InputError when a shard is not what the index says.
+    Raises InputError when a shard does not hold what the index says.
+
+    Args:
+        part: (i, n) Read only every n-th block, from the i-th on.
+        report: Takes warnings about damaged shards.
     """
     places = [(s, b) for s in range(len(index.shards)) for b in range(len(index.blocks(s)))]
     places = places[part[0] :: part[1]]
@@ -73,15 +77,18 @@ def find_places(index: Index, part: tuple[int, int], report: Callable[[str], Non
 def _images(block: Block) -> Iterator[tuple[int, int, str]]:
     for sample in block.samples:
         span = sample.image
-        assert span is not None  # Block keeps only samples with an image
+        assert span is not None  # A Block keeps only samples with an image.
         extension = next(name for name, place in sample.fields.items() if place == span)
         yield *span, f"{sample.key.rsplit('/', 1)[-1]}.{extension}"
 
 
 def choose(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
-    """Positions [m], rising, of `fraction` of each class's samples (rounded, one at least).
+    """Choose a fraction of each class's samples at random. Return their rising positions [m].
 
-    labels: [N], -1 for samples that are never chosen.
+    The number is rounded, and is at least one for each class.
+
+    Args:
+        labels: [N] Class indices. Samples with -1 are never chosen.
     """
     order = permutation(seed, Domain.SUBSET, np.arange(len(labels)), epoch=0)
     chosen = []
@@ -92,11 +99,15 @@ def choose(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.
 
 
 def listed(places: Places, classes: list[str], wanted: list[str], list_name: str) -> Ids:
-    """Positions [m], rising, of the samples whose file names are `wanted`, one a line.
+    """Find the samples whose file names are in a list. Return their rising positions [m].
 
-    Neither extensions count, nor the number that packing puts first. A folder before a name is its
-    class, where several classes have a file of that name. Raises InputError when a name stands for
-    no sample, or for several.
+    Extensions are ignored, and so is the number that packing puts before a name. A folder before a
+    name gives its class, which is used when several classes have a file of that name. Raises
+    InputError when a name matches no sample or several.
+
+    Args:
+        wanted: Lines of the list, each with one file name. Empty lines are ignored.
+        list_name: Name of the list, for messages.
     """
     known: dict[str, list[int]] = defaultdict(list)
     for i, name in enumerate(places.names):
@@ -120,13 +131,13 @@ def listed(places: Places, classes: list[str], wanted: list[str], list_name: str
 
 
 def _stem(path: str) -> str:
-    """A file's name as packing writes it, without its number."""
+    """Return a file's name in the form that packing gives it, without number and extension."""
     name = re.sub(r"^\d{8}_", "", path.rpartition("/")[2])
     return plain_stem(name.rpartition(".")[0] or name)
 
 
 def write(index: Index, places: Places, url: str, threads: int) -> None:
-    """Copy samples to shards of their own at `url`; what stands there of them stays."""
+    """Copy samples to shards of their own at `url`. Shards that are already there are kept."""
     at = {}
     images = []
     for i, name in enumerate(places.names):

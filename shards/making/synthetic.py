@@ -1,7 +1,8 @@
-"""A small labeled image set drawn by code, for the quickstart and the tests.
+"""Draw a small labeled image set for the quickstart and the tests.
 
-Eight gray textures that differ in structure, each at a random angle, phase, scale, contrast,
-brightness and noise: pixels tell little about the class, what BYOL learns tells more.
+The classes are eight gray textures that differ in structure. Each image has a random angle, phase,
+scale, contrast, brightness and noise. So the pixels say little about the class, and the features
+that BYOL learns say more.
 """
 
 import numpy as np
@@ -15,9 +16,9 @@ from shards.png import encode_png
 
 CLASSES = ("stripes", "checks", "grid", "rings", "waves", "zigzag", "dots", "noise")
 
-_WAVES = 16  # plane waves that add up to one image of band noise
-_PIXELS = 1 << 16  # minors from here on are for the noise of single pixels
-_AT_A_TIME = 512  # images drawn together: bounds the memory
+_WAVES = 16  # This many plane waves add up to one image of band noise.
+_PIXELS = 1 << 16  # From here on, values of `minor` are for the noise of single pixels.
+_AT_A_TIME = 512  # Only this many images are drawn together, to bound the memory.
 _SHARD_BYTES = 4_000_000
 
 Floats = NDArray[np.float64]
@@ -26,7 +27,14 @@ Floats = NDArray[np.float64]
 def draw(
     seed: int, ids: NDArray[np.int64], size: int
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images [N, size, size, 3] and labels [N], a pure function of the seed and each id."""
+    """Draw images [N, size, size, 3] and return them with their labels [N].
+
+    Each is a pure function of the seed and its id.
+
+    Args:
+        ids: [N] Sample ids.
+        size: Side of an image, in pixels.
+    """
     images = np.empty((len(ids), size, size, 3), np.uint8)
     for start in range(0, len(ids), _AT_A_TIME):
         part = slice(start, start + _AT_A_TIME)
@@ -35,9 +43,9 @@ def draw(
 
 
 def write(url: str, samples: int, size: int, seed: int) -> Index:
-    """Pack the images 0 to `samples`, as PNG, to `url`.
+    """Draw the images 0 to `samples` - 1 and pack them to `url` as PNG.
 
-    Raises InputError when something else does.
+    Raises InputError when `url` holds other shards.
     """
     images, labels = draw(seed, np.arange(samples), size)
     contents = {}
@@ -53,7 +61,7 @@ def write(url: str, samples: int, size: int, seed: int) -> Index:
 
 
 def _draw_part(seed: int, ids: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
-    """Gray images [N, size, size]."""
+    """Draw gray images [N, size, size]."""
     u = uniform(np.stack([draw_words(seed, Domain.SYNTHETIC, ids, minor=m) for m in range(4)]))
     angle = 2 * np.pi * u[0, :, 0]
     period = size * (0.16 + 0.16 * u[0, :, 1])  # pixels
@@ -83,7 +91,7 @@ def _draw_part(seed: int, ids: NDArray[np.int64], size: int) -> NDArray[np.uint8
 
 
 def _texture(name: str, across: Floats, along: Floats, radius: Floats) -> Floats:
-    """Values in about [-1, 1] at places given in periods."""
+    """Compute a texture's values, in about [-1, 1], at places given in periods."""
     turn = 2 * np.pi
     values: Floats
     if name == "stripes":
@@ -105,13 +113,16 @@ def _texture(name: str, across: Floats, along: Floats, radius: Floats) -> Floats
 
 
 def _line(place: Floats) -> Floats:
-    """1 on thin lines through the whole numbers, 0 between them."""
+    """Return 1 on thin lines through the whole numbers, and 0 between them."""
     values: Floats = np.exp(-((((place + 0.5) % 1 - 0.5) / 0.13) ** 2))
     return values
 
 
 def _band_noise(seed: int, ids: NDArray[np.int64], x: Floats, y: Floats, period: Floats) -> Floats:
-    """Plane waves of about one frequency in all directions: no line, center or lattice."""
+    """Add up plane waves of about one frequency in all directions.
+
+    The sum has no lines, no center and no lattice.
+    """
     total: Floats = np.zeros((len(ids), *x.shape))
     for wave in range(_WAVES):
         u = uniform(draw_words(seed, Domain.SYNTHETIC, ids, minor=16 + wave))
@@ -123,7 +134,7 @@ def _band_noise(seed: int, ids: NDArray[np.int64], x: Floats, y: Floats, period:
 
 
 def _pixel_noise(seed: int, ids: NDArray[np.int64], size: int) -> Floats:
-    """Independent values of mean 0 and standard deviation 1 [N, size, size]."""
+    """Draw independent values [N, size, size] of mean 0 and standard deviation 1."""
     draws = -(-size * size // 4)
     words = np.concatenate(
         [draw_words(seed, Domain.SYNTHETIC, ids, minor=_PIXELS + i) for i in range(draws)], axis=1
@@ -133,5 +144,5 @@ def _pixel_noise(seed: int, ids: NDArray[np.int64], size: int) -> Floats:
 
 
 def _grid(values: Floats) -> Floats:
-    """[N] to [N, 1, 1], to meet images."""
+    """Reshape [N] to [N, 1, 1], so that the values broadcast over images [N, H, W]."""
     return values[:, None, None]

@@ -1,15 +1,15 @@
-"""What went wrong in a storage library: one line for users, and whether to try again."""
+"""Turn an exception of a storage library into one line for users, and say whether to retry."""
 
 import errno
 import re
 import socket
 from typing import Any, NamedTuple
 
-LONGEST = 400  # characters of a reason
+LONGEST = 400  # A reason is cut to this many characters.
 
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 _REGION = "the bucket is in another region: set AWS_DEFAULT_REGION"
-_MENDS = {  # by the code of S3's answer, or the name of botocore's exception
+_MENDS = {  # The keys are error codes of S3 answers and names of botocore exceptions.
     "NoSuchBucket": "create the bucket, or correct the URL",
     "PermanentRedirect": _REGION,
     "AuthorizationHeaderMalformed": _REGION,
@@ -21,20 +21,20 @@ _MENDS = {  # by the code of S3's answer, or the name of botocore's exception
 }
 _DENIED = f"the credentials are not accepted or do not allow this: {_CREDENTIALS}"
 
-# What S3 answers to a request that would succeed another time, though its status is 4xx.
+# These S3 error codes come with a 4xx status, but the same request may succeed later.
 _PASSING = {
     *("RequestTimeout", "BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"),
     *("Throttling", "ThrottlingException", "RequestLimitExceeded", "TooManyRequests"),
 }
 _PASSING_STATUSES = {408, 409, 425, 429}
 
-# Exceptions of botocore that are no fault of the settings.
+# These botocore exceptions do not come from wrong settings, so a retry may help.
 _PASSING_KINDS = {
     *("HTTPClientError", "ConnectionError", "IncompleteReadError", "ResponseStreamingError"),
     *("CredentialRetrievalError", "MetadataRetrievalError", "FlexibleChecksumError"),
 }
 _MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError)
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # no other way of writing would do
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # With these, every way of writing fails.
 _FINAL = (
     *(FileNotFoundError, FileExistsError, PermissionError),
     *(IsADirectoryError, NotADirectoryError),
@@ -42,31 +42,37 @@ _FINAL = (
 
 
 class Failure(NamedTuple):
-    """Why a call failed."""
+    """The reason why a call to a storage library failed."""
 
     reason: str  # one line, without the secrets of any URL
-    hopeless: bool  # the same call would fail again
-    kind: type[OSError]  # to raise it as
+    hopeless: bool  # True when the same call would fail again
+    kind: type[OSError]  # the exception class that the caller raises
 
 
 def redact(url: str) -> str:
-    """The URL without what may be secret: user and password, query. Plain paths stay whole."""
+    """Return the URL without user, password and query, which may be secret.
+
+    Plain paths are returned unchanged.
+    """
     scheme, mark, _ = url.partition("://")
     return f"{scheme}://{_split(url)[1]}" if mark else url
 
 
 def user_info(url: str) -> str:
-    """What stands before the host of a URL: user and password; empty when there is nothing."""
+    """Return the user and password that stand before a URL's host, or "" if there are none."""
     return _split(url)[0] if "://" in url else ""
 
 
 def has_query(place: str) -> bool:
-    """Whether an s3 URL's place ends in a query, which may be secret: most `?` belong to names."""
+    """Return whether the part of an s3 URL after `://` has a query, which may be secret.
+
+    A `?` alone does not make a query, because most `?` in s3 URLs belong to object names.
+    """
     return re.search(r"\?[\w-]+=", place) is not None
 
 
 def _split(url: str) -> tuple[str, str, str]:
-    """User and password, place, and query of a URL."""
+    """Split a URL into user and password, host and path, and query."""
     scheme, _, rest = url.partition("://")
     query = ""
     if scheme not in ("s3", "s3a") or has_query(rest):
@@ -76,14 +82,14 @@ def _split(url: str) -> tuple[str, str, str]:
         user, _, authority = authority.rpartition("@")
         return user, authority + slash + path, query
     if "@" in path and re.match(r"(?!arn:)[^:]*:(.*\D.*)?$", authority):
-        # A password with a slash in it, for what follows the colon is no port.
+        # What follows the colon is not a port, so this is a password that contains a slash.
         user, _, place = rest.partition("@")
         return user, place, query
     return "", rest, query
 
 
 def explain(error: Exception, url: str) -> Failure:
-    """What to tell about an exception that a storage library raised for `url`."""
+    """Describe an exception that a storage library raised for `url`."""
     kind = next((kind for kind in _FINAL if isinstance(error, kind)), OSError)
     code, status, message = _answer(error)
     if not status:
@@ -91,21 +97,25 @@ def explain(error: Exception, url: str) -> Failure:
     text = f"{message.rstrip('.')} ({code})"
     if status in (401, 403):
         text, kind = f"access denied: {text}: {_MENDS.get(code, _DENIED)}", PermissionError
-    elif status == 412:  # of an exclusive create: s3fs knows it only in AWS's own words
+    elif status == 412:
+        # An exclusive create found an object. s3fs recognizes this only in AWS's own wording.
         kind = FileExistsError
-    elif code in _MENDS:  # a bucket that is not there is not just a missing file
+    elif code in _MENDS:  # A missing bucket must not look like a missing file.
         text, kind = f"{text}: {_MENDS[code]}", OSError
     passing = status >= 500 or code in _PASSING or status in _PASSING_STATUSES
     return Failure(_line(text, url), not passing or status == 501, kind)
 
 
 def is_beyond_end(error: Exception) -> bool:
-    """Whether S3 refused a range because the object ends before it."""
+    """Return whether S3 refused a range because the object ends before it."""
     return _answer(error)[1] == 416
 
 
 def _answer(error: Exception) -> tuple[str, int, str]:
-    """Code, HTTP status and message of the answer that S3 gave; status 0 when it gave none."""
+    """Return the error code, HTTP status and message of S3's answer.
+
+    The status is 0 when S3 gave no answer.
+    """
     for candidate in (error, error.__cause__):
         response: Any = getattr(candidate, "response", None)
         if isinstance(response, dict) and "Error" in response:
@@ -116,7 +126,11 @@ def _answer(error: Exception) -> tuple[str, int, str]:
 
 
 def _without_answer(error: Exception, url: str, kind: type[OSError]) -> Failure:
-    """As `explain`, for what fails on this machine or on the way to the store."""
+    """Describe an error that occurred on this machine or on the way to the store.
+
+    Args:
+        kind: The exception class found so far; OSError when none is more exact.
+    """
     names = {entry.__name__ for entry in type(error).__mro__}
     name, text = type(error).__name__, str(error)
     hopeless = kind is not OSError
@@ -137,7 +151,11 @@ def _without_answer(error: Exception, url: str, kind: type[OSError]) -> Failure:
 
 
 def _unknown_host(error: BaseException | None) -> socket.gaierror | None:
-    """The name look-up that found no such host, somewhere in an exception's history."""
+    """Find the failed name lookup among an exception's causes.
+
+    Return None when there is none, or when the lookup failed for a reason other than an unknown
+    host.
+    """
     for _ in range(10):
         if isinstance(error, socket.gaierror):
             return error if error.errno == socket.EAI_NONAME else None
@@ -148,7 +166,7 @@ def _unknown_host(error: BaseException | None) -> socket.gaierror | None:
 
 
 def _line(text: str, url: str) -> str:
-    """The text in one line, without the secrets of the URLs in it and of `url`."""
+    """Return the text as one line, without the secrets of `url` and of the URLs in the text."""
     user, _, query = _split(url)
     for secret in filter(None, (user, query) if "://" in url else ()):
         text = text.replace(secret, "...")

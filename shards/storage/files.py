@@ -1,7 +1,7 @@
-"""Bytes in and out of any fsspec URL: local paths, s3://, gs://, memory:// and the rest.
+"""Read and write bytes at any fsspec URL: local paths, s3://, gs://, memory:// and others.
 
-A URL is a name, never a pattern or a chain: `[ ] * ? # % ::` and spaces mean themselves, and only
-what was named, or what lies below it, is read, replaced or removed.
+A URL is a name, never a pattern or a chain: `[ ] * ? # % ::` and spaces stand for themselves. Only
+the named object, or what lies below it, is read, replaced or removed.
 """
 
 import contextlib
@@ -25,45 +25,49 @@ from shards.storage.failures import redact as redact
 _T = TypeVar("_T")
 
 ATTEMPTS = 8
-CONTENT_ATTEMPTS = 4  # where an answer came, but a wrong one
-BACKOFF = 0.2  # seconds before the first retry, with jitter; doubles each time
-LONGEST_WAIT = 10.0  # seconds between two tries
-TRY_FOR = 120.0  # seconds after which no new try begins
-READ_BLOCK = 4 << 20  # bytes that `open_reader` asks an object store for at a time
-PART = 16 << 20  # bytes that large objects are sent, and copied, at a time
-SECONDS = 60.0  # that one try of a read may take, and one more for each MB
-CONNECTIONS = 64  # to a store, for all threads of a process
-DELETIONS = 32  # of objects, at once
+CONTENT_ATTEMPTS = 4  # This many tries are made when an answer comes but has wrong content.
+BACKOFF = 0.2  # Seconds before the first retry, with jitter. The wait doubles each time.
+LONGEST_WAIT = 10.0  # The most seconds between two tries, before jitter.
+TRY_FOR = 120.0  # No new try begins after this many seconds.
+READ_BLOCK = 4 << 20  # `open_reader` asks an object store for this many bytes at a time.
+PART = 16 << 20  # Large objects are sent and copied in parts of this many bytes.
+SECONDS = 60.0  # One try of a read may take this long, and one second more for each MB.
+CONNECTIONS = 64  # All threads of a process share this many connections to a store.
+DELETIONS = 32  # This many objects are deleted at once.
 
 
 class WrongLength(OSError):
-    """Another number of bytes came than was asked for: the object ends early."""
+    """A read returned a different number of bytes than was asked for: the object ends early."""
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec filesystem of `url` and the path inside it. Raises InputError if unknown."""
+    """Return the fsspec filesystem of `url` and the path inside it.
+
+    Raises InputError when no filesystem is known for the URL.
+    """
     return _open(url, {})
 
 
 def _open(url: str, options: dict[str, Any]) -> tuple[Any, str]:
-    # Not by fsspec's own url_to_fs, to which `::` chains file systems.
+    # fsspec's own url_to_fs is not used, because it reads `::` as a chain of file systems.
     protocol = "file" if is_local(url) else url.partition("://")[0]
     try:
         kind = fsspec.get_filesystem_class(protocol)
-        if not is_s3(url):  # to s3fs some names would be queries
+        if not is_s3(url):  # s3fs would read parts of some names as queries.
             options = kind._get_kwargs_from_urls(url) | options
         filesystem, path = fsspec.filesystem(protocol, **options), kind._strip_protocol(url)
     except (ImportError, ValueError, TypeError, OSError) as error:
         raise InputError(f"{redact(url)}: no storage for this URL: {error}") from None
-    # With `::` in a name, fsspec's memory would take off the slash that its other names begin with.
+    # fsspec's memory filesystem strips the leading slash, but only from names that contain `::`.
     return filesystem, f"/{path.lstrip('/')}" if protocol == "memory" and path else path
 
 
 def client(url: str) -> tuple[Any, str]:
-    """As `open_filesystem`, without retries of the library's own, for `retry`.
+    """Return what `open_filesystem` returns, with the libraries' own retries turned off.
 
-    botocore sends a request five times, and s3fs does that five times, twice over where it reads:
-    with ours, a dead server would be told after an hour.
+    `retry` does the retrying. botocore sends a request five times, and s3fs repeats that five
+    times, and twice as often for reads. Together with `retry`, a dead server would be reported
+    only after an hour. Raises InputError for an s3 URL that holds credentials or no valid name.
     """
     if not is_s3(url):
         return open_filesystem(url)
@@ -78,21 +82,21 @@ def client(url: str) -> tuple[Any, str]:
     once = {"mode": "standard", "total_max_attempts": 1}
     given = fsspec.config.apply_config(fsspec.get_filesystem_class("s3"), {})
     config = {"max_pool_connections": CONNECTIONS, "retries": once}
-    # A listing that is kept would hide what another process writes later.
+    # A cached listing would hide what another process writes later.
     options = {
         "use_listings_cache": False,
         "config_kwargs": config | given.get("config_kwargs", {}),
     }
     filesystem, path = _open(url, options)
     filesystem.retries = 1
-    filesystem.max_concurrency = 1  # else every read of a whole object begins with a HEAD
+    filesystem.max_concurrency = 1  # Otherwise every read of a whole object begins with a HEAD.
     return filesystem, path
 
 
 def _is_unicode(url: str) -> bool:
     try:
         url.encode()
-    except UnicodeEncodeError:  # a name of a local file that is not UTF-8
+    except UnicodeEncodeError:  # Names of local files need not be UTF-8.
         return False
     return True
 
@@ -110,14 +114,14 @@ def is_local(url: str) -> bool:
 
 
 def read(url: str, start: int | None = None, stop: int | None = None) -> bytes:
-    """The bytes [start, stop) of an object, the whole of it by default.
+    """Read the bytes [start, stop) of an object; by default, read all of it.
 
     Raises FileNotFoundError at once, WrongLength when the object ends before `stop`, and OSError
     naming the URL after a bounded number of retries.
     """
     filesystem, path = client(url)
     asked = None if start is None or stop is None else stop - start
-    # A server that sends a little now and then would keep a read alive for ever.
+    # A server that sends a few bytes now and then would keep a read without a timeout alive.
     seconds = 10 * SECONDS if asked is None else SECONDS + asked / 1e6
     options = {"timeout": seconds} if filesystem.async_impl else {}
 
@@ -136,7 +140,10 @@ def read(url: str, start: int | None = None, stop: int | None = None) -> bytes:
 
 
 def read_json(url: str) -> Any:
-    """The JSON document in an object. Raises ValueError when it is none, and as `read`."""
+    """Read the JSON document in an object.
+
+    Raises ValueError when the content is not JSON, and what `read` raises.
+    """
     try:
         return json.loads(read(url))
     except RecursionError:
@@ -144,7 +151,11 @@ def read_json(url: str) -> Any:
 
 
 def check(url: str, name: str) -> None:
-    """Raise InputError for a URL that a slip made another. `name`: of the field or argument."""
+    """Raise InputError for a URL that looks mistyped.
+
+    Args:
+        name: Name of the field or argument that gave the URL, for the message.
+    """
     scheme, mark, place = url.partition("://")
     if mark and not place.strip("/"):
         raise InputError(f"{name} {redact(url)}: names no bucket or folder")
@@ -155,7 +166,10 @@ def check(url: str, name: str) -> None:
 
 
 def download(url: str, size: int, path: str) -> None:
-    """Copy an object of `size` bytes to a local file, whole or not at all. Raises as `read`."""
+    """Copy an object of `size` bytes to a local file, completely or not at all.
+
+    Raises what `read` raises.
+    """
     with local_files.new_file(path) as (file, name):
         for start in range(0, size, PART):
             file.write(read(url, start, min(start + PART, size)))
@@ -164,7 +178,7 @@ def download(url: str, size: int, path: str) -> None:
 
 
 def open_reader(url: str) -> BinaryIO:
-    """A seekable file; remote ones are read in large blocks. Raises FileNotFoundError."""
+    """Open a seekable file. Remote files are read in large blocks. Raises FileNotFoundError."""
     if is_local(url):
         filesystem, path = open_filesystem(url)
         return cast(BinaryIO, filesystem.open(path, "rb"))
@@ -172,7 +186,7 @@ def open_reader(url: str) -> BinaryIO:
 
 
 class _Ranges(io.RawIOBase):
-    """A remote object as a file: every read is a range read."""
+    """A remote object as a file. Every read is a range request."""
 
     def __init__(self, url: str) -> None:
         self._url, self._size, self._position = url, size(url), 0
@@ -197,9 +211,9 @@ class _Ranges(io.RawIOBase):
 
 
 def write(url: str, content: bytes) -> None:
-    """Write an object whole or not at all: one request, or a rename on a local disk.
+    """Write an object completely or not at all, by one request or by a rename on a local disk.
 
-    A local file's folders are made when they are missing. Large objects: see upload.py.
+    Missing local folders are created. For large objects, see upload.py.
     """
     if is_local(url):
         retry(url, lambda: local_files.write(open_filesystem(url)[1], content))
@@ -209,10 +223,10 @@ def write(url: str, content: bytes) -> None:
 
 
 def create(url: str, content: bytes) -> bool:
-    """Write an object that does not exist yet; False when it does, and then nothing is written.
+    """Write an object that does not exist yet. Return False, and write nothing, if it exists.
 
-    Of many that try at once one succeeds. `content` must be like no other's: when an answer got
-    lost, it tells whether the object that stands there is this call's.
+    When several callers try at once, one succeeds. Every caller's `content` must be different:
+    when an answer gets lost, the content shows whether this call wrote the object.
     """
     filesystem, path = client(url)
 
@@ -235,28 +249,29 @@ def exists(url: str) -> bool:
 
 
 def size(url: str) -> int:
-    """Length of an object in bytes. Raises FileNotFoundError."""
+    """Return the length of an object in bytes. Raises FileNotFoundError."""
     filesystem, path = client(url)
     return int(retry(url, lambda: filesystem.size(path)))
 
 
 def list_names(url: str) -> list[str]:
-    """Names directly under a folder, sorted; empty when it does not exist."""
+    """List the names directly under a folder, sorted. The list is empty if there is no folder."""
     filesystem, path = client(url)
     filesystem.invalidate_cache()
     try:
         found = retry(url, lambda: filesystem.ls(path, detail=False))
     except FileNotFoundError:
         return []
-    # A file, and on some servers a folder's own marker, is listed as if it lay in itself.
+    # A file is listed as if it lay in itself, and so is a folder's own marker on some servers.
     below = (entry.rstrip("/") for entry in found)
     return sorted(entry.rpartition("/")[2] for entry in below if entry != path.rstrip("/"))
 
 
 def walk(url: str) -> Iterator[tuple[str, int]]:
-    """(path relative to the folder, bytes) of all files below it, in no order; links followed.
+    """Yield (path relative to the folder, size in bytes) of all files below a folder.
 
-    Raises InputError for a local folder that may not be read.
+    The order is arbitrary. Local links are followed. Raises InputError for a local folder that may
+    not be read.
     """
     filesystem, path = client(url)
     if is_local(url):
@@ -268,10 +283,11 @@ def walk(url: str) -> Iterator[tuple[str, int]]:
 
 
 def remove(url: str) -> None:
-    """Delete the object of that very name and, where it is a folder, what lies below it.
+    """Delete the object with exactly this name, and everything below it if it is a folder.
 
-    Nothing happens if nothing is there. Objects go one by one, many at once: some stores refuse
-    requests that delete several, and fsspec's own `rm` takes names for patterns.
+    Do nothing if nothing is there. Each object is deleted by its own request, many in parallel:
+    some stores refuse requests that delete several objects, and fsspec's own `rm` reads names as
+    patterns. Raises InputError for a whole disk or bucket.
     """
     filesystem, path = client(url)
     if not path.strip("/") or (is_s3(url) and not filesystem.split_path(path)[1]):
@@ -280,13 +296,13 @@ def remove(url: str) -> None:
         retry(url, lambda: local_files.remove(path))
         return
     filesystem.invalidate_cache()
-    names = set(retry(url, lambda: filesystem.find(path)))  # markers of folders end in a slash
+    names = set(retry(url, lambda: filesystem.find(path)))  # Markers of folders end in a slash.
     names = {name for name in names if name == path or name.startswith(f"{path}/")}
     if path not in names and retry(url, lambda: filesystem.isfile(path)):
         names.add(path)
 
     def delete(name: str) -> None:
-        if is_s3(url):  # s3fs's own paths lose the slash at the end of a name
+        if is_s3(url):  # s3fs's own methods drop the slash at the end of a name.
             bucket, _, _ = filesystem.split_path(path)
             key = name[len(bucket) + 1 :]
             retry(url, lambda: filesystem.call_s3("delete_object", Bucket=bucket, Key=key))
@@ -296,7 +312,7 @@ def remove(url: str) -> None:
 
     with ThreadPoolExecutor(DELETIONS, thread_name_prefix="remove") as threads:
         list(threads.map(delete, names))
-    if is_s3(url):  # some servers keep folders that have become empty; elsewhere it does nothing
+    if is_s3(url):  # Some servers keep empty folders. On other servers this does nothing.
         slashes = ((name, i) for name in names for i in range(len(path), len(name)))
         folders = {name[: i + 1] for name, i in slashes if name[i] == "/"}
         for folder in sorted(folders, reverse=True):
@@ -305,10 +321,10 @@ def remove(url: str) -> None:
 
 
 def discard(url: str, place: str, report: Callable[[str], None]) -> bool:
-    """`remove` what is of no more use. Where the store refuses, False, and nothing else happens.
+    """Remove what is no longer needed. If the store refuses, report it and return False.
 
-    What is then reported names `place`, the run or folder, and not the object: a `report` that
-    tells everything once tells once a run that its old objects stay.
+    The report names `place`, which is the run or folder, instead of the object. So a `report` that
+    drops repeated messages says only once per run that old objects stay.
     """
     try:
         remove(url)
@@ -321,20 +337,26 @@ def discard(url: str, place: str, report: Callable[[str], None]) -> bool:
 
 
 def discard_or_empty(url: str, place: str, report: Callable[[str], None]) -> None:
-    """`discard` an object that would mislead its next reader: what can't be removed is emptied.
+    """Remove an object that would mislead its next reader, or empty it if it can't be removed.
 
-    Raises OSError when that can't be done either.
+    Raises OSError when it can't be emptied either.
     """
     if not discard(url, place, report):
         write(url, b"")
 
 
 def retry(url: str, call: Callable[[], _T]) -> _T:
+    """Call `call` until it succeeds, and return its result.
+
+    Raises OSError, or a subclass, naming `url`, at once when a retry can't help, and otherwise
+    after ATTEMPTS tries, after CONTENT_ATTEMPTS wrong lengths, or when TRY_FOR seconds are over.
+    On a local disk, errors such as FileNotFoundError are raised unchanged.
+    """
     begun, wrong = time.monotonic(), 0
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return call()
-        except Exception as error:  # botocore's and aiohttp's are no OSErrors
+        except Exception as error:  # The errors of botocore and aiohttp are not OSErrors.
             failure = explain(error, url)
             if is_local(url) and failure.kind is not OSError:
                 raise
@@ -353,6 +375,10 @@ def retry(url: str, call: Callable[[], _T]) -> _T:
 
 
 def pause(attempt: int) -> None:
-    """Wait before the try that follows number `attempt`, from 1: longer each time, never alike."""
+    """Wait before the next try. The wait grows with each attempt and has random jitter.
+
+    Args:
+        attempt: Number of the try that has just failed, counted from 1.
+    """
     wait = min(BACKOFF * 2 ** (attempt - 1), LONGEST_WAIT)
     time.sleep(wait * random.uniform(0.5, 1.5))

@@ -1,6 +1,7 @@
-"""Files of a local disk: whole or not there, on whatever file system the disk has.
+"""Write, list and remove files on a local disk.
 
-Paths are taken as they stand.
+A file is either complete or absent, except where `create` says otherwise. The functions work on
+file systems without hard links or fsync too. Paths are used literally, without pattern matching.
 """
 
 import contextlib
@@ -17,7 +18,10 @@ from shards.storage.failures import FULL
 
 @contextlib.contextmanager
 def new_file(path: str) -> Iterator[tuple[BinaryIO, str]]:
-    """A file beside `path` and its name, no other's; gone at the end unless it was renamed."""
+    """Yield a new file beside `path`, and its name, which is unique to this call.
+
+    The file is deleted when the block ends, unless it was renamed.
+    """
     os.makedirs(os.path.dirname(path), exist_ok=True)
     name = f"{path}.{secrets.token_hex(6)}.partial"
     try:
@@ -29,7 +33,7 @@ def new_file(path: str) -> Iterator[tuple[BinaryIO, str]]:
 
 
 def write(path: str, content: bytes) -> None:
-    """Replace a file, or make it, by a rename. Raises OSError."""
+    """Write a file and rename it to `path`, replacing what was there. Raises OSError."""
     with new_file(path) as (file, name):
         file.write(content)
         file.close()
@@ -37,10 +41,10 @@ def write(path: str, content: bytes) -> None:
 
 
 def create(path: str, content: bytes) -> None:
-    """Make a file that was not there; of many that try at once one succeeds.
+    """Create a file that does not exist yet. When several processes try at once, one succeeds.
 
-    Without hard links, which exFAT, SMB and FUSE lack, the file may be seen before it is whole.
-    Raises FileExistsError and OSError.
+    exFAT, SMB and FUSE have no hard links. There, others may see the file before it is complete.
+    Raises FileExistsError when the file exists, and OSError.
     """
     with new_file(path) as (file, name):
         file.write(content)
@@ -56,7 +60,7 @@ def create(path: str, content: bytes) -> None:
 
 
 def _create_without_links(path: str, content: bytes) -> None:
-    file = open(path, "xb")  # noqa: SIM115 - some file systems tell of a full disk at the close
+    file = open(path, "xb")  # noqa: SIM115 - some file systems report a full disk at the close
     try:
         with file:
             _fill(file, content)
@@ -67,15 +71,16 @@ def _create_without_links(path: str, content: bytes) -> None:
 
 def _fill(file: BinaryIO, content: bytes) -> None:
     file.write(content)
-    file.flush()  # a full disk is told now
+    file.flush()  # This makes a full disk raise here.
 
 
 def walk(path: str) -> Iterator[tuple[str, int]]:
-    """(path relative to the folder, bytes) of all files below it, in no order; links followed.
+    """Yield (path relative to the folder, size in bytes) of all files below a folder.
 
-    Raises InputError for a folder that may not be read.
+    The order is arbitrary. Links are followed. Raises InputError for a folder that may not be
+    read.
     """
-    # fsspec's own listing takes twice as long, and does not follow links to folders.
+    # fsspec's own listing takes twice as long and does not follow links to folders.
     for folder, _, names in os.walk(path, followlinks=True, onerror=_raise_unreadable):
         below = folder[len(path) :].lstrip("/")
         for name in names:
@@ -84,7 +89,7 @@ def walk(path: str) -> Iterator[tuple[str, int]]:
 
 
 def _raise_unreadable(error: OSError) -> None:
-    if isinstance(error, FileNotFoundError | NotADirectoryError):  # there is no folder to read
+    if isinstance(error, FileNotFoundError | NotADirectoryError):  # There is no folder to read.
         return
     raise InputError(
         f"{error.filename}: may not be read ({error.strerror}), and its files would be left out: "
@@ -93,7 +98,7 @@ def _raise_unreadable(error: OSError) -> None:
 
 
 def remove(path: str) -> None:
-    """Delete a file, a link, or a folder with all it holds; nothing happens if it is not there."""
+    """Delete a file, a link, or a folder with its contents. Do nothing if it is not there."""
     with contextlib.suppress(FileNotFoundError):
         if os.path.isdir(path) and not os.path.islink(path):
             shutil.rmtree(path)
@@ -102,7 +107,10 @@ def remove(path: str) -> None:
 
 
 def sync(file: BinaryIO) -> None:
-    """Wait until what was written is on the disk, on file systems that can tell (some cannot)."""
+    """Wait until the written bytes are on the disk.
+
+    File systems that do not support fsync are not waited for.
+    """
     file.flush()
     try:
         os.fsync(file.fileno())

@@ -1,8 +1,10 @@
-"""URLs and names that were read from a file, which a stranger may have written.
+"""Check URLs and names that were read from a file, which a stranger may have written.
 
-What a user types is the user's to choose. What stands in a file may lead only to plain places: no
-chain of file systems (`reference::` renders templates, `simplecache::` writes to the disk), no
-scheme that runs or reads something else than objects, and no name outside of the file's own folder.
+URLs that a user types are not checked here. Those from a file may not
+
+- chain file systems (`reference::` renders templates, `simplecache::` writes to the disk),
+- use a scheme that runs code or reads anything but objects,
+- name a file outside the folder of the file they stand in.
 """
 
 import os
@@ -14,16 +16,16 @@ SCHEMES = (
     *("file", "local", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"),
     *("http", "https"),
 )
-"""Those of URLs out of files; a path without a scheme is a local one."""
+"""Schemes that a URL read from a file may have. A path without a scheme is a local path."""
 
-_LONGEST = 200  # characters of a foreign text in a message
+_LONGEST = 200  # A message shows at most this many characters of text from a file.
 
 
 def check_url(url: object, field: str, file: str) -> str:
-    """The URL that stands in `file` as the value of `field`, if it may be opened.
+    """Return `url`, which `file` gives as the value of `field`, if it may be opened.
 
-    Raises InputError, naming file, field and URL, unless it is a plain URL of one of SCHEMES or a
-    local path.
+    Raises InputError, naming file, field and URL, unless it is a local path or a plain URL whose
+    scheme is in SCHEMES.
     """
     mend = f"give it by hand: --{field} URL"
     if not isinstance(url, str):
@@ -31,7 +33,8 @@ def check_url(url: object, field: str, file: str) -> str:
         raise InputError(f"{file}: {field} is no URL but a {kind}, the file is damaged: {mend}")
     scheme, mark, _ = url.partition("://")
     chained = "::" in url or "\0" in url
-    known = scheme in SCHEMES if mark else not url.startswith("data:")  # fsspec knows that one too
+    # fsspec also opens `data:` URLs, which have no `://`.
+    known = scheme in SCHEMES if mark else not url.startswith("data:")
     if chained or not known:
         raise InputError(
             f"{file}: {field} {_shown(url)} is not opened, because a URL out of a file must be a "
@@ -42,10 +45,14 @@ def check_url(url: object, field: str, file: str) -> str:
 
 
 def check_name(name: object, file: str, mend: str) -> str:
-    """The name that stands in `file`, if it is the plain name of a file in the same folder.
+    """Return `name`, which was read from `file`, if it names a file in the same folder.
 
-    Raises InputError, naming `file` and `mend`, for one that leads elsewhere: empty, `.`, `..`,
-    with a slash, a backslash (a slash to some stores), NUL, or half a character of UTF-16.
+    Raises InputError, naming `file` and `mend`, when the name is empty, `.` or `..`, or when it
+    contains a slash, a backslash (which some stores treat as a slash), NUL, or an unpaired UTF-16
+    surrogate.
+
+    Args:
+        mend: What the user can do about a bad name. It ends the message.
     """
     if not isinstance(name, str):
         kind = type(name).__name__
@@ -67,6 +74,6 @@ def _can_be_encoded(name: str) -> bool:
 
 
 def _shown(text: str) -> str:
-    """On one line, without the secrets of any URL in it."""
+    """Return the text as ASCII on one line, cut to _LONGEST characters, without URL secrets."""
     parts = "::".join(redact(part) for part in text.split("::"))
     return ascii(parts[:_LONGEST])

@@ -1,4 +1,4 @@
-"""Large objects written as a stream: on S3 in parts, several of them on their way at once."""
+"""Write large objects as a stream. On S3 they go in parts, several of them at once."""
 
 import contextlib
 import os
@@ -11,15 +11,18 @@ from typing import Any
 from shards.storage import files, local_files
 from shards.storage.failures import explain
 
-PARALLEL = 4  # parts on their way at once; with the one being filled, memory for 80 MiB
-GROWTH = 1000  # parts after which they double: S3 takes 10,000, and 9,000 hold 8 TiB
+PARALLEL = 4  # This many parts are sent at once. With the one being filled they take 80 MiB.
+GROWTH = 1000  # Parts double in size after this many. S3 takes 10,000; 9,000 hold 8 TiB.
 
 _Content = bytes | bytearray | memoryview
 _Write = Callable[[memoryview], object]
 
 
 class Stream:
-    """Takes the bytes of one object; `length`, and the CRC32 `crc`, are of those so far."""
+    """A writable stream for the bytes of one object.
+
+    `length` and `crc` are the number and the CRC32 of the bytes written so far.
+    """
 
     def __init__(self, write: _Write) -> None:
         self._write = write
@@ -27,7 +30,7 @@ class Stream:
         self.crc = 0
 
     def write(self, content: _Content) -> int:
-        """Take some bytes, and copy those that are not sent at once. Raises OSError."""
+        """Write some bytes. Bytes that are not sent at once are copied. Raises OSError."""
         view = memoryview(content).cast("B")
         self._write(view)
         self.length += len(view)
@@ -38,23 +41,24 @@ class Stream:
         return self.length
 
     def flush(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Does nothing: the object is there when the block that `open_writer` began ends."""
+        """Do nothing. The object appears when the block of `open_writer` ends."""
 
 
 @contextmanager
 def open_writer(url: str, part: int = files.PART) -> Iterator[Stream]:
-    """A stream whose object is there, whole, when the block ends; if it raises, never.
+    """Open a stream whose complete object appears when the block ends.
 
-    On a local disk the file's folders are made when they are missing, and the file is synced: what
-    relies on it, such as the removal of an older one, may follow at once. On stores other than
-    these and S3, fsspec's own files are used, and a failed one may be seen before it is removed.
+    If the block raises, the object never appears. On a local disk, missing folders are created and
+    the file is synced, so an older file may be removed right after the block. Stores other than
+    local disks and S3 use fsspec's own files, where a failed object may be visible before it is
+    removed.
 
     Args:
-        part: Bytes of the first parts on S3, which takes none below 5 MiB but the last. The memory
-            needed is `PARALLEL` + 1 times that.
+        part: Size of the first parts on S3, in bytes. S3 takes no part below 5 MiB except the
+            last. The stream needs `PARALLEL` + 1 times this much memory.
 
     Raises OSError naming the URL, after a bounded number of tries.
     """
@@ -90,7 +94,7 @@ def _other(url: str) -> Iterator[_Write]:
         with _named(url):
             file.close()
     except BaseException:
-        with contextlib.suppress(Exception):  # the error on its way is the one that counts
+        with contextlib.suppress(Exception):  # The caller must see the first error.
             file.close()
             filesystem.rm_file(path)
         raise
@@ -108,7 +112,7 @@ def _s3(url: str, part: int) -> Iterator[_Write]:
 
 
 class _Upload:
-    """An object of S3: a PUT if it is smaller than a part, a multipart upload otherwise."""
+    """An upload to S3: one PUT if the object is smaller than a part, else a multipart upload."""
 
     def __init__(self, url: str, part: int) -> None:
         self._url, self._part = url, part
@@ -119,7 +123,7 @@ class _Upload:
         self._length = 0
         self._threads = ThreadPoolExecutor(PARALLEL, thread_name_prefix="upload")
         self._sent: set[Future[dict[str, Any]]] = set()
-        self._parts: list[dict[str, Any]] = []  # those that arrived
+        self._parts: list[dict[str, Any]] = []  # The parts that have arrived.
         self._number = 0
 
     def write(self, view: memoryview) -> None:
@@ -144,10 +148,13 @@ class _Upload:
         self._filesystem.invalidate_cache(self._path)
 
     def abort(self) -> None:
-        """Leave nothing. A part that came after the abort would stay: so they are waited for."""
+        """Remove all parts from the store.
+
+        Wait for the parts under way first, because a part that arrives after the abort would stay.
+        """
         self._threads.shutdown()
         if "UploadId" in self._object:
-            with contextlib.suppress(OSError):  # the error on its way is the one that counts
+            with contextlib.suppress(OSError):  # The caller must see the first error.
                 self._call("abort_multipart_upload")
 
     def _send(self) -> None:
@@ -160,12 +167,12 @@ class _Upload:
 
     def _put(self, number: int, content: bytearray) -> dict[str, Any]:
         answer = self._call("upload_part", content, PartNumber=number)
-        # A store that was asked to sum with SHA256 wants to see the sums at the end.
+        # A store that computes SHA256 checksums requires them again when the upload completes.
         found = {name: answer[name] for name in ("ETag", "ChecksumSHA256") if name in answer}
         return {"PartNumber": number} | found
 
     def _await(self, count: int) -> None:
-        """Wait until at most `count` parts are on their way. Raises what a part raised."""
+        """Wait until at most `count` parts are under way. Raises what sending a part raised."""
         while len(self._sent) > count:
             done, self._sent = wait(self._sent, return_when=FIRST_COMPLETED)
             self._parts += [future.result() for future in done]
@@ -174,13 +181,18 @@ class _Upload:
         parts = sorted(self._parts, key=lambda part: int(part["PartNumber"]))
         try:
             self._call("complete_multipart_upload", MultipartUpload={"Parts": parts})
-        except FileNotFoundError:  # no such upload: a try whose answer got lost has completed it
+        except FileNotFoundError:
+            # There is no such upload any more: an earlier try completed it, but its answer got
+            # lost.
             if self._call("head_object")["ContentLength"] != self._length:
                 raise
 
     def _call(self, method: str, content: bytearray | None = None, **options: Any) -> Any:
-        """One request. s3fs keeps from it what its method does not know, as a HEAD the upload."""
-        seconds = 600.0  # a store may join parts for minutes
+        """Send one request for the object.
+
+        s3fs drops options that the method does not accept, such as the upload's ID for a HEAD.
+        """
+        seconds = 600.0  # A store may take minutes to join the parts.
         if content is not None:
             options["Body"], seconds = content, 60 + len(content) / 1e6
         call = self._filesystem.call_s3
@@ -191,7 +203,7 @@ class _Upload:
 
 @contextmanager
 def _named(url: str) -> Iterator[None]:
-    """OSError naming the URL in place of other errors."""
+    """Replace any error in the block by an OSError that names the URL."""
     place = files.redact(url)
     try:
         yield

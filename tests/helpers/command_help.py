@@ -1,4 +1,4 @@
-"""What --help prints of a command's options, and what stands about them in the source."""
+"""Collect what --help prints about a command's options, and what the source says about them."""
 
 import ast
 import inspect
@@ -14,14 +14,14 @@ import pytest
 
 from tests.helpers.places import ROOT
 
-# Where tyro's frame begins; the text about an option stands further right, or behind two spaces.
+# An option's name follows the edge of tyro's frame. Its text is further right, or after two spaces.
 _OPTION = re.compile(r"[│ ] (?:-\w, )?(--[a-z].*?)(?:  |│|$)")
 
 
 def options(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> dict[str, str]:
-    """The names that --help lists, with what it says of each, without spaces."""
+    """Return the options that --help lists, each with its text, without spaces."""
     script, *arguments = command.split()
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "120")
@@ -41,14 +41,17 @@ def options(
 
 
 def squeeze(text: str) -> str:
-    """Without spaces and frames: text that was wrapped equals text that was not."""
+    """Remove spaces and frames, so that wrapped text equals text that was not wrapped."""
     return re.sub(r"[\s│]+", "", text)
 
 
 def field_texts(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Of a dataclass or an instance, and of those it holds: each option's name and docstring.
+    """Yield each option's name and docstring, of a dataclass and of the dataclasses in it.
 
     The docstring is empty where a field has none. Positional arguments are left out.
+
+    Args:
+        config: A dataclass or an instance of one.
     """
     kind = config if isinstance(config, type) else type(config)
     texts, hints = _docstrings(kind), get_type_hints(kind, include_extras=True)
@@ -64,7 +67,7 @@ def field_texts(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _docstrings(kind: type) -> dict[str, str]:
-    """The strings that stand behind the fields of a class and of its bases."""
+    """Return the docstrings that follow the fields of a class and of its bases."""
     found: dict[str, str] = {}
     for part in reversed(kind.__mro__):
         if is_dataclass(part):
@@ -79,7 +82,7 @@ def _docstrings(kind: type) -> dict[str, str]:
 
 
 def parameter_texts(function: Callable[..., object]) -> Iterator[tuple[str, str]]:
-    """Of a function's parameters that are options: names, and what its docstring says of them."""
+    """Yield the name and the documentation of each parameter of a function that is an option."""
     entry = r"^    (\w+): (.*(?:\n {8}.*)*)"
     found = dict(re.findall(entry, inspect.getdoc(function) or "", re.MULTILINE))
     for name, parameter in inspect.signature(function).parameters.items():

@@ -1,4 +1,4 @@
-"""A state of many kinds of tensors, saved and loaded through torch's distributed checkpoint."""
+"""Save and load a state of many kinds of tensors through torch's distributed checkpoint."""
 
 import importlib
 import zlib
@@ -16,7 +16,7 @@ from shards.errors import InputError
 
 try:
     stock: Any = importlib.import_module("torch.distributed.checkpoint.fsspec_filesystem")
-except ImportError:  # older releases (2.11)
+except ImportError:  # Older releases (2.11) have a private name for it.
     stock = importlib.import_module("torch.distributed.checkpoint._fsspec_filesystem")
 
 State = dict[str, Any]
@@ -24,7 +24,7 @@ FILE = "__0_0.distcp"
 
 
 def plain_state(seed: int = 0) -> State:
-    """Tensors of many kinds."""
+    """Return a state that holds tensors of many kinds."""
     generator = torch.Generator().manual_seed(seed)
     wide = torch.randn(300, 40, generator=generator)
     parts: State = {f"layer{i}": torch.randn(i, 7, generator=generator) for i in range(1, 20)}
@@ -41,7 +41,7 @@ def plain_state(seed: int = 0) -> State:
 
 
 def blank(state: Any) -> Any:
-    """The same structure, in which nothing is right."""
+    """Return a state of the same structure in which every value is 77."""
     if isinstance(state, dict):
         return {name: blank(value) for name, value in state.items()}
     if isinstance(state, list):
@@ -56,14 +56,14 @@ def save(url: str, state: State) -> Sums:
 
 
 def load(url: str, files: Sums, state: State) -> State:
-    """What is stored, in the shape of `state`."""
+    """Load what is stored, in the structure of `state`."""
     found: State = blank(state)
     dcp_load(found, storage_reader=Reader(url, files), no_dist=True)
     return found
 
 
 def fault(url: str, files: Sums, state: State) -> InputError:
-    """The InputError that loading raises, taken out of torch's own exception."""
+    """Return the InputError that loading raises, taken out of torch's own exception."""
     with pytest.raises(CheckpointException) as caught:
         load(url, files, state)
     (cause, _), *_ = caught.value.failures.values()
@@ -72,7 +72,7 @@ def fault(url: str, files: Sums, state: State) -> InputError:
 
 
 def plain_files(url: str) -> dict[str, bytes]:
-    """All files below a URL, read without this package."""
+    """Read all files below a URL, without the code of this package."""
     filesystem, path = fsspec.core.url_to_fs(url)
     found = filesystem.find(path)
     return {name.rsplit("/", 1)[-1]: filesystem.cat_file(name) for name in found}

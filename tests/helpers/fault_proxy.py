@@ -1,7 +1,8 @@
-"""A forwarding HTTP proxy that harms some of the requests that pass, to stand before a store.
+"""Run an HTTP proxy in front of a store that damages some of the requests that pass.
 
-It runs in a thread: clients are other processes or s3fs's own thread, and to count for a test and
-be told by it needs no protocol then. Requests pass unchanged, the Host header too, which S3 signs.
+It runs in a thread of the test's process, so a test can read its counts and change its settings
+directly. Clients are other processes or s3fs's own thread. Requests are forwarded unchanged,
+including the Host header, which S3 signs.
 """
 
 import asyncio
@@ -17,20 +18,20 @@ from collections.abc import AsyncIterator
 
 KINDS = ("delay", "slow_down", "drop", "truncate", "wrong")
 DELAY = (0.05, 1.0)  # seconds
-PIECE = 1 << 16  # bytes read at a time
+PIECE = 1 << 16  # Bodies are read this many bytes at a time.
 
 _XML = '<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{}</Code><Message>{}</Message></Error>'
-_REFUSALS = {  # status: its phrase, and the answer's body
+_REFUSALS = {  # status: (phrase, body of the answer)
     503: ("Slow Down", _XML.format("SlowDown", "Please reduce your request rate.")),
     403: ("Forbidden", _XML.format("AccessDenied", "This user may not do that to {}.")),
 }
 Pieces = AsyncIterator[bytes]
-_GONE = (ConnectionError, asyncio.IncompleteReadError)  # the other side went away
+_GONE = (ConnectionError, asyncio.IncompleteReadError)  # The other side has gone away.
 
 
 @dataclasses.dataclass
 class Request:
-    """One request that came, and what it got."""
+    """One request that arrived, and what was sent back."""
 
     method: str
     path: str
@@ -45,18 +46,21 @@ class Request:
 
 
 class FaultProxy:
-    """Forwards to `upstream` ("http://host:port") with `faults`: a kind's chance per request.
+    """Forwards requests to `upstream` ("http://host:port") and injects `faults`.
+
+    `faults` maps a kind of fault to its probability per request. The kinds are:
 
     delay      waits for DELAY before it forwards
     slow_down  answers 503 SlowDown and does not forward
-    drop       closes the connection in the middle of a GET's body; of other requests, the store
-               has done them, but the answer is lost
-    truncate   sends the first part of a GET's body as if it were the whole
+    drop       closes the connection in the middle of a GET's body; for other requests, the store
+               carries them out, but the answer is lost
+    truncate   sends the first part of a GET's body as if it were all of it
     wrong      flips the bits of a stretch of a GET's body
 
-    `only` and all other patterns are regular expressions searched for in "METHOD /path?query". The
-    generator draws as these requests arrive. Of drop, truncate and wrong a request gets one.
-    What `deny` names is answered 403 AccessDenied, always.
+    `only` and all other patterns are regular expressions that are searched for in
+    "METHOD /path?query". Random numbers are drawn, in the order of arrival, for the requests that
+    match `only`. A request gets at most one of drop, truncate and wrong. Requests that match the
+    pattern of `deny` are always answered 403 AccessDenied.
     """
 
     def __init__(
@@ -72,21 +76,21 @@ class FaultProxy:
         self.set(faults, only)
 
     def set(self, faults: dict[str, float], only: str = ".*") -> None:
-        """Other faults from now on. Raises ValueError for a kind that there is not."""
+        """Replace the faults from now on. Raises ValueError for an unknown kind."""
         if unknown := faults.keys() - set(KINDS):
             raise ValueError(f"no such fault: {', '.join(sorted(unknown))}")
         self._plan = {kind: faults.get(kind, 0.0) for kind in KINDS}, only
 
     def deny(self, pattern: str) -> None:
-        """Allow no request of this pattern from now on; "" allows all."""
+        """Deny all requests that match this pattern from now on; "" allows all requests."""
         self._denied = pattern
 
     def counts(self) -> dict[str, int]:
-        """How often each kind of fault was done."""
+        """Return how often each kind of fault was injected."""
         return {kind: self._counts[kind] for kind in KINDS}
 
     def bytes_sent(self, pattern: str = ".*") -> int:
-        """Bytes of all answers' bodies, without those of slow_down."""
+        """Count the bytes of the answers' bodies for matching requests, except refusals."""
         return sum(request.sent for request in list(self.log) if request.matches(pattern))
 
     def requests(self, pattern: str = ".*", method: str | None = None) -> int:
@@ -104,7 +108,7 @@ class FaultProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes all connections. Raises RuntimeError if the proxy itself was faulty."""
+        """Close all connections. Raises RuntimeError if the proxy itself has failed."""
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(10)
         if self._failures:
@@ -124,13 +128,13 @@ class FaultProxy:
                 pass
         except (*_GONE, asyncio.CancelledError):
             pass
-        except Exception as error:  # asyncio would only log it
+        except Exception as error:  # asyncio would only log the error.
             self._failures.append(error)
         finally:
             writer.close()
 
     async def _exchange(self, reader: StreamReader, writer: StreamWriter) -> bool:
-        """One request and its answer; whether another may follow on this connection."""
+        """Handle one request. Return whether another may follow on this connection."""
         head = await _Head.read(reader)
         method, target, _ = head.first.split(" ", 2)
         request = Request(method, urllib.parse.unquote(target))
@@ -145,13 +149,13 @@ class FaultProxy:
         if "slow_down" in drawn:
             self._counts["slow_down"] += 1
             return await self._refuse(503, request, head, reader, writer)
-        # A connection of its own for every request: no kept one can turn out closed.
+        # Every request gets a new connection, because a reused one might have been closed.
         up_reader, up_writer = await asyncio.open_connection(*self._upstream)
         up_writer.write(head.raw)
         upload = asyncio.create_task(_upload(head, reader, up_writer))
         try:
             answer = await _Head.read(up_reader)
-            while answer.status < 200:  # 100 Continue
+            while answer.status < 200:  # The store sends 100 Continue before its answer.
                 writer.write(answer.raw)
                 answer = await _Head.read(up_reader)
             sound = await self._answer(request, answer, drawn, up_reader, writer)
@@ -168,13 +172,13 @@ class FaultProxy:
         reader: StreamReader,
         writer: StreamWriter,
     ) -> bool:
-        waits = "expect" in head.fields  # and then sends no body
+        waits = "expect" in head.fields  # A client that waits for 100 Continue sends no body.
         if not waits:
             async for _ in head.body(reader):
                 pass
         request.status = status
         phrase, text = _REFUSALS[status]
-        body = text.replace("{}", request.path.split("?")[0]).encode()  # as AWS names the object
+        body = text.replace("{}", request.path.split("?")[0]).encode()  # AWS names the object too.
         connection = "close" if waits or head.closes else "keep-alive"
         fields = f"Content-Type: application/xml\r\nConnection: {connection}\r\n\r\n".encode()
         first = f"HTTP/1.1 {status} {phrase}\r\n".encode()
@@ -191,11 +195,11 @@ class FaultProxy:
         reader: StreamReader,
         writer: StreamWriter,
     ) -> bool:
-        """Send the answer, harmed or not; whether the connection is sound after it."""
+        """Send the answer, damaged or not. Return whether the connection can still be used."""
         raw, length, pieces = answer.raw, answer.length, answer.body(reader)
         if request.method == "HEAD" or answer.status in (204, 304):
             length, pieces = 0, _one(b"")
-        # Bytes that can be harmed: stores announce the length of whatever they keep.
+        # Only bodies of known length can be damaged. Stores announce the length of all objects.
         content = length if request.method == "GET" and answer.status in (200, 206) else 0
         harms = ("drop", "truncate", "wrong") if content else ("drop",)
         harm = next((kind for kind in harms if kind in drawn), None)
@@ -229,7 +233,7 @@ class _Head:
         self.closes = self.fields.get("connection", "").lower() == "close"
         chunked = "chunked" in self.fields.get("transfer-encoding", "").lower()
         self.length = None if chunked else int(self.fields.get("content-length", 0))
-        """Bytes of the body; None when it comes in chunks."""
+        """Length of the body in bytes; None when it comes in chunks."""
 
     @classmethod
     async def read(cls, reader: StreamReader) -> "_Head":
@@ -240,7 +244,7 @@ class _Head:
         return int(self.first.split(" ", 2)[1])
 
     async def body(self, reader: StreamReader) -> Pieces:
-        """The body in pieces, without the sizes of chunks and trailers."""
+        """Yield the body in pieces, without chunk sizes and trailers."""
         left = self.length
         while left is None or left > 0:
             if left is not None:
@@ -260,11 +264,11 @@ async def _upload(head: _Head, reader: StreamReader, writer: StreamWriter) -> No
         async for _ in _send(head.body(reader), writer, chunked=head.length is None):
             pass
     except _GONE:
-        writer.close()  # so that nobody waits for an answer
+        writer.close()  # Otherwise the proxy would wait for the store's answer.
 
 
 async def _send(pieces: Pieces, writer: StreamWriter, chunked: bool) -> AsyncIterator[int]:
-    """Writes the pieces and yields how long each was."""
+    """Write the pieces, and yield the length of each."""
     async for piece in pieces:
         writer.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
         await writer.drain()

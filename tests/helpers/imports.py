@@ -1,6 +1,7 @@
-"""Which module of the house imports which: the arrows that test_architecture.py guards.
+"""Find which module of the project imports which. test_architecture.py checks these arrows.
 
-python -m tests.helpers.imports      draws them, by room, as engine/README.md has them
+`python -m tests.helpers.imports` prints them by room, as engine/README.md shows them. A room is a
+package, or a module with a layer of its own.
 """
 
 import ast
@@ -12,8 +13,8 @@ from tests.helpers.places import ROOT
 
 PACKAGES = ("shards", "engine", "recipes", "launch")
 
-# From the bottom to the top. A module may import what is on lower floors, and what is in its own
-# room; rooms on one floor know nothing of each other.
+# The floors, from the bottom to the top. A module may import from lower floors and from its own
+# room. Rooms on the same floor may not import each other.
 LAYERS: list[tuple[str, ...]] = [
     ("shards.errors",),
     ("shards.fields", "shards.philox"),
@@ -32,11 +33,11 @@ LAYERS: list[tuple[str, ...]] = [
     ("recipes",),
     ("launch",),
 ]
-ENTRANCES = ("recipes", "launch")  # that nobody else imports
+ENTRANCES = ("recipes", "launch")  # No other room imports these.
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the house, by its dotted name."""
+    """Return the path of every module of the project, by its dotted name."""
     return {
         ".".join(path.relative_to(ROOT).with_suffix("").parts): path
         for package in PACKAGES
@@ -46,25 +47,25 @@ def modules() -> dict[str, Path]:
 
 
 def room(module: str) -> str:
-    """The room that a module is in: the longest name in LAYERS that leads to it."""
+    """Return the room of a module, which is the longest name in LAYERS that is its prefix."""
     rooms = [name for floor in LAYERS for name in floor]
     return max((name for name in rooms if f"{module}.".startswith(f"{name}.")), key=len)
 
 
 def floor(module: str) -> int:
-    """The number of a module's floor, from the bottom."""
+    """Return the number of a module's floor, counted from 0 at the bottom."""
     return next(number for number, names in enumerate(LAYERS) if room(module) in names)
 
 
 def allowed(module: str, below: str) -> bool:
-    """Whether `module` may import `below`."""
+    """Return whether `module` may import `below`."""
     if room(module) == room(below):
         return True
     return floor(below) < floor(module) and room(below) not in ENTRANCES
 
 
 def arrows(source: str, known: Mapping[str, Path]) -> set[str]:
-    """The modules of the house that a module's source imports, anywhere in it."""
+    """Return the modules of the project that a module's source imports, anywhere in it."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -76,7 +77,7 @@ def arrows(source: str, known: Mapping[str, Path]) -> set[str]:
 
 
 def cycle(graph: Mapping[str, set[str]]) -> list[str]:
-    """Modules that import each other in a circle, empty when there are none."""
+    """Find modules that import each other in a circle. The list is empty if there are none."""
     done: set[str] = set()
 
     def walk(name: str, path: list[str]) -> list[str]:
@@ -91,7 +92,7 @@ def cycle(graph: Mapping[str, set[str]]) -> list[str]:
 
 
 def drawn() -> str:
-    """The rooms from the top to the bottom, each with the rooms that it imports from."""
+    """List the rooms from the top to the bottom, each with the rooms that it imports from."""
     known = modules()
     below: dict[str, set[str]] = {}
     for name, path in known.items():

@@ -1,4 +1,4 @@
-"""Training jobs as users start them: torchrun's agents as processes, to be watched and killed."""
+"""Start training jobs with torchrun, as users do, and watch and kill their processes."""
 
 import contextlib
 import os
@@ -15,11 +15,14 @@ from pathlib import Path
 from tests.helpers.places import ROOT
 
 QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
-SECONDS = 120.0  # that anything expected may take
+SECONDS = 120.0  # Anything that a test waits for may take this long.
 
 
 def small(data: str, run: str, *more: str) -> list[str]:
-    """Arguments of a run on the data of tiny.py: a small network, every step logged."""
+    """Return the arguments of a run of a small network on the data of tiny.py.
+
+    The run logs every step.
+    """
     return [
         *(QUICKSTART, "--data.train", f"{data}/train", "--data.val", f"{data}/val"),
         *("--run-url", run, "--batch.size", "16", "--data.streams", "4", "--threads", "1"),
@@ -36,7 +39,7 @@ def free_port() -> int:
 
 
 class Agent:
-    """A machine: torchrun with its workers, in a process group of its own."""
+    """A simulated machine: torchrun with its workers, in a session of its own."""
 
     def __init__(
         self,
@@ -50,12 +53,15 @@ class Agent:
         restarts: int = 1000,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`port`: of the meeting point that all machines of a job share, which is at the `host`.
+        """Start torchrun.
 
-        `output` is appended to.
+        Args:
+            output: File that the log is appended to.
+            port: Port of the rendezvous that all machines of a job share; 0 takes a free one.
+            host: Whether this machine hosts the rendezvous.
         """
         self.output = output
-        # On one machine each would take itself for the host.
+        # All agents are on one real machine, so each would take itself for the host.
         conf = ["last_call_timeout=2", "keep_alive_interval=1", f"is_host={host}"]
         launcher = [
             *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"),
@@ -66,7 +72,7 @@ class Agent:
             "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
             str(ROOT / "launch" / "train.py"),
         ]
-        self._mark = f"TESTED_JOB={uuid.uuid4().hex}"  # in the environment of all its processes
+        self._mark = f"TESTED_JOB={uuid.uuid4().hex}"  # All its processes inherit this variable.
         own = dict([self._mark.split("=")])
         own["OMP_NUM_THREADS"] = "1"
         if nodes != "1":
@@ -84,19 +90,22 @@ class Agent:
         return self.output.read_text(errors="replace")
 
     def steps(self) -> list[int]:
-        """The steps that the log tells of, in the order of their lines."""
+        """Return the steps that the log mentions, in the order of their lines."""
         return [int(n) for n in re.findall(r"^step (\d+) ", self.text(), re.MULTILINE)]
 
     def step(self) -> int:
-        """The last of them; 0 before."""
+        """Return the last step in the log, or 0 when there is none yet."""
         return [0, *self.steps()][-1]
 
     def workers(self) -> list[int]:
-        """Process numbers of the workers that live."""
+        """Return the process ids of the live workers."""
         return [pid for pid in children(self.process.pid) if "train.py" in command(pid)]
 
     def settings(self, name: str) -> dict[int, int]:
-        """A number that torchrun gave to its workers in the environment, by those that live."""
+        """Return the value of a numeric environment variable for each live worker.
+
+        Workers without the variable are left out.
+        """
         found = {
             pid: dict(e.split(b"=", 1) for e in environment_of(pid) if b"=" in e)
             for pid in self.workers()
@@ -104,28 +113,28 @@ class Agent:
         return {pid: int(own[name.encode()]) for pid, own in found.items() if name.encode() in own}
 
     def attempts(self) -> dict[int, int]:
-        """The workers that live, and how often torchrun had started them before."""
+        """Return, for each live worker, how often torchrun had started the workers before."""
         return self.settings("TORCHELASTIC_RESTART_COUNT")
 
     def wait(self, seconds: float = SECONDS) -> int:
         return self.process.wait(seconds)
 
     def kill(self) -> None:
-        """The machine is gone: agent and workers, at once."""
+        """Kill agent and workers at once, as if the machine had failed."""
         for pid in [*self.workers(), self.process.pid]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     def left(self) -> list[int]:
-        """Processes of this machine that are still there."""
+        """Return the ids of this machine's processes that are still there."""
         found = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
         return [pid for pid in found if self._mark.encode() in environment_of(pid)]
 
 
 @contextlib.contextmanager
 def ended(*agents: Agent) -> Iterator[None]:
-    """Nothing of them stays behind."""
+    """Kill the agents and all their processes when the block ends."""
     try:
         yield
     finally:
@@ -137,7 +146,7 @@ def ended(*agents: Agent) -> Iterator[None]:
 
 
 def until(condition: Callable[[], object], seconds: float = SECONDS, every: float = 0.02) -> None:
-    """Wait; fails when the time is over."""
+    """Wait until a condition is true. Fail when it is not true after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -159,7 +168,11 @@ def command(pid: int) -> str:
 
 
 def environment_of(pid: int) -> list[bytes]:
-    """Of a process of this user that lives; a zombie's is empty."""
+    """Return the environment of a process, as NAME=VALUE entries.
+
+    The list is empty, or holds only an empty entry, for a zombie, a process that is gone, and a
+    process of another user.
+    """
     try:
         return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:

@@ -1,4 +1,4 @@
-"""Jobs that take leases, and leases that others left."""
+"""Take leases as a job does, and write leases as other jobs leave them behind."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,10 @@ class Jobs:
 
 
 class Clock:
-    """Stands for `time`: sleeping takes none, and at one moment something happens."""
+    """A replacement for `time` in which sleeping takes no real time.
+
+    When the sleeps add up to `moment` seconds, `event` is called once.
+    """
 
     def __init__(self, moment: float, event: Callable[[], object]) -> None:
         self._left = moment
@@ -41,7 +44,11 @@ class Clock:
 
 
 def leave(run: str, number: int, **fields: Any) -> None:
-    """A lease that a job on another machine made."""
+    """Write a lease as a job on another machine would.
+
+    Args:
+        fields: Replace fields of the lease's document.
+    """
     document = {"owner": f"owner {number}", "host": "far", "process": "far:1:2:3", "beat": 0}
     document |= {"agents": ["far:1:2:3"], "period": PERIOD, "released": False} | fields
     files.write(url(run, number), json.dumps(document).encode())

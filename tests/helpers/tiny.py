@@ -1,4 +1,4 @@
-"""A run that is done in seconds: a small network on drawn images."""
+"""Make a run that takes seconds: a small network on drawn images."""
 
 import dataclasses
 from pathlib import Path
@@ -17,18 +17,22 @@ from shards.order import BatchConfig
 from shards.views import ViewsConfig
 
 NO_PROBE = ProbeConfig()
-SAMPLES = 104  # 6 batches of 16 an epoch, 8 samples left over
+SAMPLES = 104  # An epoch has 6 batches of 16, and 8 samples are left over.
 
 
 def draw_data(folder: Path) -> DataConfig:
-    """Draw a training and a validation set; returns where they are."""
+    """Draw a training and a validation set, and return the config that names their places."""
     synthetic.write(f"{folder}/train", SAMPLES, 32, seed=0)
     synthetic.write(f"{folder}/val", 40, 32, seed=1)
     return DataConfig(train=f"{folder}/train", val=f"{folder}/val", streams=4)
 
 
 def recipe(data: DataConfig, run: Path | str, **changes: Any) -> Recipe:
-    """20 steps of 16 images, evaluated every 5 and logged at each."""
+    """Return a recipe of 20 steps of 16 images, evaluated every 5 steps and logged at each.
+
+    Args:
+        changes: Replace fields of the recipe.
+    """
     base = Recipe(
         run=str(run),
         threads=1,

@@ -1,4 +1,4 @@
-"""A training in this process, as launch/train.py puts it together."""
+"""Train in this process, with the parts that launch/train.py uses."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from engine.trainer import Trainer
 
 
 def open_trainer(recipe: Recipe) -> Trainer:
-    """A trainer in a run that nobody claimed."""
+    """Return a trainer in a run that nobody has claimed."""
     world = join(recipe.threads, recipe.parallel.strategy != "auto")
     terminal = Terminal(world.main)
     data = open_data(recipe, world, terminal.say)
@@ -23,7 +23,7 @@ def open_trainer(recipe: Recipe) -> Trainer:
 
 @contextmanager
 def training(recipe: Recipe) -> Iterator[Trainer]:
-    """A trainer in a run that is claimed meanwhile."""
+    """Yield a trainer in a run that is claimed during the block."""
     world = join(recipe.threads, recipe.parallel.strategy != "auto")
     terminal = Terminal(world.main)
     data = open_data(recipe, world, terminal.say)
@@ -32,12 +32,12 @@ def training(recipe: Recipe) -> Iterator[Trainer]:
 
 
 def finish(trainer: Trainer) -> bool:
-    """Train to the end."""
+    """Train to the end, and return what `fit` returns."""
     with Preemption(trainer.world, trainer.recipe.checkpoint.grace) as preemption:
         return fit(trainer, preemption)
 
 
 def train(recipe: Recipe) -> bool:
-    """Train to the end, in a run that is claimed meanwhile."""
+    """Train to the end in a run that is claimed meanwhile, and return what `fit` returns."""
     with training(recipe) as trainer:
         return finish(trainer)
