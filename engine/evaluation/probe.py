@@ -110,7 +110,7 @@ class Probe:
         return found
 
     def pixels_top1(self) -> float:
-        """Measure kNN on the pixels themselves, which is the figure that an encoder has to beat."""
+        """Measure kNN on the pixels themselves. This is the figure that an encoder has to beat."""
         bank = self.features(self.train, self.config.bank, pixels=True)
         return self.knn(bank, self.features(self.val, pixels=True))
 
