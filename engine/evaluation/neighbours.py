@@ -1,6 +1,6 @@
 """Show what an encoder finds similar: draw images beside their nearest neighbors.
 
-The features are also written for TensorBoard's projector.
+The features are also written for tensorboard's projector.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +23,7 @@ from shards.storage import files
 SHEET = "neighbours.png"
 SIDE = 96  # side of an image on the sheet, in pixels
 BORDER = 4  # width of a border, in pixels
-SPRITE = 8192  # side of TensorBoard's largest sprite, in pixels
+SPRITE = 8192  # side of tensorboard's largest sprite, in pixels
 RIGHT, WRONG, NEUTRAL = (46, 160, 67), (207, 34, 46), (140, 149, 159)
 
 
@@ -118,7 +118,7 @@ def _framed(image: NDArray[np.uint8], color: tuple[int, int, int]) -> NDArray[np
 
 
 def _write_projector(evaluation: Evaluation, found: Features) -> None:
-    """Write the files that TensorBoard's projector reads, beside the evaluations' events."""
+    """Write the files that tensorboard's projector reads, beside the evaluations' events."""
     folder = files.join(evaluation.run or evaluation.home, TENSORBOARD, EVALUATIONS)
     points = len(found.ids)
     columns = int(np.ceil(np.sqrt(points)))

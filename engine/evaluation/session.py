@@ -221,7 +221,7 @@ class Evaluation:
                 lease_held.release()
 
     def publish(self, result: Result) -> None:
-        """Print the result, and write it as JSON, to TensorBoard and to the run's metrics, if any.
+        """Print the result, and write it as JSON, to tensorboard and to the run's metrics, if any.
 
         The saved states of the evaluation are removed, because they are not needed any more.
         """
@@ -232,7 +232,7 @@ class Evaluation:
         self.terminal.say(f"result  {files.redact(files.join(self.url, RESULT))}")
 
     def events(self) -> EventLog:
-        """Open TensorBoard's event files for evaluations, beside those of the run."""
+        """Open tensorboard's event files for evaluations, beside those of the run."""
         return EventLog(files.join(self.run or self.home, TENSORBOARD, EVALUATIONS), None)
 
     @cached_property
