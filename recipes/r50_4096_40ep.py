@@ -2,7 +2,7 @@
 
 Paper        This is a preset of the official code.
 Data, hardware and command are as in recipes/r50_4096.py.
-Time         in proportion to the paper's 8 hours for 1000 epochs; it has not been measured here
+Time         The paper's 8 hours for 1000 epochs, in proportion. It has not been measured here.
 Expected     No figure is published.
 """
 

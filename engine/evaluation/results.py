@@ -35,6 +35,7 @@ def show(result: Result, console: Console) -> None:
 
 
 def read_result(url: str, report: Callable[[str], None]) -> Result | None:
+    """Read a result. Return None when there is none, or when it is damaged, which is reported."""
     try:
         document = files.read_json(url)
         result = Result(dict(document["metrics"]), [dict(row) for row in document["table"]])

@@ -69,7 +69,7 @@ class Examples(NamedTuple):
 
     inputs: Tensor  # [B, 3, S, S] uint8, or features [B, F]
     labels: Tensor  # [B], -1 for rows that must not be learned from
-    known: int  # number of labels that are not -1, kept here so that no step waits for the device
+    known: int  # number of labels that are not -1, known without asking the device
 
 
 class Training(Protocol):

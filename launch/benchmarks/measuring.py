@@ -71,6 +71,7 @@ def _walls_and_cpus(costs: list[Cost]) -> tuple[list[float], list[float]]:
 
 
 def ratio(over: list[float], under: list[float]) -> str:
+    """Format the ratio of the medians, with the smallest and largest ratio of a single round."""
     single = [a / b for a, b in zip(over, under, strict=True)]
     return f"{median(over) / median(under):.2f}x ({min(single):.2f} to {max(single):.2f})"
 
