@@ -1,24 +1,26 @@
-"""Ours beside the stock PyTorch way, measured in the same run.
+"""Measure this project beside stock PyTorch, in the same run.
 
-    python launch/bench.py input     images per second, and per second of a core, of the pipeline
-    python launch/bench.py step      images per second, compile time, memory and data wait of a
-                                     training step; also under torchrun
-    python launch/bench.py checkpoint seconds that training waits for a checkpoint, that it takes,
-                                     and from a process's start to its first step
-    python launch/bench.py order     seconds and memory until a rank knows its batch at any step
-    python launch/bench.py plan      memory and communication of a process among many, none needed
+    python launch/bench.py input      the pipeline's images per second and per core-second
+    python launch/bench.py step       images per second, compile time, memory and data wait of a
+                                      training step; also under torchrun
+    python launch/bench.py checkpoint seconds that training waits for a checkpoint, seconds that the
+                                      checkpoint takes, and seconds from a process's start to its
+                                      first step
+    python launch/bench.py order      seconds and memory until a rank knows its batch at any step
+    python launch/bench.py plan       memory and communication of one process among many, without
+                                      starting the others
 
-Both sides take turns in every round. A figure is the median over the rounds, a ratio is that of
-the medians, and behind it stand the smallest and the largest ratio of a single round. On a machine
-that is not idle use --threads 1 and the column per core-second: threads of torch that wait for
-each other spin. Memory and the workers' CPU time are read from Linux's /proc.
+Both sides take turns in every round. A figure is the median over the rounds. A ratio is the ratio
+of the medians, and behind it stand the smallest and the largest ratio of a single round. On a
+machine that is not idle, use --threads 1 and the column per core-second, because torch's threads
+spin while they wait for each other. Memory and the workers' CPU time are read from Linux's /proc.
 """
 
 import sys
 
 from launch.requirements import check_requirements
 
-if __name__ == "__main__":  # an import of what follows would fail with less to go by
+if __name__ == "__main__":  # the imports below would fail with a less helpful message
     check_requirements()
 
 import tyro

@@ -1,4 +1,4 @@
-"""argv to a recipe; and what tyro says of a mistake, as one line."""
+"""Parse command lines to a recipe, and turn tyro's error messages into one line."""
 
 import contextlib
 import difflib
@@ -15,9 +15,9 @@ from shards.fields import flatten
 
 
 def parse_recipe(arguments: list[str]) -> Recipe:
-    """RECIPE [--field.name value ...] -> the complete recipe, checked.
+    """Parse RECIPE [--field.name value ...] to the complete recipe, and check it.
 
-    Raises InputError in one line for an unknown field or a bad value; --help exits.
+    Raises InputError with one line for an unknown field or a bad value. --help prints and exits.
     """
     if not arguments or arguments[0].startswith("-"):
         raise InputError(
@@ -43,7 +43,7 @@ def parse_recipe(arguments: list[str]) -> Recipe:
         raise InputError(_unknown(unknown[0], recipe))
     try:
         recipe.check()
-    except TypeError as error:  # a recipe file is not held to its types
+    except TypeError as error:  # nothing else checks the types in a recipe file
         raise InputError(
             f"{arguments[0]}: a field has a value of the wrong type: {error}"
         ) from None
@@ -62,7 +62,7 @@ def _unknown(argument: str, recipe: Recipe) -> str:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """InputError in place of tyro's framed message and its exit; `--help` exits as it does."""
+    """Raise InputError where tyro would print a framed message and exit. --help still exits."""
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
@@ -71,14 +71,14 @@ def plain_errors() -> Iterator[None]:
         if not stop.code:
             raise
         raise InputError(_one_line(messages.getvalue())) from None
-    except ValueError as error:  # from a config's own check
+    except ValueError as error:  # a config's own check raises it
         raise InputError(str(error)) from None
 
 
 def _one_line(message: str) -> str:
-    """tyro's framed error as one line."""
+    """Turn tyro's framed error message into one line."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", message)
     text = " ".join(re.sub(r"[│╭╮╰╯─]+", " ", text).split())
-    # The box's title says what the text behind it says again.
+    # The text in the frame repeats what the frame's title says.
     text = re.sub(r"^(Value error|Parsing error|Invalid choice|Missing argument) ", "", text)
     return re.split(r" (?:Argument|For full) helptext", text)[0]

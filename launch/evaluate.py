@@ -1,7 +1,7 @@
 """Measure an encoder: python launch/evaluate.py PROTOCOL CHECKPOINT [--option value ...]
 
-CHECKPOINT is the URL of a run (its newest checkpoint is taken), of one of its checkpoints, or of a
-checkpoint file of a ResNet that others trained. Several processes: torchrun launch/evaluate.py ...
+CHECKPOINT is the URL of a run (its newest checkpoint is used), of one of its checkpoints, or of a
+third-party checkpoint file of a ResNet. For several processes use torchrun launch/evaluate.py ...
 """
 
 import os
@@ -15,7 +15,7 @@ from annotated_types import Interval
 
 from launch.requirements import check_requirements
 
-if __name__ == "__main__":  # an import of what follows would fail with less to go by
+if __name__ == "__main__":  # the imports below would fail with a less helpful message
     check_requirements()
 
 import tyro
@@ -35,13 +35,13 @@ from launch.command_line import plain_errors
 from shards.errors import InputError
 from shards.fields import as_flag, check_bounds
 
-_Flat = tyro.conf.arg(name="")  # fields without a prefix
+_Flat = tyro.conf.arg(name="")  # its fields become options without a prefix
 _FLAT_PREFIXES = r"^((options|protocol|subset|encoder)\.)*"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What every protocol takes."""
+    """Options of every protocol."""
 
     checkpoint_url: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """URL of a run, of one of its checkpoints, or of a third-party checkpoint file."""
@@ -72,7 +72,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear classifier on the frozen features: the paper's protocol."""
+    """Train a linear classifier on the frozen features. This is the paper's protocol."""
 
     options: Annotated[Options, _Flat]
     protocol: Annotated[LinearConfig, _Flat] = field(default_factory=LinearConfig)
@@ -84,7 +84,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class KNN:
-    """The vote of the nearest training images, for several k and temperatures."""
+    """Classify by the vote of the k nearest training images, for several k and temperatures."""
 
     options: Annotated[Options, _Flat]
     protocol: Annotated[KNNConfig, _Flat] = field(default_factory=KNNConfig)
@@ -96,7 +96,7 @@ class KNN:
 
 @dataclass(frozen=True)
 class Finetune:
-    """Encoder and classifier learn from all labels."""
+    """Train encoder and classifier together on all labels."""
 
     options: Annotated[Options, _Flat]
     protocol: Annotated[FinetuneConfig, _Flat] = field(default_factory=FinetuneConfig)
@@ -109,7 +109,7 @@ class Finetune:
 
 @dataclass(frozen=True)
 class SemiSupervised:
-    """Encoder and classifier learn from a few labels of each class."""
+    """Train encoder and classifier together on a few labels of each class."""
 
     options: Annotated[Options, _Flat]
     subset: Annotated[SemiSupervisedConfig, _Flat] = field(default_factory=SemiSupervisedConfig)
@@ -130,7 +130,7 @@ class SemiSupervised:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Look at it: images beside those that the encoder finds nearest; tensorboard's projector."""
+    """Draw images beside their nearest neighbors, and fill tensorboard's projector."""
 
     options: Annotated[Options, _Flat]
     protocol: Annotated[NeighboursConfig, _Flat] = field(default_factory=NeighboursConfig)
@@ -141,7 +141,7 @@ class Neighbours:
 
 
 def _measure(evaluation: Evaluation, measure: Callable[[], Result | None]) -> None:
-    """The standing result, or a new one."""
+    """Show the existing result of this evaluation, or measure and publish a new one."""
     if evaluation.standing() is not None:
         return
     with evaluation.alone():
@@ -160,7 +160,10 @@ _PROTOCOLS: dict[str, type[Protocol]] = {
 
 
 def parse(arguments: list[str]) -> Protocol:
-    """Raises InputError, in one line, for what cannot be understood; --help exits."""
+    """Parse the command line. --help prints and exits.
+
+    Raises InputError with one line when the arguments are not understood.
+    """
     chosen = _PROTOCOLS.get(arguments[0]) if arguments else None
     if chosen is None and not {"-h", "--help"} & set(arguments[:1]):
         raise InputError(
@@ -180,7 +183,7 @@ def parse(arguments: list[str]) -> Protocol:
     except InputError as error:
         if not arguments[1:] or not arguments[1].startswith("-"):
             raise
-        # An option that takes several values took CHECKPOINT for one.
+        # An option that takes several values may have taken CHECKPOINT as one of them.
         raise InputError(f"{error}; put CHECKPOINT right behind {arguments[0]}") from None
     check_bounds(given, lambda name: as_flag(re.sub(_FLAT_PREFIXES, "", name)))
     return given
@@ -204,5 +207,5 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
     if status:
-        # Without Python's own end, which could wait for processes that wait for this one.
+        # Python's normal exit could wait for processes that wait for this one.
         os._exit(status)

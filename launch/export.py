@@ -1,7 +1,7 @@
 """Export an encoder: python launch/export.py CHECKPOINT OUT [--option value ...]
 
-CHECKPOINT is the URL of a run (its newest checkpoint is taken), of one of its checkpoints, or of a
-checkpoint file of a ResNet that others trained. OUT is the URL of a folder.
+CHECKPOINT is the URL of a run (its newest checkpoint is used), of one of its checkpoints, or of a
+third-party checkpoint file of a ResNet. OUT is the URL of a folder.
 """
 
 import os
@@ -11,7 +11,7 @@ from typing import Annotated
 
 from launch.requirements import check_requirements
 
-if __name__ == "__main__":  # an import of what follows would fail with less to go by
+if __name__ == "__main__":  # the imports below would fail with a less helpful message
     check_requirements()
 
 import torch
@@ -34,7 +34,7 @@ _console = Console(markup=False, highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class ExportDataConfig:
-    """Real images that every file is compared with the checkpoint on."""
+    """Real images on which every exported file is compared with the checkpoint."""
 
     val: str = ""
     """URL of shards whose images the exported files are compared on. By default they are the run's,
@@ -43,7 +43,7 @@ class ExportDataConfig:
 
 @dataclass(frozen=True)
 class Export:
-    """Write an encoder for torchvision, timm, TorchScript, torch.export or ONNX, and its card."""
+    """Write an encoder and its card for torchvision, timm, TorchScript, torch.export or ONNX."""
 
     checkpoint_url: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """URL of a run, of one of its checkpoints, or of a third-party checkpoint file."""
@@ -55,7 +55,7 @@ class Export:
     data: ExportDataConfig = field(default_factory=ExportDataConfig)
 
     def run(self) -> None:
-        """Raises InputError."""
+        """Export the encoder. Raises InputError when an argument is wrong."""
         if not self.out.strip():
             raise InputError("OUT is empty: give the URL of a folder")
         files.check(self.out, "OUT")
@@ -84,7 +84,10 @@ class Export:
 
 
 def parse(arguments: list[str]) -> Export:
-    """Raises InputError, in one line, for what cannot be understood; --help exits."""
+    """Parse the command line. --help prints and exits.
+
+    Raises InputError with one line when the arguments are not understood.
+    """
     try:
         with plain_errors():
             return tyro.cli(Export, prog="export.py", args=arguments)

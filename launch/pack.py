@@ -12,7 +12,7 @@ from typing import Annotated
 
 from launch.requirements import check_requirements
 
-if __name__ == "__main__":  # an import of what follows would fail with less to go by
+if __name__ == "__main__":  # the imports below would fail with a less helpful message
     check_requirements()
 
 import tyro
@@ -43,26 +43,26 @@ def main(
 ) -> None:
     """Pack images into shards that training streams, or index tars that others made.
 
-    A folder of images is packed in random order. Its first folders name the classes (a flat folder
-    has none); when they are train, val or test, each is packed to a folder of that name under OUT.
-    A run that was stopped goes on where it was.
+    A folder of images is packed in random order. Its first folders name the classes. A flat folder
+    has no classes. When the first folders are train, val or test, each of them is packed to a
+    folder of that name under OUT. A packing that was stopped continues with the same command.
 
     Args:
-        source: URL of a folder of jpg, jpeg, png or webp files. With --index-only, of a folder of
-            tars, or a brace pattern such as "s3://bucket/shard-{000000..000146}.tar".
+        source: URL of a folder of jpg, jpeg, png or webp files. With --index-only, give a folder of
+            tars or a brace pattern such as "s3://bucket/shard-{000000..000146}.tar".
         out: URL of the folder to write.
-        shard_mb: Size of a shard in MB, about.
+        shard_mb: Approximate size of a shard in MB.
         seed: Seed of the random order.
-        threads: Shards written at a time. Memory: threads x shard size x 2.
+        threads: Number of shards written at a time. This takes threads x shard size x 2 of memory.
         overwrite: Replace the shards that OUT holds.
         index_only: Read the headers of the tars in SOURCE and write index.json next to them.
-        classes: With --index-only: a file with the name of each class, one a line.
+        classes: File with the names of the classes, one a line. Only for --index-only.
     """
     files.check(source, "SOURCE")
     files.check(out, "OUT")
     if threads < 1:
         raise InputError("--threads must be at least 1")
-    if not 0 < shard_mb < 1e6:  # nan is in no range
+    if not 0 < shard_mb < 1e6:  # this also refuses nan
         raise InputError("--shard-mb must be positive and below 1,000,000")
     if index_only:
         if out:
@@ -120,10 +120,10 @@ def _warn(text: str) -> None:
 
 
 class _Bar:
-    """Progress on stderr: things done, MB/s, the time that is left."""
+    """Shows progress on stderr: the number of files done, MB/s and the time left."""
 
     def __init__(self, name: str, size: int | None, count: int | None) -> None:
-        self._done, self._lock = 0, Lock()  # images are done in many threads
+        self._done, self._lock = 0, Lock()  # several threads call advance
         of = "" if count is None else f"/{count}"
         speed = () if size is None else (TransferSpeedColumn(), TimeRemainingColumn())
         done = TextColumn("{task.fields[done]}" + of)

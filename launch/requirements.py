@@ -1,7 +1,7 @@
-"""The packages that this one needs, as pyproject.toml names them.
+"""Check that the packages named in pyproject.toml are installed and new enough.
 
-The entry points check them before they import the engine, whose imports would fail on a package
-that is too old with a message that does not say so.
+The entry points do this before they import the engine. With a package that is too old, the engine's
+imports would fail with a message that does not name the cause.
 """
 
 import os
@@ -15,17 +15,17 @@ PROJECT = "byol-engine"
 
 
 def check_requirements() -> None:
-    """End this process with one line when a package is missing or older than is needed."""
+    """End this process with one line of error when a package is missing or too old."""
     if fault := find_fault():
-        # Of the processes on a machine the first one tells what all of them find.
+        # All processes on a machine find the same fault, so only the first one prints it.
         sys.exit(f"error: {fault}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
 
 
 def find_fault() -> str:
-    """What is wrong with the first package that does not do, in one line; empty when all do."""
+    """Describe the first unsuitable package in one line. Return "" when all are suitable."""
     try:
         lines = metadata.requires(PROJECT) or []
-    except metadata.PackageNotFoundError:  # run from a folder that was never installed
+    except metadata.PackageNotFoundError:  # this project was never installed
         return ""
     for line in lines:
         needed = Requirement(line)
@@ -36,7 +36,7 @@ def find_fault() -> str:
             found = metadata.version(needed.name)
         except metadata.PackageNotFoundError:
             return f"{needed.name} is not installed: {remedy}"
-        # Builds of a vendor, such as 2.11.0a0+nv26.1, count as the release that they come before.
+        # A vendor's build, such as 2.11.0a0+nv26.1, counts as the release that it precedes.
         if not needed.specifier.contains(Version(found).base_version, prereleases=True):
             return f"{needed.name} {found} does not do, {needed} is needed: {remedy}"
     return ""

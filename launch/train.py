@@ -1,7 +1,7 @@
 """Train: torchrun launch/train.py RECIPE [--field.name value ...]
 
-The same command starts a run, continues it after a stop or a crash, and, with other operation
-fields, continues it differently. RECIPE --help lists all fields.
+The same command starts a run and continues it after a stop or a crash. The operation fields may be
+changed at every start. RECIPE --help lists all fields.
 """
 
 import os
@@ -9,7 +9,7 @@ import sys
 
 from launch.requirements import check_requirements
 
-if __name__ == "__main__":  # an import of what follows would fail with less to go by
+if __name__ == "__main__":  # the imports below would fail with a less helpful message
     check_requirements()
 
 from engine.data import open_data
@@ -24,11 +24,15 @@ from engine.run import claim
 from engine.trainer import Trainer
 from launch.command_line import parse_recipe
 
-START_AGAIN = 75  # any failure would do: torchrun starts the processes again, without who left
+# An exit status other than 0 makes torchrun start the processes again, without those that left.
+START_AGAIN = 75
 
 
 def train(recipe: Recipe) -> bool:
-    """One job, from its start to its end; False when torchrun is to start this process again."""
+    """Run one job from its start to its end.
+
+    Returns False when torchrun has to start this process again.
+    """
     with (
         enter(recipe.threads, recipe.parallel.strategy != "auto") as world,
         Preemption(world, recipe.checkpoint.grace) as preemption,
@@ -61,5 +65,5 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
     if status:
-        # Without Python's own end, which could wait for processes that wait for this one.
+        # Python's normal exit could wait for processes that wait for this one.
         os._exit(status)

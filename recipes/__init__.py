@@ -1,1 +1,1 @@
-"""One file, one complete recipe: each defines `recipe`, a `engine.recipe.Recipe`."""
+"""Complete training recipes. Each file defines `recipe`, an `engine.recipe.Recipe`."""

@@ -1,13 +1,13 @@
 """CIFAR-10 at 32 pixels: ResNet-18 with the small-image stem.
 
-Paper        no row of its own; the paper's method with the usual small-image changes: a 3x3 stem
-             without max pooling, no blur (at 32 px it removes what there is to see), batch 512.
+Paper        The paper has no such row. This is its method with the usual small-image changes: a
+             3x3 stem without max pooling, no blur (at 32 px it removes the detail), batch 512.
 Data         python launch/pack.py CIFAR10_FOLDER data/cifar10   (class folders in train/ and test/)
 Command      torchrun launch/train.py recipes/cifar10.py
 Hardware     one GPU of 16 GB or more
-Time         not measured on a GPU yet
-Expected     published for the same data and network: solo-learn 92.6 linear top-1 at 1000 epochs,
-             lightly 86.8 kNN at 200 epochs
+Time         It has not been measured on a GPU yet.
+Expected     Published figures for the same data and network are solo-learn's 92.6 linear top-1 at
+             1000 epochs and lightly's 86.8 kNN at 200 epochs.
 """
 
 from engine.evaluation.probe import ProbeConfig

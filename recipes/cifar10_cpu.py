@@ -1,9 +1,11 @@
-"""CIFAR-10 in forty minutes on two CPU cores: for those who have no GPU yet.
+"""CIFAR-10 in forty minutes on two CPU cores, for users who have no GPU yet.
 
-Paper        none. ResNet-10 at a quarter of the width with the small-image stem, 20 epochs, AdamW
-Data         as recipes/cifar10.py
+Paper        The paper has no such row. This trains a ResNet-10 of a quarter of the width with the
+             small-image stem for 20 epochs, with AdamW.
+Data         as in recipes/cifar10.py
 Command      torchrun launch/train.py recipes/cifar10_cpu.py
-Hardware     two CPU cores with bfloat16 instructions (else --precision fp32), 2 GB of memory
+Hardware     two CPU cores with bfloat16 instructions (otherwise use --precision fp32), 2 GB of
+             memory
 Time         37 min
 Expected     kNN 53.1% (raw pixels 41.5%, untrained encoder 31.9%); linear --fast 59.2%
 """

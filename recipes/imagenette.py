@@ -1,11 +1,11 @@
-"""Imagenette (or any ten-class ImageNet subset) at 128 pixels: the official small setting.
+"""Imagenette (or any ten-class ImageNet subset) at 128 pixels, with the official small setting.
 
-Paper        none; the setting that the official code ships for a single machine
+Paper        The paper has no such row. The official code has this setting for a single machine.
 Data         python launch/pack.py IMAGENETTE_FOLDER data/imagenette   (its train/ and val/)
 Command      torchrun launch/train.py recipes/imagenette.py
 Hardware     one GPU of 16 GB or more
-Time         not measured on a GPU yet
-Expected     about 92.3 top-1 of the online head on val (reported for the official code)
+Time         It has not been measured on a GPU yet.
+Expected     about 92.3 top-1 of the online head on val, as reported for the official code
 """
 
 from engine.evaluation.probe import ProbeConfig

@@ -1,14 +1,14 @@
 """Watch an encoder learn in five minutes on two CPU cores, on images drawn by code.
 
-Paper        none: the method on a ResNet-10 of a quarter's width, with AdamW in place of LARS,
-             which needs large batches and long schedules
-Data         drawn at the first start: 8 classes of gray textures (shards/making/synthetic.py), to
-             data/quickstart
+Paper        The paper has no such row. This is its method on a ResNet-10 of a quarter of the width,
+             with AdamW in place of LARS, because LARS needs large batches and long schedules.
+Data         The first start draws 8 classes of gray textures (shards/making/synthetic.py) and
+             writes them to data/quickstart.
 Command      torchrun launch/train.py recipes/quickstart.py
 Hardware     two CPU cores, 2 GB of memory
 Time         4 min 30 s
-Expected     kNN, k = 20: 79.5% (raw pixels 53.0%, untrained encoder 42.4%); linear --fast 77.8%
-             (14.5%, 30.6%)
+Expected     kNN, k = 20: 79.5% (raw pixels 53.0%, untrained encoder 42.4%);
+             linear --fast: 77.8% (raw pixels 14.5%, untrained encoder 30.6%)
 """
 
 from engine.evaluation.probe import ProbeConfig

@@ -1,4 +1,4 @@
-"""ResNet-50, batch 4096, 1000 epochs of ImageNet: the paper's main result.
+"""ResNet-50, batch 4096, 1000 epochs of ImageNet. This is the paper's main result.
 
 Paper        table 1: 74.3 linear top-1
 Data         python launch/pack.py IMAGENET_FOLDER s3://bucket/imagenet   (its train/ and val/)
@@ -9,12 +9,13 @@ Command      export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
                  launch/train.py recipes/r50_4096.py
                  --data.train s3://bucket/imagenet/train --data.val s3://bucket/imagenet/val
                  --run-url s3://bucket/runs/r50_4096
-Hardware     the paper's: 512 TPU v3 cores. Here any number of GPUs up to 512, with 64 images each
-             for instance; fewer of them by --batch.micro, which changes whose statistics are shared
-Time         the paper's: about 8 hours for 1000 epochs; not measured here
+Hardware     The paper used 512 TPU v3 cores. Here any number of GPUs up to 512 works, for instance
+             64 GPUs with 64 images each. With fewer GPUs use --batch.micro, which changes which
+             images share norm statistics.
+Time         The paper took about 8 hours for 1000 epochs. It has not been measured here.
 Expected     74.3 linear top-1, 91.6 top-5
 
-The paper's shorter schedules are r50_4096_300ep.py, r50_4096_100ep.py and r50_4096_40ep.py.
+The shorter schedules are in r50_4096_300ep.py, r50_4096_100ep.py and r50_4096_40ep.py.
 """
 
 from dataclasses import replace
@@ -45,7 +46,7 @@ recipe = Recipe(
 
 
 def shortened(epochs: int, base_lr: float, base_tau: float) -> Recipe:
-    """The same run on one of the paper's shorter schedules (which decay weights by 1e-6)."""
+    """Return this recipe with one of the shorter schedules, whose weight decay is 1e-6."""
     return replace(
         recipe,
         run=f"runs/r50_4096_{epochs}ep",

@@ -1,4 +1,4 @@
-"""Features of a data set's images, as an encoder in evaluation mode gives them."""
+"""Compute the features of a data set's images with an encoder in evaluation mode."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from shards.errors import InputError
 
 
 class Features(NamedTuple):
-    """Features of some images: those that this process holds of a data set."""
+    """The features of those images of a data set that this process holds."""
 
     features: Tensor  # [N, F] float32 (float64 in fp64)
     labels: Tensor  # [N] int64, -1 where there is none
@@ -24,7 +24,10 @@ class Features(NamedTuple):
 def forward(
     network: nn.Module, images: Tensor, precision: Precision, device: torch.device
 ) -> Tensor:
-    """What a network makes of uint8 images [B, 3, S, S] on the device, in its parameters' dtype."""
+    """Run a network on uint8 images [B, 3, S, S] that are on the device.
+
+    The output has the dtype of the network's parameters.
+    """
     images = normalize(images.to(parameter_dtype(precision)) / 255)
     with autocast(precision, device):
         output: Tensor = network(images)
@@ -34,7 +37,10 @@ def forward(
 def encoding(
     network: nn.Module, precision: Precision, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """`forward` without gradients, of a network that is put on the device, in evaluation mode."""
+    """Return `forward` of this network, without gradients, as a function of the images.
+
+    The network is moved to the device and put into evaluation mode.
+    """
     network.to(device, parameter_dtype(precision)).eval()
 
     @torch.no_grad()
@@ -52,14 +58,17 @@ def extract(
     unlabeled: bool = False,
     leave: Callable[[], bool] = lambda: False,
 ) -> Features:
-    """Features of all labeled samples, or of all; `encode` takes uint8 images [B, 3, S, S] there.
+    """Compute the features of all labeled samples in the batches.
 
-    Of those before `leave` said so, asked at each batch.
+    Args:
+        encode: Maps uint8 images [B, 3, S, S] on the device to features [B, F].
+        unlabeled: Include the samples that have no label.
+        leave: Asked after each batch. When it returns True, the remaining batches are left out.
     """
     parts: list[Features] = []
     for batch in batches:
         wanted = (batch.labels >= 0) | unlabeled
-        # The first batch goes through even when it is empty: it tells how long features are.
+        # The first batch is encoded even when it is empty, because it tells the features' length.
         if wanted.any() or not parts:
             images = batch.images[wanted].to(device, non_blocking=True)
             labels, ids = batch.labels[wanted].to(device), batch.ids[wanted].to(device)
@@ -70,19 +79,21 @@ def extract(
 
 
 class Accuracy(NamedTuple):
-    """Fractions of a data set's labeled images."""
+    """Top-1 and top-5 accuracy, as fractions of a data set's labeled images."""
 
     top1: float
     top5: float
 
 
 def accuracy(scores: Tensor, labels: Tensor, world: World, field: str) -> Accuracy:
-    """How often the label is the class of the highest score, and of the five highest.
+    """Measure how often the label has the highest score, and how often one of the five highest.
+
+    All processes call it together, and the result covers the rows of all of them.
 
     Args:
-        scores: [N, C], this process's rows. A class of score -inf, or nan, is never right.
-        labels: [N] int64.
-        field: Of the data set, for the message.
+        scores: [N, C], this process's rows. A class whose score is -inf or nan is never right.
+        labels: [N] int64, this process's labels.
+        field: The data set's name in the error message, such as "data.val".
 
     Raises InputError when no process has a row.
     """

@@ -1,7 +1,7 @@
-"""Fine-tuning: encoder and classifier learn together, from all labels or from a few.
+"""Fine-tuning: train encoder and classifier together, on all labels or on a few.
 
-Every learning rate and length is tried in turn, each from the checkpoint; the one that does best on
-held-out training images is chosen, and its figure on data.val is the result.
+Every combination of learning rate and length is trained in turn, each from the checkpoint. The one
+that is best on held-out training images is chosen, and its accuracy on data.val is the result.
 
 Source: BYOL (arXiv 2006.07733), section 4.2 and appendix C.2.
 """
@@ -53,7 +53,7 @@ MODEL = "model.safetensors"
 
 @dataclass(frozen=True)
 class FinetuneConfig(SupervisedConfig):
-    """The defaults are the paper's, for few labels."""
+    """Options of fine-tuning. The defaults are the paper's for few labels."""
 
     epochs: Annotated[tuple[float, ...], Interval(ge=1e-9, le=1e9), MinLen(1)] = (30, 50)
     """Passes over the labeled images. Several numbers are each tried."""
@@ -63,23 +63,26 @@ class FinetuneConfig(SupervisedConfig):
 
 
 class Labels(NamedTuple):
-    """What is learned from, and what the choice is made on."""
+    """The images to learn from, and the held-out images to choose the best training on."""
 
-    source: Index  # of the images to learn from, but those that `held` says
-    held: Held
-    chosen_in: Index
-    chosen_on: NDArray[np.int64]  # ids there, rising
+    source: Index  # the data set to learn from
+    held: Held  # tells which samples of `source` must not be learned from
+    chosen_in: Index  # the data set that has the images to choose on
+    chosen_on: NDArray[np.int64]  # their ids in `chosen_in`, rising
 
 
 def all_labels(evaluation: Evaluation, config: FinetuneConfig) -> Labels:
-    """Those of the whole training set but what is held out."""
+    """Learn from the whole training set except the held-out images, and choose on those."""
     index = evaluation.train
     held, ids = hold_out(index.samples, config.holdout, config.seed), np.arange(index.samples)
     return Labels(index, held, index, ids[held(ids)])
 
 
 def evaluate(evaluation: Evaluation, config: FinetuneConfig, labels: Labels) -> Result | None:
-    """Train with each choice, measure the best one; None when a signal stopped it."""
+    """Train with each combination of learning rate and length, and measure the best one.
+
+    Return None when a signal stopped the training. Raises InputError when every training diverged.
+    """
     training = Finetuning(evaluation, config, labels)
     check_labels(evaluation, *labels)
     if not train(training, training.batches, evaluation, config.save_every):
@@ -102,7 +105,7 @@ def evaluate(evaluation: Evaluation, config: FinetuneConfig, labels: Labels) -> 
 
 
 class Classifier(nn.Module):
-    """Encoder and linear classifier: [B, 3, S, S] -> [B, C]. Its keys are torchvision's."""
+    """An encoder and a linear classifier: [B, 3, S, S] -> [B, C]."""
 
     def __init__(self, encoder: ResNet, classes: int) -> None:
         super().__init__()
@@ -114,16 +117,19 @@ class Classifier(nn.Module):
         return logits
 
     def tensors(self) -> dict[str, Tensor]:
-        """By torchvision's names, on the CPU."""
+        """Return parameters and buffers on the CPU, under torchvision's names."""
         named = {**self.encoder.state_dict(), **self.fc.state_dict(prefix="fc.")}
         return {name: value.detach().cpu().contiguous() for name, value in named.items()}
 
 
 class Finetuning:
-    """One training after the other, each from the checkpoint; `step` counts through all of them."""
+    """Runs one training after the other, each from the checkpoint.
+
+    `step` counts the steps of all trainings together.
+    """
 
     def __init__(self, evaluation: Evaluation, config: FinetuneConfig, labels: Labels) -> None:
-        """Raises InputError when the checkpoint or the number of images does not allow it."""
+        """Raises InputError for --network pixels, for fp16, and when there are too few images."""
         network, source = evaluation.network, evaluation.source
         if not isinstance(network, ResNet):
             raise InputError("--network pixels has nothing to fine-tune: measure it by linear")
@@ -149,9 +155,11 @@ class Finetuning:
         self.scores = torch.full((len(self.choices),), -1.0, dtype=torch.float64)
 
     def train_step(self, batch: Examples) -> Tensor:
-        """One update from images [B, 3, S, S]; at the end of a training it is measured.
+        """Update the model once from images [B, 3, S, S].
 
-        Returns this process's share of the loss [1], the mean over all rows that have a label.
+        The last step of a training also measures the model on the held-out images. Returns this
+        process's share of the loss [1]. The loss is the mean over all rows of all processes that
+        have a label.
         """
         choice, step = self._place(self.step)
         if step == 0:
@@ -176,7 +184,7 @@ class Finetuning:
         return loss.detach()[None]
 
     def batches(self, start: int) -> Generator[Examples, None, None]:
-        """Those of each training from its own beginning on."""
+        """Yield the batches from step `start` on. Every training begins with the same batch."""
         config, index = self.config, self.labels.source
         source = crops(self.evaluation, index, config.batch, config.seed, self.labels.held)
         first, place = self._place(start)
@@ -188,20 +196,25 @@ class Finetuning:
     def measure(
         self, index: Index, ids: NDArray[np.int64] | None = None, field: str = "data.val"
     ) -> Accuracy:
-        """The model's accuracy on central crops."""
+        """Measure the model's accuracy on central crops.
+
+        Args:
+            ids: The samples to measure, rising. By default all of them are measured.
+            field: The data set's name in the error message.
+        """
         self.model.eval()
         with torch.no_grad():
             found = self.evaluation.features(index, self._logits, ids=ids)
         return accuracy(found.features, found.labels, self.world, field)
 
     def take(self, tensors: dict[str, Tensor]) -> None:
-        """Give the model parameters and running statistics."""
+        """Copy these parameters and running statistics into the model."""
         with torch.no_grad():
             for name, value in self.model.state_dict().items():
                 value.copy_(tensors[name])
 
     def state(self) -> dict[str, Any]:
-        """The tensors to save and, in place, to load."""
+        """Return the tensors to save. A saved state is loaded into them in place."""
         return {
             "model": self.model.state_dict(),
             "momentum": momenta(self.optimizer),
@@ -214,7 +227,7 @@ class Finetuning:
         return forward(self.model, images, precision, self.world.device)
 
     def _place(self, step: int) -> tuple[int, int]:
-        """Which training a step belongs to, and its number there."""
+        """Return which training a step belongs to, and the step's number within that training."""
         choice = 0
         while choice + 1 < len(self._steps) and step >= self._steps[choice]:
             step -= self._steps[choice]
@@ -228,7 +241,7 @@ class Finetuning:
 
     def _finish(self, choice: int) -> None:
         if not all(value.isfinite().all() for value in self.model.parameters()):
-            return  # it has diverged, and cannot be chosen
+            return  # the training has diverged, so it keeps the score -1 and is never chosen
         score = self.measure(self.labels.chosen_in, self.labels.chosen_on, "data.train").top1
         if score > self.scores.max():
             for name, value in self.model.state_dict().items():

@@ -1,4 +1,6 @@
-"""Exact nearest neighbours by cosine, and their vote; with the features spread over processes.
+"""Find exact nearest neighbors by cosine and let them vote on the class.
+
+The features may be spread over several processes.
 
 Source: Wu et al., "Unsupervised feature learning via non-parametric instance discrimination"
 (arXiv 1805.01978), section 3.4.
@@ -18,13 +20,16 @@ from engine.evaluation.session import Evaluation
 from engine.processes.world import World
 from shards.errors import InputError
 
-QUERIES = 1024  # of all processes together that are looked up at a time
-KEYS = 1 << 15  # that a process compares them with at a time: 0.25 GB of cosines
-STEPS = 2**26  # from 0 to 1, of a direction's coordinates
+QUERIES = 1024  # looked up at a time, over all processes
+KEYS = 1 << 15  # features that a process compares them with at a time: 0.25 GB of cosines
+STEPS = 2**26  # steps from 0 to 1 to which the coordinates of a direction are rounded
 
 
 class Neighbours(NamedTuple):
-    """The k nearest images of each query, nearest first, and of equally near ones by sample id."""
+    """The k nearest images of each query, nearest first.
+
+    Images that are equally near are ordered by sample id.
+    """
 
     similarity: Tensor  # [N, k] float64, cosine
     labels: Tensor  # [N, k]
@@ -33,12 +38,20 @@ class Neighbours(NamedTuple):
 
 @torch.no_grad()
 def nearest(bank: Features, queries: Tensor, k: int, world: World) -> Neighbours:
-    """The k nearest (or all, where there are fewer) of all processes' `bank` to each query [N, F].
+    """Find the k images of the bank that are nearest to each query.
 
-    Each process looks up its own queries; all call this together. No process ever holds more of
-    the bank than its own part: queries travel to it, and what it found back. What is found does not
-    depend on how bank and queries are shared out, not even where images are equally near. Raises
-    InputError when the bank is empty or a feature is not finite.
+    All processes call it together, and each looks up its own queries. A process never holds more
+    of the bank than its own part: all queries are sent to every process, and each sends back what
+    it found. The result does not depend on how bank and queries are distributed, even where images
+    are equally near.
+
+    Args:
+        bank: The features to search. Each process gives its part.
+        queries: [N, F], this process's queries.
+        k: Number of images to find. When the bank has fewer, all of them are found.
+
+    Raises InputError when the bank is empty, when no process has a query, or when a feature is not
+    finite.
     """
     finite = bool(bank.features.isfinite().all() & queries.isfinite().all())
     if not all(world.all_gather_object(finite)):
@@ -62,17 +75,18 @@ def nearest(bank: Features, queries: Tensor, k: int, world: World) -> Neighbours
         candidates = _nearest_here(keys, world.all_gather(padded), k)  # [W * rows, k] each
         answers = (world.all_to_all(part.unflatten(0, (world.size, rows))) for part in candidates)
         merged = Neighbours(*(answer.transpose(0, 1).flatten(1) for answer in answers))
-        found.append(_best(merged, k, len(own)))  # of [rows, W * k]
+        found.append(_best(merged, k, len(own)))  # the best of [rows, W * k]
     return Neighbours(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 def _directions(features: Tensor) -> Tensor:
-    """Rows of length 1 [N, F], in steps of 2**-26: int32 from -STEPS to STEPS.
+    """Normalize rows [N, F] to length 1 and round them to steps of 2**-26.
 
-    Products of steps are whole numbers, and any sum of them that a cosine is made of is at most
-    2**52: float64 holds each exactly. A matrix product then gives the same cosines in whatever
-    order and parts it adds, and equal images are equally near. The rounding moves a cosine by some
-    1e-8, less than float32 does.
+    The result is int32, from -STEPS to STEPS. The rounding makes cosines exact: products of such
+    numbers are whole numbers, and every sum of them within a cosine is at most 2**52, which float64
+    holds exactly. So a matrix product gives the same cosines in whatever order it adds, and equal
+    images are equally near. The rounding changes a cosine by about 1e-8, which is less than float32
+    does.
     """
     parts = [
         (F.normalize(part.double(), dim=1) * STEPS).round().int() for part in features.split(KEYS)
@@ -81,11 +95,15 @@ def _directions(features: Tensor) -> Tensor:
 
 
 def _nearest_here(keys: Features, queries: Tensor, k: int) -> Neighbours:
-    """Of this process's part of the bank, by id; what it lacks to k is infinitely far.
+    """Find the k nearest images within this process's part of the bank.
 
-    Features and queries are directions, in steps.
+    When the part has fewer than k images, the rest is filled with id -1 and similarity -inf.
+
+    Args:
+        keys: This process's part of the bank, ordered by id, with features from `_directions`.
+        queries: [N, F], from `_directions`.
     """
-    asked = queries.double() / STEPS**2  # a power of 2: nothing is rounded
+    asked = queries.double() / STEPS**2  # exact, because STEPS is a power of 2
     shape = (len(queries), k)
     best = Neighbours(
         asked.new_full(shape, -torch.inf),
@@ -102,12 +120,15 @@ def _nearest_here(keys: Features, queries: Tensor, k: int) -> Neighbours:
 
 
 def _columns_of_largest(values: Tensor, k: int) -> Tensor:
-    """Columns [N, k] of the k largest values [N, n] of each row, in any order; of equal ones the
-    first, where torch.topk takes any."""
+    """Return the columns [N, k] of the k largest values [N, n] of each row, in any order.
+
+    Among equal values it takes the first columns; torch.topk would take any of them.
+    """
     largest = values.topk(min(k + 1, values.shape[1]), dim=1)
     columns = largest.indices[:, :k].clone()
     least = largest.values[:, k - 1 : k]  # [N, 1]
-    tied = (largest.values[:, k:] == least).any(1)  # [N], with one that is left out
+    # [N]: whether a value that is left out equals the least one that is taken
+    tied = (largest.values[:, k:] == least).any(1)
     if tied.any():
         some, bound = values[tied], least[tied]
         above, equal = some > bound, some == bound
@@ -117,7 +138,7 @@ def _columns_of_largest(values: Tensor, k: int) -> Tensor:
 
 
 def _best(candidates: Neighbours, k: int, rows: int) -> Neighbours:
-    """The k nearest of each of the first `rows` queries, as `Neighbours` are ordered."""
+    """Return the k nearest candidates of each of the first `rows` queries, ordered by nearness."""
     similarity, _, ids = (part[:rows] for part in candidates)
     by_id = ids.argsort(dim=1)
     nearest_first = similarity.gather(1, by_id).argsort(dim=1, descending=True, stable=True)
@@ -126,10 +147,11 @@ def _best(candidates: Neighbours, k: int, rows: int) -> Neighbours:
 
 
 def vote(neighbours: Neighbours, k: int, temperature: float, classes: int) -> Tensor:
-    """Scores [N, classes] float64: the logarithm of the sum of exp(cosine / temperature) over the
-    first k neighbours of a class, up to a constant of each query.
+    """Let the first k neighbors of each query vote, and return scores [N, classes] float64.
 
-    -inf for a class that none of them has, and for no other, however low the temperature.
+    A class's score is the logarithm of the sum of exp(cosine / temperature) over its members among
+    the k neighbors, plus a constant for each query. The score is -inf if and only if no neighbor
+    has the class, however low the temperature is.
     """
     similarity, labels = neighbours.similarity[:, :k].double(), neighbours.labels[:, :k]
     exponents = (similarity - similarity[:, :1]) / temperature  # at most 0
@@ -142,7 +164,10 @@ def vote(neighbours: Neighbours, k: int, temperature: float, classes: int) -> Te
 
 @dataclass(frozen=True)
 class KNNConfig:
-    """All combinations are measured with one extraction and one search."""
+    """Options of kNN evaluation.
+
+    One extraction and one search serve all combinations.
+    """
 
     k: Annotated[tuple[int, ...], Interval(ge=1, le=2**31), MinLen(1)] = (20, 200)
     """Number of neighbors that vote. Several numbers are each measured."""
@@ -151,12 +176,15 @@ class KNNConfig:
     measured."""
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result."""
+        """Return the options that decide the result."""
         return asdict(self)
 
 
 def evaluate(evaluation: Evaluation, config: KNNConfig) -> Result:
-    """Of data.val, with data.train to look for neighbours in; exact, whatever the processes."""
+    """Measure kNN accuracy on data.val, with data.train as the bank.
+
+    The search is exact, and the result does not depend on the number of processes.
+    """
     queries = evaluation.features(evaluation.val)
     bank = evaluation.features(evaluation.train)
     found = nearest(bank, queries.features, max(config.k), evaluation.world)

@@ -1,7 +1,7 @@
-"""Linear evaluation: what a linear classifier makes of the frozen encoder's features.
+"""Linear evaluation: train a linear classifier on the features of the frozen encoder.
 
-Heads for all learning rates are trained side by side in one pass. The one that does best on images
-held out of the training set is chosen, and its figure on data.val is the result.
+One head for each learning rate is trained, all of them in the same pass. The head that is best on
+images held out of the training set is chosen, and its accuracy on data.val is the result.
 
 Source: BYOL (arXiv 2006.07733), section 4.1 and appendix C.1.
 """
@@ -50,7 +50,7 @@ HEAD = "head.safetensors"
 
 @dataclass(frozen=True)
 class LinearConfig(SupervisedConfig):
-    """The defaults are the paper's."""
+    """Options of linear evaluation. The defaults are the paper's."""
 
     epochs: Annotated[float, Interval(ge=1e-9, le=1e9)] = 80
     """Passes over data.train."""
@@ -63,7 +63,7 @@ class LinearConfig(SupervisedConfig):
 
 
 def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
-    """Train the heads and measure them; None when a signal stopped it."""
+    """Train the heads and measure the best one. Return None when a signal stopped the training."""
     index = evaluation.train
     held = hold_out(index.samples, config.holdout, config.seed)
     held_ids = np.flatnonzero(held(np.arange(index.samples)))
@@ -105,14 +105,17 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
 
 
 class Heads(nn.Module):
-    """H linear classifiers of the same features, which start alike: [B, F] -> [H, B, C]."""
+    """H linear classifiers of the same features: [B, F] -> [H, B, C].
+
+    All of them start with the same weights.
+    """
 
     def __init__(self, count: int, features: int, classes: int, seed: int) -> None:
         super().__init__()
         self.each = [nn.Linear(features, classes) for _ in range(count)]
         self._registered = nn.ModuleList(self.each)
         for head in self.each:
-            initialize(head, RandomNumbers().manual_seed(seed))  # as the official classifier
+            initialize(head, RandomNumbers().manual_seed(seed))  # like the official one
 
     def forward(self, features: Tensor) -> Tensor:
         weights, biases = zip(*((head.weight, head.bias) for head in self.each), strict=True)
@@ -122,7 +125,7 @@ class Heads(nn.Module):
 
 
 class LinearTraining:
-    """Heads and their optimizer, with `step` updates done."""
+    """The heads and their optimizer, after `step` updates."""
 
     def __init__(
         self, config: LinearConfig, features: int, classes: int, total_steps: int, world: World
@@ -133,9 +136,10 @@ class LinearTraining:
         self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=True)
 
     def train_step(self, batch: Examples) -> Tensor:
-        """One update of every head from features [B, F].
+        """Update every head once from features [B, F].
 
-        Returns this process's share of their losses [H], means over all rows that have a label.
+        Returns this process's share of the losses [H]. A loss is the mean over all rows of all
+        processes that have a label.
         """
         for group, lr in zip(self.optimizer.param_groups, self.config.lr, strict=True):
             peak = lr * self.config.batch / 256
@@ -155,12 +159,12 @@ class LinearTraining:
         return losses.detach()
 
     def state(self) -> dict[str, Any]:
-        """The tensors to save and, in place, to load."""
+        """Return the tensors to save. A saved state is loaded into them in place."""
         return {"heads": self.heads.state_dict(), "momentum": momenta(self.optimizer)}
 
 
 def encoded(evaluation: Evaluation, batches: Batches) -> Batches:
-    """Batches of features, by the frozen encoder, in place of the images."""
+    """Replace the images in the batches by their features from the frozen encoder."""
 
     def features(start: int) -> Generator[Examples, None, None]:
         for batch in batches(start):
@@ -170,10 +174,13 @@ def encoded(evaluation: Evaluation, batches: Batches) -> Batches:
 
 
 def stored(bank: Features, samples: int, config: LinearConfig, held: Held) -> tuple[Batches, int]:
-    """Batches from features that the processes hold, and how many steps they are.
+    """Make batches from features that the processes hold, and return them and the number of steps.
 
-    An epoch is a random order of all sample ids but those held out; of each batch a process has
-    the rows whose features are its own, so that batches do not depend on who holds what.
+    An epoch is a random order of all sample ids except the held-out ones. Each process gets those
+    rows of a batch whose features it holds. So the whole batch does not depend on which process
+    holds which features.
+
+    Raises InputError when the epochs are less than one step.
     """
     ids = np.flatnonzero(~held(np.arange(samples)))
     rows: NDArray[np.int64] = np.full(samples, -1)
@@ -198,7 +205,7 @@ def stored(bank: Features, samples: int, config: LinearConfig, held: Held) -> tu
 
 @torch.no_grad()
 def measure(heads: Heads, found: Features, evaluation: Evaluation, field: str) -> list[Accuracy]:
-    """Each head's accuracy on features that the processes hold."""
+    """Measure each head's accuracy on features that the processes hold."""
     return [
         accuracy(
             F.linear(found.features, head.weight, head.bias),

@@ -1,4 +1,7 @@
-"""Look at an encoder: images beside their nearest neighbours, and tensorboard's projector."""
+"""Show what an encoder finds similar: draw images beside their nearest neighbors.
+
+The features are also written for tensorboard's projector.
+"""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
@@ -18,15 +21,15 @@ from shards.png import encode_png
 from shards.storage import files
 
 SHEET = "neighbours.png"
-SIDE = 96  # of an image on the sheet, in pixels
-BORDER = 4
-SPRITE = 8192  # tensorboard's largest sprite, in pixels
+SIDE = 96  # side of an image on the sheet, in pixels
+BORDER = 4  # width of a border, in pixels
+SPRITE = 8192  # side of tensorboard's largest sprite, in pixels
 RIGHT, WRONG, NEUTRAL = (46, 160, 67), (207, 34, 46), (140, 149, 159)
 
 
 @dataclass(frozen=True)
 class NeighboursConfig:
-    """What is drawn."""
+    """Options of the sheet of neighbors and of the projector."""
 
     queries: Annotated[int, Interval(ge=1, le=256)] = 16
     """Number of images of data.val that are looked up, evenly spread. Each gets a row."""
@@ -38,15 +41,15 @@ class NeighboursConfig:
     """Number of images of data.val in tensorboard's projector. 0 leaves the projector out."""
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result."""
+        """Return the options that decide the result."""
         return asdict(self)
 
 
 def draw(evaluation: Evaluation, config: NeighboursConfig) -> None:
-    """Write RUN/evaluations/.../neighbours.png and RUN/tensorboard's projector files.
+    """Write RUN/evaluations/.../neighbours.png and the projector files in RUN/tensorboard.
 
-    Borders tell whether a neighbour has the query's label: green or red, gray without labels. All
-    processes call it together.
+    A neighbor's border is green when it has the query's label and red when it has another one. It
+    is gray when one of the two has no label. All processes call it together.
     """
     val, world = evaluation.val, evaluation.world
     ids = _spread(val.samples, max(config.queries, config.points))
@@ -54,7 +57,7 @@ def draw(evaluation: Evaluation, config: NeighboursConfig) -> None:
     bank = evaluation.features(evaluation.train, limit=config.bank, unlabeled=True)
     some = _spread(len(found.ids), config.queries)
     asked = Features(*(tensor[some] for tensor in found))
-    # Every process looks up the same queries: their neighbours are few.
+    # Every process looks up all of the queries, because there are only a few.
     near = nearest(bank, asked.features, config.neighbours, world)
     if not world.main:
         return
@@ -81,13 +84,13 @@ def draw(evaluation: Evaluation, config: NeighboursConfig) -> None:
 
 
 def _spread(samples: int, count: int) -> NDArray[np.int64]:
-    """`count` of the numbers below `samples`, or all, evenly spread and rising."""
+    """Return `count` evenly spread numbers below `samples` in rising order, or all if fewer."""
     count = min(count, samples)
     return np.arange(count) * samples // count
 
 
 def _gathered(evaluation: Evaluation, found: Features) -> Features:
-    """All processes' features, on each, by rising id."""
+    """Give each process the features of all processes, ordered by id."""
     whole = Features(*(evaluation.world.all_gather(tensor) for tensor in found))
     order = whole.ids.argsort()
     return Features(*(tensor[order] for tensor in whole))
@@ -96,7 +99,7 @@ def _gathered(evaluation: Evaluation, found: Features) -> Features:
 def _images(
     evaluation: Evaluation, index: Index, ids: NDArray[np.int64], side: int = SIDE
 ) -> dict[int, NDArray[np.uint8]]:
-    """Central crops [side, side, 3] by sample id."""
+    """Read central crops [side, side, 3] and return them by sample id."""
     crops = replace(evaluation.crops, size=side, part=(0, 1)).read(index, ids=np.unique(ids))
     return {
         number: image.permute(1, 2, 0).numpy()
@@ -106,7 +109,7 @@ def _images(
 
 
 def _framed(image: NDArray[np.uint8], color: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """With a colored border and a white one around it."""
+    """Add a colored border to an image, and a white border around that."""
     side = len(image) + 4 * BORDER
     framed = np.full((side, side, 3), 255, np.uint8)
     framed[BORDER:-BORDER, BORDER:-BORDER] = color
@@ -115,7 +118,7 @@ def _framed(image: NDArray[np.uint8], color: tuple[int, int, int]) -> NDArray[np
 
 
 def _write_projector(evaluation: Evaluation, found: Features) -> None:
-    """The files that tensorboard's projector reads, beside the evaluations' events."""
+    """Write the files that tensorboard's projector reads, beside the evaluations' events."""
     folder = files.join(evaluation.run or evaluation.home, TENSORBOARD, EVALUATIONS)
     points = len(found.ids)
     columns = int(np.ceil(np.sqrt(points)))

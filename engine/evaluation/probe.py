@@ -1,4 +1,4 @@
-"""How good the features are while they are learned: kNN and the online head on held-out images."""
+"""Measure the features during training, by kNN and the online head on held-out images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,10 @@ from shards.index import Index
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """Evaluations during training, on data.val; they never touch the training's state."""
+    """Options of the evaluations during training.
+
+    They run on data.val and never change the training's state.
+    """
 
     every: Operation[Annotated[int, Interval(ge=0)]] = 0
     """Steps from one evaluation to the next. The last step of the run is evaluated too. 0 turns
@@ -41,20 +44,23 @@ class ProbeConfig:
     """Measure kNN on raw pixels and on the untrained encoder before the first step."""
 
     def due(self, step: int, last: int) -> bool:
-        """Whether an evaluation belongs to `step`; `last`: of the run."""
+        """Return whether to evaluate after `step`. `last` is the last step of the run."""
         return self.every > 0 and (step == last or step % self.every == 0)
 
 
 class Stopped(Exception):
-    """An evaluation was left because the process is to stop; all processes raise it together."""
+    """An evaluation ended early because the process has to stop.
+
+    All processes raise it together.
+    """
 
 
 class Probe:
-    """Measures an online network on data.val, with data.train to look for neighbours in.
+    """Measures an online network on data.val, with data.train as the bank of kNN.
 
-    Images are shared out among the processes by blocks. Features come from an encoder of its own
-    that takes over the online one's weights: whole where those are sharded, and in evaluation mode
-    without disturbing the training.
+    The blocks of images are shared out among the processes. The probe has an encoder of its own and
+    copies the online encoder's weights into it. This encoder holds whole weights even when the
+    online network's are sharded, and it is in evaluation mode, so the training is not disturbed.
     """
 
     def __init__(
@@ -72,7 +78,13 @@ class Probe:
         corrupt: float,
         report: Callable[[str], None],
     ) -> None:
-        """`size`: side of the network's input in pixels; `report` takes warnings about the data."""
+        """Prepare the readers and the probe's encoder.
+
+        Args:
+            size: Side of the network's input, in pixels.
+            corrupt: Fraction of the images that may be undecodable.
+            report: Takes warnings about the data.
+        """
         self.config, self.online, self.train, self.val = config, online, train, val
         self.world, self.precision = world, precision
         part = world.rank, world.size
@@ -80,9 +92,9 @@ class Probe:
         self.encoder = ResNet(encoder, VIEWS).to(world.device, parameter_dtype(precision)).eval()
 
     def evaluate(self, leave: Callable[[], bool] = lambda: False) -> dict[str, float]:
-        """kNN and the online head on data.val (fractions), and the rank of its features.
+        """Measure the accuracy of kNN and of the online head on data.val, and the features' rank.
 
-        Raises Stopped, on all processes, once `leave` says so on one.
+        Accuracies are fractions. Raises Stopped on all processes when `leave` returns True on one.
         """
         queries = self.features(self.val, leave=leave)
         bank = self.features(self.train, self.config.bank, leave=leave)
@@ -98,7 +110,7 @@ class Probe:
         return found
 
     def pixels_top1(self) -> float:
-        """kNN on the pixels themselves: what an encoder has to beat."""
+        """Measure kNN on the pixels themselves. This is the figure that an encoder has to beat."""
         bank = self.features(self.train, self.config.bank, pixels=True)
         return self.knn(bank, self.features(self.val, pixels=True))
 
@@ -110,9 +122,13 @@ class Probe:
         pixels: bool = False,
         leave: Callable[[], bool] = lambda: False,
     ) -> Features:
-        """Features of a data set's labeled images, from the encoder in evaluation mode.
+        """Compute the features of a data set's labeled images with the probe's encoder.
 
-        `pixels`: the images themselves instead. Raises Stopped as `evaluate`.
+        Args:
+            limit: Approximate number of images to read. By default all of them are read.
+            pixels: Return the pixels as features.
+
+        Raises Stopped on all processes when `leave` returns True on one.
         """
         if not pixels:
             self._take_weights()
@@ -125,7 +141,10 @@ class Probe:
         return found
 
     def knn(self, bank: Features, queries: Features) -> float:
-        """Accuracy of the neighbours' vote with the recipe's k and temperature, a fraction."""
+        """Measure the accuracy of the neighbors' vote with the recipe's k and temperature.
+
+        The accuracy is a fraction.
+        """
         k, temperature = self.config.neighbours, self.config.temperature
         found = nearest(bank, queries.features, k, self.world)
         scores = vote(found, k, temperature, len(self.train.classes))

@@ -1,4 +1,4 @@
-"""What an evaluation found: as it is kept, and as it is shown."""
+"""The result of an evaluation: read it from a file and print it."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,14 +13,14 @@ Row = dict[str, str | int | float]
 
 
 class Result(NamedTuple):
-    """What an evaluation found."""
+    """The result of an evaluation."""
 
-    metrics: dict[str, float]  # fractions, by the name that they have in the run's metrics
-    table: list[Row]  # what is shown; accuracies are floats, as fractions
+    metrics: dict[str, float]  # fractions, by their names in the run's metrics
+    table: list[Row]  # the table to print, whose accuracies are fractions
 
 
 def chosen_columns(found: Accuracy, chosen: bool) -> Row:
-    """The figures on data.val of the choice that was made; of the others there are none."""
+    """Return a row's accuracies on data.val, which are empty unless the row was chosen."""
     return {"top-1": found.top1, "top-5": found.top5} if chosen else {"top-1": "", "top-5": ""}
 
 
@@ -35,6 +35,7 @@ def show(result: Result, console: Console) -> None:
 
 
 def read_result(url: str, report: Callable[[str], None]) -> Result | None:
+    """Read a result. Return None when there is none, or when it is damaged, which is reported."""
     try:
         document = files.read_json(url)
         result = Result(dict(document["metrics"]), [dict(row) for row in document["table"]])

@@ -1,4 +1,4 @@
-"""Semi-supervised evaluation: fine-tuning with the labels of a few images of each class.
+"""Semi-supervised evaluation: fine-tune with the labels of a few images of each class.
 
 Source: BYOL (arXiv 2006.07733), section 4.2 and appendix C.2.
 """
@@ -22,7 +22,7 @@ from shards.storage import files
 
 @dataclass(frozen=True)
 class SemiSupervisedConfig:
-    """Which training images have labels."""
+    """Options that choose which training images have labels."""
 
     fraction: Annotated[float, Interval(gt=0, lt=1)] = 0.01
     """Fraction of each class's training images that have labels. Every class keeps one at least."""
@@ -34,14 +34,17 @@ class SemiSupervisedConfig:
     subset."""
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result. Raises InputError when the list can't be read."""
+        """Return the options that decide the result.
+
+        Raises InputError when the list of files can't be read.
+        """
         if not self.files:
             return asdict(self)
         names = digest("\n".join(self.names()))
-        return asdict(self) | {"files": names}  # the list may change
+        return asdict(self) | {"files": names}  # its content counts, since the list may change
 
     def names(self) -> list[str]:
-        """The lines of the list. Raises InputError when it can't be read."""
+        """Return the lines of the list of files. Raises InputError when it can't be read."""
         place = f"--files {files.redact(self.files)}"
         try:
             return files.read(self.files).decode().splitlines()
@@ -60,8 +63,10 @@ def take_labels(
 ) -> Labels:
     """Choose the images that have labels, and copy them to shards beside the results.
 
-    The learning rate is chosen on others, copied likewise: at every measurement a quarter of
-    ImageNet would have to be read for them. All processes call it together. Raises InputError.
+    The learning rate is chosen on other, held-out images. These are copied too: otherwise every
+    measurement would have to read a quarter of ImageNet for them. All processes call it together.
+
+    Raises InputError when no image is held out, or when the list of files does not fit the data.
     """
     index, world = evaluation.train, evaluation.world
     some, others = (files.join(evaluation.url, name) for name in ("data", "held_out"))

@@ -1,4 +1,7 @@
-"""What all evaluations of an encoder share: its data, its features, and where results go."""
+"""Open an encoder and its data for an evaluation, compute features, and publish the result.
+
+All evaluation protocols share this.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -39,7 +42,7 @@ _SETS: tuple[Literal["data.train", "data.val"], ...] = ("data.train", "data.val"
 
 @dataclass(frozen=True)
 class EvaluationDataConfig:
-    """What an encoder is measured on. Both default to the run's own."""
+    """Options for the data that an encoder is measured on."""
 
     train: str = ""
     """URL of the training shards, in which neighbors are searched or from which a head learns. By
@@ -52,7 +55,7 @@ class EvaluationDataConfig:
 
 
 class Evaluation:
-    """One encoder, on one pair of data sets, in this process."""
+    """One process's part in evaluating an encoder on a pair of data sets."""
 
     def __init__(
         self,
@@ -67,12 +70,16 @@ class Evaluation:
         threads: int | None,
         labels: bool = True,
     ) -> None:
-        """All processes call it together. Raises InputError before anything expensive.
+        """Open the encoder and the data sets. All processes call it together.
 
         Args:
-            settings: The protocol's own, dotted names; they tell its results from others'.
-            out: URL of a folder for the results, and then the run is left alone; empty: the run's.
-            labels: Whether the protocol needs them.
+            settings: The protocol's settings by dotted name. Results of other settings are kept
+                apart.
+            out: URL of a folder for the results. The run is then left alone. When it is empty, the
+                results go to the run.
+            labels: Whether the protocol needs labels.
+
+        Raises InputError before anything expensive begins.
         """
         self.world, self.protocol = world, protocol
         self.terminal = Terminal(world.main)
@@ -100,7 +107,7 @@ class Evaluation:
         )
         self.encode = encoding(self.network, self.source.precision, world.device)
         self.settings = settings
-        self.run = "" if out else self.source.run  # that the results are added to
+        self.run = "" if out else self.source.run  # the run that gets the results
         self.home = out or (files.join(self.run, EVALUATIONS) if self.run else EVALUATIONS)
         self.url = self._folder()
         self.terminal.say(f"{protocol} of the {self.source.report}")
@@ -118,9 +125,13 @@ class Evaluation:
         limit: int | None = None,
         unlabeled: bool = False,
     ) -> Features:
-        """Features of central crops, of the blocks that are this process's; see `CropReader`.
+        """Compute the features of central crops, for this process's blocks; see `CropReader`.
 
-        `encode`: another function than the encoder's.
+        Args:
+            encode: Used in place of the encoder. Maps uint8 images [B, 3, S, S] to features [B, F].
+            ids: The samples to read, rising. By default all samples are read.
+            limit: Approximate number of samples to read, in evenly spaced blocks.
+            unlabeled: Include the samples that have no label.
         """
         count = index.samples if ids is None else len(ids)
         shown = self._watched(
@@ -131,14 +142,15 @@ class Evaluation:
     def check_labels(
         self, index: Index, images: str, use: str, ids: NDArray[np.int64] | None = None
     ) -> None:
-        """Raise InputError unless some image there, or of `ids`, has a label and can be decoded.
+        """Raise InputError unless some image has a label and can be decoded.
 
-        For before anything is learned: each process reads up to the first such image of its part.
-        All processes call it together.
+        Call it before anything is learned. It is cheap, because each process reads its part only up
+        to the first such image. All processes call it together.
 
         Args:
-            images: Which they are, for the message: "of data.val".
-            use: What they are for: "measured on it".
+            images: Describes the images in the message, such as "of data.val".
+            use: Describes their purpose in the message, such as "measured on it".
+            ids: The samples to consider, rising. By default all samples are considered.
         """
         with closing(self.crops.read(index, ids=ids)) as crops:
             found = any(bool((batch.labels >= 0).any()) for batch in crops)
@@ -149,7 +161,10 @@ class Evaluation:
             )
 
     def _watched(self, batches: Iterable[EvalBatch], total: int) -> Iterator[EvalBatch]:
-        """With a progress bar, where there is a terminal, as if all processes went alike."""
+        """Yield the batches and show a progress bar when there is a terminal.
+
+        The bar assumes that all processes are as fast as this one.
+        """
         console = self.terminal.console
         off = not console.is_terminal or console.quiet
         with Progress(console=console, transient=True, disable=off) as progress:
@@ -159,16 +174,16 @@ class Evaluation:
                 progress.advance(task, len(batch.ids) * self.world.size)
 
     def name(self, figure: str) -> str:
-        """A figure's name in the run's metrics: linear_top1, linear_target_top1.
+        """Return a figure's name in the run's metrics, such as linear_top1 or linear_target_top1.
 
-        With other data than the run's, data.val's digest is added.
+        When the data are not the run's own, the beginning of data.val's digest is added.
         """
         network = "" if self.source.network == "online" else f"_{self.source.network}"
         other = "" if self._own_data else f"_on_{self.val.digest[:6]}"
         return f"{self.protocol}{network}_{figure}{other}".replace("-", "_")
 
     def standing(self) -> Result | None:
-        """The result of the same evaluation, if it was made before."""
+        """Return and print the result of the same evaluation, if it was made before."""
         url = files.join(self.url, RESULT)
         result = self.world.on_main(lambda: read_result(url, self.terminal.report))
         if result is not None:
@@ -179,9 +194,13 @@ class Evaluation:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold the folder of the results meanwhile; before anything expensive, it is written to.
+        """Hold the folder of the results, so that no other job makes the same evaluation meanwhile.
 
-        Raises InputError when another job makes the same evaluation, OSError when it can't be.
+        This writes to the folder, so a folder that can't be written to is found before anything
+        expensive begins.
+
+        Raises InputError when another job makes the same evaluation, and OSError when the folder
+        can't be written to.
         """
         agents, held = self.world.all_gather_object(agent_identity()), list[lease.Lease]()
 
@@ -202,9 +221,9 @@ class Evaluation:
                 lease_held.release()
 
     def publish(self, result: Result) -> None:
-        """Show it; write it as JSON, to tensorboard and, for a run, to its metrics.
+        """Print the result, and write it as JSON, to tensorboard and to the run's metrics, if any.
 
-        Then nothing of what led to it is needed any more.
+        The saved states of the evaluation are removed, because they are not needed any more.
         """
         show(result, self.terminal.console)
         self.world.on_main(lambda: self._write(result))
@@ -213,12 +232,15 @@ class Evaluation:
         self.terminal.say(f"result  {files.redact(files.join(self.url, RESULT))}")
 
     def events(self) -> EventLog:
-        """Tensorboard's files of evaluations, beside the run's own."""
+        """Open tensorboard's event files for evaluations, beside those of the run."""
         return EventLog(files.join(self.run or self.home, TENSORBOARD, EVALUATIONS), None)
 
     @cached_property
     def _own_data(self) -> bool:
-        """Whether the data are those of the run, wherever they are; for others' files always."""
+        """Whether the data are the run's own, even if they were moved.
+
+        It is always true for a third-party checkpoint file.
+        """
         if not self.source.run or not self.source.fields.get("data.val"):
             return True
         if self.train.digest != self.source.data_digest:
@@ -267,15 +289,18 @@ class Evaluation:
             journal.add(self.run, {"step": step} | result.metrics)
             if lease.is_free(self.run):
                 _fold(self.run)
-        # Last: with it, nothing of this is done again.
+        # This comes last: once the file is there, the same command does none of this again.
         files.write(files.join(self.url, RESULT), json.dumps(document, indent=1).encode())
 
 
 def _fold(run: str) -> None:
-    """Take what was added into metrics.jsonl of a run that no job trains, holding it meanwhile."""
+    """Merge the added figures into metrics.jsonl of a run that no job trains.
+
+    The run is held meanwhile.
+    """
     try:
         held = lease.acquire(run, [agent_identity()], lease.PERIOD, lambda _: None)
-    except InputError:  # a job has just begun: it takes it in
+    except InputError:  # a job has just begun, and it merges them itself
         return
     try:
         journal.Journal(run, 1 << 62)  # all steps
@@ -291,7 +316,7 @@ def _open_index(url: str, name: str) -> Index:
 
 
 def check_classes(train: Index, val: Index) -> None:
-    """Raise InputError unless both data sets have labels, of the same classes."""
+    """Raise InputError unless both data sets have labels and the same classes."""
     for name, index in (("data.train", train), ("data.val", val)):
         if not index.classes:
             raise InputError(

@@ -1,6 +1,7 @@
-"""Evaluations that learn from labels: their images, what is held out, and the loop around a step.
+"""Shared parts of the evaluations that learn from labels.
 
-Like a training run they go on where they were stopped, with the same command.
+These are the batches of images, the choice of held-out images, and the training loop. An evaluation
+that was stopped continues with the same command, as a training run does.
 """
 
 import math
@@ -31,20 +32,20 @@ from shards.order import Order, rank_streams
 from shards.philox import Domain, draw, uniform
 from shards.views import crop_and_flip
 
-STREAMS = 64  # readers that an epoch is cut into, or as many as divide the batch
-GRACE = 25.0  # seconds from a signal to the end, in which the state is saved
-LINES = 50  # of progress
+STREAMS = 64  # parallel readers of an epoch; fewer when this does not divide the batch
+GRACE = 25.0  # seconds after a signal within which the state is saved and the process ends
+LINES = 50  # lines of progress that a training prints
 
 LearningRates = Annotated[tuple[float, ...], Interval(ge=1e-12, le=1e9), MinLen(1)]
 
-Held = Callable[[NDArray[np.int64]], NDArray[np.bool_]]  # ids [N] -> which nobody learns from
+Held = Callable[[NDArray[np.int64]], NDArray[np.bool_]]  # ids [N] -> [N], True if held out
 
 
 @dataclass(frozen=True)
 class SupervisedConfig:
-    """What linear evaluation and fine-tuning share; the defaults are the paper's."""
+    """Options that linear evaluation and fine-tuning share. The defaults are the paper's."""
 
-    batch: Annotated[int, Interval(ge=2, le=2**31)] = 1024  # a norm needs two rows
+    batch: Annotated[int, Interval(ge=2, le=2**31)] = 1024  # a batch norm needs two rows
     """Images in a batch of all processes together."""
     momentum: Annotated[float, Interval(ge=1e-9, le=1)] = 0.9
     """Nesterov momentum of SGD."""
@@ -59,7 +60,7 @@ class SupervisedConfig:
     last one."""
 
     def settings(self) -> dict[str, Any]:
-        """What decides the result."""
+        """Return the options that decide the result."""
         return {name: value for name, value in asdict(self).items() if name != "save_every"}
 
 
@@ -67,34 +68,35 @@ class Examples(NamedTuple):
     """One process's rows of a batch."""
 
     inputs: Tensor  # [B, 3, S, S] uint8, or features [B, F]
-    labels: Tensor  # [B], -1 for what must not be learned from
-    known: int  # how many of them are labels, so that nobody has to ask the device
+    labels: Tensor  # [B], -1 for rows that must not be learned from
+    known: int  # number of labels that are not -1, known without asking the device
 
 
 class Training(Protocol):
-    """What `train` drives."""
+    """What `train` needs of a training."""
 
     step: int
     total_steps: int
 
     def train_step(self, batch: Examples) -> Tensor:
-        """One update. Returns this process's share of the losses [H]."""
+        """Make one update. Returns this process's share of the losses [H]."""
         ...
 
     def state(self) -> dict[str, Any]:
-        """The tensors to save and, in place, to load."""
+        """Return the tensors to save. A saved state is loaded into them in place."""
         ...
 
 
-Batches = Callable[[int], Generator[Examples, None, None]]  # from a step on
+Batches = Callable[[int], Generator[Examples, None, None]]  # takes the first step
 
 
 def train(training: Training, batches: Batches, evaluation: Evaluation, save_every: int) -> bool:
-    """Train to the last step, from the last state that was saved; False when a signal came.
+    """Train to the last step, starting from the last saved state if there is one.
 
-    The saved state goes when the result is published.
+    Returns False when a signal stopped the training. The saved state stays until the result is
+    published.
 
-    Raises OSError when the state could not be saved, InputError when the data is at fault.
+    Raises OSError when the state could not be saved, and InputError when the data is at fault.
     """
     world, url = evaluation.world, evaluation.url
     commit = checkpoint.latest(url, world, evaluation.terminal.report)
@@ -119,7 +121,7 @@ def train(training: Training, batches: Batches, evaluation: Evaluation, save_eve
                     f"{left // 60}m{left % 60:02}s left"
                 )
             step, digest = training.step, evaluation.train.digest
-            # The last one too: what is left is to measure, which may fail.
+            # The last step is saved too, because the measurement that follows may fail.
             if stopping or step % save_every == 0 or step == training.total_steps:
                 report = evaluation.terminal.report
                 checkpoint.save(url, step, training.state(), {}, digest, world, report=report)
@@ -133,7 +135,10 @@ def train(training: Training, batches: Batches, evaluation: Evaluation, save_eve
 
 
 def hold_out(samples: int, wanted: int, seed: int) -> Held:
-    """About `wanted` of a data set's samples, at most a tenth: each by its own id and the seed."""
+    """Hold out about `wanted` of a data set's samples, but at most a tenth of them.
+
+    Each sample's id and the seed alone decide whether it is held out.
+    """
     fraction = min(wanted / samples, 0.1)
 
     def held(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -144,7 +149,10 @@ def hold_out(samples: int, wanted: int, seed: int) -> Held:
 
 
 def check_held_out(count: int) -> None:
-    """Raise InputError when nothing is left to choose on; before anything is learned."""
+    """Raise InputError when no image is held out to choose the learning rate on.
+
+    Call it before anything is learned.
+    """
     if count == 0:
         raise InputError(
             "no image of data.train is held out to choose the learning rate on: raise --holdout, "
@@ -162,8 +170,10 @@ def check_labels(
     """Raise InputError unless there are labels to learn from, to choose on and to measure on.
 
     Args:
-        source: Whose images are learned from, but those that `held` says.
-        chosen_on: ids in `chosen_in`, rising.
+        source: The data set to learn from.
+        held: Tells which samples of `source` must not be learned from.
+        chosen_in: The data set that has the images to choose on.
+        chosen_on: [n], ids of these images in `chosen_in`, rising.
     """
     ids = np.arange(source.samples)
     learned = ids[~held(ids)]
@@ -173,17 +183,20 @@ def check_labels(
 
 
 def nothing(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Where nothing is held out."""
+    """Hold out no sample. This is the `Held` of a data set that is learned from as a whole."""
     return np.zeros(len(ids), bool)
 
 
 def masked(labels: Tensor, ids: NDArray[np.int64], held: Held) -> Tensor:
-    """Labels [B], -1 for what is held out."""
+    """Replace the labels [B] of held-out samples by -1."""
     return labels.masked_fill(torch.from_numpy(held(ids)), -1)
 
 
 def total_steps(index: Index, epochs: float, batch: int) -> int:
-    """Raises InputError unless there is one at least."""
+    """Return the number of steps of a training.
+
+    Raises InputError when a batch has more images than the data set, or when there is no step.
+    """
     if index.samples < batch:
         raise InputError(
             f"--batch {batch} is more than the {index.samples} images to learn from: "
@@ -196,7 +209,11 @@ def total_steps(index: Index, epochs: float, batch: int) -> int:
 
 
 def crops(evaluation: Evaluation, index: Index, batch: int, seed: int, held: Held) -> Batches:
-    """Batches of random crops with flips, uint8 on the device, by the training's own loader."""
+    """Load batches of random crops with flips, as uint8 images on the device.
+
+    The loader is the one that BYOL training uses. Raises InputError when there are more processes
+    than the batch can be shared out to.
+    """
     world, device = evaluation.world, evaluation.world.device
     streams = math.gcd(batch, STREAMS)
     if world.size > streams:
@@ -231,7 +248,10 @@ def crops(evaluation: Evaluation, index: Index, batch: int, seed: int, held: Hel
 
 
 def sum_gradients(module: nn.Module, world: World) -> None:
-    """Add up every process's gradients, each its share of the mean's."""
+    """Sum the gradients over all processes.
+
+    Each process has computed its share of the mean loss, so the sum is the mean's gradient.
+    """
     if world.size == 1:
         return
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
@@ -242,7 +262,11 @@ def sum_gradients(module: nn.Module, world: World) -> None:
 
 
 def momenta(optimizer: torch.optim.SGD) -> dict[str, Tensor]:
-    """Its momentum buffers, by number; zeros before the first step, which come to the same."""
+    """Return the optimizer's momentum buffers by the number of their parameter.
+
+    Buffers that do not exist before the first step are created as zeros, which does not change the
+    first update.
+    """
     found = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for number, parameter in enumerate(parameters):

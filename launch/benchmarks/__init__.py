@@ -1,1 +1,1 @@
-"""What launch/bench.py measures: this project beside stock PyTorch."""
+"""The benchmarks of launch/bench.py, which measure this project beside stock PyTorch."""

@@ -1,4 +1,4 @@
-"""Checkpoints: how long training stands still for one, and how soon a start is over."""
+"""Measure how long training waits for a checkpoint, and how long a start takes."""
 
 import contextlib
 import os
@@ -28,15 +28,15 @@ from shards.making import synthetic
 from shards.storage import files
 
 ROOT = Path(__file__).parents[2]
-FOLDER = "bench_checkpoint"  # under --url, while it lasts
+FOLDER = "bench_checkpoint"  # folder under --url, removed at the end
 IMPORTS = "import torch, torchvision, torch.distributed.checkpoint.state_dict"
 
 
 class Times(NamedTuple):
-    """Of one save, in seconds."""
+    """Times of one save, in seconds."""
 
-    stall: float  # until training can go on
-    total: float  # until all is in storage
+    stall: float  # until training can continue
+    total: float  # until the whole checkpoint is in storage
 
 
 def bench_checkpoint(
@@ -46,18 +46,19 @@ def bench_checkpoint(
     rounds: int = 3,
     starts: int = 3,
 ) -> None:
-    """Checkpoints: how long training stands still, and how soon a start is over.
+    """Measure how long training waits for a checkpoint, and how long a start takes.
 
-    Ours in the background and while training waits, beside torch.save to a local file and its
-    upload by fsspec. Then, with the quickstart's networks, the time from a process's start to its
-    first step after a checkpoint, beside the imports that any training would need.
+    Ours saves once in the background and once while training waits. Stock is torch.save to a local
+    file, which fsspec then uploads. After that a training of the quickstart's networks resumes from
+    a checkpoint. The time from the process's start to its first step is measured beside the imports
+    that any training would need.
 
     Args:
         url: Folder in an object store, measured beside a local disk. A folder in it is written and
             removed again.
         recipe: Recipe file whose networks and optimizer are saved.
-        rounds: Times that each way of saving is measured.
-        starts: Times that a start is measured; 0 leaves it out.
+        rounds: Number of times that each way of saving is measured.
+        starts: Number of times that a start is measured. 0 leaves starts out.
     """
     require_positive(rounds=rounds)
     base = load(recipe)
@@ -65,7 +66,7 @@ def bench_checkpoint(
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(TemporaryDirectory())
         trainer, batch = prepare(base, folder)
-        trainer.train_step(batch)  # the optimizer has state after it
+        trainer.train_step(batch)  # after a step, the optimizer has state to save
         places = {"local disk": f"{folder}/saves"}
         if url:
             places[url.split("://")[0]] = files.join(url, FOLDER)
@@ -89,7 +90,7 @@ def _show_saves(place: str, url: str, trainer: Trainer, rounds: int, size: int) 
             saver = stack.enter_context(Saver(trainer.world, background, print))
             sides[f"ours, {name}"] = partial(_ours, trainer, saver, url)
         sides["torch.save and upload"] = partial(_stock, trainer, files.join(url, "stock.pt"))
-        for side in sides.values():  # buffers and connections are made once
+        for side in sides.values():  # a first save makes buffers and connections
             side()
         times = alternate(sides, rounds)
     for name, found in times.items():
@@ -146,7 +147,10 @@ def _show_starts(place: str, url: str, starts: int, folder: str) -> None:
 
 
 def _until_first_step(command: list[str]) -> float:
-    """Seconds from a process's start until it tells of its first step; waits for its end."""
+    """Run a training to its end, and return the seconds from its start to its first step.
+
+    Raises OSError when the training fails.
+    """
     start, seconds = time.perf_counter(), None
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"}

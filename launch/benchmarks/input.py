@@ -1,4 +1,4 @@
-"""Images to both views: this project's pipeline beside DataLoader, PIL and torchvision."""
+"""Measure this project's input pipeline beside DataLoader, PIL and torchvision."""
 
 import io
 import itertools
@@ -43,7 +43,7 @@ from shards.reader import BlockReader
 from shards.storage import files
 from shards.views import ViewConfig, ViewsConfig
 
-PHOTOS = 200  # drawn when no data is given
+PHOTOS = 200  # images drawn when no data is given
 
 
 def bench_input(
@@ -55,30 +55,31 @@ def bench_input(
     rounds: int = 3,
     threads: int = CORES,
 ) -> None:
-    """Images to both views: this project's pipeline beside DataLoader, PIL and torchvision.
+    """Measure this project's input pipeline beside DataLoader, PIL and torchvision.
 
-    Ours cuts and resizes two crops in threads and leaves colors and blur to the device; stock
-    does everything in worker processes, one image at a time. So ours is compared twice: what
-    loads the host when a GPU does the rest, and, without a GPU, the host doing all.
+    Both sides turn images into two views. Ours cuts and resizes the two crops in threads and leaves
+    colors and blur to the device. Stock does everything in worker processes, one image at a time.
+    So there are two comparisons: the host's work when a GPU does the rest and, without a GPU, all
+    of the work on the host.
 
-    Both get the same images in the same order. Stock finds their bytes in memory, ours reads its
-    shards.
+    Both sides get the same images in the same order. Stock finds their bytes in memory, while ours
+    reads its shards.
 
-    Shards in an object store are also compared with a copy of them on a local disk, and the bytes
-    that are fetched for an image with those that it has in the data set.
+    Shards in an object store are also compared with a copy of them on a local disk. The bytes
+    fetched for an image are compared with the bytes that it has in the data set.
 
     Args:
         data: URL of a folder of shards, or a local tar or folder of tars, which is indexed in a
-            temporary folder. Without it: drawn photos, 500x375, about 100 KB each.
+            temporary folder. By default photos are drawn, 500x375 and about 100 KB each.
         size: Side of a view in pixels.
-        images: Images measured in a round, at least.
+        images: Minimum number of images measured in a round.
         batch: Images in a batch.
-        rounds: Times that each side is measured.
-        threads: Decode threads for ours, worker processes for stock.
+        rounds: Number of times that each side is measured.
+        threads: Decode threads for ours, and worker processes for stock.
     """
     require_positive(size=size, images=images, batch=batch, rounds=rounds, threads=threads)
     device = world.join(threads, distributed=False).device
-    # A stock worker makes whole batches: whole rounds of workers make their count exact.
+    # A stock worker makes whole batches, so each worker has to make the same number of them.
     warm, count = 2 * threads, threads * math.ceil(images / batch / threads)
     views = ViewsConfig(size=size)
     with TemporaryDirectory() as folder:
@@ -128,7 +129,10 @@ def bench_input(
 
 
 def _steady(batches: Iterator[object], warm: int, count: int, size: int) -> Cost:
-    """The cost of an image once the pipeline runs: the first `warm` batches do not count."""
+    """Measure the cost of an image once the pipeline runs.
+
+    The first `warm` batches do not count. The `count` batches after them have `size` images each.
+    """
     repeat(lambda: next(batches), warm)
     return measure(lambda: repeat(lambda: next(batches), count), count * size)
 
@@ -148,14 +152,17 @@ def _ours(order: Order, views: ViewsConfig, threads: int) -> TrainLoader:
 
 
 def _device_batch(order: Order, views: ViewsConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """One batch's crops [V*B, 3, S, S] and parameters [V*B, P] on the device."""
+    """Load one batch's crops [V*B, 3, S, S] and parameters [V*B, P] to the device."""
     with closing(_ours(order, views, threads=1)) as batches:
         batch = next(batches)
     return batch.views.flatten(0, 1).to(device), batch.params.flatten(0, 1).to(device)
 
 
 class _StockImages(Dataset[tuple[Tensor, Tensor]]):
-    """Both augmented views of JPEGs in memory: one decode, then torchvision on PIL images."""
+    """Both augmented views of JPEGs that are in memory.
+
+    An image is decoded once, and torchvision then augments the PIL image.
+    """
 
     def __init__(self, contents: list[bytes], views: ViewsConfig) -> None:
         self.contents = contents
@@ -202,13 +209,16 @@ def _stock_batches(
             sampler=itertools.cycle(range(len(contents))),
             num_workers=workers,
             pin_memory=CUDA,
-            multiprocessing_context="fork",  # the images' bytes are shared, not sent
+            multiprocessing_context="fork",  # so that the images' bytes are shared and not sent
         )
     )
 
 
 def _read_contents(order: Order, steps: int) -> list[bytes]:
-    """The files of the first `steps` batches (of an epoch at most), in the order of TrainLoader."""
+    """Read the image files of the first `steps` batches, in the order of TrainLoader.
+
+    It reads one epoch at most.
+    """
     fetch = cache(BlockReader(order.index).fetch)
     contents = []
     for step in range(min(steps, order.steps_per_epoch)):
@@ -222,7 +232,7 @@ def _read_contents(order: Order, steps: int) -> list[bytes]:
 
 
 def _find_index(data: str, folder: str, batch: int) -> Index:
-    """The index of `data`; made in `folder` where there is none."""
+    """Return the index of `data`. When there is none, make one in `folder`."""
     if not data:
         index = _draw_photos(folder, max(PHOTOS, batch))
     elif files.exists(files.join(data, indexes.NAME)):
@@ -262,7 +272,7 @@ def _draw_photos(url: str, count: int) -> Index:
 
 
 def draw_photo(seed: int) -> bytes:
-    """A JPEG of ImageNet's usual kind, 500x375 and about 100 KB: soft shapes under fine grain."""
+    """Draw a JPEG with soft shapes under fine grain, like ImageNet's: 500x375 and about 100 KB."""
     rng = np.random.default_rng(seed)
     shapes = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8))
     soft = np.asarray(shapes.resize((500, 375), Image.Resampling.BICUBIC))

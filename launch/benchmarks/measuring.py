@@ -1,4 +1,4 @@
-"""Costs of two or more sides that take turns, and the table of them."""
+"""Measure the costs of sides that take turns, and print them as a table."""
 
 import multiprocessing
 import os
@@ -20,20 +20,20 @@ _T = TypeVar("_T")
 
 
 class Cost(NamedTuple):
-    """What an image costs."""
+    """The cost of an image."""
 
     wall: float  # seconds
-    cpu: float  # seconds of a core, in this process and its workers
-    memory: int  # peak bytes, of the GPU or else of this process
+    cpu: float  # core-seconds in this process and its workers
+    memory: int  # peak bytes of the GPU, or of this process when there is no GPU
 
     def then(self, other: "Cost") -> "Cost":
-        """One after the other."""
+        """Return the cost of this work followed by the other."""
         memory = max(self.memory, other.memory)
         return Cost(self.wall + other.wall, self.cpu + other.cpu, memory)
 
 
 def measure(work: Callable[[], object], images: int) -> Cost:
-    """The cost of each of the `images` that a call of `work` goes through."""
+    """Call `work`, which processes `images` images, and return the cost of each of them."""
     _reset_peak()
     wait()
     wall, cpu = time.perf_counter(), _cpu_seconds()
@@ -44,7 +44,10 @@ def measure(work: Callable[[], object], images: int) -> Cost:
 
 
 def alternate(sides: Mapping[str, Callable[[], _T]], rounds: int) -> dict[str, list[_T]]:
-    """What every side says it cost, once a round; every other round goes backwards."""
+    """Run every side once in each round, and return the costs that each side reports.
+
+    Every other round runs the sides in reverse order.
+    """
     costs: dict[str, list[_T]] = {name: [] for name in sides}
     for number in range(rounds):
         for name in list(sides)[:: -1 if number % 2 else 1]:
@@ -68,6 +71,7 @@ def _walls_and_cpus(costs: list[Cost]) -> tuple[list[float], list[float]]:
 
 
 def ratio(over: list[float], under: list[float]) -> str:
+    """Format the ratio of the medians, with the smallest and largest ratio of a single round."""
     single = [a / b for a, b in zip(over, under, strict=True)]
     return f"{median(over) / median(under):.2f}x ({min(single):.2f} to {max(single):.2f})"
 
@@ -77,7 +81,7 @@ def row(name: str, *cells: str) -> None:
 
 
 def _cpu_seconds() -> float:
-    """CPU time of this process and of its living worker processes."""
+    """Return the CPU seconds of this process and of its living worker processes."""
     seconds = time.process_time()
     for worker in multiprocessing.active_children():
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
@@ -106,13 +110,13 @@ def _peak() -> int:
 
 
 def reset_host_peak() -> int:
-    """Make what this process holds in RAM now its peak; returns it, in bytes."""
+    """Reset this process's peak of RAM to what it holds now, and return that in bytes."""
     Path("/proc/self/clear_refs").write_text("5")
     return host_peak()
 
 
 def host_peak() -> int:
-    """The most bytes that this process held in RAM since `reset_host_peak`."""
+    """Return the most bytes that this process has held in RAM since `reset_host_peak`."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 

@@ -1,4 +1,7 @@
-"""From index.json to a rank's batch at any step: our plan beside a permutation of all samples."""
+"""Measure how long a rank takes from index.json to its batch at any step.
+
+Our order is measured beside a permutation of all samples.
+"""
 
 import json
 import math
@@ -31,16 +34,16 @@ from shards.index import BLOCK_BYTES, Blocks, Index, Shard
 from shards.order import Order, rank_streams
 from shards.storage import files
 
-SAMPLE_BYTES = 100_000  # about ImageNet's
-FAR = 1000  # epochs
-VISITS = (1, 2, 4, 8)
+SAMPLE_BYTES = 100_000  # about the size of an ImageNet image
+FAR = 1000  # number of the far epoch, whose middle step is measured too
+VISITS = (1, 2, 4, 8)  # numbers of steps, each planned for all ranks
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A data set that `ranks` processes train on."""
+    """A data set, and how `ranks` processes train on it."""
 
     url: str
     samples: int
@@ -53,7 +56,7 @@ class Setting:
         return Order(index, 0, self.streams, self.batch)
 
     def plan(self, order: Order, rank: int, step: int) -> None:
-        """Which samples the rank gives to the batch of `step`."""
+        """Compute which samples the rank gives to the batch of `step`."""
         for stream in rank_streams(self.streams, rank, self.ranks):
             order.batch_segments(step, stream)
 
@@ -63,13 +66,13 @@ class Setting:
 
     @property
     def steps(self) -> list[int]:
-        """First, middle and last step of the first epoch, and one of a far epoch."""
+        """The first, middle and last step of the first epoch, and the middle one of a far epoch."""
         epoch = self.steps_per_epoch
         return sorted({0, epoch // 2, epoch - 1, FAR * epoch + epoch // 2})
 
 
 class Start(NamedTuple):
-    """Seconds from nothing to the first batch's plan."""
+    """Seconds until the first batch is planned."""
 
     load: float
     plan: float
@@ -86,28 +89,29 @@ def bench_order(
     stock: int = 10_000_000,
     rounds: int = 3,
 ) -> None:
-    """From index.json to a rank's batch at any step: our plan beside a permutation of all samples.
+    """Measure how long a rank takes from index.json to its batch at any step.
 
     Ours reads index.json from a local disk, checks that every shard is there and has its length,
-    reads the sidecars it needs and says which samples the rank takes at the step. Index and
-    sidecars are real, the shards are files of the right length without content, all in a temporary
-    folder: 200,000 files by default. They are in the page cache.
+    reads the sidecars that it needs and computes which samples the rank takes at the step. The
+    index and the sidecars are real. The shards are files of the right length without content. All
+    of them are in a temporary folder, by default 200,000 files, and in the page cache.
 
     Stock is a DistributedSampler under a BatchSampler that skips to the step. It reads nothing and
-    loads no image of a skipped batch. It permutes all samples in memory, at about 48 bytes each:
-    so the two are compared at a smaller size, with as many samples in a shard.
+    loads no image of a skipped batch. It permutes all samples in memory, at about 48 bytes each. So
+    the two are compared on a smaller data set, with as many samples in a shard.
 
-    Both run on one core. Memory is what fresh processes grow by.
+    Both sides run on one core. Memory is the growth of fresh processes.
 
     Args:
-        samples: Samples of the data set.
-        shards: Shards of the data set, of equal size.
-        ranks: Processes that share out a batch.
-        streams: Parallel readers that an epoch is cut into: data.streams of a recipe.
+        samples: Number of samples in the data set.
+        shards: Number of shards in the data set. They have equal sizes.
+        ranks: Number of processes that share out a batch.
+        streams: Parallel readers that an epoch is cut into, which is data.streams of a recipe.
         batch: Images in the global batch.
-        walk: Consecutive batches, across the end of an epoch, that a rank plans to see memory grow.
-        stock: Samples at which stock is measured, and ours again; at most `samples`.
-        rounds: Times that each start is measured.
+        walk: Consecutive batches that a rank plans across the end of an epoch, to see memory grow.
+        stock: Samples in the smaller data set, on which stock and ours are compared. At most
+            `samples` are used.
+        rounds: Number of times that each start is measured.
     """
     require_positive(samples=samples, shards=shards, ranks=ranks, streams=streams, batch=batch)
     require_positive(walk=walk, stock=stock, rounds=rounds)
@@ -170,7 +174,7 @@ def _medians(starts: list[Start]) -> list[float]:
 
 
 def start(setting: Setting, rank: int, step: int) -> Start:
-    """What a process does before it can fetch the first image."""
+    """Load the index and plan the batch, as a process does before it can fetch the first image."""
     begin = time.perf_counter()
     order = setting.load()
     loaded = time.perf_counter()
@@ -179,10 +183,10 @@ def start(setting: Setting, rank: int, step: int) -> Start:
 
 
 def stock_start(setting: Setting, rank: int, step: int) -> Start:
-    """The same with PyTorch's samplers."""
+    """Plan the batch with PyTorch's samplers, for comparison with `start`."""
     begin = time.perf_counter()
     epoch, k = divmod(step, setting.steps_per_epoch)
-    images = cast(Dataset[Any], range(setting.samples))  # samplers only ask for its length
+    images = cast(Dataset[Any], range(setting.samples))  # samplers only need its length
     sampler: DistributedSampler[Any] = DistributedSampler(
         images, setting.ranks, rank, drop_last=True
     )
@@ -193,17 +197,17 @@ def stock_start(setting: Setting, rank: int, step: int) -> Start:
 
 
 def growth(work: Callable[[], object]) -> int:
-    """Bytes that a call of `work` adds to the peak of this process; one page or more."""
+    """Return the bytes that a call of `work` adds to this process's peak, at least one page."""
     held = reset_host_peak()
     work()
     return max(os.sysconf("SC_PAGE_SIZE"), host_peak() - held)
 
 
 def walk_growths(setting: Setting, rank: int, walk: int) -> dict[str, int]:
-    """Bytes that this process has grown by after each part of a long way.
+    """Plan many batches, and return by how many bytes this process has grown after each part.
 
-    It ends with the batches of all ranks, as one process alone would plan them: that visits most
-    shards of the data set, so it shows what the caches come to.
+    The last parts plan the batches of all ranks, as one process alone would. These visit most
+    shards of the data set, so they show how large the caches become.
     """
     grown = {}
     held = reset_host_peak()
@@ -232,9 +236,9 @@ def _in_fresh_process(work: Callable[..., _T], *arguments: object) -> _T:
 
 
 def write_data_set(setting: Setting, shards: int) -> None:
-    """index.json, sidecars, and shards of the right length without content."""
+    """Write index.json, sidecars, and shards of the right length without content."""
     ends = setting.samples * np.arange(shards + 1) // shards
-    sizes = np.diff(ends).tolist()  # one size, or two that differ by one sample
+    sizes = np.diff(ends).tolist()  # there is one size, or two that differ by one sample
     kinds = {samples: _blocks(samples) for samples in set(sizes)}
     os.mkdir(setting.url)
     for samples, blocks in kinds.items():
@@ -244,7 +248,7 @@ def write_data_set(setting: Setting, shards: int) -> None:
         blocks, name = kinds[samples], f"shard-{i:06d}.tar"
         length = samples * SAMPLE_BYTES
         entries.append(Shard(name, samples, length, blocks, indexes.checksum(blocks)))
-        # Equal shards share a sidecar: 100,000 of them would fill 800 MB.
+        # Equal shards share a sidecar, because 100,000 sidecars would fill 800 MB.
         os.symlink(f"{samples}.json", f"{setting.url}/{indexes.sidecar(name)}")
         with open(f"{setting.url}/{name}", "wb") as file:
             file.truncate(length)
@@ -253,7 +257,7 @@ def write_data_set(setting: Setting, shards: int) -> None:
 
 
 def _blocks(samples: int) -> Blocks:
-    """The blocks of a shard: as many samples in each as fill it."""
+    """Make the blocks of a shard. Each block has as many samples as fit into it."""
     most = BLOCK_BYTES // SAMPLE_BYTES
     firsts = np.arange(0, samples, most)
     return np.stack((firsts * SAMPLE_BYTES, np.minimum(most, samples - firsts)), axis=1)

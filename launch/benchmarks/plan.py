@@ -1,4 +1,4 @@
-"""What a training step will ask of each process on machines that are not here."""
+"""Predict the memory and communication of a training step on machines that are not available."""
 
 import gc
 from collections import defaultdict
@@ -34,10 +34,10 @@ from shards.order import rank_streams
 Spreading = Literal["ddp", "fsdp", "hsdp"]
 Depth = Literal[10, 18, 34, 50, 101, 152, 200]
 
-ROWS, SIZE = 2, 32  # of a view: nothing that is counted depends on the images
-SETTLING = 3  # steps until DDP has arranged its buckets, and told the others of it
+ROWS, SIZE = 2, 32  # a view's images and their side: nothing that is counted depends on them
+SETTLING = 3  # steps until DDP has arranged its buckets and communicated that
 
-KINDS = {  # the engine's batch norms are the only ones to use functional collectives
+KINDS = {  # only the engine's batch norms use functional collectives
     "_c10d_functional::all_reduce": "norms' all-reduce",
     "c10d::allreduce_": "all-reduce",
     "c10d::_allgather_base_": "all-gather",
@@ -47,24 +47,24 @@ PARTS = ("online forward", "target forward", "backward", "optimizer", "moving av
 
 
 class Entry(NamedTuple):
-    """Collectives that belong together."""
+    """Identifies the collectives that are counted together."""
 
-    part: str  # of the step, one of PARTS
+    part: str  # the part of the step, one of PARTS
     kind: str
-    processes: int  # that take part in each
+    processes: int  # number of processes that take part in each collective
 
 
 class Traffic(NamedTuple):
-    """What became of an entry in one step."""
+    """The communication of an entry in one step."""
 
     collectives: int
-    bytes: int  # of the tensors that this process handed in
+    bytes: int  # size of the tensors that this process handed in
 
 
 class Need(NamedTuple):
-    """What one process needs."""
+    """The memory and communication that one process needs."""
 
-    state: dict[str, int]  # bytes that it holds all the time, or from backward to optimizer
+    state: dict[str, int]  # bytes held all the time, or from backward to optimizer
     traffic: dict[Entry, Traffic]
 
 
@@ -78,30 +78,31 @@ def bench_plan(
     width: float | None = None,
     classes: int = 1000,
 ) -> None:
-    """What a training step will ask of each process on machines that are not here.
+    """Predict the memory and communication of a training step on machines that are not available.
 
-    The first of all processes runs, on this CPU; the others are taken to hold the same and to be
-    done at once. It builds the networks and the optimizer as a training does, and takes eager steps
-    on tiny images, on which neither the parameters nor their communication depend. The last step
-    is counted.
+    Only the first of all processes runs, on this CPU. The others are assumed to hold the same
+    values and to answer at once. The process builds the networks and the optimizer as a training
+    does, and takes eager steps on tiny images. Neither the parameters nor their communication
+    depend on the images. The last step is counted.
 
-    Counted are the tensors' bytes: of parameters, of gradients after the backward and of the
-    optimizer's state, each this process's part, of which the first process has the largest. Not
-    counted: activations, and parameters that are gathered for the time that they are used.
-    Communication is every collective that the process takes part in and the bytes of the tensors
-    that it hands in: its own part to an all-gather, the whole to a reduce-scatter. What of it
-    travels how often depends on the library's algorithm.
+    Memory is the bytes of the parameters, of the gradients after the backward pass and of the
+    optimizer's state. Only this process's part counts, and the first process has the largest part.
+    Activations are not counted, and neither are parameters that are gathered while they are used.
+    Communication is every collective that the process takes part in, and the bytes of the tensors
+    that it hands in. It hands its own part to an all-gather and the whole to a reduce-scatter. How
+    often these bytes travel depends on the library's algorithm.
 
-    The plain all-reduce of the backward is of gradients, the optimizer's of squared norms.
+    The plain all-reduce of the backward pass sums gradients. The optimizer's sums squared norms.
 
     Args:
-        recipe: Recipe file whose networks, precision, micro-batches and optimizer are taken.
-        processes: Sizes of the run.
-        strategies: Of spreading a step over the processes, each at every size.
-        shard: hsdp: processes in a group, as a rule those of one machine.
-        depth: Of the ResNet, in place of the recipe's.
-        width: Of the ResNet, in place of the recipe's.
-        classes: Of the data set, for the online classifier; 0 leaves it out.
+        recipe: Recipe file whose networks, precision, micro-batches and optimizer are used.
+        processes: Numbers of processes. Each is measured.
+        strategies: Ways of spreading a step over the processes. Each is measured with every number
+            of processes.
+        shard: Processes in a group of hsdp, usually those of one machine.
+        depth: Depth of the ResNet, in place of the recipe's.
+        width: Width of the ResNet, in place of the recipe's.
+        classes: Number of classes, for the online classifier. 0 leaves the classifier out.
     """
     config = _with_encoder(load(recipe), depth, width)
     require_positive(shard=shard)
@@ -117,11 +118,14 @@ def bench_plan(
     for strategy in strategies:
         for size in processes:
             _show(strategy, size, shard, need(config, strategy, size, shard, classes))
-            gc.collect()  # wrapped networks hold on to themselves
+            gc.collect()  # wrapped networks refer to themselves, so only this frees them
 
 
 def _with_encoder(recipe: Recipe, depth: Depth | None, width: float | None) -> Recipe:
-    """Checked, but for where the data is and where to write."""
+    """Replace the encoder's depth and width, and check the recipe.
+
+    The URLs of the run and the data are not checked, because they are not needed.
+    """
     encoder = recipe.model.encoder
     encoder = replace(
         encoder,
@@ -168,7 +172,10 @@ def _mib(size: int) -> str:
 
 
 def need(recipe: Recipe, strategy: Spreading, processes: int, shard: int, classes: int) -> Need:
-    """Of the first of `processes` processes; hsdp spreads parameters over groups of `shard`."""
+    """Count the memory and communication of the first of `processes` processes.
+
+    hsdp spreads the parameters over groups of `shard` processes.
+    """
     with _pretended(processes, shard) as world:
         online, target = byol.build(recipe.model, classes, recipe.seed)
         for network in (online, target):
@@ -199,7 +206,7 @@ def need(recipe: Recipe, strategy: Spreading, processes: int, shard: int, classe
 
 @contextmanager
 def _pretended(processes: int, shard: int) -> Iterator[World]:
-    """A process group without the other processes."""
+    """Set up a process group in which the other processes are only pretended."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     try:
         yield World(0, processes, 0, shard, torch.device("cpu"))
@@ -208,7 +215,10 @@ def _pretended(processes: int, shard: int) -> Iterator[World]:
 
 
 def _all_reduce(_: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP's own hook, but with a result: it waits for one, and the pretended group gives none."""
+    """All-reduce a bucket as DDP's own hook does, but return a result that is ready.
+
+    DDP waits for a result, and the pretended group gives none.
+    """
     dist.all_reduce(bucket.buffer())
     done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
@@ -223,7 +233,10 @@ def _step(
     target: Target,
     optimizer: torch.optim.Optimizer,
 ) -> tuple[dict[Entry, Traffic], int]:
-    """One step as the trainer takes it, at learning rate 0; its traffic, and bytes of gradients."""
+    """Take one step as the trainer does, but at learning rate 0.
+
+    Returns the step's traffic and the bytes of the gradients.
+    """
     counts = {part: Count() for part in PARTS}
     dtype = parameter_dtype(recipe.precision)
     micro = recipe.batch.micro
@@ -257,7 +270,7 @@ def _step(
 
 
 class Count(TorchDispatchMode):
-    """While it is entered, notes the bytes handed to each collective, by kind and group size."""
+    """Records the bytes handed to each collective while it is entered, by kind and group size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -280,13 +293,13 @@ class Count(TorchDispatchMode):
         elif "group_name" in given:
             group = _resolve_process_group(given["group_name"])
         else:
-            return  # no collective, but the wait for one
-        # Gathers and scatters are also given where the result goes to.
+            return  # this is not a collective, but the wait for one
+        # Gathers and scatters also take the tensors for their output, which do not count.
         inputs = [value for name, value in given.items() if not name.startswith("output")]
         name = func._schema.name
         self.sizes[KINDS.get(name, name), group.size()].append(_bytes(tree_leaves(inputs)))
 
 
 def _bytes(values: Iterable[Any]) -> int:
-    """Of the tensors among `values`, of each the part that this process holds."""
+    """Sum the bytes of the tensors among `values`. Only this process's part of each counts."""
     return sum(t.nbytes for t in local(v for v in values if isinstance(v, Tensor)))

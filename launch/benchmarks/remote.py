@@ -1,4 +1,4 @@
-"""Shards in an object store beside a copy of them on a local disk."""
+"""Copy shards from an object store to a local disk, and count the bytes that loading fetches."""
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -10,11 +10,11 @@ from shards.loader import TrainLoader
 from shards.order import Order
 from shards.storage import files
 
-MOST = 20_000  # images that bytes are counted over
+MOST = 20_000  # largest number of images over which bytes are counted
 
 
 def copy(index: Index, folder: str) -> Index:
-    """The data set in a local folder."""
+    """Copy the data set to a local folder and return the copy's index."""
     names = [indexes.NAME, *(shard.name for shard in index.shards)]
     names += [indexes.sidecar(s.name) for s in index.shards if s.blocks is None]
     for name in names:
@@ -23,9 +23,11 @@ def copy(index: Index, folder: str) -> Index:
 
 
 def fetched_share(order: Order, load: Callable[[Order], TrainLoader]) -> float:
-    """Bytes fetched for an image, as a multiple of the data set's bytes for one.
+    """Return the bytes fetched for an image, as a multiple of the data set's bytes for an image.
 
-    After one epoch, so that what is read ahead at the start stands against what is at the end.
+    The count goes over one epoch, or over about 20,000 images when an epoch has more. It begins
+    after the same number of batches: blocks that were read ahead before it then balance those that
+    are read ahead at its end.
     """
     steps = min(order.steps_per_epoch, max(1, MOST // order.batch))
     with closing(load(order)) as batches:
@@ -40,7 +42,7 @@ def fetched_share(order: Order, load: Callable[[Order], TrainLoader]) -> float:
 
 @contextmanager
 def _counted() -> Iterator[list[int]]:
-    """The bytes of each answer that a store gives meanwhile."""
+    """List the bytes of each answer that the store gives meanwhile."""
     sizes, read = [], files.read
 
     def counted(url: str, start: int | None = None, stop: int | None = None) -> bytes:

@@ -1,4 +1,4 @@
-"""A training step of this project beside eager PyTorch as usually written."""
+"""Measure a training step of this project beside eager PyTorch as it is usually written."""
 
 import time
 from collections.abc import Callable
@@ -45,7 +45,7 @@ from shards.making import pack, synthetic
 from shards.order import BatchConfig
 from shards.views import ViewsConfig
 
-PEAK_TFLOPS = {  # dense bf16 and fp16, by torch's name of the device
+PEAK_TFLOPS = {  # for dense bf16 and fp16, by torch's name of the device
     "NVIDIA A100-SXM4-40GB": 312,
     "NVIDIA A100-SXM4-80GB": 312,
     "NVIDIA H100 PCIe": 756,
@@ -54,7 +54,7 @@ PEAK_TFLOPS = {  # dense bf16 and fp16, by torch's name of the device
     "NVIDIA GeForce RTX 4090": 165,
     "NVIDIA L4": 121,
 }
-SETTLING = 2  # steps after the first: DDP plans its buckets in one, fp16 halves its scale
+SETTLING = 2  # steps after the first, in which DDP plans its buckets and fp16 halves its scale
 
 _T = TypeVar("_T")
 
@@ -72,31 +72,33 @@ def bench_step(
     shard: int = 0,
     peak_tflops: float | None = None,
 ) -> None:
-    """A training step: both networks forward, backward, optimizer, moving average.
+    """Measure a training step of this project beside eager PyTorch as it is usually written.
 
-    Stock is eager PyTorch as usually written: each view in a forward of its own, torch's batch
-    norm, torchvision's ResNet where it has the recipe's, contiguous NCHW images, LARS and moving
-    average in Python loops over the tensors, cuDNN free to choose its kernels by timing. Both
-    sides start from the same weights and see the same images, augmented before; the augmentation
-    is timed by itself, and so is our training from the loader, with the time it waits for data.
+    A step is the forward passes of both networks, the backward pass, the optimizer and the moving
+    average. Stock passes each view forward by itself and uses torch's batch norm, contiguous NCHW
+    images and, where it has the recipe's, torchvision's ResNet. Its LARS and moving average are
+    Python loops over the tensors, and cuDNN may choose kernels by timing them. Both sides start
+    from the same weights and see the same images, which were augmented before. The augmentation is
+    timed by itself. So is our training from the loader, with the time that it waits for data.
 
-    Under torchrun both sides are distributed, stock by DDP and, on GPUs, torch's synchronized
-    norm. Figures are of the global batch: the slowest process's time, the CPU time of all.
+    Under torchrun both sides are distributed. Stock uses DDP and, on GPUs, torch's synchronized
+    norm. Figures are for the global batch, with the slowest process's time and the CPU time of all.
 
     Args:
-        recipe: Recipe file whose networks, views and optimizer are taken. Without it: on CUDA
-            ResNet-50 at 224 px, batch 256; else ResNet-18, width 0.25, at 32 px, batch 128.
+        recipe: Recipe file whose networks, views and optimizer are used. By default it is
+            ResNet-50 at 224 px with batch 256 on CUDA, and otherwise ResNet-18 of width 0.25 at
+            32 px with batch 128.
         batch: Images in a global batch, in place of the recipe's.
         steps: Steps in a round.
-        rounds: Times that each side is measured.
-        threads: Of each process, for torch on the CPU and for decoding. Without it the machine's
-            cores are shared out.
-        precision: Of both sides' forward passes; in fp16 both scale the loss.
+        rounds: Number of times that each side is measured.
+        threads: Threads of each process, for torch on the CPU and for decoding. By default the
+            machine's cores are shared out among its processes.
+        precision: Precision of both sides' forward passes. In fp16 both sides scale the loss.
         compile: Compile our networks, with empty caches.
         strategy: How our step is spread over processes.
-        shard: Processes in a group of hsdp; 0 for those of one machine.
-        peak_tflops: What a device can do, to tell the share that is used. Known for some GPUs in
-            bf16 and fp16.
+        shard: Processes in a group of hsdp. 0 stands for those of one machine.
+        peak_tflops: Peak speed of a device in TFLOP/s, to print the share that is used. It is known
+            for some GPUs in bf16 and fp16.
     """
     base = load(recipe) if recipe else _default_recipe()
     batch = base.batch.size if batch is None else batch
@@ -159,7 +161,7 @@ def _default_recipe() -> Recipe:
 
 
 def _empty_caches(compile: bool) -> AbstractContextManager[None]:
-    """Compile as at a first start: what earlier runs left on this machine stays out of it."""
+    """Use empty compiler caches, so that nothing compiled by earlier runs shortens the compile."""
     if not compile:
         return nullcontext()
     from torch._inductor.utils import fresh_cache
@@ -169,9 +171,9 @@ def _empty_caches(compile: bool) -> AbstractContextManager[None]:
 
 
 def prepare(recipe: Recipe, folder: str) -> tuple[Trainer, Batch]:
-    """A trainer of the recipe, and a batch of drawn images; files go to `folder`.
+    """Make a trainer of the recipe and a batch of drawn images. Files go to `folder`.
 
-    Every process draws all images to a folder of its own: machines may share none.
+    Every process draws all images to a folder of its own, because machines may share no folder.
     """
     here, batch = world.join(recipe.threads, recipe.parallel.strategy != "auto"), recipe.batch
     size = here.size
@@ -194,13 +196,13 @@ def prepare(recipe: Recipe, folder: str) -> tuple[Trainer, Batch]:
     opened = open_data(recipe, here, terminal.say)
     run = open_run(recipe, opened.train.digest, here, terminal)
     trainer = Trainer(recipe, here, opened, run)
-    trainer.step = 1  # at 0 the learning rate is 0
+    trainer.step = 1  # at step 0 the learning rate would be 0
     with closing(trainer.batches()) as batches:
         return trainer, next(batches)
 
 
 def _write_photos(url: str, samples: int) -> None:
-    """Shards of photos as large as ImageNet's, so that decoding costs what it does in training."""
+    """Write shards of photos as large as ImageNet's, so that decoding costs as much as theirs."""
     photos = [draw_photo(i) for i in range(min(samples, PHOTOS))]
     entries = [pack.Image(f"{i}.jpg", len(photos[i % len(photos)]), i % 8) for i in range(samples)]
     plan = pack.plan_shards(pack.ImageSet("", entries, list("abcdefgh")), 16_000_000, seed=0)
@@ -210,7 +212,7 @@ def _write_photos(url: str, samples: int) -> None:
 
 
 class _Sides:
-    """What takes turns. Making it takes each side's first steps, which compile."""
+    """The sides that take turns. The constructor takes each side's first steps, which compile."""
 
     def __init__(self, trainer: Trainer, data: Batch, steps: int) -> None:
         self.trainer, self.steps, self.batch = trainer, steps, trainer.recipe.batch.size
@@ -220,13 +222,13 @@ class _Sides:
             labels=data.labels.to(trainer.device),
         )
         self.augment = trainer.augment
-        self.waits: list[float] = []  # share of each round's time
+        self.waits: list[float] = []  # share of each round's time that training waits for data
 
         self.images, seconds = _timed(self._augmented)  # [V*b, 3, S, S]
         first, more = _timed(self._own_step)
         self.first = {"ours": seconds + more}  # seconds
         repeat(self._own_step, SETTLING)
-        self.held = {"ours": _allocated()}  # bytes between steps, with the images for both
+        self.held = {"ours": _allocated()}  # bytes between steps, with both sides' images
 
         self.stock = Stock(trainer.recipe, trainer.classes, trainer.device)
         self.view1, self.view2 = self.images.contiguous().chunk(2)
@@ -234,7 +236,7 @@ class _Sides:
         loss, self.first["stock"] = _timed(self._stock_step)
         with FlopCounterMode(display=False) as counter:
             self._stock_step()
-        self.flops = counter.get_total_flops() / len(self.view1)  # for an image
+        self.flops = counter.get_total_flops() / len(self.view1)  # per image
         repeat(self._stock_step, SETTLING)
         self.held["stock"] = _allocated() - self.held["ours"]
 
@@ -254,7 +256,7 @@ class _Sides:
         }
 
     def tell(self, costs: dict[str, list[Cost]]) -> None:
-        """Print all but the speeds."""
+        """Print all figures except the speeds."""
         steady = {side: self.batch * _wall(costs[side]) for side in costs}
         own = max(0.0, self.first["ours"] - steady["ours"] - steady["augmentation"])
         theirs = max(0.0, self.first["stock"] - steady["stock"])
@@ -276,14 +278,14 @@ class _Sides:
         return self.stock.step(self.view1, self.view2, self.data.labels, *self.rates)
 
     def _cost(self, step: Callable[[], object], without: str | None = None) -> Cost:
-        """Of some steps, but for the memory that the side `without` holds."""
+        """Measure the cost of some steps, less the memory that the side `without` holds."""
         self._meet()
         cost = measure(lambda: repeat(step, self.steps), self.steps * self.batch)
         held = 0 if without is None else self.held[without]
         return self._together(cost._replace(memory=cost.memory - held))
 
     def _train(self) -> Cost:
-        """Of some steps of training as `Trainer.fit` does it; notes the share of data waits."""
+        """Measure some steps of training as `fit` takes them, and note the share of data waits."""
         trainer = self.trainer
         trainer.augment = self.augment
         with closing(trainer.batches()) as batches:
@@ -292,10 +294,10 @@ class _Sides:
                 with timer.waiting():
                     batch = next(batches)
                 trainer.train_step(batch)
-                trainer.guard.in_a_row()  # waits, like `fit`, for the step before this one
+                trainer.guard.in_a_row()  # like `fit`, wait for the step before this one
 
             timer = Timer()
-            step()  # opens the shards
+            step()  # the first step opens the shards
             self._meet()
             wait()
             timer = Timer()
@@ -309,13 +311,13 @@ class _Sides:
             dist.barrier()
 
     def _together(self, cost: Cost) -> Cost:
-        """The slowest process's time, the CPU time of all, the largest memory."""
+        """Return the slowest process's time, the CPU time of all, and the largest memory."""
         walls, cpus, memories = zip(*self.trainer.world.all_gather_object(cost), strict=True)
         return Cost(max(walls), sum(cpus), max(memories))
 
 
 def _timed(work: Callable[[], _T]) -> tuple[_T, float]:
-    """What `work` returns, and how many seconds it took."""
+    """Call `work`, and return its result and the seconds that it took."""
     start = time.perf_counter()
     result = work()
     wait()
@@ -323,11 +325,11 @@ def _timed(work: Callable[[], _T]) -> tuple[_T, float]:
 
 
 def _allocated() -> int:
-    """Bytes of the GPU that are in use; on the CPU nobody counts them."""
+    """Return the bytes of the GPU that are in use, or 0 on the CPU, where they are not counted."""
     wait()
     return torch.cuda.memory_allocated() if CUDA else 0
 
 
 def _wall(costs: list[Cost]) -> float:
-    """Median seconds for an image."""
+    """Return the median seconds for an image."""
     return median(cost.wall for cost in costs)

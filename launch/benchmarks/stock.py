@@ -1,4 +1,4 @@
-"""BYOL as it is usually written in eager PyTorch: what a step of ours is measured against."""
+"""BYOL as it is usually written in eager PyTorch. Our training step is measured against it."""
 
 import warnings
 from collections.abc import Callable
@@ -25,13 +25,14 @@ _Outputs = tuple[Tensor, Tensor, Tensor]  # projection, prediction, logits
 
 
 class Stock:
-    """One network, one view, one tensor at a time.
+    """Trains BYOL one network, one view and one tensor at a time.
 
-    Where there is a process group: DDP, and torch's synchronized norm, which a CPU does not have.
+    When there is a process group, it uses DDP and, on GPUs, torch's synchronized norm. Torch has
+    none for CPUs.
     """
 
     def __init__(self, recipe: Recipe, classes: int, device: torch.device) -> None:
-        """The weights are those that a Trainer of the same recipe starts from."""
+        """Build the networks with the weights that a Trainer of the same recipe starts from."""
         online, target = byol.build(recipe.model, classes, recipe.seed)
         self.online = _StockNetwork(online, recipe.model.encoder).to(device)
         self.target = _StockNetwork(target, recipe.model.encoder).to(device).requires_grad_(False)
@@ -46,7 +47,7 @@ class Stock:
         self.autocast = partial(autocast, recipe.precision, device)
 
     def step(self, view1: Tensor, view2: Tensor, labels: Tensor, lr: float, tau: float) -> Tensor:
-        """One update on views [B, 3, S, S]; returns the loss [] of these rows before it."""
+        """Make one update on views [B, 3, S, S], and return the loss [] before the update."""
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):
             with self.autocast():
                 (_, q1, logits), (_, q2, _) = self.see(view1), self.see(view2)
@@ -69,14 +70,14 @@ class Stock:
 def _ddp(network: nn.Module) -> DistributedDataParallel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer torch renames broadcast_buffers
-        # Two forwards come before the backward. With the default, each begins by overwriting the
-        # running statistics, and torch 2.11 raises for those that the first one's backward has
-        # noted down (https://github.com/pytorch/pytorch/issues/175024, mended later).
+        # Two forward passes come before the backward pass. By default each of them begins by
+        # overwriting the running statistics. The first one has saved these for its backward pass,
+        # so torch 2.11 raises (https://github.com/pytorch/pytorch/issues/175024, fixed later).
         return DistributedDataParallel(network, broadcast_buffers=False)
 
 
 class _StockNetwork(nn.Module):
-    """Ours with torchvision's encoder where it has the same, and torch's batch norm."""
+    """Our network with torch's batch norm, and with torchvision's encoder where it has the same."""
 
     def __init__(self, ours: Online | Target, config: ResNetConfig) -> None:
         super().__init__()
@@ -85,12 +86,12 @@ class _StockNetwork(nn.Module):
         self.predictor: nn.Module = nn.Identity()
         self.classifier: nn.Module = nn.Identity()
         if isinstance(ours, Online):
-            assert ours.classifier is not None  # the drawn images have labels
+            assert ours.classifier is not None  # the drawn images have labels, so there is one
             self.predictor = _use_torch_norm(ours.predictor, nn.BatchNorm1d)
             self.classifier = ours.classifier
 
     def forward(self, images: Tensor) -> _Outputs:
-        """Images [B, 3, S, S] -> projection, prediction and logits."""
+        """Map images [B, 3, S, S] to projection, prediction and logits."""
         features = self.encoder(images)
         projection = self.projector(features)
         return projection, self.predictor(projection), self.classifier(features.detach())
@@ -103,7 +104,7 @@ def _stock_encoder(ours: ResNet, config: ResNetConfig) -> nn.Module:
 
 
 def _use_torch_norm(module: nn.Module, norm: type[nn.BatchNorm1d | nn.BatchNorm2d]) -> nn.Module:
-    """`module`, changed in place."""
+    """Replace our batch norms by torch's, in place, and return the module."""
     for name, child in module.named_children():
         if isinstance(child, BatchNorm):
             replacement = norm(len(child.weight), child.eps, child.momentum)
@@ -124,7 +125,7 @@ def _stock_optimizer(config: LARSConfig | AdamWConfig, module: nn.Module) -> Opt
 
 
 class StockLARS(LARS):
-    """The same update, one tensor after the other."""
+    """LARS that makes the same update for one tensor after the other."""
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
