@@ -31,23 +31,25 @@ from launch.benchmarks.input import bench_input
 from launch.benchmarks.order import bench_order
 from launch.benchmarks.plan import bench_plan
 from launch.benchmarks.step import bench_step
+from launch.plain_errors import plain_errors
 from shards.errors import InputError
 
 
 def main(arguments: list[str]) -> int:
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            {
-                "input": bench_input,
-                "step": bench_step,
-                "checkpoint": bench_checkpoint,
-                "order": bench_order,
-                "plan": bench_plan,
-            },
-            prog="python launch/bench.py",
-            description=__doc__,
-            args=arguments,
-        )
+        with plain_errors():
+            tyro.extras.subcommand_cli_from_dict(
+                {
+                    "input": bench_input,
+                    "step": bench_step,
+                    "checkpoint": bench_checkpoint,
+                    "order": bench_order,
+                    "plan": bench_plan,
+                },
+                prog="python launch/bench.py",
+                description=__doc__,
+                args=arguments,
+            )
     except (InputError, OSError) as error:
         report_failure(error)
         return 1

@@ -1,15 +1,11 @@
-"""Parse command lines to a recipe, and turn tyro's error messages into one line."""
+"""Parse command lines to a recipe."""
 
-import contextlib
 import difflib
-import io
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import tyro
 
 from engine.recipe import Recipe, load, operation_names
+from launch.plain_errors import plain_errors
 from shards.errors import InputError
 from shards.fields import flatten
 
@@ -58,27 +54,3 @@ def _unknown(argument: str, recipe: Recipe) -> str:
     near = difflib.get_close_matches(name.replace("_", "-"), names, n=1)
     hint = f"did you mean --{near[0]}?" if near else "--help lists the fields"
     return f"unknown field --{name}: {hint}"
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Raise InputError where tyro would print a framed message and exit. --help still exits."""
-    messages = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(messages):
-            yield
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise InputError(_one_line(messages.getvalue())) from None
-    except ValueError as error:  # a config's own check raises it
-        raise InputError(str(error)) from None
-
-
-def _one_line(message: str) -> str:
-    """Turn tyro's framed error message into one line."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", message)
-    text = " ".join(re.sub(r"[│╭╮╰╯─]+", " ", text).split())
-    # The text in the frame repeats what the frame's title says.
-    text = re.sub(r"^(Value error|Parsing error|Invalid choice|Missing argument) ", "", text)
-    return re.split(r" (?:Argument|For full) helptext", text)[0]

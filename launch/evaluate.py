@@ -31,7 +31,7 @@ from engine.evaluation.semi_supervised import SemiSupervisedConfig, take_labels
 from engine.evaluation.session import Evaluation, EvaluationDataConfig
 from engine.processes import world
 from engine.processes.failures import report_failure
-from launch.command_line import plain_errors
+from launch.plain_errors import plain_errors
 from shards.errors import InputError
 from shards.fields import as_flag, check_bounds
 

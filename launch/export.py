@@ -23,7 +23,7 @@ from engine.encoder.export import Format
 from engine.encoder.source import EncoderConfig, Source, open_encoder
 from engine.method.resnet import ResNet
 from engine.processes.world import World
-from launch.command_line import plain_errors
+from launch.plain_errors import plain_errors
 from shards import index as indexes
 from shards.errors import InputError
 from shards.index import Index
@@ -47,7 +47,7 @@ class Export:
 
     checkpoint_url: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """URL of a run, of one of its checkpoints, or of a third-party checkpoint file."""
-    out: tyro.conf.Positional[str]
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """URL of the folder that is written to."""
     format: tuple[Format, ...] = ("safetensors", "state-dict", "torchscript", "torch-export")
     """Formats that are written. onnx needs pip install 'byol-engine[onnx]'."""

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
+from launch.plain_errors import plain_errors
 from shards.errors import InputError
 from shards.index import Index
 from shards.making import pack, scan
@@ -31,8 +32,8 @@ _console = Console(stderr=True, markup=False)
 
 
 def main(
-    source: tyro.conf.Positional[str],
-    out: tyro.conf.Positional[str] = "",
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")] = "",
     *,
     shard_mb: float = 64,
     seed: int = 0,
@@ -155,11 +156,12 @@ def _summarize(name: str, index: Index, note: str) -> None:
 
 if __name__ == "__main__":
     try:
-        tyro.cli(
-            main,
-            prog="python launch/pack.py",
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        with plain_errors():
+            tyro.cli(
+                main,
+                prog="python launch/pack.py",
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

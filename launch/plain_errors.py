@@ -1,0 +1,52 @@
+"""Report the mistakes in a command line, which tyro finds, in one line each."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tyro import _errors  # tyro documents its hook for errors in this module only
+from tyro._arguments import ArgumentDefinition
+
+from shards.errors import InputError
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raise InputError where tyro would print a framed message and exit. --help still exits."""
+    with _errors.on_parse_error(_raise_one_line):
+        try:
+            yield
+        except ValueError as error:  # a config's own check raises it
+            raise InputError(str(error)) from None
+
+
+def _raise_one_line(event: _errors.ParseErrorEvent) -> None:
+    """Raise InputError for the mistakes that our commands allow; tyro prints any other itself."""
+    match event:
+        case _errors.BadValue(argument=argument) if argument.is_positional():
+            raise InputError(f"missing: {_name(argument)}, or an option before it is unknown")
+        case _errors.BadValue(argument=argument):
+            raise InputError(f"{_takes(argument)}: a value is missing")
+        case _errors.InvalidChoice(argument=argument, value=value, choices=choices):
+            raise InputError(f"{_name(argument)}: {value!r} is not one of {', '.join(choices)}")
+        case _errors.InstantiationFailure(argument=argument, message=message):
+            raise InputError(f"{_takes(argument)}: {message}" if argument else message)
+        case _errors.MissingArgs(missing_arguments=missing):
+            names = " and ".join(_name(found.arg) for found in missing)
+            raise InputError(f"missing: {names}; --help says what each argument is")
+        case _errors.MissingSubcommand(subcommand_spec=commands):
+            raise InputError(f"missing: one of {', '.join(commands.parser_from_name)}")
+        case _errors.UnrecognizedArgs(tokens=[token, *_]):
+            kind = "option" if token.startswith("-") else "argument"
+            raise InputError(f"unknown {kind} {token!r}: --help lists what can be given")
+
+
+def _name(argument: ArgumentDefinition) -> str:
+    if argument.is_positional():
+        return str(argument.lowered.metavar)
+    return argument.lowered.name_or_flags[0]
+
+
+def _takes(argument: ArgumentDefinition) -> str:
+    if argument.is_positional():
+        return _name(argument)
+    return f"{_name(argument)} takes {argument.lowered.metavar}"
