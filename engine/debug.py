@@ -50,7 +50,7 @@ def debug_step(trainer: Trainer) -> None:
         if (probe := trainer.probe) is not None:
             part(
                 "evaluate",
-                lambda: probe.features(probe.val, limit=trainer.recipe.batch.size),
+                lambda: probe.extract(probe.val, limit=trainer.recipe.batch.size),
                 lambda f: f"features of data.val {_shape(f.features)}",
             )
         commit = part(

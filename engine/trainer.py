@@ -69,7 +69,7 @@ class Trainer:
         self.online, self.target = byol.build(recipe.model, self.classes, recipe.seed)
         self._parallelize()
         self.optimizer = recipe.optimizer.build(self.online, self.parallel.shard_group)
-        self.moved, self.towards = byol.paired(self.target, self.online)
+        self.moved, self.towards = byol.pair_parameters(self.target, self.online)
         self.statistics = RunningStatistics([self.online, self.target])
         self.guard = StepGuard(recipe.precision, self.device, batch, world.size)
         if self.compile:
@@ -86,7 +86,7 @@ class Trainer:
         recipe, say = self.recipe, self.terminal.say
         held = parallel.state_bytes(self.online, self.target, recipe.optimizer.slots)
         strategy = parallel.choose(recipe.parallel, self.world, held, say)
-        missing = compiling.missing_compiler(self.device) if recipe.compile else ""
+        missing = compiling.find_missing_compiler(self.device) if recipe.compile else ""
         if missing:
             say(f"compile: {missing}; going on without torch.compile")
         self.compile = recipe.compile and not missing
@@ -135,7 +135,7 @@ class Trainer:
                         projection = self.target(images)  # [V*b, D]
                 byol_term = byol_loss(online.prediction, projection).mean() * share
                 head_term = _head_loss(online.logits, labels) * share
-                self.guard.scaled(byol_term + head_term).backward()
+                self.guard.scale_loss(byol_term + head_term).backward()
             self.statistics.note()
             loss = loss + byol_term.detach()
             head_loss = head_loss + head_term.detach()
@@ -226,7 +226,7 @@ class Trainer:
         if self.probe is None or not self.recipe.probe.baseline or self.step:
             return {}
         found = {
-            "raw pixels": self.probe.pixels_top1(),
+            "raw pixels": self.probe.measure_pixels(),
             "untrained encoder": self.probe.evaluate()["knn_top1"],
         }
         for name, accuracy in found.items():
@@ -266,7 +266,7 @@ class Trainer:
 
     def check_skips(self, output: StepOutput) -> None:
         """Raise InputError when too many steps in a row were skipped."""
-        if self.guard.in_a_row() >= MOST_SKIPS:
+        if self.guard.count_skips() >= MOST_SKIPS:
             raise self._diverged(output)
 
     def check_finite(self, output: StepOutput) -> None:

@@ -103,7 +103,7 @@ class Finetune:
 
     def run(self) -> None:
         evaluation = self.options.open("finetune", self.protocol.settings())
-        labels = finetune.all_labels(evaluation, self.protocol)
+        labels = finetune.take_all_labels(evaluation, self.protocol)
         _measure(evaluation, lambda: finetune.evaluate(evaluation, self.protocol, labels))
 
 
@@ -142,9 +142,9 @@ class Neighbours:
 
 def _measure(evaluation: Evaluation, measure: Callable[[], Result | None]) -> None:
     """Show the existing result of this evaluation, or measure and publish a new one."""
-    if evaluation.standing() is not None:
+    if evaluation.find_earlier() is not None:
         return
-    with evaluation.alone():
+    with evaluation.hold_folder():
         if (result := measure()) is not None:
             evaluation.publish(result)
 

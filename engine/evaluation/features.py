@@ -85,7 +85,7 @@ class Accuracy(NamedTuple):
     top5: float
 
 
-def accuracy(scores: Tensor, labels: Tensor, world: World, field: str) -> Accuracy:
+def measure_accuracy(scores: Tensor, labels: Tensor, world: World, field: str) -> Accuracy:
     """Measure how often the label has the highest score, and how often one of the five highest.
 
     All processes call it together, and the result covers the rows of all of them.

@@ -23,8 +23,8 @@ from torch import Generator as RandomNumbers
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from engine.evaluation.features import Accuracy, accuracy, forward
-from engine.evaluation.results import Result, Row, chosen_columns
+from engine.evaluation.features import Accuracy, forward, measure_accuracy
+from engine.evaluation.results import Result, Row, show_chosen
 from engine.evaluation.session import Evaluation
 from engine.evaluation.supervised import (
     Examples,
@@ -33,9 +33,9 @@ from engine.evaluation.supervised import (
     SupervisedConfig,
     check_held_out,
     check_labels,
-    crops,
     hold_out,
-    momenta,
+    list_momenta,
+    load_crops,
     sum_gradients,
     total_steps,
     train,
@@ -71,7 +71,7 @@ class Labels(NamedTuple):
     chosen_on: NDArray[np.int64]  # their ids in `chosen_in`, rising
 
 
-def all_labels(evaluation: Evaluation, config: FinetuneConfig) -> Labels:
+def take_all_labels(evaluation: Evaluation, config: FinetuneConfig) -> Labels:
     """Learn from the whole training set except the held-out images, and choose on those."""
     index = evaluation.train
     held, ids = hold_out(index.samples, config.holdout, config.seed), np.arange(index.samples)
@@ -99,7 +99,7 @@ def evaluate(evaluation: Evaluation, config: FinetuneConfig, labels: Labels) -> 
     for (lr, epochs), score in zip(training.choices, scores, strict=True):
         shown = score if score >= 0 else "diverged"
         row: Row = {"lr": f"{lr:g}", "epochs": f"{epochs:g}", "held-out top-1": shown}
-        table.append(row | chosen_columns(found, len(table) == scores.index(max(scores))))
+        table.append(row | show_chosen(found, len(table) == scores.index(max(scores))))
     metrics = {evaluation.name("top1"): found.top1, evaluation.name("top5"): found.top5}
     return Result(metrics, table)
 
@@ -186,7 +186,7 @@ class Finetuning:
     def batches(self, start: int) -> Generator[Examples, None, None]:
         """Yield the batches from step `start` on. Every training begins with the same batch."""
         config, index = self.config, self.labels.source
-        source = crops(self.evaluation, index, config.batch, config.seed, self.labels.held)
+        source = load_crops(self.evaluation, index, config.batch, config.seed, self.labels.held)
         first, place = self._place(start)
         for choice in range(first, len(self.choices)):
             with closing(source(place)) as rows:
@@ -204,8 +204,8 @@ class Finetuning:
         """
         self.model.eval()
         with torch.no_grad():
-            found = self.evaluation.features(index, self._logits, ids=ids)
-        return accuracy(found.features, found.labels, self.world, field)
+            found = self.evaluation.extract(index, self._logits, ids=ids)
+        return measure_accuracy(found.features, found.labels, self.world, field)
 
     def take(self, tensors: dict[str, Tensor]) -> None:
         """Copy these parameters and running statistics into the model."""
@@ -217,7 +217,7 @@ class Finetuning:
         """Return the tensors to save. A saved state is loaded into them in place."""
         return {
             "model": self.model.state_dict(),
-            "momentum": momenta(self.optimizer),
+            "momentum": list_momenta(self.optimizer),
             "best": self.best,
             "scores": self.scores,
         }
@@ -236,7 +236,7 @@ class Finetuning:
 
     def _start(self) -> None:
         self.take(self._first)
-        for buffer in momenta(self.optimizer).values():
+        for buffer in list_momenta(self.optimizer).values():
             buffer.zero_()
 
     def _finish(self, choice: int) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from annotated_types import Interval, MinLen
 from torch import Tensor
 
-from engine.evaluation.features import Features, accuracy
+from engine.evaluation.features import Features, measure_accuracy
 from engine.evaluation.results import Result, Row
 from engine.evaluation.session import Evaluation
 from engine.processes.world import World
@@ -37,7 +37,7 @@ class Neighbours(NamedTuple):
 
 
 @torch.no_grad()
-def nearest(bank: Features, queries: Tensor, k: int, world: World) -> Neighbours:
+def find_nearest(bank: Features, queries: Tensor, k: int, world: World) -> Neighbours:
     """Find the k images of the bank that are nearest to each query.
 
     All processes call it together, and each looks up its own queries. A process never holds more
@@ -60,7 +60,7 @@ def nearest(bank: Features, queries: Tensor, k: int, world: World) -> Neighbours
             "diverged; take an earlier checkpoint"
         )
     by_id = bank.ids.argsort()
-    keys = Features(*(part[by_id] for part in (_directions(bank.features), bank.labels, bank.ids)))
+    keys = Features(*(part[by_id] for part in (_normalize(bank.features), bank.labels, bank.ids)))
     sizes = world.all_gather_object((len(bank.ids), len(queries)))
     total = sum(held for held, _ in sizes)
     if total == 0:
@@ -70,16 +70,16 @@ def nearest(bank: Features, queries: Tensor, k: int, world: World) -> Neighbours
     k, rows = min(k, total), max(1, QUERIES // world.size)
     found = []
     for start in range(0, max(count for _, count in sizes), rows):
-        own = _directions(queries[start : start + rows])
+        own = _normalize(queries[start : start + rows])
         padded = F.pad(own, (0, 0, 0, rows - len(own)))  # [rows, F]
-        candidates = _nearest_here(keys, world.all_gather(padded), k)  # [W * rows, k] each
+        candidates = _find_nearest_here(keys, world.all_gather(padded), k)  # [W * rows, k] each
         answers = (world.all_to_all(part.unflatten(0, (world.size, rows))) for part in candidates)
         merged = Neighbours(*(answer.transpose(0, 1).flatten(1) for answer in answers))
-        found.append(_best(merged, k, len(own)))  # the best of [rows, W * k]
+        found.append(_take_best(merged, k, len(own)))  # the best of [rows, W * k]
     return Neighbours(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def _directions(features: Tensor) -> Tensor:
+def _normalize(features: Tensor) -> Tensor:
     """Normalize rows [N, F] to length 1 and round them to steps of 2**-26.
 
     The result is int32, from -STEPS to STEPS. The rounding makes cosines exact: products of such
@@ -94,7 +94,7 @@ def _directions(features: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _nearest_here(keys: Features, queries: Tensor, k: int) -> Neighbours:
+def _find_nearest_here(keys: Features, queries: Tensor, k: int) -> Neighbours:
     """Find the k nearest images within this process's part of the bank.
 
     When the part has fewer than k images, the rest is filled with id -1 and similarity -inf.
@@ -112,14 +112,14 @@ def _nearest_here(keys: Features, queries: Tensor, k: int) -> Neighbours:
     )
     for features, labels, ids in zip(*(part.split(KEYS) for part in keys), strict=True):
         similarity = asked @ features.double().T  # [N, n]
-        columns = _columns_of_largest(similarity, min(k, len(ids)))
+        columns = _find_largest(similarity, min(k, len(ids)))
         near = similarity.gather(1, columns), labels[columns], ids[columns]
         both = zip(best, near, strict=True)
-        best = _best(Neighbours(*(torch.cat(pair, dim=1) for pair in both)), k, len(queries))
+        best = _take_best(Neighbours(*(torch.cat(pair, dim=1) for pair in both)), k, len(queries))
     return best
 
 
-def _columns_of_largest(values: Tensor, k: int) -> Tensor:
+def _find_largest(values: Tensor, k: int) -> Tensor:
     """Return the columns [N, k] of the k largest values [N, n] of each row, in any order.
 
     Among equal values it takes the first columns; torch.topk would take any of them.
@@ -137,7 +137,7 @@ def _columns_of_largest(values: Tensor, k: int) -> Tensor:
     return columns
 
 
-def _best(candidates: Neighbours, k: int, rows: int) -> Neighbours:
+def _take_best(candidates: Neighbours, k: int, rows: int) -> Neighbours:
     """Return the k nearest candidates of each of the first `rows` queries, ordered by nearness."""
     similarity, _, ids = (part[:rows] for part in candidates)
     by_id = ids.argsort(dim=1)
@@ -185,14 +185,14 @@ def evaluate(evaluation: Evaluation, config: KNNConfig) -> Result:
 
     The search is exact, and the result does not depend on the number of processes.
     """
-    queries = evaluation.features(evaluation.val)
-    bank = evaluation.features(evaluation.train)
-    found = nearest(bank, queries.features, max(config.k), evaluation.world)
+    queries = evaluation.extract(evaluation.val)
+    bank = evaluation.extract(evaluation.train)
+    found = find_nearest(bank, queries.features, max(config.k), evaluation.world)
     metrics, table = {}, list[Row]()
     for k in config.k:
         for temperature in config.temperature:
             scores = vote(found, k, temperature, evaluation.classes)
-            here = accuracy(scores, queries.labels, evaluation.world, "data.val")
+            here = measure_accuracy(scores, queries.labels, evaluation.world, "data.val")
             row: Row = {"k": k, "temperature": f"{temperature:g}"}
             table.append(row | {"top-1": here.top1, "top-5": here.top5})
             metrics[evaluation.name(f"k{k}_t{temperature:g}_top1")] = here.top1

@@ -19,8 +19,8 @@ from safetensors.torch import save as save_tensors
 from torch import Generator as RandomNumbers
 from torch import Tensor, nn
 
-from engine.evaluation.features import Accuracy, Features, accuracy
-from engine.evaluation.results import Result, Row, chosen_columns
+from engine.evaluation.features import Accuracy, Features, measure_accuracy
+from engine.evaluation.results import Result, Row, show_chosen
 from engine.evaluation.session import Evaluation
 from engine.evaluation.supervised import (
     Batches,
@@ -30,9 +30,9 @@ from engine.evaluation.supervised import (
     SupervisedConfig,
     check_held_out,
     check_labels,
-    crops,
     hold_out,
-    momenta,
+    list_momenta,
+    load_crops,
     sum_gradients,
     total_steps,
     train,
@@ -70,11 +70,13 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
     check_held_out(len(held_ids))
     check_labels(evaluation, index, held, index, held_ids)
     if config.fast:
-        bank = evaluation.features(index)
-        batches, steps = stored(bank, index.samples, config, held)
+        bank = evaluation.extract(index)
+        batches, steps = make_batches(bank, index.samples, config, held)
     else:
         steps = total_steps(index, config.epochs, config.batch)
-        batches = encoded(evaluation, crops(evaluation, index, config.batch, config.seed, held))
+        batches = encode_images(
+            evaluation, load_crops(evaluation, index, config.batch, config.seed, held)
+        )
     training = LinearTraining(
         config, evaluation.network.feature_dim, evaluation.classes, steps, evaluation.world
     )
@@ -83,10 +85,10 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
         return None
     if not any(head.weight.isfinite().all() for head in training.heads.each):
         raise InputError("training diverged with every --lr: give lower ones")
-    aside = evaluation.features(index, ids=held_ids)
+    aside = evaluation.extract(index, ids=held_ids)
     chosen_on = measure(training.heads, aside, evaluation, "data.train")
     best = max(range(len(config.lr)), key=lambda number: chosen_on[number].top1)
-    queries = evaluation.features(evaluation.val)
+    queries = evaluation.extract(evaluation.val)
     found = measure(training.heads, queries, evaluation, "data.val")[best]
     if evaluation.world.main:
         head = training.heads.each[best]
@@ -95,7 +97,7 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
     table: list[Row] = []
     for number, (lr, there) in enumerate(zip(config.lr, chosen_on, strict=True)):
         row: Row = {"lr": f"{lr:g}", "held-out top-1": there.top1}
-        table.append(row | chosen_columns(found, number == best))
+        table.append(row | show_chosen(found, number == best))
     kind = "fast_" if config.fast else ""
     metrics = {
         evaluation.name(f"{kind}top1"): found.top1,
@@ -160,10 +162,10 @@ class LinearTraining:
 
     def state(self) -> dict[str, Any]:
         """Return the tensors to save. A saved state is loaded into them in place."""
-        return {"heads": self.heads.state_dict(), "momentum": momenta(self.optimizer)}
+        return {"heads": self.heads.state_dict(), "momentum": list_momenta(self.optimizer)}
 
 
-def encoded(evaluation: Evaluation, batches: Batches) -> Batches:
+def encode_images(evaluation: Evaluation, batches: Batches) -> Batches:
     """Replace the images in the batches by their features from the frozen encoder."""
 
     def features(start: int) -> Generator[Examples, None, None]:
@@ -173,7 +175,9 @@ def encoded(evaluation: Evaluation, batches: Batches) -> Batches:
     return features
 
 
-def stored(bank: Features, samples: int, config: LinearConfig, held: Held) -> tuple[Batches, int]:
+def make_batches(
+    bank: Features, samples: int, config: LinearConfig, held: Held
+) -> tuple[Batches, int]:
     """Make batches from features that the processes hold, and return them and the number of steps.
 
     An epoch is a random order of all sample ids except the held-out ones. Each process gets those
@@ -207,7 +211,7 @@ def stored(bank: Features, samples: int, config: LinearConfig, held: Held) -> tu
 def measure(heads: Heads, found: Features, evaluation: Evaluation, field: str) -> list[Accuracy]:
     """Measure each head's accuracy on features that the processes hold."""
     return [
-        accuracy(
+        measure_accuracy(
             F.linear(found.features, head.weight, head.bias),
             found.labels,
             evaluation.world,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.evaluation.features import Features
-from engine.evaluation.knn import nearest
+from engine.evaluation.knn import find_nearest
 from engine.evaluation.session import Evaluation
 from engine.state.layout import EVALUATIONS, TENSORBOARD
 from shards.index import Index
@@ -53,24 +53,24 @@ def draw(evaluation: Evaluation, config: NeighboursConfig) -> None:
     """
     val, world = evaluation.val, evaluation.world
     ids = _spread(val.samples, max(config.queries, config.points))
-    found = _gathered(evaluation, evaluation.features(val, ids=ids, unlabeled=True))
-    bank = evaluation.features(evaluation.train, limit=config.bank, unlabeled=True)
+    found = _gather(evaluation, evaluation.extract(val, ids=ids, unlabeled=True))
+    bank = evaluation.extract(evaluation.train, limit=config.bank, unlabeled=True)
     some = _spread(len(found.ids), config.queries)
     asked = Features(*(tensor[some] for tensor in found))
     # Every process looks up all of the queries, because there are only a few.
-    near = nearest(bank, asked.features, config.neighbours, world)
+    near = find_nearest(bank, asked.features, config.neighbours, world)
     if not world.main:
         return
-    images = _images(evaluation, evaluation.train, near.ids.flatten().cpu().numpy())
-    queries = _images(evaluation, val, asked.ids.cpu().numpy())
+    images = _read_images(evaluation, evaluation.train, near.ids.flatten().cpu().numpy())
+    queries = _read_images(evaluation, val, asked.ids.cpu().numpy())
     rows = []
     for i, query in enumerate(asked.ids.tolist()):
         label = int(asked.labels[i])
-        row = [_framed(queries[query], NEUTRAL)]
+        row = [_draw_frame(queries[query], NEUTRAL)]
         for neighbour, there in zip(near.ids[i].tolist(), near.labels[i].tolist(), strict=True):
             known = label >= 0 and there >= 0
             color = NEUTRAL if not known else RIGHT if there == label else WRONG
-            row.append(_framed(images[neighbour], color))
+            row.append(_draw_frame(images[neighbour], color))
         rows.append(np.concatenate(row, axis=1))
     sheet = np.concatenate(rows)
     url = files.join(evaluation.url, SHEET)
@@ -89,14 +89,14 @@ def _spread(samples: int, count: int) -> NDArray[np.int64]:
     return np.arange(count) * samples // count
 
 
-def _gathered(evaluation: Evaluation, found: Features) -> Features:
+def _gather(evaluation: Evaluation, found: Features) -> Features:
     """Give each process the features of all processes, ordered by id."""
     whole = Features(*(evaluation.world.all_gather(tensor) for tensor in found))
     order = whole.ids.argsort()
     return Features(*(tensor[order] for tensor in whole))
 
 
-def _images(
+def _read_images(
     evaluation: Evaluation, index: Index, ids: NDArray[np.int64], side: int = SIDE
 ) -> dict[int, NDArray[np.uint8]]:
     """Read central crops [side, side, 3] and return them by sample id."""
@@ -108,7 +108,7 @@ def _images(
     }
 
 
-def _framed(image: NDArray[np.uint8], color: tuple[int, int, int]) -> NDArray[np.uint8]:
+def _draw_frame(image: NDArray[np.uint8], color: tuple[int, int, int]) -> NDArray[np.uint8]:
     """Add a colored border to an image, and a white border around that."""
     side = len(image) + 4 * BORDER
     framed = np.full((side, side, 3), 255, np.uint8)
@@ -123,7 +123,7 @@ def _write_projector(evaluation: Evaluation, found: Features) -> None:
     points = len(found.ids)
     columns = int(np.ceil(np.sqrt(points)))
     side = min(SIDE // 2, SPRITE // columns)
-    pictures = _images(evaluation, evaluation.val, found.ids.cpu().numpy(), side)
+    pictures = _read_images(evaluation, evaluation.val, found.ids.cpu().numpy(), side)
     sprite = np.full((columns * side, columns * side, 3), 255, np.uint8)
     for i, number in enumerate(found.ids.tolist()):
         y, x = (side * place for place in divmod(i, columns))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from annotated_types import Interval
 from torch import nn
 
-from engine.evaluation.features import Features, accuracy, encoding, extract
-from engine.evaluation.knn import nearest, vote
+from engine.evaluation.features import Features, encoding, extract, measure_accuracy
+from engine.evaluation.knn import find_nearest, vote
 from engine.log.figures import effective_rank
 from engine.method.byol import VIEWS, Online
 from engine.method.local_shards import whole
@@ -96,25 +96,25 @@ class Probe:
 
         Accuracies are fractions. Raises Stopped on all processes when `leave` returns True on one.
         """
-        queries = self.features(self.val, leave=leave)
-        bank = self.features(self.train, self.config.bank, leave=leave)
-        found = {"knn_top1": self.knn(bank, queries)}
+        queries = self.extract(self.val, leave=leave)
+        bank = self.extract(self.train, self.config.bank, leave=leave)
+        found = {"knn_top1": self.measure_knn(bank, queries)}
         head = self.online.classifier
         if head is not None:
             with torch.no_grad():
                 logits = F.linear(queries.features, whole(head.weight), whole(head.bias))
-            top1 = accuracy(logits, queries.labels, self.world, "data.val").top1
+            top1 = measure_accuracy(logits, queries.labels, self.world, "data.val").top1
             found["online_top1"] = top1
         some = self.world.all_gather(queries.features[: 10_000 // self.world.size])
         found["feature_rank"] = effective_rank(some).item()
         return found
 
-    def pixels_top1(self) -> float:
+    def measure_pixels(self) -> float:
         """Measure kNN on the pixels themselves. This is the figure that an encoder has to beat."""
-        bank = self.features(self.train, self.config.bank, pixels=True)
-        return self.knn(bank, self.features(self.val, pixels=True))
+        bank = self.extract(self.train, self.config.bank, pixels=True)
+        return self.measure_knn(bank, self.extract(self.val, pixels=True))
 
-    def features(
+    def extract(
         self,
         index: Index,
         limit: int | None = None,
@@ -140,15 +140,15 @@ class Probe:
             raise Stopped
         return found
 
-    def knn(self, bank: Features, queries: Features) -> float:
+    def measure_knn(self, bank: Features, queries: Features) -> float:
         """Measure the accuracy of the neighbors' vote with the recipe's k and temperature.
 
         The accuracy is a fraction.
         """
         k, temperature = self.config.neighbours, self.config.temperature
-        found = nearest(bank, queries.features, k, self.world)
+        found = find_nearest(bank, queries.features, k, self.world)
         scores = vote(found, k, temperature, len(self.train.classes))
-        return accuracy(scores, queries.labels, self.world, "data.val").top1
+        return measure_accuracy(scores, queries.labels, self.world, "data.val").top1
 
     @torch.no_grad()
     def _take_weights(self) -> None:

@@ -19,7 +19,7 @@ class Result(NamedTuple):
     table: list[Row]  # the table to print, whose accuracies are fractions
 
 
-def chosen_columns(found: Accuracy, chosen: bool) -> Row:
+def show_chosen(found: Accuracy, chosen: bool) -> Row:
     """Return a row's accuracies on data.val, which are empty unless the row was chosen."""
     return {"top-1": found.top1, "top-5": found.top5} if chosen else {"top-1": "", "top-5": ""}
 
@@ -30,7 +30,7 @@ def show(result: Result, console: Console) -> None:
     for name, value in result.table[0].items():
         table.add_column(name, justify="left" if isinstance(value, str) else "right")
     for row in result.table:
-        table.add_row(*map(_shown, row.values()))
+        table.add_row(*map(_format, row.values()))
     console.print(table)
 
 
@@ -49,5 +49,5 @@ def read_result(url: str, report: Callable[[str], None]) -> Result | None:
         return None
 
 
-def _shown(value: str | int | float) -> str:
+def _format(value: str | int | float) -> str:
     return f"{value:.2%}" if isinstance(value, float) else str(value)

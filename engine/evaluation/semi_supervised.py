@@ -11,7 +11,7 @@ from annotated_types import Interval
 
 from engine.evaluation.finetune import FinetuneConfig, Labels
 from engine.evaluation.session import Evaluation
-from engine.evaluation.supervised import check_held_out, hold_out, nothing
+from engine.evaluation.supervised import check_held_out, hold_out, hold_out_nothing
 from shards import index as indexes
 from shards.digest import digest
 from shards.errors import InputError
@@ -89,11 +89,11 @@ def take_labels(
     evaluation.terminal.say(
         f"{learned.samples:,} of {index.samples:,} images have labels: {files.redact(some)}"
     )
-    return Labels(learned, nothing, chosen_in, np.arange(chosen_in.samples))
+    return Labels(learned, hold_out_nothing, chosen_in, np.arange(chosen_in.samples))
 
 
 def _choose(places: subset.Places, index: Index, config: SemiSupervisedConfig) -> subset.Ids:
     if config.files:
         place = f"--files {files.redact(config.files)}"
-        return subset.listed(places, index.classes, config.names(), place)
+        return subset.find_listed(places, index.classes, config.names(), place)
     return subset.choose(places.labels, config.fraction, config.subset_seed)

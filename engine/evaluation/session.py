@@ -116,7 +116,7 @@ class Evaluation:
     def classes(self) -> int:
         return len(self.train.classes)
 
-    def features(
+    def extract(
         self,
         index: Index,
         encode: Callable[[Tensor], Tensor] | None = None,
@@ -134,7 +134,7 @@ class Evaluation:
             unlabeled: Include the samples that have no label.
         """
         count = index.samples if ids is None else len(ids)
-        shown = self._watched(
+        shown = self._show_progress(
             self.crops.read(index, ids=ids, limit=limit), min(count, limit or count)
         )
         return extract(encode or self.encode, shown, self.world.device, unlabeled=unlabeled)
@@ -160,7 +160,7 @@ class Evaluation:
                 f"{use}: label more images"
             )
 
-    def _watched(self, batches: Iterable[EvalBatch], total: int) -> Iterator[EvalBatch]:
+    def _show_progress(self, batches: Iterable[EvalBatch], total: int) -> Iterator[EvalBatch]:
         """Yield the batches and show a progress bar when there is a terminal.
 
         The bar assumes that all processes are as fast as this one.
@@ -182,7 +182,7 @@ class Evaluation:
         other = "" if self._own_data else f"_on_{self.val.digest[:6]}"
         return f"{self.protocol}{network}_{figure}{other}".replace("-", "_")
 
-    def standing(self) -> Result | None:
+    def find_earlier(self) -> Result | None:
         """Return and print the result of the same evaluation, if it was made before."""
         url = files.join(self.url, RESULT)
         result = self.world.on_main(lambda: read_result(url, self.terminal.report))
@@ -193,7 +193,7 @@ class Evaluation:
         return result
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def hold_folder(self) -> Iterator[None]:
         """Hold the folder of the results, so that no other job makes the same evaluation meanwhile.
 
         This writes to the folder, so a folder that can't be written to is found before anything

@@ -182,12 +182,12 @@ def check_labels(
     evaluation.check_labels(evaluation.val, "of data.val", "measured on it")
 
 
-def nothing(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+def hold_out_nothing(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Hold out no sample. This is the `Held` of a data set that is learned from as a whole."""
     return np.zeros(len(ids), bool)
 
 
-def masked(labels: Tensor, ids: NDArray[np.int64], held: Held) -> Tensor:
+def mask_held_out(labels: Tensor, ids: NDArray[np.int64], held: Held) -> Tensor:
     """Replace the labels [B] of held-out samples by -1."""
     return labels.masked_fill(torch.from_numpy(held(ids)), -1)
 
@@ -208,7 +208,7 @@ def total_steps(index: Index, epochs: float, batch: int) -> int:
     return steps
 
 
-def crops(evaluation: Evaluation, index: Index, batch: int, seed: int, held: Held) -> Batches:
+def load_crops(evaluation: Evaluation, index: Index, batch: int, seed: int, held: Held) -> Batches:
     """Load batches of random crops with flips, as uint8 images on the device.
 
     The loader is the one that BYOL training uses. Raises InputError when there are more processes
@@ -240,7 +240,7 @@ def crops(evaluation: Evaluation, index: Index, batch: int, seed: int, held: Hel
                 views, params = (
                     tensor[0].to(device, non_blocking=True) for tensor in (rows.views, rows.params)
                 )
-                labels = masked(rows.labels, rows.ids, held)
+                labels = mask_held_out(rows.labels, rows.ids, held)
                 known = int((labels >= 0).sum())
                 yield Examples(flip(views, params), labels.to(device), known)
 
@@ -261,7 +261,7 @@ def sum_gradients(module: nn.Module, world: World) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def momenta(optimizer: torch.optim.SGD) -> dict[str, Tensor]:
+def list_momenta(optimizer: torch.optim.SGD) -> dict[str, Tensor]:
     """Return the optimizer's momentum buffers by the number of their parameter.
 
     Buffers that do not exist before the first step are created as zeros, which does not change the

@@ -128,7 +128,7 @@ def byol_loss(prediction: Tensor, projection: Tensor) -> Tensor:
     return regression_loss(q1, z2) + regression_loss(q2, z1)
 
 
-def paired(target: Target, online: Online) -> tuple[list[Tensor], list[Tensor]]:
+def pair_parameters(target: Target, online: Online) -> tuple[list[Tensor], list[Tensor]]:
     """List all parameters of the target, and those of the online network by the same names."""
     source = dict(online.named_parameters())
     moved = dict(target.named_parameters())

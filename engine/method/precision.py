@@ -69,7 +69,7 @@ class StepGuard:
         tensors = {"finite": self._finite, "skipped": self.skipped, "in_a_row": self._in_a_row}
         return tensors if self.scale is None else tensors | {"scale": self.scale}
 
-    def scaled(self, loss: Tensor) -> Tensor:
+    def scale_loss(self, loss: Tensor) -> Tensor:
         """Scale `loss`, this process's share of the global mean, for the backward pass.
 
         The shares of all processes add up to the mean, but gradients are averaged over the
@@ -109,7 +109,7 @@ class StepGuard:
         self._in_a_row += 1
         self._in_a_row *= skipped
 
-    def in_a_row(self) -> int:
+    def count_skips(self) -> int:
         """Return how many steps in a row were skipped, as of the previous call of this function.
 
         The count is one call old so that the host need not wait for the current step.

@@ -26,7 +26,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def missing_compiler(device: torch.device) -> str:
+def find_missing_compiler(device: torch.device) -> str:
     """Name what torch.compile lacks on this machine; return "" when it lacks nothing."""
     if device.type == "cuda":
         from torch.utils._triton import has_triton

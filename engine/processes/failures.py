@@ -7,7 +7,7 @@ import traceback
 
 import torch.distributed as dist
 
-from engine.processes.world import from_launcher, rank, shared_store
+from engine.processes.world import rank, read_variable, shared_store
 from shards.errors import InputError
 
 
@@ -19,7 +19,7 @@ def report_failure(error: BaseException) -> None:
     """
     known = isinstance(error, InputError | OSError)
     if not dist.is_initialized():
-        if from_launcher("LOCAL_RANK", 0) != 0 and known:
+        if read_variable("LOCAL_RANK", 0) != 0 and known:
             # Most likely all processes found the error, before they connected. Then the first
             # process of the machine prints it, and its end ends them all. A process that is still
             # alive after this wait is the only one that failed, so it prints the error itself.

@@ -53,7 +53,7 @@ class World:
         """Return whether there is a process group."""
         return dist.is_initialized()
 
-    def apart(self) -> "World":
+    def duplicate(self) -> "World":
         """Return the same processes with a separate group, for a thread beside the training.
 
         All processes must call it at the same point.
@@ -131,7 +131,7 @@ class World:
 
 def rank() -> int:
     """Return this process's rank; it works before anything is set up."""
-    return from_launcher("RANK", 0)
+    return read_variable("RANK", 0)
 
 
 @contextmanager
@@ -151,8 +151,8 @@ def join(threads: int | None, distributed: bool) -> World:
 
     Raises InputError when this machine has fewer GPUs than processes.
     """
-    size, local_size = from_launcher("WORLD_SIZE", 1), from_launcher("LOCAL_WORLD_SIZE", 1)
-    local_rank = from_launcher("LOCAL_RANK", 0)
+    size, local_size = read_variable("WORLD_SIZE", 1), read_variable("LOCAL_WORLD_SIZE", 1)
+    local_rank = read_variable("LOCAL_RANK", 0)
     torch.set_num_threads(threads or share_of_cores())
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -211,7 +211,7 @@ def check_alike(world: World, facts: dict[str, Any]) -> None:
 
 def share_of_cores() -> int:
     """Return the number of this machine's cores for each of its processes, at least one."""
-    return max(1, (os.cpu_count() or 1) // from_launcher("LOCAL_WORLD_SIZE", 1))
+    return max(1, (os.cpu_count() or 1) // read_variable("LOCAL_WORLD_SIZE", 1))
 
 
 def set_timeout(seconds: float, groups: Iterable[ProcessGroup]) -> None:
@@ -226,5 +226,5 @@ def shared_store() -> Store:
     return dist.distributed_c10d._get_default_store()
 
 
-def from_launcher(name: str, default: int) -> int:
+def read_variable(name: str, default: int) -> int:
     return int(os.environ.get(name, default))

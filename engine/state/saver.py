@@ -26,7 +26,7 @@ class Saver:
 
     def __init__(self, world: World, background: bool, report: Callable[[str], None]) -> None:
         """`background`: whether `save` returns before all is written."""
-        self._world, self._background, self._report = world.apart(), background, report
+        self._world, self._background, self._report = world.duplicate(), background, report
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._running: Future[bool] | None = None
         self._committed, self._step = True, 0

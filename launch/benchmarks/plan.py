@@ -258,7 +258,7 @@ def _step(
     with counts["optimizer"]:
         optimizer.step()
     optimizer.zero_grad()
-    moved, towards = byol.paired(target, online)
+    moved, towards = byol.pair_parameters(target, online)
     with counts["moving average"]:
         update_target(local(moved), local(towards), torch.zeros((), dtype=dtype))
     traffic = {

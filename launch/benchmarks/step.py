@@ -294,7 +294,7 @@ class _Sides:
                 with timer.waiting():
                     batch = next(batches)
                 trainer.train_step(batch)
-                trainer.guard.in_a_row()  # like `fit`, wait for the step before this one
+                trainer.guard.count_skips()  # like `fit`, wait for the step before this one
 
             timer = Timer()
             step()  # the first step opens the shards

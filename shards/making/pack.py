@@ -212,11 +212,11 @@ def write_shards(
             name = f"shard-{number:06d}.tar"
             first, last = plan.cuts[number : number + 2]
             record_url = files.join(url, _WORK, f"{name}.json")
-            shard = _written(url, name, record_url) if f"{name}.json" in records else None
+            shard = _find_written(url, name, record_url) if f"{name}.json" in records else None
             if shard is None:
                 content = _build(plan.images[first:last], first, read, readers, advance)
                 shard = describe(name, read_samples(io.BytesIO(content)), len(content))
-                shard.crcs = _crcs(shard, content)
+                shard.crcs = _compute_crcs(shard, content)
                 with upload.open_writer(files.join(url, name)) as file:
                     file.write(content)
                 files.write(record_url, json.dumps(_record(shard)).encode())
@@ -224,7 +224,7 @@ def write_shards(
                 advance(sum(image.size for image in plan.images[first:last]))
             return shard
 
-        shards = in_threads(write_shard, range(len(plan.cuts) - 1), threads)
+        shards = run_in_threads(write_shard, range(len(plan.cuts) - 1), threads)
     result = Index(url, shards, plan.classes, plan.digest)
     result.save()
     files.discard(files.join(url, _WORK), url, report)
@@ -264,14 +264,14 @@ def _record(shard: Shard) -> dict[str, Any]:
     }
 
 
-def _crcs(shard: Shard, content: bytes) -> list[int]:
+def _compute_crcs(shard: Shard, content: bytes) -> list[int]:
     assert shard.blocks is not None
     starts = shard.blocks[:, 0].tolist()
     ends = [*starts[1:], len(content)]
     return [zlib.crc32(content[start:end]) for start, end in zip(starts, ends, strict=True)]
 
 
-def _written(url: str, name: str, record_url: str) -> Shard | None:
+def _find_written(url: str, name: str, record_url: str) -> Shard | None:
     """Return the shard that an earlier run wrote, if it is still there with the same size."""
     # A damaged record counts as no record, and the shard is written again.
     with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
@@ -326,7 +326,7 @@ def describe(name: str, samples: Iterable[Sample], size: int) -> Shard:
     return Shard(name, len(starts), size, blocks, index.checksum(blocks))
 
 
-def in_threads(call: Callable[[_T], _R], items: Iterable[_T], threads: int) -> list[_R]:
+def run_in_threads(call: Callable[[_T], _R], items: Iterable[_T], threads: int) -> list[_R]:
     """Call `call` on every item in threads, and return the results in order.
 
     After an exception no new call begins.

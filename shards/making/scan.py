@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from shards import index
 from shards.errors import InputError
 from shards.index import Index, Shard
-from shards.making.pack import describe, in_threads
+from shards.making.pack import describe, run_in_threads
 from shards.storage import files
 from shards.tar import TarError, parse_label, read_samples
 
@@ -50,7 +50,7 @@ def index_tars(
         advance(shard.bytes)
         return shard, labels
 
-    scanned = in_threads(scan, urls, threads)
+    scanned = run_in_threads(scan, urls, threads)
     for url, (shard, _) in zip(urls, scanned, strict=True):
         if shard.samples == 0:
             report(f"{files.redact(url)}: no images in it; left out")

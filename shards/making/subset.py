@@ -68,13 +68,13 @@ def find_places(index: Index, part: tuple[int, int], report: Callable[[str], Non
         offset = index.block_range(shard, number)[0]
         found += (
             (first_id + row, block.label(row), shard, offset + start, size, name)
-            for row, (start, size, name) in enumerate(_images(block))
+            for row, (start, size, name) in enumerate(_read_images(block))
         )
     numbers = np.array([entry[:5] for entry in found], np.int64).reshape(-1, 5)
     return Places(numbers[:, 0], numbers[:, 1], numbers[:, 2:], [entry[5] for entry in found])
 
 
-def _images(block: Block) -> Iterator[tuple[int, int, str]]:
+def _read_images(block: Block) -> Iterator[tuple[int, int, str]]:
     for sample in block.samples:
         span = sample.image
         assert span is not None  # A Block keeps only samples with an image.
@@ -98,7 +98,7 @@ def choose(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.
     return np.sort(np.concatenate(chosen)) if chosen else np.empty(0, np.int64)
 
 
-def listed(places: Places, classes: list[str], wanted: list[str], list_name: str) -> Ids:
+def find_listed(places: Places, classes: list[str], wanted: list[str], list_name: str) -> Ids:
     """Find the samples whose file names are in a list. Return their rising positions [m].
 
     Extensions are ignored, and so is the number that packing puts before a name. A folder before a

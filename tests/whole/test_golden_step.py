@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.method.byol import BYOLConfig, Online, Target, byol_loss, paired, update_target
+from engine.method.byol import BYOLConfig, Online, Target, byol_loss, pair_parameters, update_target
 from engine.method.lars import LARSConfig
 from engine.method.norm import BatchNorm, RunningStatistics
 from engine.method.resnet import ResNetConfig
@@ -148,7 +148,7 @@ def replay(
     statistics = RunningStatistics([online, target])
 
     def follow() -> None:
-        update_target(*paired(target, online), torch.tensor(1 - tau, dtype=case.dtype))
+        update_target(*pair_parameters(target, online), torch.tensor(1 - tau, dtype=case.dtype))
 
     run = Replay({})
     for step in range(steps):

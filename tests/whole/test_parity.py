@@ -194,9 +194,9 @@ def swapped_stream(trainer: Trainer) -> None:
 
 def mean_of_means(trainer: Trainer) -> None:
     """Every rank's mean counts alike, however many rows it has."""
-    scaled, size = trainer.guard.scaled, trainer.world.size
+    scaled, size = trainer.guard.scale_loss, trainer.world.size
     rows = trainer.data.order.rows * len(trainer.batches().streams)
-    trainer.guard.scaled = lambda loss: scaled(  # type: ignore[method-assign]
+    trainer.guard.scale_loss = lambda loss: scaled(  # type: ignore[method-assign]
         loss * trainer.recipe.batch.size / (rows * size)
     )
 

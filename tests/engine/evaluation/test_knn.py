@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from engine.evaluation import knn
-from engine.evaluation.features import Features, accuracy, extract
-from engine.evaluation.knn import Neighbours, nearest, vote
+from engine.evaluation.features import Features, extract, measure_accuracy
+from engine.evaluation.knn import Neighbours, find_nearest, vote
 from engine.processes import world
 from engine.processes.world import World
 from shards.center_crops import EvalBatch
@@ -55,8 +55,10 @@ def test_knn_equals_numpy(k: int, temperature: float) -> None:
     ranked = numpy_knn(
         bank.features.numpy(), bank.labels.numpy(), queries.features.numpy(), k, temperature
     )
-    found = nearest(bank, queries.features, k, ALONE)
-    result = accuracy(vote(found, k, temperature, CLASSES), queries.labels, ALONE, "data.val")
+    found = find_nearest(bank, queries.features, k, ALONE)
+    result = measure_accuracy(
+        vote(found, k, temperature, CLASSES), queries.labels, ALONE, "data.val"
+    )
     assert result.top1 == (ranked[:, 0] == labels).mean()
     assert result.top5 == (ranked[:, :5] == labels[:, None]).any(axis=1).mean()
     assert 0.2 < result.top1 <= result.top5 < 1
@@ -64,10 +66,10 @@ def test_knn_equals_numpy(k: int, temperature: float) -> None:
 
 def test_fewer_neighbours_are_the_nearest_of_more(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, queries = clouds(400, 1), clouds(50, 2)
-    whole = nearest(bank, queries.features, 30, ALONE)
+    whole = find_nearest(bank, queries.features, 30, ALONE)
     monkeypatch.setattr(knn, "KEYS", 7)  # a bank that is compared in many parts
     monkeypatch.setattr(knn, "QUERIES", 13)
-    some = nearest(bank, queries.features, 10, ALONE)
+    some = find_nearest(bank, queries.features, 10, ALONE)
     assert torch.allclose(some.similarity, whole.similarity[:, :10])
     assert torch.equal(some.ids, whole.ids[:, :10])
     assert torch.equal(bank.labels[whole.ids - 1000], whole.labels)
@@ -79,17 +81,19 @@ def find_in_parts(cuts: list[int], query_cuts: list[int]) -> tuple[Any, ...]:
     bank, queries = clouds(300, 1), clouds(90, 2)
     part = slice(cuts[here.rank], cuts[here.rank + 1])
     asked = slice(query_cuts[here.rank], query_cuts[here.rank + 1])
-    found = nearest(Features(*(tensor[part] for tensor in bank)), queries.features[asked], 20, here)
+    found = find_nearest(
+        Features(*(tensor[part] for tensor in bank)), queries.features[asked], 20, here
+    )
     scores = vote(found, 20, 0.07, CLASSES)
-    top = accuracy(scores, queries.labels[asked], here, "data.val")
+    top = measure_accuracy(scores, queries.labels[asked], here, "data.val")
     return found.ids.tolist(), tuple(top)
 
 
 def test_sharded_equals_single(ranks: Ranks) -> None:
     """Uneven parts, one of the bank smaller than k, one process without queries."""
     bank, queries = clouds(300, 1), clouds(90, 2)
-    found = nearest(bank, queries.features, 20, ALONE)
-    expected = accuracy(vote(found, 20, 0.07, CLASSES), queries.labels, ALONE, "data.val")
+    found = find_nearest(bank, queries.features, 20, ALONE)
+    expected = measure_accuracy(vote(found, 20, 0.07, CLASSES), queries.labels, ALONE, "data.val")
     answers = ranks.run(find_in_parts, [0, 5, 180, 300], [0, 50, 50, 90], size=3)
     assert [row for ids, _ in answers for row in ids] == found.ids.tolist()
     assert {top for _, top in answers} == {tuple(expected)}
@@ -127,7 +131,7 @@ def test_equally_near_ones_come_by_id(
 ) -> None:
     bank, queries = with_duplicates(300, 1, dtype), with_duplicates(40, 2, dtype)
     monkeypatch.setattr(knn, "KEYS", keys)
-    found = nearest(bank, queries.features, k, ALONE)
+    found = find_nearest(bank, queries.features, k, ALONE)
     assert found.ids.tolist() == by_brute_force(bank, queries.features, k)
     labels = dict(zip(bank.ids.tolist(), bank.labels.tolist(), strict=True))
     assert found.labels.tolist() == [[labels[i] for i in row] for row in found.ids.tolist()]
@@ -141,14 +145,14 @@ def find_duplicates(size: int, keys: int) -> tuple[Any, ...]:
         patch.setattr(knn, "KEYS", keys)
         own = Features(*(tensor[here.rank :: size] for tensor in bank))
         asked = queries.features.chunk(size)[here.rank]
-        found = nearest(own, asked, 15, here)
+        found = find_nearest(own, asked, 15, here)
     return found.similarity.tolist(), found.ids.tolist(), vote(found, 15, 0.07, CLASSES).tolist()
 
 
 def test_duplicates_do_not_depend_on_the_processes(ranks: Ranks) -> None:
     """Bit for bit: cosines, neighbours and votes of 1 to 4 processes, in parts of any length."""
     bank, queries = with_duplicates(300, 3, torch.float32), with_duplicates(48, 4, torch.float32)
-    whole = nearest(bank, queries.features, 15, ALONE)
+    whole = find_nearest(bank, queries.features, 15, ALONE)
     scores = vote(whole, 15, 0.07, CLASSES)
     assert whole.ids.tolist() == by_brute_force(bank, queries.features, 15)
     for size, keys in ((1, 7), (2, 1 << 15), (2, 13), (3, 1 << 15), (4, 50)):
@@ -167,7 +171,7 @@ def test_cosines_are_the_same_wherever_a_row_stands() -> None:
         for queries in (1, 2, 5, 33):
             features = torch.cat([others[:n], row, others[n:]])[: n + 1 + n % 3]
             bank = Features(features, *(torch.arange(len(features)) for _ in range(2)))
-            found = nearest(bank, query.expand(queries, -1), len(features), ALONE)
+            found = find_nearest(bank, query.expand(queries, -1), len(features), ALONE)
             seen |= set(found.similarity[found.ids == n].tolist())
     assert len(seen) == 1
     exact = math.fsum((row * query).double().flatten().tolist())
@@ -201,9 +205,9 @@ def test_votes_are_exact_at_every_temperature(temperature: float) -> None:
 
 def test_low_temperatures_are_the_nearest_neighbour() -> None:
     bank, queries = clouds(400, 1), clouds(300, 2)
-    found = nearest(bank, queries.features, 20, ALONE)
+    found = find_nearest(bank, queries.features, 20, ALONE)
     first = (found.labels[:, 0] == queries.labels).double().mean().item()
-    top = accuracy(vote(found, 20, 0.001, CLASSES), queries.labels, ALONE, "data.val")
+    top = measure_accuracy(vote(found, 20, 0.001, CLASSES), queries.labels, ALONE, "data.val")
     assert top.top1 == pytest.approx(first, abs=0.01)
 
 
@@ -212,15 +216,15 @@ def test_features_that_are_not_finite_are_told(value: float) -> None:
     bank, queries = clouds(40, 1), clouds(5, 2)
     queries.features[3, 7] = value
     with pytest.raises(InputError, match="the encoder has diverged"):
-        nearest(bank, queries.features, 5, ALONE)
+        find_nearest(bank, queries.features, 5, ALONE)
     with pytest.raises(InputError, match="the encoder has diverged"):
-        nearest(queries, bank.features, 5, ALONE)
+        find_nearest(queries, bank.features, 5, ALONE)
 
 
 def test_an_empty_bank_is_told() -> None:
     empty = Features(torch.empty(0, 16), *(torch.empty(0, dtype=torch.int64) for _ in range(2)))
     with pytest.raises(InputError, match=r"no labeled image to look up: see data\.train"):
-        nearest(empty, torch.ones(3, 16), 5, ALONE)
+        find_nearest(empty, torch.ones(3, 16), 5, ALONE)
 
 
 def test_extract_leaves_out_the_unlabeled() -> None:

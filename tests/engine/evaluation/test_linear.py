@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.evaluation.features import Features
-from engine.evaluation.linear import LinearConfig, LinearTraining, stored
-from engine.evaluation.supervised import Examples, hold_out, masked, nothing
+from engine.evaluation.linear import LinearConfig, LinearTraining, make_batches
+from engine.evaluation.supervised import Examples, hold_out, hold_out_nothing, mask_held_out
 from engine.processes import world
 from engine.processes.world import World
 from tests.helpers.ranks import Ranks
@@ -119,7 +119,7 @@ def test_stored_features_are_taken_once_an_epoch_but_those_held_out() -> None:
     held = hold_out(100, 10, seed=0)
     expected = np.flatnonzero(~held(np.arange(100)))
     assert 80 < len(expected) < 100
-    batches, steps = stored(data, 100, LinearConfig(epochs=2, batch=16), held)
+    batches, steps = make_batches(data, 100, LinearConfig(epochs=2, batch=16), held)
     assert steps == 2 * (len(expected) // 16)
     every = [batch.inputs[:, 0].tolist() for batch in batches(0)]
     first = data.features[:, 0].tolist()
@@ -139,7 +139,7 @@ def learn_in_parts(cuts: list[int]) -> tuple[list[float], Any]:
     part = slice(cuts[here.rank], cuts[here.rank + 1])
     data = Features(*(tensor[part] for tensor in clouds(100)))
     config = LinearConfig(epochs=5, batch=16, lr=(0.4, 0.1))
-    batches, steps = stored(data, 100, config, hold_out(100, 10, seed=0))
+    batches, steps = make_batches(data, 100, config, hold_out(100, 10, seed=0))
     ours = training(config, steps, here)
     losses = [here.all_reduce(ours.train_step(batch))[0].item() for batch in batches(0)]
     return losses, ours.heads.each[0].weight.detach().numpy()
@@ -192,6 +192,6 @@ def test_hold_out_is_of_each_id_alone() -> None:
     assert (hold_out(50_000, 10_000, seed=2)(ids) != held(ids)).any()
     assert 0.007 < hold_out(1_281_167, 10_009, seed=0)(np.arange(10**6)).mean() < 0.009
     labels = torch.arange(1000)
-    hidden: Tensor = masked(labels, ids[:1000], held) == -1
+    hidden: Tensor = mask_held_out(labels, ids[:1000], held) == -1
     assert np.array_equal(hidden.numpy(), held(ids[:1000]))
-    assert not nothing(ids).any()
+    assert not hold_out_nothing(ids).any()

@@ -3,7 +3,14 @@ import torch
 import torch.nn.functional as F
 from torch import Generator
 
-from engine.method.byol import BYOLConfig, build, byol_loss, paired, regression_loss, update_target
+from engine.method.byol import (
+    BYOLConfig,
+    build,
+    byol_loss,
+    pair_parameters,
+    regression_loss,
+    update_target,
+)
 from engine.method.resnet import ResNetConfig
 from tests.helpers.golden_files import golden
 
@@ -116,7 +123,7 @@ def test_target_moves_towards_online() -> None:
     online(images)
     target(images)
     before = {name: value.clone() for name, value in target.state_dict().items()}
-    update_target(*paired(target, online), torch.tensor(1 - 0.75))
+    update_target(*pair_parameters(target, online), torch.tensor(1 - 0.75))
     source = online.state_dict()
     parameters = {name for name, _ in target.named_parameters()}
     for name, value in target.state_dict().items():
@@ -129,7 +136,7 @@ def test_target_needs_every_name() -> None:
     online, _ = build(SMALL, 10, seed=0)
     _, deeper = build(BYOLConfig(ResNetConfig(18, 0.125, "cifar"), 32, 16), 10, seed=0)
     with pytest.raises(KeyError, match=r"layer1\.1\.conv1\.weight"):
-        paired(deeper, online)
+        pair_parameters(deeper, online)
 
 
 def test_compiles_to_one_graph() -> None:

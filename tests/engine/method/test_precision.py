@@ -42,7 +42,7 @@ def take_steps(config: Recipe, first_scale: float, fault: bool) -> Scaled:
         guard.scale.fill_(first_scale)
         if fault:
             scale, size = guard.scale, trainer.world.size
-            guard.scaled = lambda loss: loss * scale * size  # type: ignore[method-assign]
+            guard.scale_loss = lambda loss: loss * scale * size  # type: ignore[method-assign]
             guard.divisor = lambda parameters: scale  # type: ignore[method-assign]  # noqa: ARG005
         scales, skipped, gradients = list[float](), list[int](), list[Tensor]()
 
@@ -119,5 +119,5 @@ def test_the_first_scale_is_that_of_a_row(batch: int, processes: int) -> None:
 def test_without_a_scale_shares_add_up(precision: Any) -> None:
     guard = StepGuard(precision, CPU, 64, 4)
     assert guard.divisor([torch.ones(1)]) is None
-    assert guard.scaled(torch.tensor(0.25)) == 1
+    assert guard.scale_loss(torch.tensor(0.25)) == 1
     assert "scale" not in guard.state()

@@ -81,16 +81,16 @@ def test_a_signal_in_an_evaluation(
     """The evaluation is left and comes again at the next start; its step has one line."""
     trainer = open_trainer(tiny.recipe(tiny_data, tmp_path, steps=12))
     assert trainer.probe is not None
-    features, calls = trainer.probe.features, []
+    extract, calls = trainer.probe.extract, []
 
     def told(*arguments: Any, **options: Any) -> Any:
         calls.append(trainer.step)
         if calls == [5, 5, 10]:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.05)
-        return features(*arguments, **options)
+        return extract(*arguments, **options)
 
-    monkeypatch.setattr(trainer.probe, "features", told)
+    monkeypatch.setattr(trainer.probe, "extract", told)
     finish(trainer)
     assert calls == [5, 5, 10]
     assert trainer.step == 10

@@ -90,7 +90,7 @@ def measure(config: Recipe) -> dict[str, float]:
     config = dataclasses.replace(config, probe=ProbeConfig(every=5, neighbours=5))
     probe = open_trainer(config).probe
     assert probe is not None
-    return probe.evaluate() | {"pixels": probe.pixels_top1()}
+    return probe.evaluate() | {"pixels": probe.measure_pixels()}
 
 
 def test_evaluations_do_not_depend_on_the_world_size(
@@ -169,7 +169,7 @@ def skip_a_step(config: Recipe, where: str) -> tuple[float, bool, float]:
     scale.fill_(1024)
     before = [p.detach().clone() for p in local(trainer.online.parameters())]
     if trainer.world.rank == 1 and where == "loss":
-        trainer.guard.scaled = lambda loss: loss * math.inf  # type: ignore[method-assign]
+        trainer.guard.scale_loss = lambda loss: loss * math.inf  # type: ignore[method-assign]
 
     def spoil(*_: object) -> None:
         gradients = [p.grad for p in trainer.online.parameters() if p.grad is not None]

@@ -71,19 +71,19 @@ def test_parts_join_to_the_whole(packed: Index) -> None:
 def test_a_published_list(packed: Index) -> None:
     places = subset.find_places(packed, (0, 1), ignore)
     names = ["ant/a3.jpg", "b7.JPEG", "", "cat/c29"]
-    chosen = places.take(subset.listed(places, packed.classes, names, "list"))
+    chosen = places.take(subset.find_listed(places, packed.classes, names, "list"))
     assert sorted(name.split("_")[-1] for name in chosen.names) == ["a3.jpg", "b7.jpg", "c29.jpg"]
     with pytest.raises(InputError, match=r"list: zebra\.jpg is not in data\.train"):
-        subset.listed(places, packed.classes, ["a3.jpg", "zebra.jpg"], "list")
+        subset.find_listed(places, packed.classes, ["a3.jpg", "zebra.jpg"], "list")
     with pytest.raises(InputError, match="list: names no image"):
-        subset.listed(places, packed.classes, ["", " "], "list")
+        subset.find_listed(places, packed.classes, ["", " "], "list")
 
 
 def test_a_name_that_several_classes_have(pack_files: PackFiles, tmp_path: Path) -> None:
     photos = {f"{c}/{i}.jpg": draw_photo(i, 40, 40) for c in ("ant", "bee") for i in range(3)}
     index = pack_files(str(tmp_path / "same"), photos)
     places = subset.find_places(index, (0, 1), ignore)
-    chosen = subset.listed(places, index.classes, ["bee/0.jpg", "some/where/ant/2"], "list")
+    chosen = subset.find_listed(places, index.classes, ["bee/0.jpg", "some/where/ant/2"], "list")
     assert sorted(places.labels[chosen].tolist()) == [0, 1]
     with pytest.raises(InputError, match=r"list: 1\.jpg stands for 2 images of .*class's folder"):
-        subset.listed(places, index.classes, ["1.jpg"], "list")
+        subset.find_listed(places, index.classes, ["1.jpg"], "list")
