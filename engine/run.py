@@ -195,7 +195,7 @@ def _check_recipe(recipe: Recipe, index_digest: str, report: Callable[[str], Non
     except FileNotFoundError:
         return
     except ValueError:
-        report(f"{files.redact(url)} is damaged; it is written anew")
+        report(f"{files.redact(url)} is damaged and was not compared with this recipe")
         return
     operations = flatten(recipe).keys() - method_fields(recipe).keys()
     method = {name: there[name] for name in there.keys() - operations - {DIGEST}}

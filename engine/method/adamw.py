@@ -11,6 +11,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.optim.adamw import adamw
 
 from engine.method.lars import parameter_groups
 from engine.method.local_shards import foreach_norms, local, not_finite, whole_norms
@@ -65,16 +66,16 @@ class AdamW(torch.optim.Optimizer):
             if not parameters:
                 continue
             states = [self.state[p] for p in parameters]
-            steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, [1 - skip] * len(steps))
             beta1, beta2 = group["betas"]
-            torch._fused_adamw_(
+            # torch.optim.AdamW calls the same function, but on DTensors, whose dispatch takes
+            # longer than the step itself.
+            adamw(
                 local(parameters),
                 local(p.grad for p in parameters),
                 local(state["exp_avg"] for state in states),
                 local(state["exp_avg_sq"] for state in states),
                 [],
-                steps,
+                [state["step"] for state in states],
                 lr=group["lr"],
                 beta1=beta1,
                 beta2=beta2,
@@ -82,6 +83,7 @@ class AdamW(torch.optim.Optimizer):
                 eps=1e-8,
                 amsgrad=False,
                 maximize=False,
+                fused=True,
                 grad_scale=scale,
                 found_inf=skip,
             )

@@ -40,8 +40,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
-    # None is the default group, which all_gather's rows and all_to_all use in any case.
-    group: ProcessGroup | None = None
+    group: ProcessGroup | None = None  # None is the default group
 
     @property
     def main(self) -> bool:
@@ -117,7 +116,7 @@ class World:
         padded = rows.new_zeros((int(counts.max()), *rows.shape[1:]))
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:n] for part, n in zip(parts, counts.tolist(), strict=True)])
 
     def all_to_all(self, parts: Tensor) -> Tensor:
@@ -125,7 +124,7 @@ class World:
         if not self.distributed:
             return parts
         received = torch.empty_like(parts, memory_format=torch.contiguous_format)
-        dist.all_to_all_single(received, parts.contiguous())
+        dist.all_to_all_single(received, parts.contiguous(), group=self.group)
         return received
 
 

@@ -1,5 +1,6 @@
 """Labels that an evaluation needs are looked for before it learns anything."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,10 @@ def test_a_partly_labeled_set_is_learned_from(
     measured = write(tmp_path / "val", [0, -1, 1, -1] * 4)
     data = ["--data.train", learned, "--data.val", measured, "--out", str(tmp_path / "out")]
     assert evaluate.main([protocol[0], run, *protocol[1:], *data, *FEW]) == 0
+    (found,) = (tmp_path / "out").glob("**/result.json")
+    metrics = json.loads(found.read_text())["metrics"]
+    # The top five of two classes hold every label, so any other value counts images without one.
+    assert [value for name, value in metrics.items() if name.endswith("top5")] == [1.0]
 
 
 def test_few_labels_are_measured_only_where_there_are_some(
