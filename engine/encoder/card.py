@@ -1,4 +1,4 @@
-"""An export: files of an encoder, each proved equal to it, and a card that says what they are."""
+"""Export an encoder: write files whose features equal its own, and a card that describes them."""
 
 import json
 from collections.abc import Callable
@@ -22,11 +22,11 @@ from shards.index import Index
 from shards.storage import files
 
 CARD = "card.json"
-IMAGES = 8  # random ones, and as many real ones, that features are compared on
+IMAGES = 8  # features are compared on 8 random and up to 8 real images
 
 
 def sample_images(source: Source, val: Index | None, report: Callable[[str], None]) -> Tensor:
-    """Random images and, where there are some, real ones: [N, 3, S, S] normalized."""
+    """Return random images, and real ones if `val` has some: [N, 3, S, S] normalized."""
     generator = torch.Generator().manual_seed(0)
     shape = (IMAGES, 3, source.size, source.size)
     images = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)]
@@ -44,13 +44,17 @@ def write(
     images: Tensor,
     say: Callable[[str], None],
 ) -> None:
-    """Write the files and, last of all, the card to the folder `out`.
+    """Write the files and then the card to the folder `out`.
 
     Args:
-        encoder: In evaluation mode, float32, on the CPU.
-        images: [N, 3, S, S] normalized, on which every file is compared with the encoder.
+        source: Where the encoder came from.
+        encoder: The encoder in evaluation mode, float32, on the CPU.
+        formats: The formats to write.
+        out: URL of the folder.
+        images: [N, 3, S, S] normalized. Every file is compared with the encoder on them.
+        say: Is called with a line about each file.
 
-    Raises InputError, before the file is written, when one gives other features.
+    Raises InputError before a file is written that gives other features than the encoder.
     """
     with torch.no_grad():
         features = encoder(images)
@@ -59,7 +63,7 @@ def write(
             f"{files.redact(source.url)}: the encoder's features are all zero or not finite: "
             "there is nothing to export"
         )
-    # What an earlier export left is of another card.
+    # Files that an earlier export left do not belong to the new card.
     once = cache(say)
     for stale in [CARD, *(FILES[other] for other in sorted(FILES.keys() - set(formats)))]:
         files.discard_or_empty(files.join(out, stale), out, once)
@@ -67,7 +71,7 @@ def write(
     for name in dict.fromkeys(formats):
         content = convert(encoder, source.config, name, source.size)
         difference = verify(content, name, encoder, source.config, images)
-        if not difference <= TOLERANCE:  # nan is no small difference
+        if not difference <= TOLERANCE:  # True for nan as well
             raise InputError(
                 f"--format {name}: its features differ from the checkpoint's by {difference:.1e} "
                 f"of the largest, more than {TOLERANCE:g}: not written; choose another format"
@@ -91,7 +95,7 @@ def write(
 
 
 def describe(source: Source, encoder: ResNet, compared: int) -> dict[str, Any]:
-    """All that a user of the files has to know."""
+    """Describe the encoder and its input for the users of the files."""
     config = source.config
     return {
         "encoder": f"ResNet-{config.depth}" + (f" x{config.width:g}" if config.width != 1 else ""),
@@ -124,7 +128,7 @@ def describe(source: Source, encoder: ResNet, compared: int) -> dict[str, Any]:
 
 
 def _metrics(source: Source) -> dict[str, Any]:
-    """What the run's log says of this step."""
+    """Return the record of this step in the run's log."""
     if not source.run:
         return {}
     records = journal.read(source.run)

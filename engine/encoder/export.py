@@ -1,7 +1,7 @@
-"""The encoder in files that other software reads. None of them names this package.
+"""Convert the encoder to files that other software reads without this package.
 
-All are made from torchvision's network (torchvision_twin.py). What a tracer notes about the code
-that it ran is left out: it would tell the paths of the machine that made the file.
+All files are made from torchvision's network (torchvision_twin.py). A tracer also stores call
+stacks. They are removed, because they have paths of the machine that made the file.
 """
 
 import contextlib
@@ -31,17 +31,19 @@ FILES: dict[Format, str] = {
 }
 
 TOLERANCE = 5e-5
-"""What `verify` may find. Measured on random weights with the statistics of noise images:
-onnxruntime, which folds batch norms into convolutions, differs from torch by 2e-6 at 50 layers and
-4e-6 at 200, the other formats by nothing; one running mean that is wrong by 1% makes 3e-4 or more.
+"""Largest relative difference that `verify` may find.
+
+It was measured on random weights with the statistics of noise images. onnxruntime folds batch norms
+into convolutions and differs from torch by 2e-6 at 50 layers and 4e-6 at 200. The other formats do
+not differ. A single running mean that is wrong by 1% makes a difference of 3e-4 or more.
 """
 
-_ONNX_BYTES = 2**31  # that a file holds at most: a limit of protobuf
+_ONNX_BYTES = 2**31  # protobuf's limit for a file
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of torch about its own insides, or that a format is deprecated."""
+    """Hide torch's warnings about its own internals and about deprecated formats."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -49,16 +51,16 @@ def _quiet() -> Iterator[None]:
 
 @_quiet()
 def convert(encoder: ResNet, config: ResNetConfig, format: Format, size: int) -> bytes:
-    """The encoder as the content of a file of `format`; any batch size goes through it.
+    """Convert the encoder to the content of a file of `format`, which takes any batch size.
 
     Args:
-        encoder: In evaluation mode, float32, on the CPU.
-        config: The encoder's.
+        encoder: The encoder in evaluation mode, float32, on the CPU.
+        config: The encoder's shape.
+        format: The file's format.
         size: Side in pixels of the example that is traced. Files of torch-export and onnx take
-            images of this size alone, the others of any.
+            only images of this size. The others take any size.
 
-    Raises InputError when onnx is asked for and its packages are missing, or the weights are too
-    many for it.
+    Raises InputError for onnx when its packages are missing or the weights are too large for it.
     """
     if format == "onnx":
         _import_onnx()
@@ -70,7 +72,7 @@ def convert(encoder: ResNet, config: ResNetConfig, format: Format, size: int) ->
             )
     buffer = io.BytesIO()
     if format in ("safetensors", "state-dict"):
-        # Copies, since torch.save would store all of a tensor that these are parts of.
+        # These are copies, because torch.save stores the whole storage of a tensor that is a view.
         state = {
             key: value.clone(memory_format=torch.contiguous_format)
             for key, value in encoder.state_dict().items()
@@ -97,12 +99,12 @@ def convert(encoder: ResNet, config: ResNetConfig, format: Format, size: int) ->
     converted = torch.onnx.export(
         program,
         (example,),
-        dynamic_shapes=shapes,  # again, for the dimension's name
+        dynamic_shapes=shapes,  # given again to name the dimension
         input_names=["images"],
         output_names=["features"],
         verbose=False,
     )
-    assert converted is not None  # as without `dynamo`
+    assert converted is not None  # only the exporter without dynamo returns None
     content: bytes = converted.model_proto.SerializeToString()
     return content
 
@@ -112,16 +114,22 @@ def convert(encoder: ResNet, config: ResNetConfig, format: Format, size: int) ->
 def verify(
     content: bytes, format: Format, encoder: ResNet, config: ResNetConfig, images: Tensor
 ) -> float:
-    """How far the features that a file gives are from the encoder's: max|a - b| / max|a|.
+    """Measure how far a file's features are from the encoder's: max|a - b| / max|a|.
+
+    The file is loaded as its users load it, by torch, torchvision, safetensors or onnxruntime.
 
     Args:
-        content: The file's, loaded as its users do: by torch, torchvision, safetensors or
-            onnxruntime.
-        encoder: In evaluation mode, float32, on the CPU.
-        images: [N, 3, S, S] normalized; S as in `convert`.
+        content: The file's content.
+        format: The file's format.
+        encoder: The encoder in evaluation mode, float32, on the CPU.
+        config: The encoder's shape.
+        images: [N, 3, S, S] normalized; S is `size` of `convert`.
 
-    Not a number when features are not. Raises InputError when onnx's packages are missing, and
-    what the loading library raises when it cannot read the file.
+    Returns:
+        The difference, which is nan when a feature is nan.
+
+    Raises InputError when onnx's packages are missing, and any error of the library that cannot
+    load the file.
     """
     if format == "onnx":
         _import_onnx()
@@ -138,9 +146,9 @@ def verify(
 def verify_timm(
     state: dict[str, Tensor], config: ResNetConfig, encoder: ResNet, images: Tensor
 ) -> float | None:
-    """As `verify`, for timm's network of this depth with `state` in it.
+    """Measure the same difference for timm's network of this depth with the weights in `state`.
 
-    None where timm is not installed or has no such network.
+    Return None when timm is not installed or has no such network.
     """
     if config.stem != "imagenet" or config.width != 1 or config.projection_shortcut:
         return None
@@ -169,15 +177,15 @@ def _load(content: bytes, format: Format, config: ResNetConfig) -> nn.Module:
 
 
 def _stock_with(state: dict[str, Tensor], config: ResNetConfig) -> nn.Module:
-    """The stock network in evaluation mode, with these very tensors as its weights."""
-    with torch.device("meta"):  # else weights would be drawn for nothing
+    """Build the stock network in evaluation mode with these tensors, uncopied, as its weights."""
+    with torch.device("meta"):  # so that no weights are drawn
         network: nn.Module = stock_resnet(config)
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval()
 
 
 def _without_debug(traced: io.BytesIO) -> bytes:
-    """A TorchScript file less the call stacks it was traced under, with the paths of all code."""
+    """Remove the tracer's call stacks, which have paths of code, from a TorchScript file."""
     kept = io.BytesIO()
     with zipfile.ZipFile(traced) as source, zipfile.ZipFile(kept, "w") as target:
         for entry in source.infolist():

@@ -1,6 +1,6 @@
-"""ResNet checkpoints that others made, by any names, matched to this project's encoder.
+"""Match ResNet checkpoints that others made, whatever their keys, to this project's encoder.
 
-A checkpoint holds no strides, dilation, padding or epsilons: they are taken to be torchvision's.
+A checkpoint has no strides, dilations, paddings or epsilons. They are assumed to be torchvision's.
 """
 
 import functools
@@ -17,12 +17,12 @@ from shards.errors import InputError
 
 _COUNTER = "num_batches_tracked"
 
-# What marks the slowly moving network of a pair; `_k` as in MoCo's encoder_k.
+# Names that mark the slowly moving network of a pair. MoCo calls it encoder_k.
 _TARGET = re.compile(r"target|momentum|teacher|(^|[._])(ema|key)([._]|$)|_k([._]|$)", re.I)
-_TRUNK = re.compile(r"(conv|bn|layer)\d+\.")  # torchvision's names of what is not the head
-# Where torchvision's modules stand in nn.Sequential(*network.children()).
+_TRUNK = re.compile(r"(conv|bn|layer)\d+\.")  # torchvision's names of all but the head
+# The positions of torchvision's modules in nn.Sequential(*network.children()).
 _CHILDREN = {"0": "conv1", "1": "bn1", **{str(3 + i): f"layer{i}" for i in (1, 2, 3, 4)}}
-# The tensors of a norm in torch's order, by what others call them.
+# The names that others give to the tensors of a norm, in torch's order of the tensors.
 _NORM = (
     *(("weight", "gamma", "scale"), ("bias", "beta", "offset")),
     *(("running_mean", "moving_mean", "mean"), ("running_var", "moving_variance", "var")),
@@ -32,11 +32,11 @@ _ROLES = {name: role for role, names in enumerate(_NORM) for name in names}
 
 
 class Foreign(NamedTuple):
-    """A checkpoint's encoder, in this project's terms."""
+    """A checkpoint's encoder under this project's names."""
 
     config: ResNetConfig
-    state: dict[str, Tensor]  # for ResNet(config, views=1).load_state_dict; float32
-    report: str  # one line: what matched how, and what was left out
+    state: dict[str, Tensor]  # float32, for ResNet(config, views=1).load_state_dict
+    report: str  # one line that says how it was matched and what was left out
 
 
 class _Candidate(NamedTuple):
@@ -44,15 +44,15 @@ class _Candidate(NamedTuple):
 
     config: ResNetConfig
     shapes: dict[str, Size]  # in state-dict order
-    orders: tuple[list[str], list[str]]  # without counters: a block's projection last, and first
-    further: Size  # of the tensor that would come next if there were one more block
+    orders: tuple[list[str], list[str]]  # without counters; projections last, or first, in a block
+    further: Size  # shape of the next tensor if the network had one more block
 
 
 class _Match(NamedTuple):
-    """Where a checkpoint has the tensors of a network."""
+    """The names of a network's tensors in a checkpoint."""
 
     candidate: _Candidate
-    names: dict[str, str]  # in the file, by this project's
+    names: dict[str, str]  # this project's name: the file's name
     how: str
 
 
@@ -62,17 +62,20 @@ def match(
     place: str,
     prefix: str | None = None,
 ) -> Foreign:
-    """The encoder among a checkpoint's tensors: by their names, else by their order and shapes.
+    """Find the encoder among a checkpoint's tensors.
 
-    Of several, the online or the target one as their names tell. By order, whatever the names, the
-    tensors must follow one another as in a state dict, the projection of a block after or before
-    its convolutions.
+    Tensors are matched by their names, or else by their order and shapes. To match by order, the
+    tensors must follow one another as in a state dict. In each block the projection may come before
+    or after the convolutions. When the checkpoint has several encoders, their names decide which is
+    the online and which the target one.
 
     Args:
+        tensors: The checkpoint's tensors in the order of the file.
+        network: Which network to take.
         place: The file, for messages.
-        prefix: Take the encoder whose tensors' names begin so, whatever `network` says.
+        prefix: Take the encoder whose names begin with this, whatever `network` says.
 
-    Raises InputError when there is no such encoder, more than one, or one with values that are
+    Raises InputError when there is no such encoder, when there are several, and when values are
     damaged.
     """
     plain = {_plain(name): name for name in tensors}
@@ -90,12 +93,16 @@ def match(
 
 
 def _plain(name: str) -> str:
-    """The name without what torch.compile adds."""
+    """Remove from a name what torch.compile adds."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _trunks(names: Collection[str]) -> dict[str, dict[str, str]]:
-    """By prefix, all names below it where a ResNet stands, by torchvision's."""
+    """Find the prefixes of all ResNets.
+
+    Returns:
+        For each prefix a dict of the names below it: torchvision's name to the file's name.
+    """
 
     def child(name: str) -> str:
         head, dot, rest = name.partition(".")
@@ -117,9 +124,9 @@ def _trunks(names: Collection[str]) -> dict[str, dict[str, str]]:
 def _distinct(
     trunks: dict[str, dict[str, str]], plain: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, str]]:
-    """Without networks that stand there again, under other names: modules that share a part.
+    """Remove networks that are the same as another one, because modules share a part.
 
-    A target network may well equal the online one, in the beginning.
+    An online and a target network both stay, because they may be equal early in training.
     """
     kept: dict[str, dict[str, str]] = {}
     for prefix, names in trunks.items():
@@ -138,9 +145,9 @@ def _distinct(
 def _chosen(
     found: Sequence[str], network: str, place: str, prefix: str | None, in_order: bool = False
 ) -> str:
-    """Which network is meant, by where the names of those found begin.
+    """Choose one of the networks `found`, given by the prefix or first name of each.
 
-    in_order: the first may be taken to be the online one, if names do not say otherwise.
+    With `in_order` the first network counts as the online one unless its name says otherwise.
     """
     targets = [name for name in found if _TARGET.search(name)]
     others = [name for name in found if name not in targets]
@@ -168,7 +175,7 @@ def _chosen(
 def _match_names(
     tensors: Mapping[str, Tensor], names: Mapping[str, str], prefix: str, place: str
 ) -> _Match:
-    """The network below the prefix. `names`: those in the file, by torchvision's."""
+    """Match the network below the prefix. `names` maps torchvision's names to the file's."""
     found = {ours: tensors[name].shape for ours, name in names.items()}
     stem = found["conv1.weight"]
     nearest = min(
@@ -191,7 +198,7 @@ def _match_names(
 
 
 def _misfits(expected: Mapping[str, Size], found: Mapping[str, Size]) -> list[tuple[str, str]]:
-    """(What is wrong, with which tensor), for each that is not as expected."""
+    """List the tensors that are not as expected, as pairs: what is wrong, the tensor's name."""
     misfits = [("missing", n) for n in expected if n not in found and _COUNTER not in n]
     for name, shape in found.items():
         if name not in expected and _TRUNK.match(name):
@@ -203,13 +210,13 @@ def _misfits(expected: Mapping[str, Size], found: Mapping[str, Size]) -> list[tu
 
 
 def _match_order(tensors: Mapping[str, Tensor], place: str) -> dict[str, _Match]:
-    """All networks whose tensors follow one another, by the name of the first tensor."""
+    """Find all networks whose tensors follow one another. The keys are their first tensors."""
     everything = _ordered(tensors)
     names = [n for n in everything if tensors[n].ndim and tensors[n].is_floating_point()]
     counters = {a: b for a, b in itertools.pairwise(everything) if not tensors[b].ndim}
     shapes = [tensors[name].shape for name in names]
     found: dict[str, _Match] = {}
-    nearest, told = 5, ""  # so many, the stem's, are no sign of a ResNet yet
+    nearest, told = 5, ""  # the stem's five tensors alone are no sign of a ResNet
     for start, candidate, order in _attempts(shapes):
         pairs = zip((candidate.shapes[ours] for ours in order), shapes[start:], strict=False)
         fitting = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -237,7 +244,7 @@ def _match_order(tensors: Mapping[str, Tensor], place: str) -> dict[str, _Match]
 
 
 def _attempts(shapes: Sequence[Size]) -> Iterator[tuple[int, _Candidate, list[str]]]:
-    """(Where it would start, network, one order of its tensors) for all that may be there."""
+    """Yield every start, network and order of its tensors that may be in the file."""
     for start, shape in enumerate(shapes):
         if len(shape) == 4 and shape[1] == 3:
             for candidate in _candidates(shape[0]):
@@ -246,16 +253,16 @@ def _attempts(shapes: Sequence[Size]) -> Iterator[tuple[int, _Candidate, list[st
 
 
 def _ordered(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names in the file's order, but for what sorting them as text has mixed up."""
+    """Return the names in the file's order, and undo what sorting them as text has mixed up."""
     names = list(tensors)
-    if names == sorted(names):  # block 10 stands before block 2
-        parts = {name: re.split(r"(\d{1,9})", name) for name in names}  # every other one a number
+    if names == sorted(names):  # sorting puts block 10 before block 2
+        parts = {name: re.split(r"(\d{1,9})", name) for name in names}  # numbers at odd places
         names.sort(key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(parts[name])])
     ordered: list[str] = []
     for _, group in itertools.groupby(names, lambda name: name.rpartition(".")[0]):
         module = list(group)
         roles = [_ROLES.get(name.rpartition(".")[2]) for name in module]
-        if None not in roles:  # a norm's bias stands before its weight
+        if None not in roles:  # sorting puts a norm's bias before its weight
             module.sort(key=lambda name: _ROLES[name.rpartition(".")[2]])
         ordered += module
     return ordered
@@ -263,7 +270,7 @@ def _ordered(tensors: Mapping[str, Tensor]) -> list[str]:
 
 @functools.cache
 def _candidates(channels: int) -> list[_Candidate]:
-    """All networks whose stem has so many channels; none beyond the widths of a recipe."""
+    """Build all networks whose stem has `channels`, if a recipe can have that width."""
     if not 1 <= channels <= 64 * 64:
         return []
     found = []
@@ -283,7 +290,7 @@ def _candidates(channels: int) -> list[_Candidate]:
 
 
 def _options(field: str) -> tuple[Any, ...]:
-    """The values that a field of ResNetConfig can have."""
+    """Return the values that a field of ResNetConfig can have."""
     return get_args(get_type_hints(ResNetConfig)[field])
 
 

@@ -1,4 +1,4 @@
-"""Tensors from checkpoint files that others made: torch.save's and safetensors. Nothing is run."""
+"""Read tensors from checkpoint files of torch.save and safetensors, without running code in them."""
 
 import argparse
 import io
@@ -16,18 +16,23 @@ from torch import Tensor
 from shards.errors import InputError
 from shards.storage import files
 
-# Keys of a checkpoint below which no network stands.
+# A checkpoint has no network below these keys.
 _NO_NETWORK = re.compile(
     r"optimi[sz]er|^optim$|scheduler|scaler|hyper_?parameters|^(amp|callbacks|loops)$", re.I
 )
 
 
 def read_tensors(url: str) -> dict[str, Tensor]:
-    """Every tensor in a file of safetensors or torch.save, by its dotted name in dicts and lists.
+    """Read every tensor in a file of safetensors or torch.save.
 
-    In file order; those of safetensors, which keeps none, sorted by name. States of optimisers and
-    the like are left out. Nothing in the file is run. Raises InputError for a file that is missing,
-    damaged, without tensors, or holds other objects, and OSError when storage fails.
+    The state of optimizers and the like is left out. No code in the file is run.
+
+    Returns:
+        The tensors by dotted name, which is their path in nested dicts and lists. They have the
+        file's order. Those of safetensors, which has no order, are sorted by name.
+
+    Raises InputError when the file is missing, damaged or has no tensors, or when it has objects
+    that could run code. Raises OSError when storage fails.
     """
     place = files.redact(url)
     try:
@@ -39,7 +44,7 @@ def read_tensors(url: str) -> dict[str, Tensor]:
     if place.endswith(".safetensors") or content[8:9] == b"{":  # after the header's length
         try:
             found = sorted(safetensors.torch.load(content).items())
-        except Exception as error:  # as below
+        except Exception as error:  # a damaged file can raise nearly anything
             reason = " ".join(str(error).split())
             raise InputError(f"{place}: is no whole safetensors file: {reason}") from None
     else:
@@ -57,7 +62,7 @@ def read_tensors(url: str) -> dict[str, Tensor]:
 
 def _unpickle(content: bytes, place: str) -> object:
     archive = content.startswith(b"PK")
-    if not archive and not content.startswith(b"\x80"):  # no zip file, no pickle
+    if not archive and not content.startswith(b"\x80"):  # neither a zip file nor a pickle
         raise InputError(
             f"{place}: is no file of torch.save or safetensors: it begins with {content[:24]!r}"
         )
@@ -67,7 +72,9 @@ def _unpickle(content: bytes, place: str) -> object:
             "torch.save(torch.jit.load(...).state_dict(), ...)"
         )
     try:
-        if archive and zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch does not look
+        if (
+            archive and zipfile.ZipFile(io.BytesIO(content)).testzip()
+        ):  # torch does not check the CRCs
             raise ValueError
         with (
             warnings.catch_warnings(action="ignore"),
@@ -92,7 +99,7 @@ def _flatten(root: object) -> Iterator[tuple[str, Tensor]]:
 
     def walk(value: object, path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         items: Iterable[tuple[Any, object]] = ()
-        if isinstance(value, Mapping) and "param_groups" not in value:  # those are an optimiser's
+        if isinstance(value, Mapping) and "param_groups" not in value:  # an optimizer has these
             items = value.items()
         elif isinstance(value, list | tuple):
             items = enumerate(value)

@@ -1,4 +1,4 @@
-"""An encoder to measure or to export: from a run, one of its checkpoints, or a file others made."""
+"""Open an encoder to measure or export: of a run, a checkpoint, or a file that others made."""
 
 import re
 from collections.abc import Callable
@@ -21,11 +21,11 @@ from shards.errors import InputError
 from shards.fields import as_flag, check_bounds
 from shards.storage import files, names
 
-TRIES = 3  # a live run may remove the checkpoint that is being read
+TRIES = 3  # a training run may remove the checkpoint while it is read
 
 _ENCODER = "model.encoder."
 _PLACES = ("data.train", "data.val")
-_BOUNDS: tuple[tuple[str, Any, float, float], ...] = (  # of fields that are read from files
+_BOUNDS: tuple[tuple[str, Any, float, float], ...] = (  # of fields in a checkpoint's recipe
     *((_ENCODER + name, hint, 1 / 64, 64) for name, hint in get_type_hints(ResNetConfig).items()),
     ("views.size", int, 8, 2**14),
     ("precision", Precision, 0, 0),
@@ -36,7 +36,7 @@ _BOUNDS: tuple[tuple[str, Any, float, float], ...] = (  # of fields that are rea
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Which network is taken from the checkpoint, and what it is given."""
+    """Choose the network of a checkpoint, and the images that it gets."""
 
     checkpoint: str = "latest"
     """Which checkpoint of a run is taken: latest, or the number of its step."""
@@ -57,7 +57,7 @@ class EncoderConfig:
     file."""
 
     def check(self) -> None:
-        """Raise InputError for what a field can't be."""
+        """Raise InputError when a field has a value that it cannot have."""
         check_bounds(self, as_flag)
         if self.checkpoint != "latest" and not re.fullmatch("[0-9]{1,8}", self.checkpoint):
             raise InputError(
@@ -67,25 +67,25 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class Source:
-    """What an encoder comes from, and how it wants its images."""
+    """Describe where an encoder came from, and which images it needs."""
 
-    url: str  # of the checkpoint
-    run: str  # the run's directory, empty for a file that others made
+    url: str  # URL of the checkpoint
+    run: str  # URL of the run; empty for a file that others made
     step: int | None
     network: str
-    digest: str  # of the weights, 16 hex digits
-    data_digest: str  # of the run's training set; empty for a file that others made
+    digest: str  # digest of the weights, 16 hex digits
+    data_digest: str  # digest of the run's training set; empty for a file that others made
     config: ResNetConfig
     size: int
     crop: float
     precision: Precision
-    fields: dict[str, Any]  # the run's recipe, dotted names; empty for a file that others made
-    report: str  # what was taken
+    fields: dict[str, Any]  # the run's recipe by dotted names; empty for a file that others made
+    report: str  # one line that says what was taken
 
     def data_url(self, name: Literal["data.train", "data.val"]) -> str:
-        """Where the run's data set is, empty when it has none.
+        """Return the URL of the run's data set; "" when the run has none.
 
-        Raises InputError when it is no place that a file may lead to.
+        Raises InputError when it is a URL that a file that others made must not lead to.
         """
         if not self.run:
             return ""
@@ -94,7 +94,7 @@ class Source:
 
 
 class Pixels(nn.Module):
-    """In an encoder's place: [N, 3, S, S] -> [N, 3 * S * S]."""
+    """Take the encoder's place and return the pixels: [N, 3, S, S] -> [N, 3 * S * S]."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ Network = ResNet | Pixels
 def open_encoder(
     url: str, config: EncoderConfig, world: World, report: Callable[[str], None]
 ) -> tuple[Source, Network]:
-    """The network in evaluation mode, on the CPU in float32, and what it is.
+    """Load a network in evaluation mode, on the CPU in float32, and describe its source.
 
     All processes call it together. Raises InputError when there is no sound checkpoint.
     """
@@ -167,7 +167,7 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
     home, _, folder = above.rpartition("/")
     home = (home or ".") if folder == layout.CHECKPOINTS else ""
     fields = layout.read_recipe(home) if home else {}
-    # The commit decides the method, recipe.json alone where the data is.
+    # The commit decides the method. Only recipe.json says where the data is.
     fields |= {name: value for name, value in commit.method.items() if name not in _PLACES}
     try:
         resnet = ResNetConfig(
@@ -189,7 +189,7 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
     if config.network == "pixels":
         network = Pixels(size)
     elif config.network == "untrained":
-        initialize(network, Generator().manual_seed(2 * seed))  # as byol.build
+        initialize(network, Generator().manual_seed(2 * seed))  # the same seed as in byol.build
     else:
         own = {f"encoder.{name}": value for name, value in network.state_dict().items()}
         checkpoint.load(commit, {config.network: own}, world)
@@ -211,7 +211,7 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
 
 
 def _is_sound(value: object, hint: Any, low: float, high: float) -> bool:
-    """Whether a value that JSON gave is one that a recipe's field can have."""
+    """Return whether a recipe's field can have this value, which was read from JSON."""
     if choices := get_args(hint):
         return any(type(value) is type(choice) and value == choice for choice in choices)
     if hint is bool:

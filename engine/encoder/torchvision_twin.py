@@ -1,4 +1,4 @@
-"""The encoder's network from torchvision's parts: what its users have, who need nothing else."""
+"""Build the encoder's network from torchvision's parts, for users who do not have this package."""
 
 import torchvision
 from torch import nn
@@ -7,14 +7,14 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from engine.method.resnet import ResNetConfig
 
 NAMED = (18, 34, 50, 101, 152)
-"""Depths that torchvision has a function for."""
+"""Depths for which torchvision has a function."""
 
 
 def stock_resnet(config: ResNetConfig) -> torchvision.models.ResNet:
-    """torchvision's class without a classifier: [N, 3, H, W] -> features [N, feature_dim].
+    """Build torchvision's ResNet without a classifier: [N, 3, H, W] -> features [N, feature_dim].
 
-    Keys and shapes of its `state_dict` are those of `ResNet(config)`. Weights are torch's, drawn
-    from the global generator.
+    Its `state_dict` has the keys and shapes of that of `ResNet(config)`. Its weights are drawn by
+    torch's defaults from the global generator.
     """
     block, blocks, channels = _block(config), list(config.blocks), config.channels
     c1 = channels[0]
@@ -25,12 +25,12 @@ def stock_resnet(config: ResNetConfig) -> torchvision.models.ResNet:
     else:
         model.conv1 = nn.Conv2d(3, c1, 7, stride=2, padding=3, bias=False)
     model.bn1 = nn.BatchNorm2d(c1)
-    model.inplanes = c1  # the channels that the next layer takes; each call below sets them anew
+    model.inplanes = c1  # input channels of the next layer; each call below updates them
     model.layer1 = model._make_layer(block, channels[0], blocks[0])
     model.layer2 = model._make_layer(block, channels[1], blocks[1], stride=2)
     model.layer3 = model._make_layer(block, channels[2], blocks[2], stride=2)
     model.layer4 = model._make_layer(block, channels[3], blocks[3], stride=2)
-    if config.projection_shortcut and block is BasicBlock:  # bottlenecks have it as they are
+    if config.projection_shortcut and block is BasicBlock:  # bottlenecks have one in any case
         model.layer1[0].downsample = nn.Sequential(
             nn.Conv2d(c1, c1, 1, bias=False), nn.BatchNorm2d(c1)
         )
@@ -39,7 +39,7 @@ def stock_resnet(config: ResNetConfig) -> torchvision.models.ResNet:
 
 
 def recipe_lines(config: ResNetConfig) -> list[str]:
-    """Lines of Python that build `stock_resnet(config)` as `model`, in torch and torchvision."""
+    """Return lines of Python that build `stock_resnet(config)` as `model`."""
     block, blocks, channels = _block(config), list(config.blocks), config.channels
     c1, name = channels[0], block.__name__
     named, resized = config.depth in NAMED, config.width != 1

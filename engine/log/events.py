@@ -1,9 +1,10 @@
-"""RUN/tensorboard: scalars and pictures as tensorboard's event files, on any storage.
+"""Write RUN/tensorboard: scalars and pictures as tensorboard's event files, on any storage.
 
-Without tensorboard's own file layer, which writes an object anew for every record. A process has
-one growing file on a local disk. On an object store it makes parts that never change, one PUT each:
-events.out.tfevents.TIME.HOST.PID.000003-00000120.byol has the process's fourth part, and step 120
-is the last whose scalars it noted. Tensorboard reads files in the order of their names.
+This does not use tensorboard's own file layer, which rewrites a whole object for every record. On a
+local disk each process has one growing file. On an object store it writes parts that never change,
+with one PUT each: events.out.tfevents.TIME.HOST.PID.000003-00000120.byol is the process's fourth
+part, and step 120 is the last step whose scalars it has. Tensorboard reads files in the order of
+their names.
 """
 
 import io
@@ -28,23 +29,24 @@ TENSORBOARD = "tensorboard"
 
 
 class EventLog:
-    """Event files of one process in `folder`; tensorboard drops what others logged after `start`.
+    """Write the event files of one process to `folder`.
 
-    Nothing is written before `flush`, which may run in another thread. After an OSError of its
-    the events are still there and go with the next call.
+    Tensorboard then hides what other processes logged after step `start`. Nothing is written before
+    `flush`, which may run in another thread. When `flush` raises OSError the events are kept, and
+    the next call writes them.
     """
 
     def __init__(self, folder: str, start: int | None) -> None:
-        """Lists the folder. Raises OSError.
+        """List the folder. Raises OSError.
 
-        `start` None: nothing is dropped; each process tells of any steps, in any order.
+        With `start` None nothing is hidden, and each process may log any steps in any order.
         """
         self._folder, self._local = folder, files.is_local(folder)
         names = [name for name in files.list_names(folder) if ".tfevents." in name]
         self.reached = _reached(names[-1], start) if names and start is not None else 0
-        """The last step whose scalars are noted, by this process or one before."""
+        """The last step whose scalars were logged, by this process or an earlier one."""
         self._files = len(names)
-        # Clocks of machines differ, and a restart's files must come after all that are there.
+        # The clocks of machines differ, but a restart's files must sort after all earlier ones.
         earlier = [int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))]
         born = max([int(time.time()), *(second + 1 for second in earlier)])
         self._stem = f"events.out.tfevents.{born:010d}.{socket.gethostname()}.{os.getpid()}"
@@ -57,28 +59,34 @@ class EventLog:
             event = Event(wall_time=time.time(), step=start + 1, session_log=restart)
             self._head += _framed(event)
         self._pending: list[_Noted] = []  # appended to by one thread, cut by another
-        self._batch: list[_Noted] = []  # on their way to storage
+        self._batch: list[_Noted] = []  # events that `flush` is writing
         self._storing = threading.Lock()
         self._size = 0  # bytes of the local file, without what a failed attempt may have added
         self._flushed = time.monotonic()
 
     @property
     def due(self) -> bool:
-        """Whether it is time for a flush: tensorboard lists the folder again for each file."""
+        """Return whether it is time for a flush.
+
+        Flushes are rare because tensorboard lists the folder again for each file.
+        """
         return time.monotonic() - self._flushed >= pause(self._files)
 
     @property
     def unwritten(self) -> int:
-        """How many events are in memory only."""
+        """Return how many events are in memory only."""
         return len(self._batch) + len(self._pending)
 
     @property
     def unrepeatable(self) -> bool:
-        """Whether some of them cannot be had from metrics.jsonl: pictures, additions to a step."""
+        """Return whether some of these events cannot be restored from metrics.jsonl.
+
+        Those are pictures, and values that were added to a step that was logged before.
+        """
         return any(noted.unrepeatable for noted in [*self._batch, *self._pending])
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Note one point for each name."""
+        """Add one point for each name."""
         points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         again = step <= self.reached
         self.reached = max(self.reached, step)
@@ -86,7 +94,7 @@ class EventLog:
             self._note(points, step, unrepeatable=again)
 
     def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
-        """Note an RGB picture [H, W, 3]."""
+        """Add an RGB picture [H, W, 3]."""
         height, width, channels = pixels.shape
         image = Summary.Image(
             height=height,
@@ -97,10 +105,11 @@ class EventLog:
         self._note([Summary.Value(tag=name, image=image)], step, unrepeatable=True)
 
     def flush(self) -> None:
-        """Put what was noted since the last time in storage. Raises OSError."""
+        """Write the events since the last flush to storage. Raises OSError."""
         self._flushed = time.monotonic()
         with self._storing:
-            # What failed goes under the same name: if it got there all the same, nothing doubles.
+            # A failed part is written again under the same name. If the failed attempt did arrive,
+            # no event appears twice.
             self._put_batch()
             self._batch = self._pending[:]
             del self._pending[: len(self._batch)]
@@ -123,7 +132,7 @@ class EventLog:
         self._batch = []
 
     def _extend(self, url: str, content: bytes) -> None:
-        """Append to the local file, over what a full disk may have left of the last attempt."""
+        """Append to the local file, after removing what a failed attempt may have left there."""
         path = files.open_filesystem(url)[1]
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "r+b" if self._size else "wb") as file:
@@ -138,19 +147,19 @@ class EventLog:
 
 
 class _Noted(NamedTuple):
-    reached: int  # with this event
+    reached: int  # the log's `reached` once this event is written
     unrepeatable: bool
     content: bytes
 
 
 def _reached(newest: str, start: int) -> int:
-    """The last step up to `start` whose scalars are in files up to `newest`."""
+    """Return the last step, up to `start`, whose scalars are in the files up to `newest`."""
     part = re.search(r"-(\d{8})\.byol$", newest)
-    return min(int(part[1]), start) if part else start  # a growing file has all
+    return min(int(part[1]), start) if part else start  # a growing file has every step
 
 
 def _framed(event: Event) -> bytes:
-    """As a record of an event file: length, its checksum, the event, its checksum."""
+    """Encode an event as a record of an event file: length, checksum, event, checksum."""
     buffer = io.BytesIO()
     RecordWriter(buffer).write(event.SerializeToString())
     return buffer.getvalue()

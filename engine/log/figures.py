@@ -1,4 +1,4 @@
-"""Figures of a step: sums over processes, a digest of its data, the rank of its features."""
+"""Compute the figures of a step: sums over processes, a data digest, the rank of the features."""
 
 import math
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class StepSums:
-    """What is logged of a step, as sums that add up over processes.
+    """Hold the figures of a step as sums, which can be added over processes.
 
-    `values` [3 + 2 F] float64 on the CPU: loss, head loss, rows, and the normalized features' sum
-    and sum of squares.
+    `values` is [3 + 2 F] float64 on the CPU: loss, head loss, number of rows, and then the sum and
+    the sum of squares of the normalized features.
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -20,14 +20,20 @@ class StepSums:
 
     @classmethod
     def of(cls, loss: Tensor, head_loss: Tensor, features: Tensor) -> "StepSums":
-        """Of one process: losses [] as its share of the global mean, features [N, F]."""
+        """Compute the sums of one process.
+
+        Args:
+            loss: [], this process's share of the global mean.
+            head_loss: [], likewise.
+            features: [N, F].
+        """
         unit = torch.nn.functional.normalize(features.double(), dim=1)
         heads = torch.stack([loss.double(), head_loss.double(), unit.new_tensor(len(unit))])
         return cls(torch.cat([heads, unit.sum(0), unit.square().sum(0)]).cpu())
 
     @property
     def loss(self) -> float | None:
-        """None when it is not finite."""
+        """Return the loss, or None when it is not finite."""
         return _finite(self.values[0].item())
 
     @property
@@ -36,9 +42,10 @@ class StepSums:
 
     @property
     def feature_std(self) -> float | None:
-        """How far features are spread: 1 in all directions alike, 0 when all are one point.
+        """Return how far the features are spread.
 
-        The mean over F of the standard deviation of the normalized features, times sqrt(F).
+        It is 1 when they spread equally in all directions, and 0 when all are the same point. It is
+        the mean over F of the standard deviation of the normalized features, times sqrt(F).
         """
         rows = self.values[2]
         total, squares = self.values[3:].chunk(2)
@@ -51,10 +58,14 @@ def _finite(value: float) -> float | None:
 
 
 def data_digest(ids: NDArray[np.int64], crcs: NDArray[np.uint32]) -> Tensor:
-    """An order-free checksum of a batch's sample ids [B] and view CRCs [B] (zeros: ids only).
+    """Compute a checksum of a batch's sample ids [B] and view CRCs [B].
 
-    The sum, modulo 2**64, of a mixed (splitmix64) word for each sample: equal for equal batches,
-    whatever their order, and sums over ranks. An int64 [] whose sums wrap as they should.
+    With CRCs of zero it is a checksum of the ids alone. It is the sum, modulo 2**64, of one mixed
+    (splitmix64) word for each sample. So it does not depend on the order of the samples, and the
+    checksum of a global batch is the sum of those of its ranks.
+
+    Returns:
+        [] int64, whose sums wrap around modulo 2**64.
     """
     words = ids.astype(np.uint64) ^ (crcs.astype(np.uint64) << np.uint64(32))
     words = words + np.uint64(0x9E3779B97F4A7C15)
@@ -65,10 +76,12 @@ def data_digest(ids: NDArray[np.int64], crcs: NDArray[np.uint32]) -> Tensor:
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    """How many directions features [N, F] use: exp of the entropy of their singular values.
+    """Compute how many directions the features [N, F] use.
 
-    Of the centered features; from 1 (collapsed to a line) to min(N - 1, F). Source: Roy and
-    Vetterli, "The effective rank" (EUSIPCO 2007).
+    This is the exponential of the entropy of the singular values of the centered features. It lies
+    between 1, when they have collapsed to a line, and min(N - 1, F).
+
+    Source: Roy and Vetterli, "The effective rank" (EUSIPCO 2007).
     """
     centered = features.double() - features.double().mean(dim=0)
     spectrum = torch.linalg.eigvalsh(centered.T @ centered).clamp(min=0).sqrt()

@@ -1,12 +1,14 @@
-"""RUN/metrics.jsonl: one line for each logged step, on any storage.
+"""Write and read RUN/metrics.jsonl: one line for each logged step, on any storage.
 
-A file on a local disk grows line by line. An object cannot grow. There, new lines go to parts that
-never change, one PUT each: RUN/metrics/00000121-000004-3f9a2c51.jsonl has the step of its first
-line, its number, its writer. Now and then `compact` writes RUN/metrics.jsonl whole, then removes
-the parts. At any moment, and after any kill, both together are the log; what both have counts once.
+On a local disk the file grows line by line. An object in a store cannot grow. There, new lines are
+written to parts that never change, with one PUT each. The name of a part, such as
+RUN/metrics/00000121-000004-3f9a2c51.jsonl, has the step of its first line, its number and its
+writer. Now and then `compact` writes the whole of RUN/metrics.jsonl and then removes the parts. At
+any moment, and after any kill, the file and the parts together are the log. Lines that stand in
+both count once.
 
-Another process than the writer adds to a step, with what it measured of its checkpoint, by a part
-too (`add`), on a local disk as well.
+An evaluation of a checkpoint adds its results to a step of the log from another process. It writes
+a part too (`add`), even on a local disk.
 """
 
 import json
@@ -29,35 +31,37 @@ Record = dict[str, Any]
 
 
 def read(run: str) -> list[Record]:
-    """The log of a run that ended, was killed or goes on: one record for each step, in order.
+    """Read the log of a run, which may still be training: one record for each step, in order.
 
-    Empty when there is none. Of a step that was written twice the later values count. Lines that
-    are no record, half-written ones above all, are left out. Raises OSError.
+    The list is empty when there is no log. When a step was written twice the later values count.
+    Lines that are not records, such as half-written ones, are left out. Raises OSError.
     """
     content, parts = _contents(run)
     return _merged([content, *parts.values()])
 
 
 def add(run: str, record: Record) -> None:
-    """Add to a step's record from outside, while the run's writer goes on or when there is none.
+    """Add values to a step's record from another process than the log's writer.
 
-    `read` has it at once, metrics.jsonl when the writer next compacts. Raises OSError.
+    `read` returns them at once. metrics.jsonl has them when the writer next compacts it. Raises
+    OSError.
     """
     name = f"{record['step']:08d}-{0:06d}-{secrets.token_hex(4)}.jsonl"
     files.write(files.join(run, PARTS, name), _line(record))
 
 
 class Journal:
-    """The log of a run, for its one writer. Opened at step `start`: later lines are dropped.
+    """Write the log of a run. A log has one writer at a time.
 
-    `flush` and `compact` may run in other threads while `write` is called. After an OSError of
-    theirs the lines are still there and go with the next call.
+    It is opened at step `start`, and lines of later steps are dropped. `flush` and `compact` may
+    run in other threads while `write` is called. When they raise OSError the lines are kept, and
+    the next call writes them.
     """
 
     def __init__(self, run: str, start: int, report: Callable[[str], None] = print) -> None:
-        """Cleans what an earlier writer left. Raises OSError.
+        """Open the log and tidy what an earlier writer left. Raises OSError.
 
-        `report`: takes what a store refuses to remove.
+        `report` is called with a line about each part that the store refuses to remove.
         """
         self._run, self._url, self._report = run, files.join(run, JSONL), report
         self._local = files.is_local(run)
@@ -67,13 +71,13 @@ class Journal:
         self._lines = {record["step"]: _line(record) for record in records}
         self._last = records[-1] if records else None
         self._pending: dict[int, bytes] = {}
-        self._lock = threading.Lock()  # of the three above; nobody waits for storage with it
-        self._storing = threading.Lock()  # one at a time
+        self._lock = threading.Lock()  # guards the three above; nobody holds it while storage works
+        self._storing = threading.Lock()  # one thread at a time writes to storage
 
-        self._end: float = records[-1]["step"] if records else -1  # of a local file
+        self._end: float = records[-1]["step"] if records else -1  # last step in a local file
         self._writer = secrets.token_hex(4)  # no name is used twice, not even by a restart
-        self._parts = 0  # made by this writer
-        self._loose = 0  # of them that are not compacted
+        self._parts = 0  # parts that this writer has made
+        self._loose = 0  # parts among them that are not in metrics.jsonl yet
         self._flushed = time.monotonic()
         whole = b"".join(self._lines.values())
         if whole != found or (self._local and not files.exists(self._url)):
@@ -84,25 +88,25 @@ class Journal:
 
     @property
     def last(self) -> Record | None:
-        """The newest record."""
+        """Return the newest record."""
         return self._last
 
     @property
     def due(self) -> bool:
-        """Whether it is time for a flush."""
+        """Return whether it is time for a flush."""
         return time.monotonic() - self._flushed >= pause(self._loose)
 
     @property
     def unwritten(self) -> int:
-        """How many lines are in memory only."""
+        """Return how many lines are in memory only."""
         return len(self._pending)
 
     def after(self, step: int) -> list[Record]:
-        """The records of later steps."""
+        """Return the records of later steps."""
         return [json.loads(line) for known, line in self._lines.items() if known > step]
 
     def write(self, record: Record) -> None:
-        """Note a step's record, in memory. A second one of the same step adds to the first."""
+        """Keep a step's record in memory. A second record of the same step adds to the first."""
         step = record["step"]
         with self._lock:
             if self._last is not None and self._last["step"] == step:
@@ -111,7 +115,7 @@ class Journal:
             self._lines[step] = self._pending[step] = _line(record)
 
     def flush(self) -> None:
-        """Put what was noted since the last time in storage. Raises OSError."""
+        """Write the lines since the last flush to storage. Raises OSError."""
         self._flushed = time.monotonic()
         with self._storing, self._taken() as lines:
             if self._local:
@@ -124,9 +128,10 @@ class Journal:
                 self._loose += 1
 
     def compact(self) -> None:
-        """Put everything in metrics.jsonl, then remove the parts. Raises OSError.
+        """Write everything to metrics.jsonl, then remove the parts. Raises OSError.
 
-        That is 10 MB late in the longest recipe: little beside a checkpoint, much for every line.
+        Late in the longest recipe this writes 10 MB. That is little for each checkpoint, but would
+        be much for each line.
         """
         with self._storing:
             parts = [name for name in _parts(self._run) if name not in self._emptied]
@@ -141,7 +146,7 @@ class Journal:
             self._drop_parts(parts)
 
     def _take_in(self, names: Iterable[str]) -> None:
-        """What others have added; of a step that they and the writer tell of, its values win."""
+        """Take in the records that others added. The writer's own values win."""
         for record in _merged(list(_read_parts(self._run, names).values())):
             step = record["step"]
             with self._lock:
@@ -152,7 +157,11 @@ class Journal:
                     self._last = record | self._last
 
     def _extend(self, lines: dict[int, bytes]) -> None:
-        """Append to the local file; replace it where it ends in one of the steps, or who knows."""
+        """Append to the local file.
+
+        The file is replaced when it has one of these steps already, or when an earlier attempt
+        failed and its end is unknown.
+        """
         if not lines:
             return
         append, self._end = min(lines) > self._end, math.inf
@@ -166,13 +175,13 @@ class Journal:
             self._end = end
 
     def _whole(self) -> tuple[bytes, int]:
-        """All lines, and the last one's step."""
+        """Return all lines, and the step of the last one."""
         with self._lock:
             return b"".join(self._lines.values()), max(self._lines)
 
     @contextmanager
     def _taken(self) -> Iterator[dict[int, bytes]]:
-        """The pending lines by step; they are pending again when they cannot be written."""
+        """Give the pending lines by step. They are pending again when writing them fails."""
         with self._lock:
             taken, self._pending = self._pending, {}
         try:
@@ -183,12 +192,12 @@ class Journal:
             raise
 
     def _drop_parts(self, names: list[str]) -> None:
-        """Remove those that are in metrics.jsonl; one that was added since stays for the next time.
+        """Remove parts whose lines are in metrics.jsonl. Parts that came later are not in `names`.
 
-        A part that stayed with what it says would bring dropped steps back.
+        A part that cannot be removed is emptied, or its lines would bring dropped steps back.
         """
 
-        told: list[str] = []  # in several threads at once
+        told: list[str] = []  # appended to by several threads
 
         def drop(name: str) -> None:
             url = files.join(self._run, PARTS, name)
@@ -204,12 +213,12 @@ class Journal:
 
 
 def pause(files: int) -> float:
-    """Seconds from one flush to the next on an object store, where `files` objects have piled up.
+    """Return the seconds between two flushes to an object store that has N = `files` objects.
 
-    N²/10, at least 30: a log is fresh while it is young, and five days of it are about 240 objects,
-    however often a run is restarted. One each 30 s would be 14,000, and a reader asks for each.
-    Nothing is lost by it: what is logged before a checkpoint is flushed with it, the rest comes
-    again.
+    The pause is N²/10, at least 30. So a young log is fresh, and five days of logging make about
+    240 objects, however often the run is restarted. One object every 30 s would make 14,000, and a
+    reader has to request each. Nothing is lost by waiting: the log is flushed before each
+    checkpoint, and a resumed run logs later steps again.
     """
     return max(30, files**2 / 10)
 
@@ -219,9 +228,9 @@ def _line(record: Record) -> bytes:
 
 
 def _contents(run: str) -> tuple[bytes, dict[str, bytes]]:
-    """What metrics.jsonl holds, and the parts by name; nothing where there is none."""
+    """Read metrics.jsonl, and the parts by name. What does not exist is empty."""
     parts = _read_parts(run, _parts(run))
-    # metrics.jsonl last: a part that was removed meanwhile is in it.
+    # metrics.jsonl is read last, because it has the lines of parts that were removed meanwhile.
     return _read_if_there(files.join(run, JSONL)), parts
 
 
@@ -233,7 +242,7 @@ def _parts(run: str) -> list[str]:
 def _read_parts(run: str, names: Iterable[str]) -> dict[str, bytes]:
     names = list(names)
     urls = [files.join(run, PARTS, name) for name in names]
-    with ThreadPoolExecutor(8) as threads:  # a store takes its time for each
+    with ThreadPoolExecutor(8) as threads:  # a store needs some time for each
         return dict(zip(names, threads.map(_read_if_there, urls), strict=True))
 
 
@@ -245,9 +254,9 @@ def _read_if_there(url: str) -> bytes:
 
 
 def _merged(contents: list[bytes]) -> list[Record]:
-    """One record for each step, in order of steps, later values winning.
+    """Merge lines to one record for each step, in the order of steps. Later values win.
 
-    Of a part and a whole that covers it either may be the newer: so keys are added, never dropped.
+    Either metrics.jsonl or a part may be the newer one. So keys are added and never dropped.
     """
     found: dict[int, Record] = {}
     for line in b"\n".join(contents).split(b"\n"):

@@ -1,4 +1,4 @@
-"""What a run tells of itself: metrics.jsonl, tensorboard, progress on the terminal."""
+"""Log a run to metrics.jsonl, to tensorboard and to the terminal."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from shards.storage import files
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What is written down, and how often."""
+    """Configure what is logged, and how often."""
 
     every: Operation[Annotated[int, Interval(ge=1)]] = 10
     """Steps from one logged step to the next."""
@@ -31,12 +31,15 @@ class LogConfig:
     evaluations."""
 
     def due(self, step: int) -> bool:
-        """Whether `step` is logged."""
+        """Return whether `step` is logged."""
         return step % self.every == 0
 
 
 class Timer:
-    """Speed since it was made: of the steps, not of evaluations and checkpoints between them."""
+    """Measure the speed of the steps since the timer was made.
+
+    A new timer is made after each evaluation and checkpoint, so that their time does not count.
+    """
 
     def __init__(self) -> None:
         self.steps, self._start, self._waited = 0, time.perf_counter(), 0.0
@@ -56,11 +59,12 @@ class Timer:
 
 
 class MetricsLog:
-    """Keeps RUN/metrics.jsonl and RUN/tensorboard, and moves the progress bar.
+    """Write RUN/metrics.jsonl and RUN/tensorboard, and move the progress bar.
 
-    Opened at step `start`: what an earlier process logged beyond it is dropped, since it comes
-    again. On an object store what is logged waits in memory, and a thread writes it now and then.
-    When storage fails the training goes on; nothing is dropped, and it is tried again.
+    The log is opened at step `start`. Later steps that an earlier process logged are dropped,
+    because training makes those steps again. On an object store new lines wait in memory, and a
+    thread writes them now and then. When storage fails the training continues; the lines are kept
+    and written later.
     """
 
     def __init__(
@@ -70,7 +74,7 @@ class MetricsLog:
         total: int,
         terminal: Terminal,
     ) -> None:
-        """Cleans what an earlier process left. Raises OSError."""
+        """Open the log and remove later steps that an earlier process left. Raises OSError."""
         self.console = terminal.console
         self._run = run
         self._journal = Journal(run, start, terminal.report)
@@ -92,20 +96,20 @@ class MetricsLog:
         if self.console.is_terminal:
             self._progress.start()
         for record in self._journal.after(self._events.reached):
-            self._plot(record, {})  # an earlier process did not come to write it
+            self._plot(record, {})  # an earlier process ended before it wrote this one
 
     @property
     def last(self) -> Record | None:
-        """The newest record, also of an earlier process."""
+        """Return the newest record, which may be one of an earlier process."""
         return self._journal.last
 
     def advance(self) -> None:
         self._progress.advance(self._task)
 
     def write(self, record: Record) -> None:
-        """One logged step: a line of metrics.jsonl, a point in tensorboard, a status.
+        """Log a step in metrics.jsonl, in tensorboard and on the terminal.
 
-        The step logged last may come again, with keys that it had not.
+        The step that was logged last may be logged again with further keys.
         """
         last = self._journal.last
         self._plot(record, last if last and last["step"] == record["step"] else {})
@@ -114,7 +118,7 @@ class MetricsLog:
         self._show(record)
 
     def pictures(self, views: Tensor, step: int) -> None:
-        """Both views [2, n, 3, S, S], as the network sees them, one row for each view."""
+        """Log pictures of both views [2, n, 3, S, S], normalized, with one row for each view."""
         mean, std = (views.new_tensor(values)[:, None, None] for values in (MEAN, STD))
         images = (views * std + mean).clamp(0, 1).flatten(0, 1).float().cpu()
         grid = make_grid(images, nrow=views.shape[1]).mul(255).round().byte()
@@ -122,19 +126,20 @@ class MetricsLog:
         self._store()
 
     def flush(self) -> None:
-        """Have in storage what does not come again after a kill; for before a checkpoint commits.
+        """Write to storage what a resumed run would not log again.
 
-        Of scalars metrics.jsonl is enough: the next process completes tensorboard's files from it.
+        Call it before a checkpoint is committed. For scalars metrics.jsonl is enough, because the
+        next process completes tensorboard's files from it.
         """
         events = [self._events.flush] if self._events.unrepeatable else []
         self._attempt(self._journal.flush, *events)
 
     def compact(self) -> None:
-        """Have all lines in metrics.jsonl; for after a checkpoint."""
+        """Write all lines to metrics.jsonl. Call it after a checkpoint is saved."""
         self._attempt(self._journal.compact)
 
     def postpone(self, reason: str) -> None:
-        """Tell that storage fails, as the first failure in a row; what is logged is kept."""
+        """Report that storage fails, unless the previous attempt failed too. Nothing is dropped."""
         if not self._failing:
             self.console.print(f"{reason}; training goes on, the log is kept and written later")
         self._failing = True
@@ -146,12 +151,12 @@ class MetricsLog:
         self._thread.shutdown()
 
     def finish(self) -> None:
-        """Write what is left, after `stop`; tell what could not be written."""
+        """Write the rest of the log, after `stop`, and report what could not be written."""
         if reason := _failure(self._journal.compact, self._events.flush):
             self.give_up(reason)
 
     def give_up(self, reason: str) -> None:
-        """Tell what is left and will not be written."""
+        """Report how much is left that will not be written."""
         lines, events = self._journal.unwritten, self._events.unwritten
         self.console.print(
             f"{reason}; not written are {lines} lines of {JSONL}, {events} events of {TENSORBOARD}"
@@ -162,7 +167,7 @@ class MetricsLog:
         self._events.scalars(points, record["step"])
 
     def _store(self) -> None:
-        """Write now to a local disk; to an object store what is due, in the thread."""
+        """Write now to a local disk. For an object store have the thread write what is due."""
         if files.is_local(self._run):
             self._attempt(self._journal.flush, self._events.flush)
             return
@@ -174,7 +179,7 @@ class MetricsLog:
         self._storing = self._thread.submit(self._attempt, *due) if due else None
 
     def _attempt(self, *calls: Callable[[], None]) -> None:
-        """Make calls that may find storage failing. The first failure in a row is told."""
+        """Make calls that write to storage, and report the first failure in a row."""
         if reason := _failure(*calls):
             self.postpone(reason)
         else:
@@ -197,7 +202,7 @@ class MetricsLog:
 
 
 def _failure(*calls: Callable[[], None]) -> str:
-    """Make calls, up to one that finds storage failing: why it does; empty when all succeed."""
+    """Make calls until one fails to write. Return its reason, or "" when all succeed."""
     try:
         for call in calls:
             call()
@@ -207,7 +212,7 @@ def _failure(*calls: Callable[[], None]) -> str:
 
 
 class NoLog(MetricsLog):
-    """What the other processes have in its place: it writes nothing."""
+    """Stand in for the log on all processes except the first. It writes nothing."""
 
     def __init__(self) -> None:
         pass

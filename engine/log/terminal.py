@@ -1,4 +1,4 @@
-"""What a process tells its user while it works."""
+"""Print what a process has to say to its user while it works."""
 
 import threading
 
@@ -6,22 +6,25 @@ from rich.console import Console
 
 
 class Terminal:
-    """Standard output: what the first process says, and faults that every process tells once."""
+    """Print to standard output.
+
+    Only the first process prints with `say`. Every process prints with `report`, each text once.
+    """
 
     def __init__(self, main: bool) -> None:
-        """`main`: whether this is the process that speaks for all."""
+        """Create the terminal of one process; `main` tells whether it speaks for all of them."""
         self.console = _console(quiet=not main)
-        """For what draws more than lines; it is quiet on all processes but the first."""
+        """Draws tables and progress bars. It is quiet on all processes except the first."""
         self._own = _console(quiet=False)
         self._told: set[str] = set()
-        self._lock = threading.Lock()  # loaders, savers and logs tell of faults from threads
+        self._lock = threading.Lock()  # loaders, savers and logs report from threads
 
     def say(self, text: str) -> None:
-        """Print a line, on the first process only."""
+        """Print a line on the first process only."""
         self.console.print(text)
 
     def report(self, text: str) -> None:
-        """Print a line on this process, unless it was told before."""
+        """Print a line on this process unless it has printed the same line before."""
         with self._lock:
             known = text in self._told
             self._told.add(text)

@@ -1,4 +1,4 @@
-"""What torch.compile made, kept beside the run for the next start."""
+"""Keep the code that torch.compile made beside the run, for the next start."""
 
 import json
 import re
@@ -13,22 +13,25 @@ from shards.digest import digest
 from shards.storage import files
 
 _KEY = r"[\w:-][\w.:-]*"
-_KEYS = {"autotune": f"{_KEY}/{_KEY}"}  # kind of artifact: its keys, where they are no plain names
+_KEYS = {"autotune": f"{_KEY}/{_KEY}"}  # keys of an artifact's kind, when they are not plain names
 
 
 class Artefacts:
-    """What torch.compile made at an earlier start of this run, in RUN/compile or a local folder.
+    """Save and load the code that torch.compile made, in RUN/compile or a local folder.
 
-    Compiled code runs: only the training takes it, from the folder of its own run or from the one
-    that `compile_folder` names, and after its digest matched. Whoever can write there can run code
-    in the next start. Every kind of machine, number of processes and strategy has a file of its
-    own, and so has every recipe.
+    Loading runs this code, so whoever can write to the folder can run code in the next start. Only
+    training loads it, from the folder of its own run or from `compile_folder`, and only when its
+    digest matches. There is a separate file for every recipe, kind of machine, number of processes
+    and strategy.
     """
 
     def __init__(
         self, folder: str, method: dict[str, Any], strategy: str, recompute: bool, world: World
     ) -> None:
-        """`folder`: a URL. `method`: the recipe's method fields, by dotted names."""
+        """Find the files for this kind of start.
+
+        `folder` is a URL. `method` has the recipe's method fields by dotted names.
+        """
         facts = [method, torch.__version__, torch.version.cuda, world.size, strategy]
         facts += [recompute, _machine(world.device)]
         text = json.dumps(facts, sort_keys=True)
@@ -39,7 +42,7 @@ class Artefacts:
         self.loaded = False
 
     def load(self, report: Callable[[str], None]) -> None:
-        """Fill torch's local caches. What is missing or damaged is compiled again."""
+        """Fill torch's local caches. torch compiles again what is missing or damaged."""
         try:
             expected = files.read(self._digest_url).decode()
             content = files.read(self._url)
@@ -53,14 +56,14 @@ class Artefacts:
             return
         try:
             torch.compiler.load_cache_artifacts(content)
-        except Exception as error:  # a full disk, or whatever torch makes of it
+        except Exception as error:  # torch raises many kinds, for instance when a disk is full
             reason = " ".join(str(error).split()) or type(error).__name__
             report(f"compile: {files.redact(self._url)} could not be taken: {reason}")
             return
         self.loaded = True
 
     def save(self, report: Callable[[str], None]) -> None:
-        """Keep what the first process compiled since the start; the digest goes last."""
+        """Save what the first process has compiled since the start. The digest is written last."""
         found = torch.compiler.save_cache_artifacts() if self._main and not self.loaded else None
         if found is None:
             return
@@ -68,17 +71,17 @@ class Artefacts:
         try:
             files.write(self._url, content)
             files.write(self._digest_url, digest(content, 64).encode())
-        except OSError as error:  # the run goes on without
+        except OSError as error:  # the run continues without them
             report(f"compile: artefacts could not be kept: {error}")
 
 
 def _stays_inside(content: bytes) -> bool:
-    """Whether torch will write the artifacts in `content` nowhere but below its own caches.
+    """Return whether torch will write the artifacts in `content` only below its own caches.
 
-    It joins their keys to a cache's folder: Inductor's and AOTAutograd's under the key's second and
-    third letter, those of tuned kernels as they stand, in a folder of their own.
+    torch makes paths of their keys. Inductor's and AOTAutograd's go below a folder named by the
+    key's second and third letter. Those of tuned kernels go to a folder of their own, unchanged.
     """
-    artifacts = CacheArtifactManager.deserialize(content)  # runs nothing; None for what is none
+    artifacts = CacheArtifactManager.deserialize(content)  # runs no code; None if it has none
     return artifacts is not None and all(
         re.fullmatch(_KEYS.get(kind, _KEY), artifact.key, re.ASCII) and ".." not in artifact.key
         for kind, found in artifacts.items()

@@ -1,10 +1,12 @@
-"""Checkpoints at a URL: RUN/checkpoints/step_00000100/ with torch's distributed-checkpoint files.
+"""Save and load checkpoints at a URL.
 
-A checkpoint exists when its commit.json does: written last, in one PUT, with the length and CRC32
-of every file. Those are verified before anything is unpickled; a damaged checkpoint is reported
-and the one before it is taken.
+RUN/checkpoints/step_00000100/ has the files of torch's distributed checkpoint. A checkpoint exists
+when its commit.json exists. That file is written last, in one PUT, and has the length and CRC32 of
+every other file. These are verified before anything is unpickled. A damaged checkpoint is reported,
+and the one before it is used.
 
-All processes of a run call these functions together (but `prune`), each with its own `world`.
+All processes of a run call these functions together, each with its own `world`. Only `prune` is
+called by one process.
 """
 
 import itertools
@@ -39,7 +41,7 @@ Sums = dict[str, tuple[int, int]]  # name of a file: length in bytes, CRC32
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run is saved, and what it starts from."""
+    """Configure when the run is saved, and what it starts from."""
 
     every: Operation[Annotated[int, Interval(ge=0)]] = 1000
     """Steps from one checkpoint to the next. The last step of a process is saved too. 0 saves only
@@ -57,13 +59,13 @@ class CheckpointConfig:
     """URL of another run, or of one of its checkpoints, whose full state a new run starts from."""
 
     def due(self, step: int) -> bool:
-        """Whether `step` is one of those that are saved by the way."""
+        """Return whether `step` is saved while training continues."""
         return self.every > 0 and step % self.every == 0
 
 
 @dataclass(frozen=True)
 class Commit:
-    """What commit.json says: that the checkpoint is whole, and what run it belongs to."""
+    """Hold what commit.json says: the checkpoint's files, and the run that it belongs to."""
 
     url: str
     step: int
@@ -87,7 +89,7 @@ def save(
 ) -> Commit:
     """Write `state`, nested dicts of tensors, as the checkpoint of `step`, and commit it.
 
-    Raises OSError, on all processes, when one could not write.
+    Raises OSError on all processes when one could not write.
     """
     sums = write(run, step, state, world, report)
     return world.on_main(lambda: commit(run, step, sums, method, index_digest))
@@ -96,14 +98,18 @@ def save(
 def write(
     run: str, step: int, state: dict[str, Any], world: World, report: Callable[[str], None]
 ) -> Sums:
-    """Write `state` as the files of the checkpoint of `step`, which exists when it is committed.
+    """Write the files of the checkpoint of `step`, without its commit.
 
-    Every process writes what it holds; each gets the lengths and CRCs of all files. Raises OSError,
-    on all processes, when one could not write.
+    Every process writes what it holds of `state`.
+
+    Returns:
+        The lengths and CRCs of the files of all processes.
+
+    Raises OSError on all processes when one could not write.
     """
     url = step_url(run, step)
-    # What a process that was killed may have left there; where it can't be removed, it is written
-    # over, or no commit names it.
+    # A process that was killed may have left files there. When they cannot be removed they do no
+    # harm: they are overwritten, or the commit does not name them.
     world.on_main(lambda: files.discard(url, run, report))
     writer = Writer(url)
     with _one_process_is_fine(), _plain_errors(url, "written"):
@@ -118,7 +124,7 @@ def write(
 
 
 def commit(run: str, step: int, sums: Sums, method: dict[str, Any], index_digest: str) -> Commit:
-    """Make the checkpoint of `step` exist: its commit.json, in one PUT, by one process."""
+    """Make the checkpoint of `step` exist by writing commit.json in one PUT, on one process."""
     url = step_url(run, step)
     packages = {name: version(name) for name in ("torch", "torchvision", "numpy")}
     document = {"format": FORMAT, "step": step, "method": method, "index_digest": index_digest}
@@ -141,7 +147,10 @@ def load(commit: Commit, state: dict[str, Any], world: World) -> None:
 
 
 def latest(run: str, world: World, report: Callable[[str], None]) -> Commit | None:
-    """The newest sound checkpoint of a run, None when it has none; damaged ones are reported."""
+    """Find the newest sound checkpoint of a run. Return None when it has none.
+
+    Damaged checkpoints are reported and skipped.
+    """
     for url in reversed(world.on_main(lambda: steps(run))):
         try:
             return verify(url, world)
@@ -154,9 +163,9 @@ def latest(run: str, world: World, report: Callable[[str], None]) -> Commit | No
 def find(
     url: str, world: World, report: Callable[[str], None], name: str = "checkpoint.resume"
 ) -> Commit:
-    """The checkpoint at `url`, which is one, or a run whose newest is taken.
+    """Find the checkpoint at `url`, or the newest checkpoint of the run at `url`.
 
-    `name`: of the field or argument, for the message. Raises InputError.
+    `name` is the field or argument that the message names. Raises InputError when there is none.
     """
     if world.on_main(lambda: files.exists(files.join(url, COMMIT))):
         return verify(url, world)
@@ -167,10 +176,9 @@ def find(
 
 
 def verify(url: str, world: World) -> Commit:
-    """Check a checkpoint's commit, the length and CRC32 of its files, shared out, and that its
-    metadata names nothing foreign.
+    """Check a checkpoint's commit, its metadata, and the length and CRC32 of its files.
 
-    Raises InputError, the same on all processes.
+    The files are shared out among the processes. Raises InputError, the same on all processes.
     """
     commit = world.on_main(lambda: _read_commit(url))
     fault = ""
@@ -213,7 +221,7 @@ def _read_commit(url: str) -> Commit:
 
 
 def _digest(document: dict[str, Any]) -> str:
-    """SHA-256 of all that a commit says but this, 16 hex digits."""
+    """Compute the SHA-256 of a commit without its digest, as 16 hex digits."""
     facts = {name: value for name, value in document.items() if name != "digest"}
     return digest(json.dumps(facts, sort_keys=True))
 
@@ -225,11 +233,14 @@ def prune(
     keep_every: int = 0,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Remove all but the newest `keep` (at least 1) committed checkpoints, each commit first.
+    """Remove all committed checkpoints except the newest `keep`, each one's commit first.
 
-    `step`: the one just saved. Those beyond it were found damaged when this process started: they
-    push out no good one, and stay until they are overwritten. `keep_every`: those of its multiples
-    stay too, 0 for none. `report` takes what a store refuses to remove, which stays whole.
+    Args:
+        step: The step just saved. Checkpoints of later steps were found damaged when this process
+            started. They do not count, and stay until they are overwritten.
+        keep: Number of checkpoints that stay, at least 1.
+        keep_every: Checkpoints whose step is a multiple of this stay too. 0 keeps no others.
+        report: Is called with a line about what a store refuses to remove, which stays whole.
     """
     until = step_url(run, step)
     saved = [url for url in steps(run) if url <= until]
@@ -242,7 +253,7 @@ def prune(
 
 
 def steps(run: str) -> list[str]:
-    """URLs of a run's checkpoints, whole or not, by step; what else lies there is not ours."""
+    """List the URLs of a run's checkpoints in the order of their steps, whole or not."""
     folder = files.join(run, CHECKPOINTS)
     found = files.list_names(folder)
     return [files.join(folder, name) for name in found if re.fullmatch(r"step_\d{8}", name)]
@@ -250,7 +261,7 @@ def steps(run: str) -> list[str]:
 
 @contextmanager
 def _one_process_is_fine() -> Iterator[None]:
-    """Without torch's warning that there is no process group: there is none on purpose."""
+    """Hide torch's warning that there is no process group, which is on purpose."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -258,7 +269,7 @@ def _one_process_is_fine() -> Iterator[None]:
 
 @contextmanager
 def _plain_errors(url: str, what: str) -> Iterator[None]:
-    """OSError or InputError in place of torch's CheckpointException, which is no Exception."""
+    """Raise OSError or InputError instead of CheckpointException, which is not an Exception."""
     try:
         yield
     except CheckpointException as error:

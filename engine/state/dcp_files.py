@@ -1,4 +1,4 @@
-"""The files of torch's distributed checkpoints at a URL: written, verified and read in parallel."""
+"""Write, verify and read the files of torch's distributed checkpoints at a URL, in parallel."""
 
 import contextlib
 import io
@@ -25,20 +25,20 @@ from shards.storage import files
 from shards.storage.upload import open_writer
 
 SPAN = 32 << 20  # bytes read by one request at most
-PARALLEL = 4  # requests at once; with the span being used, memory for 160 MiB
-GAP = 1 << 20  # bytes between two tensors that are rather read than asked around
+PARALLEL = 4  # requests at once; with the span in use this takes 160 MiB of memory
+GAP = 1 << 20  # two tensors at most this many bytes apart are read by one request
 
-Sums = dict[str, tuple[int, int]]  # of files by name: length in bytes, CRC32
+Sums = dict[str, tuple[int, int]]  # name of a file: length in bytes, CRC32
 
 
 class Writer(FileSystemWriter):
-    """Writes a checkpoint's files into the folder `url`, one for each process and `.metadata`.
+    """Write a checkpoint's files to the folder `url`: one for each process, and `.metadata`.
 
-    `sums` has those that this process wrote. What the folder held before is overwritten.
+    `sums` has the files that this process wrote. Earlier files in the folder are overwritten.
     """
 
     def __init__(self, url: str) -> None:
-        # Nothing to copy ahead: the state is on the CPU already.
+        # There is nothing to copy ahead, because the state is on the CPU already.
         super().__init__(url, sync_files=False, per_thread_copy_ahead=0)
         files = _Files()
         self.fs = files  # type: ignore[assignment]
@@ -46,12 +46,12 @@ class Writer(FileSystemWriter):
 
     @property
     def checkpoint_id(self) -> str:
-        """What `.metadata` tells of the place."""
+        """Return the name of the place that `.metadata` stores, without credentials."""
         return files.redact(str(self.path))
 
 
 class _Files(FileSystemBase):
-    """The writer's file system: streams to storage that sum length and CRC32 on the way."""
+    """Open the writer's streams to storage, which sum up length and CRC32 while they write."""
 
     def __init__(self) -> None:
         self.sums: Sums = {}
@@ -59,7 +59,7 @@ class _Files(FileSystemBase):
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:  # noqa: ARG002
-        if path.endswith(".tmp"):  # kept until it is renamed, which object stores cannot
+        if path.endswith(".tmp"):  # kept in memory until `rename`, which object stores lack
             buffer = io.BytesIO()
             yield buffer
             self._unnamed[path] = buffer.getvalue()
@@ -79,14 +79,14 @@ class _Files(FileSystemBase):
         return str(path)
 
     def mkdir(self, path: Any) -> None:
-        """Nothing: a stream makes the folders that it needs."""
+        """Do nothing, because a stream makes the folders that it needs."""
 
     def exists(self, path: Any) -> bool:  # noqa: ARG002
-        """Asked only before something is removed and written anew: a stream replaces it whole."""
+        """Return False. torch asks only to remove a file first, but a stream replaces it whole."""
         return False
 
     def rm_file(self, path: Any) -> None:
-        """Never asked for, because nothing exists."""
+        """Do nothing. torch does not call this, because `exists` returns False."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
@@ -96,12 +96,12 @@ class _Files(FileSystemBase):
 def verify_file(url: str, length: int, crc: int) -> None:
     """Check a file's length in bytes and CRC32.
 
-    Raises InputError when it is missing or damaged, OSError when the store does not answer.
+    Raises InputError when it is missing or damaged, and OSError when the store does not answer.
     """
     folder, _, name = files.redact(url).rpartition("/")
     try:
         if files.size(url) == length:
-            for _ in range(2):  # what was damaged only on the way comes whole the second time
+            for _ in range(2):  # a file that was damaged on its way here is whole the second time
                 found = 0
                 for content in _fetch(_pieces(url, 0, length)):
                     found = zlib.crc32(content, found)
@@ -113,10 +113,10 @@ def verify_file(url: str, length: int, crc: int) -> None:
 
 
 class Reader(StorageReader):
-    """Reads a checkpoint's tensors from the folder `url`. Nothing in its files is run.
+    """Read a checkpoint's tensors from the folder `url`, without running code in its files.
 
-    `files` are those that the checkpoint has. Raises InputError for what no checkpoint of this
-    engine holds, OSError when the store does not answer.
+    `files` names the checkpoint's files. Methods raise InputError for content that no checkpoint of
+    this engine has, and OSError when the store does not answer.
     """
 
     def __init__(self, url: str, files: Mapping[str, tuple[int, int]]) -> None:
@@ -125,10 +125,13 @@ class Reader(StorageReader):
         self._fault: InputError | OSError | None = None
 
     def reset(self, checkpoint_id: Any = None) -> None:
-        """Nothing is kept that a second load would have to forget."""
+        """Do nothing, because nothing is kept from one load to the next."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Does not raise, for torch would lose the reason: `set_up_storage_reader`, next, does."""
+        """Return the metadata. An error is raised later, by `set_up_storage_reader`.
+
+        torch would lose the reason of an error that is raised here.
+        """
         self._fault = None
         try:
             return self.metadata()
@@ -137,7 +140,7 @@ class Reader(StorageReader):
             return Metadata({})
 
     def metadata(self) -> Metadata:
-        """What the checkpoint holds, checked. Raises InputError and OSError."""
+        """Read and check what the checkpoint holds. Raises InputError and OSError."""
         place = f"{files.redact(self._url)}: {dcp_metadata.NAME}"
         try:
             for _attempt in range(2):  # as in `verify_file`
@@ -184,10 +187,10 @@ class Reader(StorageReader):
         return isinstance(checkpoint_id, str)
 
     def _fill(self, place: Place, item: ReadItem, content: bytes, planner: LoadPlanner) -> None:
-        """Copy the stored tensor, or the part of it that is wanted, to where the planner says."""
+        """Copy the stored tensor, or a part of it, to the tensor that the planner names."""
         try:
             tensor = _tensor(content)
-        except Exception:  # damaged on the way, perhaps
+        except Exception:  # it may have been damaged on its way here
             tensor = self._read_again(place)
         target = planner.resolve_tensor(item).detach()
         try:
@@ -216,9 +219,9 @@ class Reader(StorageReader):
 
 
 def _tensor(content: bytes) -> Tensor:
-    """The tensor that torch.save wrote, if its sums are right. Raises whatever it is not."""
+    """Decode a tensor that torch.save wrote, and check its CRCs. Raises many kinds of errors."""
     file = io.BytesIO(content)
-    if damaged := zipfile.ZipFile(file).testzip():  # torch does not look at them
+    if damaged := zipfile.ZipFile(file).testzip():  # torch does not check the CRCs
         raise ValueError(f"{damaged} is damaged")
     file.seek(0)
     tensor = torch.load(file, map_location="cpu", weights_only=True)
@@ -228,7 +231,7 @@ def _tensor(content: bytes) -> Tensor:
 
 
 class _Span(NamedTuple):
-    """Bytes [start, stop) of a file, and what is wanted from them."""
+    """Bytes [start, stop) of a file, and the tensors to read from them."""
 
     file: str
     start: int
@@ -237,7 +240,7 @@ class _Span(NamedTuple):
 
 
 def _spans(reads: Iterable[tuple[Place, ReadItem]]) -> list[_Span]:
-    """Neighbours that are read together; a span above SPAN is that of a single tensor."""
+    """Group tensors that are read together. Only a single tensor makes a span above SPAN."""
     spans: list[_Span] = []
     for place, item in sorted(reads, key=lambda read: read[0]):
         stop = place.offset + place.length
@@ -252,13 +255,13 @@ def _spans(reads: Iterable[tuple[Place, ReadItem]]) -> list[_Span]:
 
 
 def _pieces(url: str, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
-    """The bytes [start, stop) of an object, as no more than SPAN at a time."""
+    """Split the bytes [start, stop) of an object into pieces of at most SPAN bytes."""
     for first in range(start, stop, SPAN):
         yield url, first, min(first + SPAN, stop)
 
 
 def _fetch(pieces: Iterable[tuple[str, int, int]]) -> Generator[bytes, None, None]:
-    """The bytes [start, stop) of each URL, in order; the next few are on their way meanwhile."""
+    """Read the bytes [start, stop) of each URL, in order, and some pieces ahead in threads."""
     with ThreadPoolExecutor(PARALLEL, thread_name_prefix="fetch") as threads:
         ahead: deque[Future[bytes]] = deque()
         for piece in pieces:

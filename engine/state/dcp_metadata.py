@@ -1,7 +1,7 @@
-"""The `.metadata` of a checkpoint, of which nothing is run.
+"""Read the `.metadata` of a checkpoint without running code in it.
 
-torch writes it as a pickle. Here its objects become plain records, which are checked, then made
-into torch's own; so it does not matter either which release of torch wrote it.
+torch writes it as a pickle. Here its objects become plain records, which are checked and then
+turned into torch's own classes. So it does not matter which release of torch wrote the file.
 """
 
 import io
@@ -24,7 +24,7 @@ NAME = ".metadata"
 
 
 class Place(NamedTuple):
-    """Where a tensor, or a part of one, is stored: bytes [offset, offset + length) of a file."""
+    """Bytes [offset, offset + length) of a file, which store a tensor or a part of one."""
 
     file: str
     offset: int
@@ -32,12 +32,12 @@ class Place(NamedTuple):
 
 
 class _Record:
-    """An object of the pickle: the state that was stored, in place of what it would become."""
+    """Hold the stored state of an object in the pickle, instead of the object itself."""
 
     state: Any = None
 
     def __init__(self, *_: object) -> None:
-        """The pickle may call any of these classes, as a function or to make an object."""
+        """Accept any arguments, because the pickle may call these classes like functions."""
 
     def __setstate__(self, state: object) -> None:
         self.state = state
@@ -76,11 +76,11 @@ _ADMITTED: dict[tuple[str, str], type] = {
     (f"{_DCP}.metadata", "MetadataIndex"): _Index,
     (f"{_DCP}.filesystem", "_StorageInfo"): _Info,
     ("torch", "Size"): tuple,
-    # Of these the contents are not needed.
+    # The contents of these objects are not needed.
     (f"{_DCP}.metadata", "StorageMeta"): _Record,
     (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"): _Record,
     ("torch.serialization", "_get_layout"): _Record,
-    ("builtins", "getattr"): _Record,  # how some releases of Python pickle an enumeration's member
+    ("builtins", "getattr"): _Record,  # some releases of Python pickle the members of an Enum by it
 }
 
 
@@ -98,13 +98,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 def parse(content: bytes, files: Mapping[str, tuple[int, int]]) -> Metadata:
-    """The metadata in torch's classes; its `storage_data` is a `Place` for each MetadataIndex.
+    """Parse the metadata to torch's classes, with a `Place` for each MetadataIndex.
 
     Args:
-        files: The names that it may mention, with length in bytes (and CRC32).
+        content: The bytes of `.metadata`.
+        files: The files that it may name, with their length in bytes and CRC32.
 
-    Raises InputError, without a place, for all but well-formed metadata of plain tensors and
-    DTensors.
+    Raises InputError unless it is well-formed metadata of plain tensors and DTensors. Its text
+    lacks the URL, which the caller adds.
     """
     try:
         root = _fields(_Unpickler(io.BytesIO(content)).load(), _Metadata)

@@ -1,4 +1,4 @@
-"""The run directory, RUN/ at any URL: every name below it.
+"""Name everything in the run directory RUN/, which may be at any URL.
 
 RUN/recipe.json                       the resolved recipe of the last start
 RUN/checkpoints/step_00000100/        one checkpoint (state/checkpoint.py)
@@ -7,7 +7,7 @@ RUN/compile/                          what torch.compile made (state/artefacts.p
 RUN/metrics.jsonl, RUN/metrics/       the log, line by line (log/journal.py)
 RUN/tensorboard/                      event files (log/events.py)
 RUN/evaluations/                      results of launch/evaluate.py (evaluation/session.py)
-RUN/debug_step/                       while --debug-step lasts
+RUN/debug_step/                       exists only while --debug-step runs
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ DEBUG_STEP = "debug_step"
 
 
 def read_recipe(run: str) -> dict[str, Any]:
-    """The recipe of the last start in RUN, by dotted names. It is empty when it can't be read."""
+    """Read the recipe of RUN's last start by dotted names. It is empty when it can't be read."""
     try:
         fields = files.read_json(files.join(run, RECIPE))
     except (FileNotFoundError, ValueError):

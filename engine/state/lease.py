@@ -1,9 +1,11 @@
-"""One job at a time trains in a run directory: RUN/lease/00000001.json and its successors.
+"""Make sure that only one job at a time trains in a run directory.
 
-The newest number counts. Who made it, by exclusive create, holds the run, and shows that it lives
-by rewriting it with a rising `beat`. Who finds it unchanged for two periods makes the next number;
-a holder that sees a higher one than its own was taken for dead, and has lost the run. Released
-leases stay, so that numbers only rise; what a late holder writes has a number that counts no more.
+The lease is RUN/lease/00000001.json, and later 00000002.json and so on. The highest number counts.
+A job holds the run when it has created the file of that number, which only one job can do. It shows
+that it is alive by rewriting the file with a rising `beat`. A job that finds the file unchanged for
+two periods creates the next number. A holder that sees a higher number than its own has lost the
+run, because the other job found no sign of life. Released leases stay, so that numbers only rise.
+What a former holder writes late has a number that no longer counts.
 """
 
 import contextlib
@@ -24,20 +26,20 @@ from shards.errors import InputError
 from shards.storage import files
 
 PERIOD = 10.0  # seconds between two beats
-LONGEST_PERIOD = 3600.0  # that a lease may ask others to believe in
+LONGEST_PERIOD = 3600.0  # seconds; a file with a longer period counts as damaged
 RELEASE_TIMEOUT = 15.0  # seconds that a release waits for storage
 _POLLS = 5  # looks at a watched lease in each period
 
 
 @dataclass(frozen=True)
 class _Record:
-    """What a lease's object says; the defaults stand for one that is gone or damaged."""
+    """Hold the content of a lease's file. The defaults stand for a file that is damaged or gone."""
 
     number: int
-    owner: str = ""  # like no other's
+    owner: str = ""  # unique to each lease
     host: str = "an unknown host"
-    process: str = ""  # identity of the process that beats
-    agents: tuple[str, ...] = ()
+    process: str = ""  # identity of the process that writes the beats
+    agents: tuple[str, ...] = ()  # identities of the launchers of all processes
     period: float = PERIOD
     beat: int = 0
     released: bool = False
@@ -46,27 +48,27 @@ class _Record:
         return json.dumps(asdict(self), indent=1).encode()
 
     def is_dead(self) -> bool:
-        """Whether all were on this machine and are gone.
+        """Return whether the job ran on this machine alone and all its processes have ended.
 
-        The beating process counts beside the launchers, which it may outlive.
+        The process that writes the beats is checked too, because it may outlive its launcher.
         """
         return all(is_dead(identity) for identity in (self.process, *self.agents))
 
 
 class Lease:
-    """A run directory that this job holds, from `acquire`."""
+    """Hold a run directory for this job. `acquire` creates it."""
 
     def __init__(self, run: str, record: _Record) -> None:
         self.lost = False
-        """Whether another job has taken the run."""
+        """Tells whether another job has taken the run."""
         self._run = run
         self._record = record
-        self._taker = ""  # host
+        self._taker = ""  # host of the job that has taken the run
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._hold, name="lease", daemon=True)
 
     def check(self) -> None:
-        """Raise InputError once the run was lost, as far as the last beat knows."""
+        """Raise InputError when the last beat has found the run taken by another job."""
         if self.lost:
             raise InputError(
                 f"{files.redact(self._run)} was taken over by another job ({self._taker}) while "
@@ -75,18 +77,21 @@ class Lease:
             )
 
     def confirm(self) -> None:
-        """Look now. Raises InputError when the run was lost, OSError when nobody can tell."""
+        """Look at the storage now.
+
+        Raises InputError when another job has taken the run, and OSError when nobody can tell.
+        """
         self._look()
         self.check()
 
     def release(self) -> None:
-        """End the beats and let the next job in at once. A lost lease stays as it is."""
+        """Stop the beats and let the next job in at once. A lost lease stays as it is."""
         self._stop.set()
         self._thread.join(RELEASE_TIMEOUT)
 
     def _take(self) -> bool:
-        """Make the object and start to beat; False when another job was faster."""
-        # The number may have been used and removed meanwhile: then a higher one is there.
+        """Create the file and start the beats. Return False when another job was faster."""
+        # Another job may have used and removed this number meanwhile. Then there is a higher one.
         if not files.create(_url(self._run, self._record.number), self._record.content()):
             return False
         self._look()
@@ -97,14 +102,14 @@ class Lease:
     def _look(self) -> None:
         own, newest = self._record, _newest(self._run)
         if newest is None or newest.number < own.number:
-            return  # removed by hand; the next beat writes it again
-        # The own number is another's where somebody removed the folder and started a job.
+            return  # somebody removed the file; the next beat writes it again
+        # The same number has another owner when somebody removed the folder and started a job.
         if newest.number > own.number or newest.owner not in ("", own.owner):
             self._taker = newest.host
             self.lost = True
 
     def _hold(self) -> None:
-        """The thread: it alone rewrites the object, so that no beat can follow the release."""
+        """Write the beats, in a thread. Only it rewrites the file, so the release comes last."""
         while not self._stop.wait(self._record.period):
             self._write(replace(self._record, beat=self._record.beat + 1))
             if self.lost:
@@ -112,7 +117,7 @@ class Lease:
         self._write(replace(self._record, released=True))
 
     def _write(self, record: _Record) -> None:
-        with contextlib.suppress(OSError):  # an outage of storage must not end the job
+        with contextlib.suppress(OSError):  # a storage outage must not end the job
             self._look()
             if not self.lost:
                 self._record = record
@@ -120,14 +125,17 @@ class Lease:
 
 
 def acquire(run: str, agents: Sequence[str], period: float, report: Callable[[str], None]) -> Lease:
-    """Hold the run directory for this job until `release`; rank 0 alone calls this.
+    """Hold the run directory for this job until `release`. Only rank 0 calls this.
 
-    A job that was restarted by its launcher, and one whose holder is known to be dead or has
-    released it, gets it at once. Otherwise the holder is watched for two of its periods.
+    The job gets it at once when it was restarted by the same launcher, when the holder is known to
+    have ended, and when the holder has released it. Otherwise the holder is watched for two of its
+    periods.
 
     Args:
+        run: URL of the run directory.
         agents: `agent_identity` of each process of the job.
         period: Seconds between beats.
+        report: Is called with lines about waiting and about files that cannot be removed.
 
     Raises InputError when another job holds it.
     """
@@ -147,7 +155,7 @@ def acquire(run: str, agents: Sequence[str], period: float, report: Callable[[st
     lease = Lease(run, record)
     if not lease._take():
         raise _in_use(run, _newest(run))
-    with contextlib.suppress(OSError):  # older ones do no harm
+    with contextlib.suppress(OSError):  # older leases do no harm
         for number in _numbers(run):
             if number < record.number and not files.discard(_url(run, number), run, report):
                 break
@@ -155,18 +163,22 @@ def acquire(run: str, agents: Sequence[str], period: float, report: Callable[[st
 
 
 def is_free(run: str) -> bool:
-    """Whether no job holds the run, as far as can be told at once."""
+    """Return whether no job holds the run, as far as can be told without waiting."""
     newest = _newest(run)
     return newest is None or newest.released or newest.is_dead()
 
 
 def _watch(run: str, first: _Record, report: Callable[[str], None]) -> _Record | None:
-    """What is the newest after two periods without a sign of life. Raises InputError on one."""
+    """Watch the holder for two periods and return the newest lease.
+
+    Raises InputError when the holder shows that it is alive.
+    """
     report(
         f"{files.redact(files.join(run, LEASE))}: held by {first.host}; "
         f"watching for {2 * first.period:g} s whether it is alive"
     )
-    # Counted in sleeps, not by a clock: the holder cannot beat while a look hangs in an outage.
+    # Sleeps are counted, not the clock's time. While storage does not answer, a look takes long,
+    # and the holder cannot write a beat either.
     for _ in range(2 * _POLLS):
         time.sleep(first.period / _POLLS)
         newest = _newest(run)
@@ -206,7 +218,7 @@ def _newest(run: str) -> _Record | None:
             released=bool(there["released"]),
         )
     except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return _Record(number, beat=zlib.crc32(content))  # it can be watched all the same
+        return _Record(number, beat=zlib.crc32(content))  # a damaged lease can still be watched
 
 
 def _numbers(run: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: a copy of the state is taken, a thread does the rest."""
+"""Write checkpoints while training continues: copy the state, and write the copy in a thread."""
 
 import time
 from collections.abc import Callable
@@ -18,14 +18,14 @@ State = dict[str, Any]
 
 
 class Saver:
-    """Writes one checkpoint at a time, on a process group of its own.
+    """Write one checkpoint at a time, on a process group of its own.
 
-    Its calls are made by all processes alike. A save that fails is tried again, then reported, and
-    the training goes on without it.
+    All processes call its methods together. A save that fails is tried again. When all attempts
+    fail it is reported, and training continues without it.
     """
 
     def __init__(self, world: World, background: bool, report: Callable[[str], None]) -> None:
-        """`background`: whether `save` returns before all is written."""
+        """Create the thread; `background` lets `save` return before everything is written."""
         self._world, self._background, self._report = world.duplicate(), background, report
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._running: Future[bool] | None = None
@@ -34,10 +34,11 @@ class Saver:
         self._copy: State | None = None
 
     def save(self, step: int, state: State, write: Callable[[State, World], object]) -> None:
-        """Copy `state`, tensors of one moment, and have `write(copy, world)` called in the thread.
+        """Copy the tensors of `state`, and have the thread call `write(copy, world)`.
 
-        Waits for the save before, if it still runs: one copy is all the memory that saves take.
-        `write` is collective over the world it is given, and raises OSError when it fails.
+        First wait for the previous save if it still runs, so that there is never more than one
+        copy in memory. All processes call `write` together over the world that it gets. It raises
+        OSError when it fails.
         """
         self.wait()
         self._step = step
@@ -46,7 +47,7 @@ class Saver:
             self.wait()
 
     def wait(self) -> bool:
-        """Whether the last save was committed, once it is over; True when there was none."""
+        """Wait for the last save. Return whether it was committed; True when there was none."""
         running, self._running = self._running, None
         if running is not None:
             self._committed = running.result()
@@ -61,15 +62,15 @@ class Saver:
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        """End the thread. After a user's mistake, found by all, what was begun is still good."""
+        """End the thread. After an InputError, which all processes raise, finish the last save."""
         if failure is not None and issubclass(failure, InputError):
             self.wait()
         self._thread.shutdown(wait=False)
 
     def _stage(self, state: State) -> State:
-        """A copy of the state on the CPU, in the same memory each time; pinned, a GPU fills it."""
-        # torch's stagers pin memory where there is no GPU (BlockingAsyncStager) or fail on a view
-        # in torch 2.11 (DefaultStager); these are the two functions that they are made of.
+        """Copy the state to the CPU, to the same memory each time, which is pinned for a GPU."""
+        # torch's BlockingAsyncStager pins memory even without a GPU, and in torch 2.11 its
+        # DefaultStager fails on a view. They consist of the two functions that are used here.
         cuda = self._device.type == "cuda"
         if self._copy is None:
             self._copy = _create_cpu_state_dict(state, pin_memory=cuda)
@@ -83,7 +84,7 @@ class Saver:
             try:
                 write(state, self._world)
                 return True
-            except OSError as error:  # every process has it
+            except OSError as error:  # every process gets it
                 text = f"the checkpoint of step {step} failed ({attempt} of {ATTEMPTS}): {error}"
             if self._world.main:
                 self._report(text)
