@@ -3,7 +3,7 @@
 from contextlib import closing
 from typing import Any
 
-from engine.evaluation.probe import Stopped
+from engine.evaluation.during_training import Stopped
 from engine.log.metrics import MetricsLog, Timer
 from engine.processes.preemption import Preemption
 from engine.processes.world import World

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 from annotated_types import Interval
 
-from engine.evaluation.probe import ProbeConfig
+from engine.evaluation.during_training import ProbeConfig
 from engine.log.metrics import LogConfig
 from engine.method.adamw import AdamWConfig
 from engine.method.byol import BYOLConfig

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from engine.data import Data, train_batches
-from engine.evaluation.probe import Probe
+from engine.evaluation.during_training import Probe
 from engine.log.figures import StepSums, data_digest
 from engine.method import byol
 from engine.method.augment import augment

@@ -10,7 +10,7 @@ Expected     Published figures for the same data and network are solo-learn's 92
              1000 epochs and lightly's 86.8 kNN at 200 epochs.
 """
 
-from engine.evaluation.probe import ProbeConfig
+from engine.evaluation.during_training import ProbeConfig
 from engine.method.byol import BYOLConfig
 from engine.method.resnet import ResNetConfig
 from engine.method.schedule import ScheduleConfig

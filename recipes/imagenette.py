@@ -8,7 +8,7 @@ Time         It has not been measured on a GPU yet.
 Expected     about 92.3 top-1 of the online head on val, as reported for the official code
 """
 
-from engine.evaluation.probe import ProbeConfig
+from engine.evaluation.during_training import ProbeConfig
 from engine.method.byol import BYOLConfig
 from engine.method.lars import LARSConfig
 from engine.method.resnet import ResNetConfig

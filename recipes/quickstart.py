@@ -11,7 +11,7 @@ Expected     kNN, k = 20: 79.5% (raw pixels 53.0%, untrained encoder 42.4%);
              linear --fast: 77.8% (raw pixels 14.5%, untrained encoder 30.6%)
 """
 
-from engine.evaluation.probe import ProbeConfig
+from engine.evaluation.during_training import ProbeConfig
 from engine.log.metrics import LogConfig
 from engine.method.adamw import AdamWConfig
 from engine.method.byol import BYOLConfig

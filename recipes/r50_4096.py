@@ -20,7 +20,7 @@ The shorter schedules are in r50_4096_300ep.py, r50_4096_100ep.py and r50_4096_4
 
 from dataclasses import replace
 
-from engine.evaluation.probe import ProbeConfig
+from engine.evaluation.during_training import ProbeConfig
 from engine.method.byol import BYOLConfig
 from engine.method.lars import LARSConfig
 from engine.method.resnet import ResNetConfig

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchdata.nodes import IterableWrapper, ParallelMapper
 
+from shards.corrupt import Faults
 from shards.decode import DecodeError, center_box, crop_resize
 from shards.errors import InputError
 from shards.index import Index
-from shards.reader import BlockReader, Faults, read_blocks
+from shards.reader import BlockReader, read_blocks
 from shards.storage import files
 from shards.tar import Block
 
@@ -112,7 +113,8 @@ class CropReader:
                 try:
                     image = reader.decode(chunk.block, row)
                 except DecodeError as error:
-                    reader.record(faults, chunk.block, chunk.first_id, row, error)
+                    name = reader.name_sample(chunk.block, row, chunk.first_id)
+                    faults.record(chunk.first_id + row, name, error)
                     continue
                 box = center_box(image.shape[1], image.shape[2], self.fraction)
                 images.append(crop_resize(image, box, self.size))

@@ -18,11 +18,12 @@ from torch import Tensor
 from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, Prefetcher
 
 from shards.cache import ShardCache
+from shards.corrupt import Faults, decode_good
 from shards.decode import crop_resize
 from shards.errors import InputError
 from shards.fields import Operation, UnitInterval
 from shards.order import Order
-from shards.reader import BlockReader, Faults, Fetches, StreamReader
+from shards.reader import BlockReader, Fetches, StreamReader
 from shards.storage import files
 from shards.tar import Block
 from shards.views import COLUMNS, ViewsConfig, crop_box, draw_views
@@ -227,7 +228,7 @@ class TrainLoader:
 
     def _decode_row(self, chunk: Chunk, place: int, row: int, crops: NDArray[np.float64]) -> None:
         batch = chunk.batch
-        found, image = self.reader.decode_good(chunk.block, row, chunk.first_id, self.faults)
+        found, image = decode_good(self.reader, chunk.block, row, chunk.first_id, self.faults)
         if found != row:  # The replacement has its own id and parameters.
             batch.ids[place] = chunk.first_id + found
             draws = draw_views(

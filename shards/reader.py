@@ -1,4 +1,4 @@
-"""Fetch the blocks of a data set ahead of need; replace and count samples that can't be decoded."""
+"""Fetch the blocks of a data set ahead of need."""
 
 import threading
 import zlib
@@ -11,45 +11,11 @@ import numpy as np
 from torch import Tensor
 
 from shards.cache import ShardCache
-from shards.decode import DecodeError, decode
+from shards.decode import decode
 from shards.errors import InputError
 from shards.index import Index
-from shards.storage import files
+from shards.storage import files, retries
 from shards.tar import Block, TarError
-
-
-class Faults:
-    """Counts the samples that can't be decoded, and reports each of them once.
-
-    More than `limit` of them are an error.
-    """
-
-    def __init__(self, samples: int, fraction: float, report: Callable[[str], None]) -> None:
-        """Allow `fraction` of the data set's `samples` to be bad, but never fewer than 10."""
-        self.limit, self.report = max(10, int(fraction * samples)), report
-        self._seen: set[int] = set()
-        self._lock = threading.Lock()
-
-    @property
-    def count(self) -> int:
-        return len(self._seen)
-
-    def record(self, sample_id: int, name: str, reason: DecodeError) -> None:
-        """Count and report a bad sample, unless it was counted before.
-
-        Raises InputError once there are more than `limit` distinct ones.
-        """
-        with self._lock:
-            if sample_id in self._seen:
-                return
-            self._seen.add(sample_id)
-            count = len(self._seen)
-        if count > self.limit:
-            raise InputError(
-                f"{name}: {reason}; {count} corrupt samples, more than data.corrupt allows "
-                f"({self.limit}): repair the data set or raise the bound"
-            )
-        self.report(f"{name}: {reason}; left out (at most {self.limit} samples may be)")
 
 
 class DamagedBlock(InputError):
@@ -83,7 +49,7 @@ class BlockReader:
 
         Raises InputError naming the shard when the shard does not hold what the index says.
         """
-        attempts = 1 if files.is_local(self.index.url) else files.CONTENT_ATTEMPTS
+        attempts = 1 if files.is_local(self.index.url) else retries.CONTENT_ATTEMPTS
         for attempt in range(1, attempts + 1):
             try:
                 return self._fetch(shard, block, last=attempt == attempts)
@@ -93,7 +59,7 @@ class BlockReader:
                 self._warn(shard, f"{error}; fetched again")
             if self.cache is not None and self.cache.keeps(shard):
                 self.cache.drop(shard)
-            files.pause(attempt)
+            retries.pause(attempt)
         raise AssertionError("unreachable")
 
     def _fetch(self, shard: int, block: int, last: bool) -> Block:
@@ -107,7 +73,7 @@ class BlockReader:
             found = Block(content)
         except FileNotFoundError:
             raise InputError(f"{url}: the shard is missing") from None
-        except files.WrongLength as error:
+        except retries.WrongLength as error:
             raise InputError(f"{error}: the shard is truncated, restore it") from None
         except OSError as error:
             raise InputError(str(error)) from None
@@ -153,31 +119,12 @@ class BlockReader:
         assert span is not None  # A Block keeps only samples with an image.
         return decode(block.content, *span)
 
-    def decode_good(
-        self, block: Block, row: int, first_id: int, faults: Faults
-    ) -> tuple[int, Tensor]:
-        """Find the first sample that can be decoded, from `row` on, and return its row and image.
+    def name_sample(self, block: Block, row: int, first_id: int) -> str:
+        """Name a sample by its shard and its key; `first_id` is the id of the block's row 0."""
+        return f"{self.url_of(first_id)}: {block.samples[row].key}"
 
-        The search goes in file order and wraps around at the end of the block. Raises InputError
-        when there are too many faults, or when no sample of the block can be decoded.
-        """
-        for candidate in [*range(row, len(block)), *range(row)]:
-            try:
-                return candidate, self.decode(block, candidate)
-            except DecodeError as error:
-                self.record(faults, block, first_id, candidate, error)
-        raise InputError(f"{self._url(first_id)}: no sample of its block can be decoded")
-
-    def record(
-        self, faults: Faults, block: Block, first_id: int, row: int, error: DecodeError
-    ) -> None:
-        """Count a sample that can't be decoded, and name it by its shard's URL and its key.
-
-        Raises InputError when there are too many faults.
-        """
-        faults.record(first_id + row, f"{self._url(first_id)}: {block.samples[row].key}", error)
-
-    def _url(self, sample_id: int) -> str:
+    def url_of(self, sample_id: int) -> str:
+        """Return the URL, without credentials, of the shard that has a sample."""
         shard = int(np.searchsorted(self.index.first_ids, sample_id, side="right")) - 1
         return files.redact(self.index.shard_url(shard))
 

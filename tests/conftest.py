@@ -15,7 +15,7 @@ from shards import index as index_module
 from shards.index import Index
 from shards.loader import DataConfig
 from shards.making import pack
-from shards.storage import files
+from shards.storage import retries
 from tests.helpers import object_store as object_store_module
 from tests.helpers import tiny
 from tests.helpers.fault_proxy import FaultProxy
@@ -121,7 +121,7 @@ def proxy(
 ) -> Iterator[FaultProxy]:
     """Between s3:// URLs and the store; harmless until it is told otherwise."""
     assert s3  # which leads them to the store first
-    monkeypatch.setattr(files, "BACKOFF", 0.005)
+    monkeypatch.setattr(retries, "BACKOFF", 0.005)
     with FaultProxy(object_store.endpoint, 0, {}) as between:
         lead_to(between.endpoint, monkeypatch)
         yield between

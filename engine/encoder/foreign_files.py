@@ -1,4 +1,4 @@
-"""Read tensors from checkpoint files of torch.save and safetensors, without running code in them."""
+"""Read tensors from files of torch.save and safetensors without running code in them."""
 
 import argparse
 import io

@@ -8,36 +8,25 @@ import contextlib
 import io
 import json
 import os
-import random
 import re
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, cast
 
 import fsspec
 
 from shards.errors import InputError
 from shards.storage import local_files
-from shards.storage.failures import explain, has_query, is_beyond_end, user_info
+from shards.storage.failures import has_query, is_beyond_end, user_info
 from shards.storage.failures import redact as redact
+from shards.storage.local_files import is_local as is_local
+from shards.storage.retries import WrongLength, retry
 
-_T = TypeVar("_T")
-
-ATTEMPTS = 8
-CONTENT_ATTEMPTS = 4  # This many tries are made when an answer comes but has wrong content.
-BACKOFF = 0.2  # Seconds before the first retry, with jitter. The wait doubles each time.
-LONGEST_WAIT = 10.0  # The most seconds between two tries, before jitter.
-TRY_FOR = 120.0  # No new try begins after this many seconds.
 READ_BLOCK = 4 << 20  # `open_reader` asks an object store for this many bytes at a time.
 PART = 16 << 20  # Large objects are sent and copied in parts of this many bytes.
 SECONDS = 60.0  # One try of a read may take this long, and one second more for each MB.
 CONNECTIONS = 64  # All threads of a process share this many connections to a store.
 DELETIONS = 32  # This many objects are deleted at once.
-
-
-class WrongLength(OSError):
-    """A read returned a different number of bytes than was asked for: the object ends early."""
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -107,10 +96,6 @@ def is_s3(url: str) -> bool:
 
 def join(url: str, *names: str) -> str:
     return "/".join([url.rstrip("/"), *names])
-
-
-def is_local(url: str) -> bool:
-    return "://" not in url or url.startswith(("file://", "local://"))
 
 
 def read(url: str, start: int | None = None, stop: int | None = None) -> bytes:
@@ -343,42 +328,3 @@ def discard_or_empty(url: str, place: str, report: Callable[[str], None]) -> Non
     """
     if not discard(url, place, report):
         write(url, b"")
-
-
-def retry(url: str, call: Callable[[], _T]) -> _T:
-    """Call `call` until it succeeds, and return its result.
-
-    Raises OSError, or a subclass, naming `url`, at once when a retry can't help, and otherwise
-    after ATTEMPTS tries, after CONTENT_ATTEMPTS wrong lengths, or when TRY_FOR seconds are over.
-    On a local disk, errors such as FileNotFoundError are raised unchanged.
-    """
-    begun, wrong = time.monotonic(), 0
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return call()
-        except Exception as error:  # The errors of botocore and aiohttp are not OSErrors.
-            failure = explain(error, url)
-            if is_local(url) and failure.kind is not OSError:
-                raise
-            short = isinstance(error, WrongLength)
-            wrong += short
-            kind = WrongLength if short else failure.kind
-            spent = time.monotonic() - begun
-            last = attempt == ATTEMPTS or wrong == CONTENT_ATTEMPTS or spent > TRY_FOR
-            if failure.hopeless or (short and is_local(url)):
-                raise kind(f"{redact(url)}: {failure.reason}") from None
-            if last:
-                tries = f"gave up after {attempt} tries in {spent:.0f} s"
-                raise kind(f"{redact(url)}: {tries}: {failure.reason}") from None
-        pause(attempt)
-    raise AssertionError("unreachable")
-
-
-def pause(attempt: int) -> None:
-    """Wait before the next try. The wait grows with each attempt and has random jitter.
-
-    Args:
-        attempt: Number of the try that has just failed, counted from 1.
-    """
-    wait = min(BACKOFF * 2 ** (attempt - 1), LONGEST_WAIT)
-    time.sleep(wait * random.uniform(0.5, 1.5))

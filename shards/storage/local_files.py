@@ -16,6 +16,10 @@ from shards.errors import InputError
 from shards.storage.failures import FULL
 
 
+def is_local(url: str) -> bool:
+    return "://" not in url or url.startswith(("file://", "local://"))
+
+
 @contextlib.contextmanager
 def new_file(path: str) -> Iterator[tuple[BinaryIO, str]]:
     """Yield a new file beside `path`, and its name, which is unique to this call.

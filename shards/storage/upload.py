@@ -10,6 +10,7 @@ from typing import Any
 
 from shards.storage import files, local_files
 from shards.storage.failures import explain
+from shards.storage.retries import retry
 
 PARALLEL = 4  # This many parts are sent at once. With the one being filled they take 80 MiB.
 GROWTH = 1000  # Parts double in size after this many. S3 takes 10,000; 9,000 hold 8 TiB.
@@ -196,9 +197,7 @@ class _Upload:
         if content is not None:
             options["Body"], seconds = content, 60 + len(content) / 1e6
         call = self._filesystem.call_s3
-        return files.retry(
-            self._url, lambda: call(method, timeout=seconds, **self._object, **options)
-        )
+        return retry(self._url, lambda: call(method, timeout=seconds, **self._object, **options))
 
 
 @contextmanager

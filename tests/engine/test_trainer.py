@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from engine.debug import debug_step
-from engine.evaluation.probe import ProbeConfig
+from engine.evaluation.during_training import ProbeConfig
 from engine.log.metrics import LogConfig
 from engine.method import precision
 from engine.method.schedule import ScheduleConfig

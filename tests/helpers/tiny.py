@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from engine.evaluation.probe import ProbeConfig
+from engine.evaluation.during_training import ProbeConfig
 from engine.log.metrics import LogConfig
 from engine.method.byol import BYOLConfig
 from engine.method.resnet import ResNetConfig

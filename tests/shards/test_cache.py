@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from tests.helpers.places import ROOT
 @pytest.fixture
 def remote(pack_files: PackFiles, photos: Files) -> Index:
     """The photos in about five shards, none of them on a disk."""
-    return pack_files("memory://cached", photos)
+    return pack_files(f"memory://{secrets.token_hex(6)}", photos)  # some tests damage it
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ def test_another_data_set_has_other_copies(
     remote: Index, pack_files: PackFiles, photos: Files, tmp_path: Path
 ) -> None:
     make(remote, tmp_path).read(0, 0, 9)
-    other = pack_files("memory://cached2", dict(list(photos.items())[:60]))
+    other = pack_files(f"memory://{secrets.token_hex(6)}", dict(list(photos.items())[:60]))
     assert make(other, tmp_path).read(0, 0, 900) == whole(other, 0)[:900]
     assert len(copies(tmp_path)) == 2
 

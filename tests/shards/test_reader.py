@@ -13,7 +13,7 @@ from shards.center_crops import CropReader
 from shards.index import Index
 from shards.making import synthetic
 from shards.reader import BlockReader
-from shards.storage import files
+from shards.storage import files, retries
 from shards.tar import Block
 
 
@@ -51,7 +51,7 @@ def test_a_flipped_bit(data: Index, times: int, monkeypatch: pytest.MonkeyPatch)
         return flipped(content) if left[0] >= 0 else content
 
     monkeypatch.setattr(files, "read", damaged)
-    monkeypatch.setattr(files, "pause", lambda _: None)
+    monkeypatch.setattr(retries, "pause", lambda _: None)
     again = times == 1 and not files.is_local(data.url)  # a disk says the same twice
     assert bytes(reader.fetch(0, 0).content) == (sound if again else flipped(sound))
     reader.fetch(0, 0)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.evaluation.probe import ProbeConfig
+from engine.evaluation.during_training import ProbeConfig
 from engine.method.byol import BYOLConfig
 from engine.method.lars import LARS, LARSConfig
 from engine.method.local_shards import whole

@@ -21,7 +21,7 @@ from shards.index import Index
 from shards.loader import Batch, DataConfig, TrainLoader
 from shards.order import Order
 from shards.reader import BlockReader
-from shards.storage import files
+from shards.storage import files, retries
 from shards.views import ViewsConfig
 from tests.conftest import Files, PackFiles
 from tests.helpers import fault_proxy
@@ -187,9 +187,9 @@ def test_batches_through_faults_are_those_of_a_disk(
     monkeypatch: pytest.MonkeyPatch,
     cached: bool,
 ) -> None:
-    monkeypatch.setattr(files, "ATTEMPTS", 20)  # such faults are met by chance too
-    monkeypatch.setattr(files, "CONTENT_ATTEMPTS", 12)
-    monkeypatch.setattr(files, "LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(retries, "ATTEMPTS", 20)  # such faults are met by chance too
+    monkeypatch.setattr(retries, "CONTENT_ATTEMPTS", 12)
+    monkeypatch.setattr(retries, "LONGEST_WAIT", 0.1)
     monkeypatch.setattr(files, "PART", 10_000)  # so that copying a shard is many requests
     spoil_heads(monkeypatch)
     steps = 5 * (90 // 15)
@@ -229,7 +229,7 @@ def test_content_that_stays_wrong(
     for _ in range(2):
         with pytest.raises(InputError, match=r"shard-000001\.tar: bytes \d+ to \d+: not the tar"):
             reader.fetch(1, 1)
-    assert proxy.requests(SHARD) == 2 * files.CONTENT_ATTEMPTS
+    assert proxy.requests(SHARD) == 2 * retries.CONTENT_ATTEMPTS
     (report,) = reports
     assert report.endswith("; fetched again")
 
@@ -295,7 +295,7 @@ def test_a_dead_endpoint(proxy: FaultProxy, remote: str, monkeypatch: pytest.Mon
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         lead_to(f"http://127.0.0.1:{unused.getsockname()[1]}", monkeypatch)
-    told = f"gave up after {files.ATTEMPTS} tries"
+    told = f"gave up after {retries.ATTEMPTS} tries"
     assert failure(remote).startswith(f"data.train {remote}: {remote}/index.json: {told}")
     with pytest.raises(InputError, match=rf"shard-\d+\.tar: {told} .*is AWS_ENDPOINT_URL right"):
         take(found, 1)
@@ -306,7 +306,7 @@ def test_a_store_that_dies_meanwhile(proxy: FaultProxy, remote: str) -> None:
     with loading(indexes.load(remote, "data.train")) as loader:
         next(loader)
         proxy.set({"slow_down": 1})
-        told = f"gave up after {files.ATTEMPTS} tries"
+        told = f"gave up after {retries.ATTEMPTS} tries"
         with pytest.raises(InputError, match=rf"shard-\d+\.tar: {told} .*SlowDown"):
             drain(loader)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.evaluation.probe import ProbeConfig
+from engine.evaluation.during_training import ProbeConfig
 from engine.method.local_shards import local
 from engine.method.precision import FIRST_SCALE
 from engine.processes.parallel import ParallelConfig

@@ -16,7 +16,7 @@ from shards import index
 from shards.errors import InputError
 from shards.index import Index
 from shards.making import pack
-from shards.storage import files, upload
+from shards.storage import files, retries, upload
 from shards.storage.upload import Stream
 from shards.tar import Block
 from tests.conftest import Files, PackFiles
@@ -242,7 +242,7 @@ def test_a_damaged_shard_of_a_stopped_packing_is_written_again(
 def test_local_writes_are_whole_or_not_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "ATTEMPTS", 1)
+    monkeypatch.setattr(retries, "ATTEMPTS", 1)
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("killed")))
     with pytest.raises(OSError, match="killed"):
         files.write(str(tmp_path / "new" / "shard.tar"), b"content")

@@ -9,7 +9,6 @@ import re
 import socket
 import stat
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 
 from shards.errors import InputError
-from shards.storage import files
+from shards.storage import files, retries
 from tests.helpers.fault_proxy import FaultProxy
 from tests.helpers.object_store import lead_to
 
@@ -27,7 +26,7 @@ CONTENT = np.random.default_rng(0).bytes(100_000)
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "BACKOFF", 0.001)
+    monkeypatch.setattr(retries, "BACKOFF", 0.001)
 
 
 @pytest.fixture
@@ -36,111 +35,6 @@ def proxy(proxy: FaultProxy, s3: str) -> FaultProxy:
     files.write(f"{s3}/object", CONTENT)
     del proxy.log[:]
     return proxy
-
-
-class Failing:
-    """A read of `memory://` that raises these before it succeeds."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> None:
-        self.errors, self.calls = list(errors), 0
-        self.waits: list[float] = []
-        files.write("memory://failing", CONTENT)
-        monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "cat_file", self.cat_file)
-        monkeypatch.setattr(time, "sleep", self.waits.append)
-
-    def cat_file(self, _: str, start: int | None = None, end: int | None = None) -> bytes:
-        self.calls += 1
-        if self.errors:
-            raise self.errors.pop(0)
-        return CONTENT[start:end]
-
-
-# Retries
-
-
-def test_passing_errors_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    failing = Failing(monkeypatch, TimeoutError(), ConnectionResetError(104, "reset"), OSError("x"))
-    assert files.read("memory://failing", 3, 9) == CONTENT[3:9]
-    assert failing.calls == 4
-
-
-def test_tries_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    failing = Failing(monkeypatch, *[OSError(f"broke\nfor the {i}th time") for i in range(99)])
-    told = f"tries in 0 s: broke for the {files.ATTEMPTS - 1}th time"
-    with pytest.raises(
-        OSError, match=rf"^memory://failing: gave up after {files.ATTEMPTS} {told}$"
-    ):
-        files.read("memory://failing")
-    assert failing.calls == files.ATTEMPTS
-
-
-def test_waits_grow_and_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "BACKOFF", 0.2)
-    failing = Failing(monkeypatch, *[OSError("broke")] * 999)
-    found = []
-    for _ in range(20):
-        failing.waits.clear()
-        with pytest.raises(OSError, match="gave up"):
-            files.read("memory://failing")
-        found.append(list(failing.waits))
-    waits = np.array(found)  # [runs, ATTEMPTS - 1]
-    planned = np.minimum(0.2 * 2.0 ** np.arange(files.ATTEMPTS - 1), files.LONGEST_WAIT)
-    assert waits.shape == (20, files.ATTEMPTS - 1)
-    assert (waits >= 0.5 * planned).all()
-    assert (waits <= 1.5 * planned).all()
-    assert len(np.unique(waits)) == waits.size
-    assert planned.sum() > 20  # a store that is away for a while is waited for
-
-
-def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No try begins after TRY_FOR, however few there were."""
-    clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    failing = Failing(monkeypatch, *[OSError("slow")] * 99)
-    monkeypatch.setattr(time, "sleep", lambda _: clock.__setitem__(0, clock[0] + 50))
-    with pytest.raises(OSError, match="gave up after 4 tries in 150 s: slow"):
-        files.read("memory://failing")
-    assert failing.calls == 4
-
-
-@pytest.mark.parametrize(
-    "error",
-    [FileNotFoundError("x"), PermissionError("x"), ValueError("x"), OSError(errno.ENOSPC, "x")],
-)
-def test_hopeless_errors_are_told_at_once(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    failing = Failing(monkeypatch, *[error] * 9)
-    kind = type(error) if isinstance(error, OSError) else OSError
-    with pytest.raises(kind, match=r"^memory://failing: .*x$") as caught:
-        files.read("memory://failing")
-    assert type(caught.value) is kind
-    assert failing.calls == 1
-
-
-def test_a_wrong_length_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = [b"", b"short", CONTENT, CONTENT[:10]]
-    monkeypatch.setattr(
-        fsspec.get_filesystem_class("memory"), "cat_file", lambda *_, **__: answers.pop(0)
-    )
-    assert files.read("memory://x", 0, 10) == CONTENT[:10]
-    answers += [b"short"] * 9
-    told = "^memory://x: gave up after 4 tries in 0 s: bytes 20 to 30: 5 of 10 bytes came$"
-    with pytest.raises(files.WrongLength, match=told):
-        files.read("memory://x", 20, 30)
-    assert len(answers) == 9 - files.CONTENT_ATTEMPTS
-
-
-def test_a_local_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_bytes(b"content")
-    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("a second try"))
-    with pytest.raises(files.WrongLength, match=r"file: bytes 3 to 9: 4 of 6 bytes came"):
-        files.read(f"{tmp_path}/file", 3, 9)
-    with pytest.raises(FileNotFoundError):
-        files.read(f"{tmp_path}/none")
-
-
-# S3
 
 
 def test_a_read_is_one_request(proxy: FaultProxy, s3: str) -> None:
@@ -165,9 +59,11 @@ def test_retries_are_not_multiplied(proxy: FaultProxy, s3: str) -> None:
         lambda: files.list_names(s3),
     ):
         before = len(proxy.log)
-        with pytest.raises(OSError, match=f"gave up after {files.ATTEMPTS} tries.*(SlowDown|503)"):
+        with pytest.raises(
+            OSError, match=f"gave up after {retries.ATTEMPTS} tries.*(SlowDown|503)"
+        ):
             call()
-        assert len(proxy.log) - before == files.ATTEMPTS
+        assert len(proxy.log) - before == retries.ATTEMPTS
 
 
 @pytest.mark.parametrize("fault", ["slow_down", "drop", "truncate"])
@@ -184,7 +80,7 @@ def test_reads_through_faults(proxy: FaultProxy, s3: str, fault: str) -> None:
 def test_a_range_beyond_the_end(proxy: FaultProxy, s3: str) -> None:
     for start, came in ((99_990, 10), (100_000, 0), (200_000, 0)):
         told = f"bytes {start} to {start + 50}: {came} of 50 bytes came"
-        with pytest.raises(files.WrongLength, match=f"^{s3}/object: gave up after 4 .*{told}$"):
+        with pytest.raises(retries.WrongLength, match=f"^{s3}/object: gave up after 4 .*{told}$"):
             files.read(f"{s3}/object", start, start + 50)
     assert proxy.requests(method="GET") == 12
 
@@ -256,7 +152,7 @@ def test_a_dead_endpoint(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
         endpoint = f"http://127.0.0.1:{unused.getsockname()[1]}"
     lead_to(endpoint, monkeypatch)
     text = failure(f"{s3}/object")
-    assert f"{s3}/object: gave up after {files.ATTEMPTS} tries" in text
+    assert f"{s3}/object: gave up after {retries.ATTEMPTS} tries" in text
     assert f'Could not connect to the endpoint URL: "{endpoint}' in text
     assert "is AWS_ENDPOINT_URL right" in text
 
@@ -271,13 +167,13 @@ def test_a_server_that_never_answers(s3: str, monkeypatch: pytest.MonkeyPatch) -
         )
         fsspec.get_filesystem_class("s3").clear_instance_cache()
         text = failure(f"{s3}/object")
-    assert f"gave up after {files.ATTEMPTS} tries" in text
+    assert f"gave up after {retries.ATTEMPTS} tries" in text
     assert 'Read timeout on endpoint URL: "http://127.0.0.1' in text
 
 
 def test_a_server_that_sends_too_slowly(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte now and then would keep a read timeout from ending it."""
-    monkeypatch.setattr(files, "ATTEMPTS", 2)
+    monkeypatch.setattr(retries, "ATTEMPTS", 2)
     monkeypatch.setattr(files, "SECONDS", 0.3)
     done = threading.Event()
 
@@ -352,7 +248,7 @@ def test_nothing_is_left_when_a_write_fails(
     with pytest.raises(OSError, match=r"other: .*No space left"):
         files.create(f"{tmp_path}/other", b"after")
     monkeypatch.undo()
-    monkeypatch.setattr(files, "ATTEMPTS", 1)
+    monkeypatch.setattr(retries, "ATTEMPTS", 1)
     with pytest.raises(FileNotFoundError):
         files.download("memory://never-written", 10, f"{tmp_path}/copy")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -367,7 +263,7 @@ def test_download_takes_pieces(
     files.download(f"{s3}/object", len(CONTENT), f"{tmp_path}/copy")
     assert (tmp_path / "copy").read_bytes() == CONTENT
     assert max(r.sent for r in proxy.log) == 30_000
-    with pytest.raises(files.WrongLength):
+    with pytest.raises(retries.WrongLength):
         files.download(f"{s3}/object", len(CONTENT) + 1, f"{tmp_path}/longer")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 

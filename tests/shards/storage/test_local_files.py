@@ -16,7 +16,7 @@ from launch import pack as pack_command
 from shards.errors import InputError
 from shards.loader import DataConfig
 from shards.making import pack
-from shards.storage import files, local_files, upload
+from shards.storage import files, local_files, retries, upload
 from tests.conftest import draw_photo
 from tests.helpers import tiny
 from tests.helpers.training import finish, open_trainer
@@ -42,7 +42,7 @@ def test_created_without_hard_links(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr(os, "link", refuse(number))
-    monkeypatch.setattr(files, "pause", lambda _: pytest.fail("it was tried again"))
+    monkeypatch.setattr(retries, "pause", lambda _: pytest.fail("it was tried again"))
     path = tmp_path / "folder" / "1.json"
     assert files.create(str(path), b"first")
     assert not files.create(str(path), b"second")

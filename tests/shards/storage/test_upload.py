@@ -12,7 +12,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from shards.storage import files, upload
+from shards.storage import files, retries, upload
 from shards.storage.upload import open_writer
 from tests.helpers.fault_proxy import FaultProxy
 
@@ -159,7 +159,7 @@ def test_parts_are_tried_again(
 def test_a_part_that_never_arrives_leaves_nothing(
     s3: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "ATTEMPTS", 3)
+    monkeypatch.setattr(retries, "ATTEMPTS", 3)
     proxy.set({"slow_down": 1.0}, only="partNumber=2")
     with (
         pytest.raises(OSError, match=f"^{s3}/object: gave up after 3 tries"),
