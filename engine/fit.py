@@ -5,6 +5,7 @@ from typing import Any
 
 from engine.evaluation.during_training import Stopped
 from engine.log.metrics import MetricsLog, Timer
+from engine.method.precision import slow_on
 from engine.processes.preemption import Preemption
 from engine.processes.world import World
 from engine.state import checkpoint
@@ -72,6 +73,8 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
 
 def _greet(trainer: Trainer, block_memory: int) -> None:
     data = trainer.data
+    if warning := slow_on(trainer.device, trainer.recipe.precision):
+        trainer.terminal.say(warning)
     trainer.terminal.say(
         f"{data.train.samples:,} images, {data.order.steps_per_epoch:,} steps an epoch; "
         f"steps {trainer.step:,} to {trainer.last_step:,} on {trainer.device}; blocks in memory: "

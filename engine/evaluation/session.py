@@ -24,6 +24,7 @@ from engine.evaluation.results import Result, read_result, show
 from engine.log import journal
 from engine.log.events import EventLog
 from engine.log.terminal import Terminal
+from engine.method.precision import slow_on
 from engine.processes.identity import agent_identity
 from engine.processes.world import World, share_of_cores
 from engine.state import lease
@@ -111,6 +112,8 @@ class Evaluation:
         self.home = out or (files.join(self.run, EVALUATIONS) if self.run else EVALUATIONS)
         self.url = self._folder()
         self.terminal.say(f"{protocol} of the {self.source.report}")
+        if warning := slow_on(world.device, self.source.precision):
+            self.terminal.say(warning)
 
     @property
     def classes(self) -> int:

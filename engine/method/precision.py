@@ -32,6 +32,16 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, half, enabled=half is not None)
 
 
+def slow_on(device: torch.device, precision: Precision) -> str:
+    """Return a warning if this CPU has no instructions for `precision`, else ""."""
+    if device.type != "cpu" or precision not in _HALF:
+        return ""
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
+    if torch.backends.mkldnn.is_available() and supported is not None and supported():
+        return ""
+    return f"{precision} is emulated on this CPU and very slow there: use --precision fp32"
+
+
 class StepGuard:
     """Count the skipped steps and, in fp16, adapt the loss scale to the gradients.
 

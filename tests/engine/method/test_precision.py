@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.method.local_shards import whole
-from engine.method.precision import FIRST_SCALE, MOST_SKIPS, StepGuard
+from engine.method.precision import FIRST_SCALE, MOST_SKIPS, StepGuard, slow_on
 from engine.processes.parallel import ParallelConfig
 from engine.recipe import Recipe
 from shards.loader import DataConfig
+from tests.helpers import tiny
 from tests.helpers.ranks import Ranks
-from tests.helpers.training import open_trainer
+from tests.helpers.training import finish, open_trainer
 from tests.whole import parity
 
 pytestmark = pytest.mark.versions
@@ -121,3 +122,19 @@ def test_without_a_scale_shares_add_up(precision: Any) -> None:
     assert guard.divisor([torch.ones(1)]) is None
     assert guard.scale_loss(torch.tensor(0.25)) == 1
     assert "scale" not in guard.state()
+
+
+@pytest.mark.parametrize("supported", [False, True])
+def test_a_format_that_the_cpu_emulates_is_warned_of(
+    supported: bool,
+    tiny_data: DataConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without instructions for bf16 a step takes many times as long, for no visible reason."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    finish(open_trainer(tiny.recipe(tiny_data, tmp_path, precision="bf16", steps=1)))
+    line = "bf16 is emulated on this CPU and very slow there: use --precision fp32"
+    assert capsys.readouterr().out.count(line) == (not supported)
+    assert slow_on(CPU, "fp32") == slow_on(torch.device("cuda"), "bf16") == ""
