@@ -26,7 +26,7 @@ from shards.views import ViewsConfig
 recipe = Recipe(
     run="runs/quickstart",
     compile=False,
-    precision="bf16",
+    precision="fp32",
     batch=BatchConfig(size=128),
     model=BYOLConfig(
         encoder=ResNetConfig(depth=10, width=0.25, stem="cifar"), hidden=256, projection=64
