@@ -77,7 +77,8 @@ def _greet(trainer: Trainer, block_memory: int) -> None:
         trainer.terminal.say(warning)
     trainer.terminal.say(
         f"{data.train.samples:,} images, {data.order.steps_per_epoch:,} steps an epoch; "
-        f"steps {trainer.step:,} to {trainer.last_step:,} on {trainer.device}; blocks in memory: "
+        f"steps {trainer.step:,} to {trainer.last_step:,} on {trainer.device}, {trainer.threads} "
+        f"thread{'s' * (trainer.threads > 1)} a process; blocks in memory: "
         f"up to about {block_memory / 2**20:,.0f} MiB"
     )
 

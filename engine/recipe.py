@@ -51,8 +51,8 @@ class Recipe:
     """Stop this process after that step. No schedule depends on it. By default the run is trained
     to its end."""
     threads: Operation[Annotated[int | None, Interval(ge=1, le=1024)]] = None
-    """Threads of each process, for decoding and for torch on the CPU. By default the machine's
-    cores are shared out among its processes."""
+    """Threads of each process, for decoding and for torch on the CPU. By default the
+    cores that the job may use are shared out among its processes."""
     compile: Operation[bool] = True
     """Compile the networks, the augmentation and the optimizer with torch.compile."""
     compile_artefacts: Operation[bool] = True

@@ -52,8 +52,8 @@ class Options:
     RUN/evaluations and into the run's metrics and tensorboard, and for a third-party file to the
     folder evaluations."""
     threads: Annotated[int | None, Interval(ge=1, le=1024)] = None
-    """Threads of each process, for decoding and for torch on the CPU. By default the machine's
-    cores are shared out among its processes."""
+    """Threads of each process, for decoding and for torch on the CPU. By default the
+    cores that the job may use are shared out among its processes."""
 
     def open(self, protocol: str, settings: dict[str, Any], labels: bool = True) -> Evaluation:
         here = world.join(self.threads, False)

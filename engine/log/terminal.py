@@ -1,5 +1,7 @@
 """Print what a process has to say to its user while it works."""
 
+import os
+import signal
 import threading
 
 from rich.console import Console
@@ -32,5 +34,17 @@ class Terminal:
             self._own.print(text)
 
 
+class _Console(Console):
+    """Treat the end of the reader of standard output, such as `head`, as that of a terminal."""
+
+    def on_broken_pipe(self) -> None:
+        """Send SIGHUP to this process, which saves and stops as after a lost connection."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())  # the other console and Python's exit write there too
+        os.close(nowhere)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+
 def _console(quiet: bool) -> Console:
-    return Console(markup=False, highlight=False, soft_wrap=True, quiet=quiet)
+    return _Console(markup=False, highlight=False, soft_wrap=True, quiet=quiet)

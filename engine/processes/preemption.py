@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.processes.world import World, shared_store
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 STOP = "stop"  # the key in the processes' store
 POLL = 0.5  # seconds between looks at the other processes' flags during evaluations
 
@@ -55,6 +55,8 @@ class Preemption:
         old = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self._stack.callback(signal.set_wakeup_fd, old)
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: the run must survive its terminal
             self._stack.callback(signal.signal, number, signal.signal(number, _nothing))
 
     def agreed(self) -> bool:

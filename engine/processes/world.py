@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed import ProcessGroup
 from torch.distributed.rendezvous import rendezvous
 
+from engine.processes.cores import available_cores
 from shards.errors import InputError
 from shards.fields import differences
 
@@ -145,7 +146,7 @@ def join(threads: int | None, distributed: bool) -> World:
     """Select the device, set torch's threads, and connect to the other processes.
 
     Args:
-        threads: Threads of torch on the CPU. None shares the machine's cores among its processes.
+        threads: Threads of torch on the CPU. None shares the usable cores out.
         distributed: Make a process group even for a single process.
 
     Raises InputError when this machine has fewer GPUs than processes.
@@ -209,8 +210,8 @@ def check_alike(world: World, facts: dict[str, Any]) -> None:
 
 
 def share_of_cores() -> int:
-    """Return the number of this machine's cores for each of its processes, at least one."""
-    return max(1, (os.cpu_count() or 1) // read_variable("LOCAL_WORLD_SIZE", 1))
+    """Return the number of usable cores for each process of this machine, at least one."""
+    return max(1, available_cores() // read_variable("LOCAL_WORLD_SIZE", 1))
 
 
 def set_timeout(seconds: float, groups: Iterable[ProcessGroup]) -> None:

@@ -53,7 +53,7 @@ class CheckpointConfig:
     background: Operation[bool] = True
     """Go on training while a checkpoint is written. The step waits only for a copy of the state."""
     grace: Operation[Annotated[float, Interval(ge=0, le=1e6)]] = 25
-    """Seconds that a process has after SIGTERM, SIGINT or SIGUSR1 to end its step and save; then it
+    """Seconds that a process has after a signal that stops it to end its step and save; then it
     exits at once. Choose less than the scheduler waits before it kills."""
     resume: Operation[str] = ""
     """URL of another run, or of one of its checkpoints, whose full state a new run starts from."""

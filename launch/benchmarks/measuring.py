@@ -11,10 +11,11 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from engine.processes.cores import available_cores
 from shards.errors import InputError
 
 CUDA = torch.cuda.is_available()
-CORES = os.cpu_count() or 1
+CORES = available_cores()
 
 _T = TypeVar("_T")
 

@@ -158,6 +158,39 @@ def test_signals_that_are_repeated_harm_nothing(tiny_data: DataConfig, tmp_path:
     assert any(line.startswith("stopped after step") for line in told)
 
 
+def test_the_end_of_the_outputs_reader_saves_and_ends(
+    tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    """As in `python launch/train.py ... | head`."""
+    data = str(Path(tiny_data.train).parent)
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), *small(data, str(tmp_path))]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stdout:
+            if line.startswith("step 3 "):
+                break
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+    last = read(str(tmp_path))[-1]["step"]
+    assert (tmp_path / "checkpoints" / f"step_{last:08d}" / "commit.json").exists()
+    assert _is_released(tmp_path)
+
+
+def test_nohup_keeps_a_run_alive(tiny_data: DataConfig, tmp_path: Path) -> None:
+    data = str(Path(tiny_data.train).parent)
+    arguments = small(data, str(tmp_path), "--steps", "12")
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), *arguments]
+    with subprocess.Popen(["nohup", *command], stdout=-1, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(("step 3 ", "step 5 ")):
+                process.send_signal(signal.SIGHUP)
+    assert process.returncode == 0
+    assert read(str(tmp_path))[-1]["step"] == 12
+
+
 def _is_released(run: Path) -> bool:
     return '"released": true' in max((run / "lease").glob("*.json")).read_text()
 
