@@ -16,20 +16,20 @@ if __name__ == "__main__":  # the imports below would fail with a less helpful m
 
 import torch
 import tyro
-from rich.console import Console
 
 from engine.encoder import card
 from engine.encoder.export import Format
 from engine.encoder.source import EncoderConfig, Source, open_encoder
+from engine.log.terminal import Terminal
 from engine.method.resnet import ResNet
 from engine.processes.world import World
 from launch.plain_errors import plain_errors
 from shards import index as indexes
-from shards.errors import InputError
+from shards.errors import InputError, printable
 from shards.index import Index
 from shards.storage import files
 
-_console = Console(markup=False, highlight=False, soft_wrap=True)
+_terminal = Terminal(main=True)
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Export:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError("an export is one process: python launch/export.py CHECKPOINT OUT")
         alone = World(0, 1, 0, 1, torch.device("cpu"))
-        source, encoder = open_encoder(self.checkpoint_url, self.encoder, alone, _console.print)
+        source, encoder = open_encoder(self.checkpoint_url, self.encoder, alone, _terminal.say)
         if not isinstance(encoder, ResNet):
             raise InputError("--network pixels is no encoder: there is nothing to export")
-        _console.print(source.report)
-        images = card.sample_images(source, self._open_val(source), _console.print)
-        card.write(source, encoder.eval(), self.format, self.out, images, _console.print)
+        _terminal.say(source.report)
+        images = card.sample_images(source, self._open_val(source), _terminal.say)
+        card.write(source, encoder.eval(), self.format, self.out, images, _terminal.say)
 
     def _open_val(self, source: Source) -> Index | None:
         if self.data.val:
@@ -78,8 +78,8 @@ class Export:
             if url := source.data_url("data.val"):
                 return indexes.load(url, "data.val")
         except (InputError, OSError) as error:
-            _console.print(str(error))
-        _console.print("compared on random images only: give --data.val URL for real ones")
+            _terminal.say(str(error))
+        _terminal.say("compared on random images only: give --data.val URL for real ones")
         return None
 
 
@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> int:
     try:
         parse(arguments).run()
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: the same command begins again", file=sys.stderr)

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 from rich.text import Text
 
 from launch.plain_errors import plain_errors
-from shards.errors import InputError
+from shards.errors import InputError, printable
 from shards.index import Index
 from shards.making import pack, scan
 from shards.storage import files
@@ -104,7 +104,7 @@ def _index(source: str, classes: str, threads: int) -> None:
         try:
             names = files.read(classes).decode().splitlines()
         except FileNotFoundError:
-            raise InputError(f"--classes {classes}: no such file") from None
+            raise InputError(f"--classes {files.redact(classes)}: no such file") from None
     with _Bar("indexing", None, None) as bar:
         index = scan.index_tars(
             source,
@@ -117,7 +117,7 @@ def _index(source: str, classes: str, threads: int) -> None:
 
 
 def _warn(text: str) -> None:
-    _console.print(f"warning: {text}", soft_wrap=True)
+    _console.print(f"warning: {printable(text)}", soft_wrap=True)
 
 
 class _Bar:
@@ -163,7 +163,7 @@ if __name__ == "__main__":
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
     except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -16,6 +16,7 @@ from engine.evaluation.features import Features
 from engine.evaluation.knn import find_nearest
 from engine.evaluation.session import Evaluation
 from engine.state.layout import EVALUATIONS, TENSORBOARD
+from shards.errors import printable
 from shards.index import Index
 from shards.png import encode_png
 from shards.storage import files
@@ -130,7 +131,7 @@ def _write_projector(evaluation: Evaluation, found: Features) -> None:
         sprite[y : y + side, x : x + side] = pictures[number]
     classes = evaluation.val.classes
     names = [
-        f"{number}\t{classes[label] if classes and label >= 0 else ''}"
+        f"{number}\t{printable(classes[label]) if classes and label >= 0 else ''}"
         for number, label in zip(found.ids.tolist(), found.labels.tolist(), strict=True)
     ]
     rows, width = found.features.shape

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.evaluation.features import Accuracy
+from shards.errors import printable
 from shards.storage import files
 
 Row = dict[str, str | int | float]
@@ -50,4 +51,4 @@ def read_result(url: str, report: Callable[[str], None]) -> Result | None:
 
 
 def _format(value: str | int | float) -> str:
-    return f"{value:.2%}" if isinstance(value, float) else str(value)
+    return f"{value:.2%}" if isinstance(value, float) else printable(str(value))

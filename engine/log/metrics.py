@@ -16,6 +16,7 @@ from engine.log.events import TENSORBOARD, EventLog
 from engine.log.journal import JSONL, Journal, Record
 from engine.log.terminal import Terminal
 from engine.method.augment import MEAN, STD
+from shards.errors import printable
 from shards.fields import Operation
 from shards.storage import files
 
@@ -141,7 +142,8 @@ class MetricsLog:
     def postpone(self, reason: str) -> None:
         """Report that storage fails, unless the previous attempt failed too. Nothing is dropped."""
         if not self._failing:
-            self.console.print(f"{reason}; training goes on, the log is kept and written later")
+            text = f"{reason}; training goes on, the log is kept and written later"
+            self.console.print(printable(text))
         self._failing = True
 
     def stop(self) -> None:
@@ -158,6 +160,7 @@ class MetricsLog:
     def give_up(self, reason: str) -> None:
         """Report how much is left that will not be written."""
         lines, events = self._journal.unwritten, self._events.unwritten
+        reason = printable(reason)
         self.console.print(
             f"{reason}; not written are {lines} lines of {JSONL}, {events} events of {TENSORBOARD}"
         )

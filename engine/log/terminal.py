@@ -6,6 +6,8 @@ import threading
 
 from rich.console import Console
 
+from shards.errors import printable
+
 
 class Terminal:
     """Print to standard output.
@@ -23,7 +25,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Print a line on the first process only."""
-        self.console.print(text)
+        self.console.print(printable(text))
 
     def report(self, text: str) -> None:
         """Print a line on this process unless it has printed the same line before."""
@@ -31,7 +33,7 @@ class Terminal:
             known = text in self._told
             self._told.add(text)
         if not known:
-            self._own.print(text)
+            self._own.print(printable(text))
 
 
 class _Console(Console):

@@ -8,7 +8,7 @@ import traceback
 import torch.distributed as dist
 
 from engine.processes.world import rank, read_variable, shared_store
-from shards.errors import InputError
+from shards.errors import InputError, printable
 
 
 def report_failure(error: BaseException) -> None:
@@ -27,7 +27,7 @@ def report_failure(error: BaseException) -> None:
     elif not _is_first_failure(patience=1.0 if known and rank() != 0 else 0.0):
         return
     if known:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
     elif _is_lost_connection(error):
         reason = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0])
         print(f"error: rank {rank()} lost another process: {reason}", file=sys.stderr, flush=True)

@@ -60,6 +60,7 @@ def bench_checkpoint(
         rounds: Number of times that each way of saving is measured.
         starts: Number of times that a start is measured. 0 leaves starts out.
     """
+    files.check(url, "--url")
     require_positive(rounds=rounds)
     base = load(recipe)
     base = replace(base, batch=replace(base.batch, size=8, micro=1), compile=False, threads=None)

@@ -77,6 +77,7 @@ def bench_input(
         rounds: Number of times that each side is measured.
         threads: Decode threads for ours, and worker processes for stock.
     """
+    files.check(data, "--data")
     require_positive(size=size, images=images, batch=batch, rounds=rounds, threads=threads)
     device = world.join(threads, distributed=False).device
     # A stock worker makes whole batches, so each worker has to make the same number of them.
@@ -255,10 +256,12 @@ def _link_tars(data: str, folder: str) -> None:
         )
     path = Path(files.open_filesystem(data)[1])
     if not path.exists():
-        raise InputError(f"--data {data}: no such file or folder")
+        raise InputError(f"--data {files.redact(data)}: no such file or folder")
     tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
     if not tars:
-        raise InputError(f"--data {data}: no tars there; pack images with `python launch/pack.py`")
+        raise InputError(
+            f"--data {files.redact(data)}: no tars there; pack images with `python launch/pack.py`"
+        )
     for tar in tars:
         (Path(folder) / tar.name).symlink_to(tar.resolve())
 

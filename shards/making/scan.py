@@ -42,7 +42,8 @@ def index_tars(
     folder = urls[0].rpartition("/")[0] or "."
     if any((url.rpartition("/")[0] or ".") != folder for url in urls):
         raise InputError(
-            f"SOURCE {source}: the tars must all lie in one folder, for one {index.NAME}"
+            f"SOURCE {files.redact(source)}: the tars must all lie in one folder, "
+            f"for one {index.NAME}"
         )
 
     def scan(url: str) -> tuple[Shard, NDArray[np.int64]]:
@@ -82,7 +83,9 @@ def _tar_urls(source: str) -> Iterator[str]:
         try:
             yield from braceexpand(source, escape=False)  # Backslashes stand for themselves.
         except ValueError as error:
-            raise InputError(f"SOURCE {source}: not a brace pattern: {error}") from None
+            raise InputError(
+                f"SOURCE {files.redact(source)}: not a brace pattern: {error}"
+            ) from None
         return
     names = [name for name in files.list_names(source) if name.endswith(".tar")]
     if not names:

@@ -41,6 +41,14 @@ _FINAL = (
 )
 
 
+# Something like the beginning of a URL, but without "://", then a user and a password, or a query.
+_MISTYPED = re.compile(
+    r"(?P<scheme>\s*(?:s3a?|gcs?|gs|abfss?|az|https?|ftp|memory)[:;.,/\\]+)"
+    r"(?:[^@]*:[^@]*@)?(?P<place>.*)$",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
 class Failure(NamedTuple):
     """The reason why a call to a storage library failed."""
 
@@ -52,10 +60,16 @@ class Failure(NamedTuple):
 def redact(url: str) -> str:
     """Return the URL without user, password and query, which may be secret.
 
-    Plain paths are returned unchanged.
+    A mistyped URL such as s3:/USER:PASSWORD@bucket is a path to everybody else, but its secrets are
+    left out too. Other paths are returned unchanged.
     """
     scheme, mark, _ = url.partition("://")
-    return f"{scheme}://{_split(url)[1]}" if mark else url
+    if mark:
+        return f"{scheme}://{_split(url)[1]}"
+    if mistyped := _MISTYPED.match(url):
+        place = mistyped["place"]
+        return mistyped["scheme"] + (place.partition("?")[0] if has_query(place) else place)
+    return url
 
 
 def user_info(url: str) -> str:
@@ -77,6 +91,8 @@ def _split(url: str) -> tuple[str, str, str]:
     query = ""
     if scheme not in ("s3", "s3a") or has_query(rest):
         rest, _, query = rest.partition("?")
+    if re.match(r"/+[^/@]*:[^@]*@", rest) and scheme not in ("file", "local"):
+        rest = rest.lstrip("/")  # mistyped, as in s3:///USER:PASSWORD@bucket
     authority, slash, path = rest.partition("/")
     if "@" in authority:
         user, _, authority = authority.rpartition("@")

@@ -22,6 +22,8 @@ from shards.storage.failures import redact as redact
 from shards.storage.local_files import is_local as is_local
 from shards.storage.retries import WrongLength, retry
 
+# "s3:/bucket" and the like, which would otherwise be taken for a local path.
+_SLIP = re.compile(r"\s*(?:([a-z][a-z0-9+.-]+):/|(s3a?|gs|abfss?|https?)[;.,]?//)", re.IGNORECASE)
 READ_BLOCK = 4 << 20  # `open_reader` asks an object store for this many bytes at a time.
 PART = 16 << 20  # Large objects are sent and copied in parts of this many bytes.
 SECONDS = 60.0  # One try of a read may take this long, and one second more for each MB.
@@ -144,8 +146,12 @@ def check(url: str, name: str) -> None:
     scheme, mark, place = url.partition("://")
     if mark and not place.strip("/"):
         raise InputError(f"{name} {redact(url)}: names no bucket or folder")
-    if not mark and re.match(r"[a-z][a-z0-9+.-]+:/", url):
-        raise InputError(f"{name} {url}: a URL has two slashes: {scheme.partition(':')[0]}://...")
+    if mark and scheme != scheme.strip().lower():
+        meant = scheme.strip().lower()
+        raise InputError(f"{name} {redact(url)}: a URL begins with small letters: {meant}://...")
+    if not mark and (slip := _SLIP.match(url)):
+        meant = (slip[1] or slip[2]).lower()
+        raise InputError(f"{name} {redact(url)}: a URL has two slashes: {meant}://...")
     if is_s3(url) and has_query(place):
         raise InputError(f"{name} {redact(url)}: an s3 URL has no query: leave out what follows ?")
 

@@ -35,6 +35,32 @@ def test_redact(url: str, shown: str) -> None:
     assert bool(user_info(url)) == ("@b/p" in url or "@host" in url)
 
 
+@pytest.mark.parametrize("secret", ["c4n4ry", "c4/n4ry+c4n4ry=", "/c4n4ry:c4n4ry"])
+@pytest.mark.parametrize(
+    "typed",
+    [
+        *("s3://", "S3://", "s3:/", "s3:", "s3:///", "s3:////", "s3//", "s3;//", "s3.//", " s3:/"),
+        *("s3:\\\\", "S3A:/", "gs:/", "https:/", "HTTPS//", "abfs:/", "az:"),
+    ],
+)
+def test_a_mistyped_url_keeps_its_secrets(typed: str, secret: str) -> None:
+    for url in (
+        f"{typed}KEY:{secret}@bucket/run",
+        f"{typed}KEY:{secret}@bucket/{{000..009}}.tar",
+        f"{typed}bucket/run?X-Amz-Signature={secret}",
+        f"{typed}KEY:{secret}@bucket/run?token={secret}",
+    ):
+        assert "c4n4ry" not in redact(url), url
+        assert "bucket/" in redact(url)
+
+
+@pytest.mark.parametrize(
+    "path", ["s3/a:b/c", "s3.data/run", "gs", "az:x", "./s3:/k:p@b", "/s3:/k:p@b", "http.log?x"]
+)
+def test_paths_stay(path: str) -> None:
+    assert redact(path) == path
+
+
 def answered(code: str, status: int, message: str = "as the store says") -> Failure:
     """What is told when S3 answers so, through the library's own translation."""
     response = {

@@ -15,6 +15,11 @@ from shards.storage import files
         ("s3://", "names no bucket or folder"),
         ("file:///", "names no bucket or folder"),
         ("s3:/try/run", "a URL has two slashes: s3://..."),
+        ("s3:/KEY:c4n4ry@try/run", "a URL has two slashes: s3://..."),
+        ("s3//KEY:c4n4ry@try/run", "s3//try/run: a URL has two slashes: s3://..."),
+        ("HTTPS;//host/run", "a URL has two slashes: https://..."),
+        ("S3://KEY:c4n4ry@try/run", "S3://try/run: a URL begins with small letters: s3://..."),
+        (" s3://try/run", "a URL begins with small letters: s3://..."),
         ("s3://try/run?X-Amz-Signature=c4n4ry", "an s3 URL has no query"),
         ("s3://try/a?b/run?X-Amz-Signature=c4n4ry", "an s3 URL has no query"),
     ],
@@ -30,6 +35,7 @@ def test_slips_in_urls_are_told(url: str, text: str) -> None:
     "url",
     [
         *("", "run", "/run", "a:b/c", "s3://try", "memory://a?b", "file:///a"),
+        *("s3/run", "a//b", "https/run", "./s3:/run", "/s3:/run"),
         *("s3://try/lr?", "s3://try/a?b/[1]*#%41 ::c", "s3://try/what? that=this"),
     ],
 )
