@@ -24,6 +24,7 @@ from launch.plain_errors import plain_errors
 from shards.errors import InputError, printable
 from shards.index import Index
 from shards.making import pack, scan
+from shards.making.image_folders import find_images
 from shards.storage import files
 
 MB = 1_000_000
@@ -45,7 +46,7 @@ def main(
     """Pack images into shards that training streams, or index tars that others made.
 
     A folder of images is packed in random order. Its first folders name the classes. A flat folder
-    has no classes. When the first folders are train, val or test, each of them is packed to a
+    has no classes. When the first folders are splits such as train and val, each is packed to a
     folder of that name under OUT. A packing that was stopped continues with the same command.
 
     Args:
@@ -79,10 +80,13 @@ def main(
 
 def _pack(source: str, out: str, shard_mb: float, seed: int, threads: int, overwrite: bool) -> None:
     with _console.status(Text(f"listing {files.redact(source)}")):
-        sets, others = pack.find_images(source)
-    if others:
-        _console.print(f"left out {others:,} files that are no images of a data set")
-    for images in sets:
+        found = find_images(source)
+    for reason, files_there in found.left_out.items():
+        example = printable(files_there.example)
+        _console.print(f"left out: {files_there.number:,} {reason}, such as {example}")
+    for warning in found.warnings:
+        _warn(warning)
+    for images in found.sets:
         plan = pack.plan_shards(images, int(shard_mb * MB), seed)
         url = files.join(out, images.name) if images.name else out
         with _Bar(images.name or "packing", plan.image_bytes, len(plan.images)) as bar:

@@ -1,4 +1,4 @@
-"""Pack a folder of images into shards.
+"""Pack images into shards.
 
 Packing has two steps. The first makes a plan that says which image goes where: all images in a
 seeded random order, cut into tars of about equal size. The plan is a pure function of the source's
@@ -14,7 +14,6 @@ import io
 import json
 import re
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,8 +32,6 @@ from shards.philox import Domain, permutation
 from shards.storage import files, upload
 from shards.tar import BLOCK, Sample, read_samples
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-SPLITS = ("train", "val", "valid", "validation", "test")
 STEM_LENGTH = 60
 
 _WORK = ".pack"  # This folder holds what is needed to continue an unfinished packing.
@@ -60,66 +57,6 @@ class ImageSet:
     name: str
     images: list[Image]
     classes: list[str]
-
-
-def find_images(source: str) -> tuple[list[ImageSet], int]:
-    """Find the data sets in a folder of images. Return them and the number of other files.
-
-    The first folder below a data set names the class. Images that are in no such folder have no
-    class. When all folders of the source are splits, each is a data set. Raises InputError when
-    there are no images, or when several splits stand among other folders.
-    """
-    found, others = [], Counter[str]()
-    for path, size in files.walk(source):
-        extension = path.rpartition(".")[2].lower()
-        if extension in EXTENSIONS and not path.startswith(".") and "/." not in path:
-            found.append((path, size))
-        else:
-            others[extension] += 1
-    place = files.redact(source)
-    if not found and not files.exists(source):
-        raise InputError(f"SOURCE {place}: no such folder")
-    if not found:
-        hint = "; it holds tars: use --index-only" if others["tar"] else ""
-        raise InputError(f"SOURCE {place}: no {', '.join(EXTENSIONS)} files there{hint}")
-    found.sort()
-    folders = {path.split("/", 1)[0] for path, _ in found if "/" in path}
-    splits = [name for name in SPLITS if name in folders]
-    if len(splits) > 1 and len(folders) > len(splits):
-        rest = ", ".join(sorted(folders - set(splits))[:3])
-        raise InputError(
-            f"SOURCE {place}: holds {' and '.join(splits)}, but {rest} too: pack each split alone"
-        )
-    if not splits or len(folders) > len(splits):
-        classes = _class_names(found, "")
-        return [_image_set("", found, classes)], others.total()
-    classes = sorted({name for split in splits for name in _class_names(found, split)})
-    sets = [_image_set(split, found, classes) for split in splits]
-    others["outside"] += len(found) - sum(len(part.images) for part in sets)
-    return sets, others.total()
-
-
-def _class_names(found: list[tuple[str, int]], split: str) -> list[str]:
-    return sorted({name for path, _ in found if (name := _class_name(path, split))})
-
-
-def _class_name(path: str, split: str) -> str | None:
-    """Return the class of a file: "" when it has none, None when it is outside the split."""
-    if split and not path.startswith(f"{split}/"):
-        return None
-    folder, _, rest = path[len(split) :].lstrip("/").partition("/")
-    return folder if rest else ""
-
-
-def _image_set(split: str, found: list[tuple[str, int]], classes: list[str]) -> ImageSet:
-    labels = {name: i for i, name in enumerate(classes)} | {"": -1}
-    images = [
-        Image(path, size, labels[name])
-        for path, size in found
-        if (name := _class_name(path, split)) is not None
-    ]
-    labeled = any(image.label >= 0 for image in images)
-    return ImageSet(split, images, classes if labeled else [])
 
 
 @dataclass(frozen=True)

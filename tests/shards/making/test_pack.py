@@ -16,6 +16,7 @@ from shards import index
 from shards.errors import InputError
 from shards.index import Index
 from shards.making import pack
+from shards.making.image_folders import find_images
 from shards.storage import files, retries, upload
 from shards.storage.upload import Stream
 from shards.tar import Block
@@ -25,7 +26,7 @@ from tests.helpers.places import ROOT
 
 def pack_folder(source: Path | str, out: Path | str, **options: int) -> list[Index]:
     """As launch/pack.py does it."""
-    sets, _ = pack.find_images(str(source))
+    sets, *_ = find_images(str(source))
     indexes = []
     for images in sets:
         plan = pack.plan_shards(images, options.get("shard_bytes", 50_000), options.get("seed", 0))
@@ -102,8 +103,12 @@ def test_names(tmp_path: Path) -> None:
         "n.txt",
     ]
     source = write_files(tmp_path / "in", [*names, "z/c.webp"])
-    sets, others = pack.find_images(str(source))
-    assert others == 3
+    sets, others, _ = find_images(str(source))
+    assert {reason: left.number for reason, left in others.items()} == {
+        "hidden files and files of file managers": 2,
+        ".txt files": 1,
+    }
+    assert others[".txt files"].example == "n.txt"
     assert sets[0].classes == ["x", "y", "z"]
     (written,) = pack_folder(source, tmp_path / "out")
     block = Block(Path(written.shard_url(0)).read_bytes())
@@ -123,8 +128,8 @@ def test_flat_folder_has_no_labels(tmp_path: Path) -> None:
 def test_splits_share_their_class_names(tmp_path: Path) -> None:
     photos = ["train/b/1.jpg", "train/c/2.jpg", "val/a/3.jpg", "val/c/4.jpg", "test/5.jpg", "s.jpg"]
     source = write_files(tmp_path / "in", photos)
-    sets, others = pack.find_images(str(source))
-    assert others == 1  # s.jpg, outside the splits
+    sets, others, _ = find_images(str(source))
+    assert others == {"images outside of train, val, test": (1, "s.jpg")}
     train, val, test = sets
     assert [part.name for part in sets] == ["train", "val", "test"]
     assert train.classes == val.classes == ["a", "b", "c"]
@@ -134,34 +139,6 @@ def test_splits_share_their_class_names(tmp_path: Path) -> None:
     assert [image.label for image in test.images] == [-1]
     pack_folder(source, tmp_path / "out")
     assert index.load(str(tmp_path / "out" / "val"), "data.val").samples == 2
-
-
-def test_a_class_may_be_called_train(tmp_path: Path) -> None:
-    source = write_files(tmp_path / "in", ["bus/1.jpg", "train/2.jpg"])
-    sets, _ = pack.find_images(str(source))
-    assert [part.classes for part in sets] == [["bus", "train"]]
-    write_files(source, ["val/3.jpg"])
-    with pytest.raises(InputError, match="holds train and val, but bus too"):
-        pack.find_images(str(source))
-
-
-def test_linked_folders_are_followed(tmp_path: Path) -> None:
-    write_files(tmp_path / "elsewhere", ["1.jpg"])
-    source = write_files(tmp_path / "in", ["a/2.jpg"])
-    (source / "b").symlink_to(tmp_path / "elsewhere")
-    sets, _ = pack.find_images(str(source))
-    assert [image.path for image in sets[0].images] == ["a/2.jpg", "b/1.jpg"]
-
-
-def test_nothing_to_pack(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"SOURCE .*/missing: no such folder$"):
-        pack.find_images(str(tmp_path / "missing"))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"SOURCE .*no jpg, jpeg, png, webp files there$"):
-        pack.find_images(str(tmp_path / "empty"))
-    write_files(tmp_path / "tars", ["shard-0.tar"])
-    with pytest.raises(InputError, match="use --index-only"):
-        pack.find_images(str(tmp_path / "tars"))
 
 
 def test_any_storage(photo_folder: Path, tmp_path: Path) -> None:
@@ -272,7 +249,7 @@ def test_foreign_tars_are_not_overwritten(photo_folder: Path, tmp_path: Path) ->
 
 
 def test_a_source_that_changes_meanwhile(photo_folder: Path, tmp_path: Path) -> None:
-    sets, _ = pack.find_images(str(photo_folder))
+    sets, *_ = find_images(str(photo_folder))
     plan = pack.plan_shards(sets[0], 80_000, 0)
     with pytest.raises(InputError, match=r"SOURCE .*\.jpg: has changed meanwhile"):
         pack.write_shards(plan, str(tmp_path / "out"), lambda _: b"other", threads=2)

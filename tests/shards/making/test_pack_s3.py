@@ -11,6 +11,7 @@ import pytest
 from shards import index
 from shards.index import Index
 from shards.making import pack, scan
+from shards.making.image_folders import find_images
 from shards.storage import files
 from tests.conftest import Files
 from tests.helpers.fault_proxy import FaultProxy
@@ -37,8 +38,8 @@ def test_as_on_a_disk(proxy: FaultProxy, s3: str, photos: Files, tmp_path: Path)
     for path, content in photos.items():
         files.write(f"{s3}/photos/{path}", content)
     proxy.set({"slow_down": 0.05, "drop": 0.05})
-    (found,), others = pack.find_images(f"{s3}/photos")
-    assert (len(found.images), others) == (90, 0)
+    (found,), others, _ = find_images(f"{s3}/photos")
+    assert (len(found.images), others) == (90, {})
     packed = pack_files(photos, f"{s3}/out", lambda path: files.read(f"{s3}/photos/{path}"))
     local = pack_files(photos, f"{tmp_path}/out", photos.__getitem__)
     assert packed.digest == local.digest

@@ -15,7 +15,7 @@ import pytest
 from launch import pack as pack_command
 from shards.errors import InputError
 from shards.loader import DataConfig
-from shards.making import pack
+from shards.making.image_folders import find_images
 from shards.storage import files, local_files, retries, upload
 from tests.conftest import draw_photo
 from tests.helpers import tiny
@@ -165,7 +165,7 @@ def test_an_unreadable_folder_is_named(folder: Path, below: str) -> None:
     closed.chmod(0)
     try:
         with as_a_user(), pytest.raises((InputError, PermissionError)) as error:
-            pack.find_images(str(folder / "photos"))
+            find_images(str(folder / "photos"))
     finally:
         closed.chmod(0o755)
     text = str(error.value)
@@ -192,7 +192,7 @@ def test_packing_stops_at_what_may_not_be_read(
 
 def test_a_file_in_place_of_a_folder_is_no_unreadable_one(folder: Path) -> None:
     with pytest.raises(InputError, match="no jpg, jpeg, png, webp files there"):
-        pack.find_images(str(folder / "photos" / "ant" / "0.jpg"))
+        find_images(str(folder / "photos" / "ant" / "0.jpg"))
 
 
 def test_an_unreadable_folder_of_shards_is_no_empty_one(folder: Path) -> None:

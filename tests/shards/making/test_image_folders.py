@@ -1,0 +1,115 @@
+"""What a folder of images holds: classes, splits, and what is left out and why."""
+
+from pathlib import Path
+
+import pytest
+
+from shards.errors import InputError
+from shards.making.image_folders import LeftOut, find_images
+
+
+def write_files(folder: Path, names: list[str]) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (("train", "val"), ["train", "val"]),
+        (("Test", "Train"), ["train", "test"]),
+        (("TRAIN", "VAL", "TEST"), ["train", "val", "test"]),
+        (("training", "testing"), ["train", "test"]),
+        (("training_set", "test_set"), ["train", "test"]),
+        (("Training Data", "eval"), ["train", "val"]),
+        (("train-images", "val split"), ["train", "val"]),
+        (("train", "dev"), ["train", "val"]),
+        (("train", "valid"), ["train", "valid"]),
+        (("validation", "train"), ["train", "validation"]),
+        (("train",), ["train"]),
+    ],
+)
+def test_splits_in_the_spellings_of_people(
+    tmp_path: Path, folders: tuple[str, ...], names: list[str]
+) -> None:
+    photos = [f"{folder}/{name}/{i}.jpg" for folder in folders for name in "ab" for i in (1, 2)]
+    sets, left_out, warnings = find_images(str(write_files(tmp_path / "in", photos)))
+    assert [part.name for part in sets] == names
+    assert all(part.classes == ["a", "b"] for part in sets)
+    assert all(len(part.images) == 4 for part in sets)
+    assert (left_out, warnings) == ({}, [])
+
+
+def test_two_folders_are_not_one_split(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "in", ["Train/a/1.jpg", "training/b/2.jpg"])
+    with pytest.raises(InputError, match="Train and training are both the split train"):
+        find_images(str(source))
+
+
+@pytest.mark.parametrize(
+    ("photos", "warning"),
+    [
+        (["images/1.jpg", "images/2.jpg"], "there is one class only, images: is SOURCE one folder"),
+        (["photos/train/a/1.jpg"], "there is one class only, photos: is SOURCE one folder too"),
+        (["train/a/1.jpg", "val/a/2.jpg"], "there is one class only, a: is SOURCE one folder too"),
+        (["bus/1.jpg", "Train/2.jpg"], "Train became a class, but the name is that of a split"),
+        (["1.jpg", "2.jpg"], ""),
+        (["ant/1.jpg", "bee/2.jpg"], ""),
+    ],
+)
+def test_what_looks_wrong_is_warned_of(tmp_path: Path, photos: list[str], warning: str) -> None:
+    warnings = find_images(str(write_files(tmp_path / "in", photos))).warnings
+    assert len(warnings) == bool(warning)
+    assert all(text.startswith(warning) for text in warnings)
+
+
+def test_what_is_left_out_is_told_with_a_reason_and_an_example(tmp_path: Path) -> None:
+    good = ["ant/1.jpg", "bee/b.jpg/2.JPEG"]
+    junk = [
+        *("ant/._1.jpg", ".ipynb_checkpoints/1-checkpoint.jpg", "__MACOSX/ant/1.jpg"),
+        *("ant/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "@eaDir/thumb.jpg", ".DS_Store"),
+        "$RECYCLE.BIN/1.jpg",
+    ]
+    others = ["ant/Thumbs.db", "desktop.ini", "a.gif", "b.GIF", "README", "jpg"]
+    (images,), left_out, _ = find_images(str(write_files(tmp_path / "in", good + junk + others)))
+    assert [image.path for image in images.images] == good
+    assert images.classes == ["ant", "bee"]
+    assert {reason: left.number for reason, left in left_out.items()} == {
+        "hidden files and files of file managers": len(junk),
+        ".db files": 1,
+        ".ini files": 1,
+        ".gif files": 2,
+        "files without an extension": 2,
+    }
+    assert left_out[".db files"] == LeftOut(1, "ant/Thumbs.db")
+    assert left_out["hidden files and files of file managers"].example in junk
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "in", ["bus/1.jpg", "train/2.jpg"])
+    sets, *_ = find_images(str(source))
+    assert [part.classes for part in sets] == [["bus", "train"]]
+    write_files(source, ["val/3.jpg"])
+    with pytest.raises(InputError, match="holds train and val, but bus too"):
+        find_images(str(source))
+
+
+def test_linked_folders_are_followed(tmp_path: Path) -> None:
+    write_files(tmp_path / "elsewhere", ["1.jpg"])
+    source = write_files(tmp_path / "in", ["a/2.jpg"])
+    (source / "b").symlink_to(tmp_path / "elsewhere")
+    sets, *_ = find_images(str(source))
+    assert [image.path for image in sets[0].images] == ["a/2.jpg", "b/1.jpg"]
+
+
+def test_nothing_to_pack(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"SOURCE .*/missing: no such folder$"):
+        find_images(str(tmp_path / "missing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"SOURCE .*no jpg, jpeg, png, webp files there$"):
+        find_images(str(tmp_path / "empty"))
+    write_files(tmp_path / "tars", ["shard-0.tar"])
+    with pytest.raises(InputError, match="use --index-only"):
+        find_images(str(tmp_path / "tars"))
