@@ -24,7 +24,8 @@ from launch.plain_errors import plain_errors
 from shards.errors import InputError, printable
 from shards.index import Index
 from shards.making import pack, scan
-from shards.making.image_folders import find_images
+from shards.making.image_folders import LeftOut, find_images, leave_out
+from shards.making.undecodable import find_fault
 from shards.storage import files
 
 MB = 1_000_000
@@ -89,17 +90,36 @@ def _pack(source: str, out: str, shard_mb: float, seed: int, threads: int, overw
     for images in found.sets:
         plan = pack.plan_shards(images, int(shard_mb * MB), seed)
         url = files.join(out, images.name) if images.name else out
+        contents = _Contents(source)
         with _Bar(images.name or "packing", plan.image_bytes, len(plan.images)) as bar:
             index, written = pack.write_shards(
                 plan,
                 url,
-                lambda image: files.read(files.join(source, image.path)),
+                contents.read,
                 threads=threads,
                 overwrite=overwrite,
                 advance=bar.advance,
                 report=_warn,
             )
+        for reason, bad in contents.bad.items():
+            share = f"{bad.number:,} of {len(plan.images):,} images ({reason})"
+            _warn(f"cannot be decoded: {share}, such as {bad.example}")
         _summarize(images.name, index, "" if written else "already packed: ")
+
+
+class _Contents:
+    """Read image files, and count those that training will not be able to decode."""
+
+    def __init__(self, source: str) -> None:
+        self.bad: dict[str, LeftOut] = {}  # by reason
+        self._source, self._lock = source, Lock()  # several threads read
+
+    def read(self, image: pack.Image) -> bytes:
+        content = files.read(files.join(self._source, image.path))
+        if fault := find_fault(content):
+            with self._lock:
+                leave_out(self.bad, fault, image.path)
+        return content
 
 
 def _index(source: str, classes: str, threads: int) -> None:

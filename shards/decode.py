@@ -8,10 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from shards.dimensions import image_size
+from shards.dimensions import MOST_PIXELS, image_size
 
-# Above this bound Pillow suspects a decompression bomb. It is 268 MB of pixels in RGB.
-MOST_PIXELS = 89_478_485
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 

@@ -2,6 +2,9 @@
 
 from typing import cast
 
+# Above this bound Pillow suspects a decompression bomb. It is 268 MB of pixels in RGB.
+MOST_PIXELS = 89_478_485
+
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # These are JPEG's "start of frame" markers.
 _ALONE = {0x01, *range(0xD0, 0xD8)}  # No segment follows these JPEG markers.

@@ -51,7 +51,7 @@ def find_images(source: str) -> Found:
     left_out: dict[str, LeftOut] = {}
     for path, size in files.walk(source):
         if reason := _reason_against(path):
-            _leave_out(left_out, reason, path)
+            leave_out(left_out, reason, path)
         else:
             found.append((path, size))
     place = files.redact(source)
@@ -69,7 +69,7 @@ def find_images(source: str) -> Found:
     sets = [_image_set(name, folder, found, classes) for folder, name in splits.items()]
     for path, _ in found:
         if path.split("/", 1)[0] not in splits:
-            _leave_out(left_out, f"images outside of {', '.join(splits)}", path)
+            leave_out(left_out, f"images outside of {', '.join(splits)}", path)
     return Found(sets, left_out, _doubts(classes))
 
 
@@ -84,7 +84,8 @@ def _reason_against(path: str) -> str:
     return f".{extension.lower()} files" if dot and stem else "files without an extension"
 
 
-def _leave_out(left_out: dict[str, LeftOut], reason: str, path: str) -> None:
+def leave_out(left_out: dict[str, LeftOut], reason: str, path: str) -> None:
+    """Count a file under the reason why it is left out."""
     known = left_out.get(reason, LeftOut(0, path))
     left_out[reason] = known._replace(number=known.number + 1)
 

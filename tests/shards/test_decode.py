@@ -4,7 +4,8 @@ import resource
 
 import pytest
 
-from shards.decode import MOST_PIXELS, DecodeError, decode
+from shards.decode import DecodeError, decode
+from shards.dimensions import MOST_PIXELS
 from tests.shards.test_dimensions import encode, png_header
 
 
