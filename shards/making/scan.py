@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 from shards import index
 from shards.errors import InputError
 from shards.index import Index, Shard
+from shards.making.image_folders import LeftOut, leave_out
 from shards.making.pack import describe, run_in_threads
 from shards.storage import files
-from shards.tar import TarError, parse_label, read_samples
+from shards.tar import IMAGE_FIELDS, LABEL_FIELD, Sample, TarError, parse_label, read_samples
 
 MOST_CLASSES = 1 << 20
 
@@ -46,19 +48,30 @@ def index_tars(
             f"for one {index.NAME}"
         )
 
-    def scan(url: str) -> tuple[Shard, NDArray[np.int64]]:
-        shard, labels = _scan(url)
-        advance(shard.bytes)
-        return shard, labels
+    def scan(url: str) -> _Scan:
+        found = _scan(url)
+        advance(found.shard.bytes)
+        return found
 
     scanned = run_in_threads(scan, urls, threads)
-    for url, (shard, _) in zip(urls, scanned, strict=True):
-        if shard.samples == 0:
-            report(f"{files.redact(url)}: no images in it; left out")
-    shards = [shard for shard, _ in scanned if shard.samples]
+    left_out: dict[str, LeftOut] = {}
+    for found in scanned:
+        for reason, left in found.left_out.items():
+            so_far = left_out.get(reason, LeftOut(0, left.example))
+            left_out[reason] = so_far._replace(number=so_far.number + left.number)
+    for reason, left in left_out.items():
+        samples = "sample" if left.number == 1 else "samples"
+        report(f"{left.number:,} {samples} {reason}, such as {left.example}")
+    shards = [found.shard for found in scanned if found.shard.samples]
     if not shards:
-        raise InputError(f"SOURCE {files.redact(source)}: no images in the tars there")
-    labels = np.concatenate([labels for _, labels in scanned])
+        raise InputError(
+            f"SOURCE {files.redact(source)}: no images in the tars there: a sample needs a field "
+            f"{', '.join(IMAGE_FIELDS)}"
+        )
+    labels = np.concatenate([found.labels for found in scanned])
+    unlabeled = int((labels < 0).sum())
+    if 0 < unlabeled < len(labels):
+        report(f"{unlabeled:,} of {len(labels):,} samples have no label")
     count = int(labels.max()) + 1
     if count > MOST_CLASSES:
         raise InputError(f"SOURCE {files.redact(source)}: .cls {count - 1} is no class index")
@@ -94,24 +107,50 @@ def _tar_urls(source: str) -> Iterator[str]:
         yield files.join(source, name)
 
 
-def _scan(url: str) -> tuple[Shard, NDArray[np.int64]]:
-    """Return a tar's entry in the index, and the labels [samples] of its image samples."""
+class _Scan(NamedTuple):
+    """What a tar holds."""
+
+    shard: Shard
+    labels: NDArray[np.int64]  # [samples], -1 without a label
+    left_out: dict[str, LeftOut]
+
+
+def _scan(url: str) -> _Scan:
+    """Read the headers and labels of a tar."""
+    left_out: dict[str, LeftOut] = {}
+    tar = url.rpartition("/")[2]
     place = f"SOURCE {files.redact(url)}"
     try:
         with files.open_reader(url) as file:
-            samples = [sample for sample in read_samples(file, whole=True) if sample.image]
+            samples = []
+            for sample in read_samples(file, whole=True):
+                if sample.image:
+                    samples.append(sample)
+                else:
+                    leave_out(left_out, _reason_against(sample), f"{tar}: {sample.key}")
             labels = np.full(len(samples), -1, np.int64)
             for i, sample in enumerate(samples):
                 if sample.label is not None:
                     offset, size = sample.label
                     file.seek(offset)
                     labels[i] = parse_label(file.read(size))
+                    if labels[i] < 0:
+                        reason = f"without a label, as .{LABEL_FIELD} is no class index"
+                        leave_out(left_out, reason, f"{tar}: {sample.key}")
             size = file.seek(0, io.SEEK_END)
     except FileNotFoundError:
         raise InputError(f"{place}: not there") from None
     except TarError as error:
         raise InputError(f"{place}: damaged: {error}") from None
-    return describe(url.rpartition("/")[2], samples, size), labels
+    return _Scan(describe(tar, samples, size), labels, left_out)
+
+
+def _reason_against(sample: Sample) -> str:
+    """Return why a sample without an image field is left out."""
+    kinds = sorted({name.rpartition(".")[2] for name in sample.fields})
+    if set(kinds) & set(IMAGE_FIELDS):
+        return "left out, because a field is all that follows the first dot: take dots out of names"
+    return f"left out, whose only fields are {', '.join(kinds[:5])}{', ...' * (len(kinds) > 5)}"
 
 
 def _known_classes(url: str) -> list[str]:

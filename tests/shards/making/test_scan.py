@@ -58,7 +58,10 @@ def test_foreign_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: 
     warnings: list[str] = []
     source = f"{folder}/part-{{0000..0002}}.tar" if pattern else folder
     made = make_index(source, report=warnings.append)
-    assert warnings == []
+    assert warnings == [
+        "3 samples left out, whose only fields are txt, such as part-0000.tar: about0",
+        "2 samples left out, whose only fields are json, such as part-0000.tar: end49",
+    ]
     found = index.load(folder, "data.train")
     assert found.digest == made.digest
     assert [shard.samples for shard in found.shards] == [50, 50, 30]
@@ -83,19 +86,49 @@ def test_foreign_tars_in_an_object_store(tmp_path: Path) -> None:
 
 def test_tars_sorted_by_class_are_warned_about(tmp_path: Path) -> None:
     warnings: list[str] = []
-    make_index(
-        write_foreign(tmp_path / "sorted", [i // 25 for i in range(100)]), report=warnings.append
-    )
+
+    def note(text: str) -> None:
+        if "left out" not in text:
+            warnings.append(text)
+
+    make_index(write_foreign(tmp_path / "sorted", [i // 25 for i in range(100)]), report=note)
     assert len(warnings) == 1
     assert "sorted by class" in warnings[0]
     assert "repack" in warnings[0]
     rng = np.random.default_rng(0)
     make_index(
         write_foreign(tmp_path / "mostly", (rng.random(100) < 0.1).astype(int).tolist()),
-        report=warnings.append,
+        report=note,
     )
-    make_index(write_foreign(tmp_path / "one", [0] * 100), report=warnings.append)
+    make_index(write_foreign(tmp_path / "one", [0] * 100), report=note)
     assert len(warnings) == 1
+
+
+def test_what_is_left_out_of_tars_is_told(tmp_path: Path) -> None:
+    names = [
+        *("a.jpg", "a.cls", "b.jpg", "b.cls", "c.jpg"),  # b's label is a name, c has none
+        *("2.0.jpg", "2.0.cls", "2.1.jpg"),  # one sample "2" for WebDataset
+        *("d.cls", "e.input.img", "f.img", "f.json"),
+    ]
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as archive:
+        for name in names:
+            content = b"1" if name == "a.cls" else b"bee"
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    told: list[str] = []
+    made = make_index(str(tmp_path / "tars"), report=told.append)
+    assert made.samples == 3
+    assert told == [
+        "1 sample left out, because a field is all that follows the first dot: take dots out of "
+        "names, such as 0.tar: 2",
+        "1 sample left out, whose only fields are cls, such as 0.tar: d",
+        "1 sample left out, whose only fields are img, such as 0.tar: e",
+        "1 sample left out, whose only fields are img, json, such as 0.tar: f",
+        "1 sample without a label, as .cls is no class index, such as 0.tar: b",
+        "2 of 3 samples have no label",
+    ]
 
 
 def test_class_names(tmp_path: Path) -> None:
@@ -146,6 +179,8 @@ def test_tars_that_do_not_fit(tmp_path: Path) -> None:
     with tarfile.open(f"{folder}/other.tar", "w") as archive:
         archive.addfile(tarfile.TarInfo("notes.txt"), io.BytesIO())
     assert len(make_index(folder, report=warnings.append).shards) == 1
-    assert warnings == [f"{folder}/other.tar: no images in it; left out"]
+    assert warnings == [
+        "2 samples left out, whose only fields are txt, such as other.tar: notes",
+    ]
     with pytest.raises(InputError, match="no images in the tars"):
         make_index(f"{folder}/other.tar")
