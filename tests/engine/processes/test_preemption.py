@@ -19,7 +19,7 @@ from engine.trainer import Trainer
 from shards.loader import DataConfig
 from tests.engine.test_trainer import comparable
 from tests.helpers import tiny
-from tests.helpers.jobs import small
+from tests.helpers.jobs import Agent, ended, small, until
 from tests.helpers.places import ROOT
 from tests.helpers.ranks import Ranks
 from tests.helpers.training import finish, open_trainer, train
@@ -189,6 +189,23 @@ def test_nohup_keeps_a_run_alive(tiny_data: DataConfig, tmp_path: Path) -> None:
                 process.send_signal(signal.SIGHUP)
     assert process.returncode == 0
     assert read(str(tmp_path))[-1]["step"] == 12
+
+
+def test_nohup_does_not_make_torchruns_workers_deaf(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """torchrun ends all the same when its terminal does; the workers it tells must save."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does; processes inherit it
+    data, run = str(Path(tiny_data.train).parent), tmp_path / "run"
+    try:
+        agent = Agent(small(data, str(run)), tmp_path / "output", processes=1)
+    finally:
+        signal.signal(signal.SIGHUP, old)
+    with ended(agent):
+        until(lambda: agent.step() > 3)
+        os.kill(agent.process.pid, signal.SIGHUP)
+        agent.wait()
+    last = read(str(run))[-1]["step"]
+    assert f"stopped after step {last} by SIGHUP" in agent.text()
+    assert (run / "checkpoints" / f"step_{last:08d}" / "commit.json").exists()
 
 
 def _is_released(run: Path) -> bool:
