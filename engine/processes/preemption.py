@@ -55,8 +55,8 @@ class Preemption:
         old = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self._stack.callback(signal.set_wakeup_fd, old)
         for number in SIGNALS:
-            if number == signal.SIGHUP and _survives_terminal():
-                continue
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup: the run must survive its terminal
             self._stack.callback(signal.signal, number, signal.signal(number, _nothing))
 
     def agreed(self) -> bool:
@@ -127,15 +127,6 @@ class Preemption:
         sys.stderr.write(text)
         sys.stderr.flush()
         os._exit(1)
-
-
-def _survives_terminal() -> bool:
-    """Return whether the run was started by nohup, which makes its processes ignore SIGHUP.
-
-    torchrun does not ignore it. It sends SIGHUP on and soon kills its workers, so they must save.
-    """
-    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return ignored and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def _nothing(_number: int, _frame: FrameType | None) -> None:
