@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ from tests.helpers.ranks import Ranks
 from tests.helpers.training import finish, open_trainer, train
 
 pytestmark = pytest.mark.versions
+
+
+@pytest.fixture(autouse=True)
+def _hears_sighup() -> Iterator[None]:
+    """The tests themselves may run under nohup, whose processes ignore SIGHUP."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, old)
 
 
 def tell_at(trainer: Trainer, step: int, number: signal.Signals) -> None:
