@@ -48,8 +48,8 @@ class Recipe:
     seed: Annotated[int, Interval(ge=0, le=2**62)] = 0
     """Seed of the initial weights, the order of the data and all random views."""
     steps: Operation[Annotated[int | None, Interval(ge=0)]] = None
-    """Stop this process after that step. No schedule depends on it. By default the run is trained
-    to its end."""
+    """Stop after this step of the run. No schedule depends on it. By default the run is trained to
+    its end."""
     threads: Operation[Annotated[int | None, Interval(ge=1, le=1024)]] = None
     """Threads of each process, for decoding and for torch on the CPU. By default the
     cores that the job may use are shared out among its processes."""
@@ -58,8 +58,8 @@ class Recipe:
     compile_artefacts: Operation[bool] = True
     """Keep what torch.compile made in RUN/compile and start from it the next time."""
     compile_folder: Operation[str] = ""
-    """Local folder that takes the place of RUN/compile, for all runs. Whoever can write there can
-    run code in the next start."""
+    """Local folder that is used instead of RUN/compile, and that runs may share. Whoever can write
+    there can run code in the next start."""
     precision: Precision = "fp32"
     """Number format of the forward passes. Parameters stay float32; fp16 scales the loss; fp64
     computes everything in float64, to verify."""

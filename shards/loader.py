@@ -46,8 +46,8 @@ class DataConfig:
     """Draw that many images of textures to data.train, and a quarter of it to data.val, when there
     are none yet. 0 draws nothing."""
     streams: Annotated[int, Interval(ge=1, le=2**20)] = 64
-    """Number of parallel readers that an epoch is cut into. It is part of the order, and divides
-    batch.size."""
+    """Number of equal parts that an epoch is cut into, which are read in parallel. It must divide
+    batch.size, and there can be no more processes. Another number is another order of images."""
     prefetch: Operation[Annotated[int, Interval(ge=0, le=1024)]] = 1
     """Blocks of about 4 MB that are fetched ahead of need for each stream that this process
     reads."""

@@ -41,11 +41,11 @@ class EncoderConfig:
     checkpoint: str = "latest"
     """Which checkpoint of a run is taken: latest, or the number of its step."""
     network: Literal["online", "target", "untrained", "pixels"] = "online"
-    """The network that is taken: online or target. To compare with, untrained is the run's encoder
-    before the first step, and pixels uses the images themselves."""
+    """The network that is taken: online or target. For comparison, untrained is the run's
+    encoder before the first step, and pixels is the image itself, which cannot be exported."""
     prefix: str | None = None
-    """Name prefix of the encoder's tensors in a third-party file. It is detected, and needed only
-    when the file holds several encoders."""
+    """Name prefix of the encoder's tensors in a third-party file. By default it is
+    detected. Give it only when the file holds several encoders."""
     size: Annotated[int | None, Interval(ge=8, le=2**14)] = None
     """Side of the network's input in pixels. By default it is the run's, and 224 for a third-party
     file."""

@@ -50,8 +50,8 @@ class SupervisedConfig:
     momentum: Annotated[float, Interval(ge=1e-9, le=1)] = 0.9
     """Nesterov momentum of SGD."""
     holdout: Annotated[int, Interval(ge=1, le=2**31)] = 10_000
-    """Approximate number of training images that are held out to choose the learning rate. It is a
-    tenth of them at most."""
+    """Approximate number of training images that are held out to choose the learning rate. It is
+    at most a tenth of data.train."""
     seed: Annotated[int, Interval(ge=0, le=2**62)] = 0
     """Seed of the classifier's first weights, the order, the crops and the choice of held-out
     images."""

@@ -32,12 +32,12 @@ class ScheduleConfig:
     """Averaging rate of the target network at the first step. It rises to 1 along a cosine."""
 
     lr_rule: Literal["linear", "fixed"] = "linear"
-    """How the peak learning rate depends on batch.size. linear scales it as base_lr * size / 256;
-    fixed uses paper_batch in place of the size."""
+    """linear makes the peak learning rate base_lr * batch.size / 256. fixed makes it
+    base_lr * paper_batch / 256, whatever batch.size is."""
 
     tau_rule: Literal["fixed", "power"] = "fixed"
-    """How tau depends on batch.size. fixed leaves it; power raises it to batch.size / paper_batch,
-    so that the target averages over as many images as before (arXiv 2307.13813)."""
+    """fixed uses tau as it is. power uses tau ** (batch.size / paper_batch), so that the target
+    averages over as many images as it would with paper_batch (arXiv 2307.13813)."""
 
     paper_batch: Annotated[int, Interval(ge=1, le=2**31)] = 4096
     """The batch size that base_tau is meant for, and base_lr when lr_rule is fixed."""

@@ -54,7 +54,8 @@ class CheckpointConfig:
     """Go on training while a checkpoint is written. The step waits only for a copy of the state."""
     grace: Operation[Annotated[float, Interval(ge=0, le=1e6)]] = 25
     """Seconds that a process has after a signal that stops it to end its step and save; then it
-    exits at once. Choose less than the scheduler waits before it kills."""
+    exits at once. Choose less than the time after which the
+    scheduler kills the process."""
     resume: Operation[str] = ""
     """URL of another run, or of one of its checkpoints, whose full state a new run starts from."""
 
