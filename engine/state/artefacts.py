@@ -79,7 +79,7 @@ class Artefacts:
         try:
             files.write(self._url, content)
             files.write(self._digest_url, digest(content, 64).encode())
-        except OSError as error:  # the run does not need them
+        except OSError as error:  # the run can do without them
             report(f"compile: artefacts could not be kept: {error}")
 
 
@@ -90,7 +90,7 @@ def _stays_inside(content: bytes) -> bool:
     have a folder named after each key. Inductor's lies in a folder named after the key's second and
     third character. The key of a tuned kernel is itself a path: a folder and a file name.
     """
-    # This runs no code from `content`. It returns None when `content` holds no artifacts.
+    # This runs no code from `content`. It returns None when it cannot decode `content`.
     artifacts = CacheArtifactManager.deserialize(content)
     return artifacts is not None and all(
         re.fullmatch(_KEYS.get(kind, _KEY), artifact.key, re.ASCII) and ".." not in artifact.key
