@@ -1,10 +1,10 @@
 """Write RUN/tensorboard: scalars and pictures as tensorboard's event files, on any storage.
 
-This does not use tensorboard's own file layer, which rewrites a whole object for every record. On a
-local disk each process has one growing file. On an object store it writes parts that never change,
-with one PUT each: events.out.tfevents.TIME.HOST.PID.000003-00000120.byol is the process's fourth
-part, and step 120 is the last step whose scalars it has. Tensorboard reads files in the order of
-their names.
+Tensorboard's own file layer is not used, because it rewrites a whole object for every record. On a
+local disk each process has one growing file. On an object store each process writes parts that
+never change, with one PUT each. In events.out.tfevents.TIME.HOST.PID.000003-00000120.byol, 3 is the
+number of the part, counted from 0. Step 120 is the last step whose scalars are in this part or an
+earlier one. Tensorboard reads files in the order of their names.
 """
 
 import io
@@ -31,22 +31,22 @@ TENSORBOARD = "tensorboard"
 class EventLog:
     """Write the event files of one process to `folder`.
 
-    Tensorboard then hides what other processes logged after step `start`. Nothing is written before
-    `flush`, which may run in another thread. When `flush` raises OSError the events are kept, and
-    the next call writes them.
+    The files make tensorboard drop what earlier processes logged after step `start`. Nothing is
+    written before `flush`, which may run in another thread. When `flush` raises OSError the events
+    are kept, and the next call writes them.
     """
 
     def __init__(self, folder: str, start: int | None) -> None:
-        """List the folder. Raises OSError.
+        """List the folder, but write nothing. Raises OSError.
 
-        With `start` None nothing is hidden, and each process may log any steps in any order.
+        When `start` is None nothing is dropped, and each process may log any steps in any order.
         """
         self._folder, self._local = folder, files.is_local(folder)
         names = [name for name in files.list_names(folder) if ".tfevents." in name]
         self.reached = _reached(names[-1], start) if names and start is not None else 0
-        """The last step whose scalars were logged, by this process or an earlier one."""
+        """The last step whose scalars were added, by this process or an earlier one."""
         self._files = len(names)
-        # The clocks of machines differ, but a restart's files must sort after all earlier ones.
+        # A restart's files must sort after all earlier ones, but the clocks of machines differ.
         earlier = [int(found[1]) for name in names if (found := re.search(r"\.(\d+)\.", name))]
         born = max([int(time.time()), *(second + 1 for second in earlier)])
         self._stem = f"events.out.tfevents.{born:010d}.{socket.gethostname()}.{os.getpid()}"
@@ -58,17 +58,18 @@ class EventLog:
             restart = SessionLog(status=SessionLog.START)
             event = Event(wall_time=time.time(), step=start + 1, session_log=restart)
             self._head += _framed(event)
-        self._pending: list[_Noted] = []  # appended to by one thread, cut by another
-        self._batch: list[_Noted] = []  # events that `flush` is writing
+        self._pending: list[_Noted] = []  # one thread appends, another removes from the front
+        self._batch: list[_Noted] = []  # events that `flush` is writing or failed to write
         self._storing = threading.Lock()
-        self._size = 0  # bytes of the local file, without what a failed attempt may have added
+        self._size = 0  # bytes of the local file, without those of a failed attempt
         self._flushed = time.monotonic()
 
     @property
     def due(self) -> bool:
         """Return whether it is time for a flush.
 
-        Flushes are rare because tensorboard lists the folder again for each file.
+        The more files there are the longer it takes, because tensorboard lists the folder again for
+        each file.
         """
         return time.monotonic() - self._flushed >= pause(self._files)
 
@@ -79,14 +80,14 @@ class EventLog:
 
     @property
     def unrepeatable(self) -> bool:
-        """Return whether some of these events cannot be restored from metrics.jsonl.
+        """Return whether some unwritten events cannot be restored from metrics.jsonl.
 
-        Those are pictures, and values that were added to a step that was logged before.
+        Those are pictures, and scalars that were added to a step that had scalars before.
         """
         return any(noted.unrepeatable for noted in [*self._batch, *self._pending])
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Add one point for each name."""
+        """Add one point at `step` for each name."""
         points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         again = step <= self.reached
         self.reached = max(self.reached, step)
@@ -105,11 +106,11 @@ class EventLog:
         self._note([Summary.Value(tag=name, image=image)], step, unrepeatable=True)
 
     def flush(self) -> None:
-        """Write the events since the last flush to storage. Raises OSError."""
+        """Write the events that were added since the last flush to storage. Raises OSError."""
         self._flushed = time.monotonic()
         with self._storing:
-            # A failed part is written again under the same name. If the failed attempt did arrive,
-            # no event appears twice.
+            # A batch that failed is written again under the same name. So no event appears twice
+            # if the failed attempt reached the storage after all.
             self._put_batch()
             self._batch = self._pending[:]
             del self._pending[: len(self._batch)]
@@ -147,15 +148,15 @@ class EventLog:
 
 
 class _Noted(NamedTuple):
-    reached: int  # the log's `reached` once this event is written
+    reached: int  # the log's `reached` when this event was added
     unrepeatable: bool
     content: bytes
 
 
 def _reached(newest: str, start: int) -> int:
-    """Return the last step, up to `start`, whose scalars are in the files up to `newest`."""
+    """Return the last step, at most `start`, whose scalars are in the files up to `newest`."""
     part = re.search(r"-(\d{8})\.byol$", newest)
-    return min(int(part[1]), start) if part else start  # a growing file has every step
+    return min(int(part[1]), start) if part else start  # a growing file has all steps
 
 
 def _framed(event: Event) -> bytes:

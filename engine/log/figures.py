@@ -11,8 +11,9 @@ from torch import Tensor
 class StepSums:
     """Hold the figures of a step as sums, which can be added over processes.
 
-    `values` is [3 + 2 F] float64 on the CPU: loss, head loss, number of rows, and then the sum and
-    the sum of squares of the normalized features.
+    Each feature vector is normalized to length 1. `values` is [3 + 2 F] float64 on the CPU: the
+    loss, the head loss, the number of vectors, the sum of the vectors [F], and the sum of their
+    squares [F].
     """
 
     def __init__(self, values: Tensor) -> None:
@@ -24,8 +25,8 @@ class StepSums:
 
         Args:
             loss: [], this process's share of the global mean.
-            head_loss: [], likewise.
-            features: [N, F].
+            head_loss: [], this process's share of the global mean.
+            features: [N, F], not normalized.
         """
         unit = torch.nn.functional.normalize(features.double(), dim=1)
         heads = torch.stack([loss.double(), head_loss.double(), unit.new_tensor(len(unit))])
@@ -42,10 +43,11 @@ class StepSums:
 
     @property
     def feature_std(self) -> float | None:
-        """Return how far the features are spread.
+        """Return how far the features are spread, or None when that is not finite.
 
         It is 1 when they spread equally in all directions, and 0 when all are the same point. It is
-        the mean over F of the standard deviation of the normalized features, times sqrt(F).
+        the standard deviation of each of the F numbers of the normalized vectors, averaged over F
+        and multiplied by sqrt(F).
         """
         rows = self.values[2]
         total, squares = self.values[3:].chunk(2)
@@ -60,12 +62,12 @@ def _finite(value: float) -> float | None:
 def data_digest(ids: NDArray[np.int64], crcs: NDArray[np.uint32]) -> Tensor:
     """Compute a checksum of a batch's sample ids [B] and view CRCs [B].
 
-    With CRCs of zero it is a checksum of the ids alone. It is the sum, modulo 2**64, of one mixed
-    (splitmix64) word for each sample. So it does not depend on the order of the samples, and the
-    checksum of a global batch is the sum of those of its ranks.
+    With CRCs of zero it is a checksum of the ids alone. The id and the CRC of each sample are mixed
+    to one 64-bit word by splitmix64, and the words are summed modulo 2**64. So the order of the
+    samples does not matter, and the checksum of a global batch is the sum of those of its ranks.
 
     Returns:
-        [] int64, whose sums wrap around modulo 2**64.
+        [] int64. Its sums wrap around, which is the sum modulo 2**64.
     """
     words = ids.astype(np.uint64) ^ (crcs.astype(np.uint64) << np.uint64(32))
     words = words + np.uint64(0x9E3779B97F4A7C15)
@@ -76,10 +78,11 @@ def data_digest(ids: NDArray[np.int64], crcs: NDArray[np.uint32]) -> Tensor:
 
 
 def effective_rank(features: Tensor) -> Tensor:
-    """Compute how many directions the features [N, F] use.
+    """Compute how many directions the features [N, F] use, as a number [] in float64.
 
-    This is the exponential of the entropy of the singular values of the centered features. It lies
-    between 1, when they have collapsed to a line, and min(N - 1, F).
+    It is the exponential of the entropy of the singular values of the centered features, which are
+    divided by their sum. It lies between 1, when the features have collapsed to a line, and
+    min(N - 1, F).
 
     Source: Roy and Vetterli, "The effective rank" (EUSIPCO 2007).
     """

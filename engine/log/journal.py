@@ -1,11 +1,11 @@
 """Write and read RUN/metrics.jsonl: one line for each logged step, on any storage.
 
-On a local disk the file grows line by line. An object in a store cannot grow. There, new lines are
+On a local disk the file grows line by line. In an object store no object can grow, so new lines are
 written to parts that never change, with one PUT each. The name of a part, such as
-RUN/metrics/00000121-000004-3f9a2c51.jsonl, has the step of its first line, its number and its
-writer. Now and then `compact` writes the whole of RUN/metrics.jsonl and then removes the parts. At
-any moment, and after any kill, the file and the parts together are the log. Lines that stand in
-both count once.
+RUN/metrics/00000121-000004-3f9a2c51.jsonl, holds the step of its first line, its number and an id
+of its writer. Now and then `compact` writes all lines to RUN/metrics.jsonl and then removes the
+parts. At any moment, even after a kill, the file and the parts together are the log. Lines that are
+in both count once.
 
 An evaluation of a checkpoint adds its results to a step of the log from another process. It writes
 a part too (`add`), even on a local disk.
@@ -33,7 +33,7 @@ Record = dict[str, Any]
 def read(run: str) -> list[Record]:
     """Read the log of a run, which may still be training: one record for each step, in order.
 
-    The list is empty when there is no log. When a step was written twice the later values count.
+    The list is empty when there is no log. When a step was written twice, the later values count.
     Lines that are not records, such as half-written ones, are left out. Raises OSError.
     """
     content, parts = _contents(run)
@@ -43,8 +43,8 @@ def read(run: str) -> list[Record]:
 def add(run: str, record: Record) -> None:
     """Add values to a step's record from another process than the log's writer.
 
-    `read` returns them at once. metrics.jsonl has them when the writer next compacts it. Raises
-    OSError.
+    From then on `read` returns them. They get to metrics.jsonl when the log's writer next compacts
+    it, or when the next writer opens the log. Raises OSError.
     """
     name = f"{record['step']:08d}-{0:06d}-{secrets.token_hex(4)}.jsonl"
     files.write(files.join(run, PARTS, name), _line(record))
@@ -53,15 +53,15 @@ def add(run: str, record: Record) -> None:
 class Journal:
     """Write the log of a run. A log has one writer at a time.
 
-    It is opened at step `start`, and lines of later steps are dropped. `flush` and `compact` may
-    run in other threads while `write` is called. When they raise OSError the lines are kept, and
-    the next call writes them.
+    The log is opened at step `start`, and lines of later steps are dropped. `flush` and `compact`
+    may run in other threads while `write` is called. When they raise OSError the lines are kept,
+    and the next call writes them.
     """
 
     def __init__(self, run: str, start: int, report: Callable[[str], None] = print) -> None:
-        """Open the log and tidy what an earlier writer left. Raises OSError.
+        """Open the log, and move the lines that are in parts to metrics.jsonl. Raises OSError.
 
-        `report` is called with a line about each part that the store refuses to remove.
+        `report` is called with a line about parts that the store refuses to remove.
         """
         self._run, self._url, self._report = run, files.join(run, JSONL), report
         self._local = files.is_local(run)
@@ -71,18 +71,19 @@ class Journal:
         self._lines = {record["step"]: _line(record) for record in records}
         self._last = records[-1] if records else None
         self._pending: dict[int, bytes] = {}
-        self._lock = threading.Lock()  # guards the three above; nobody holds it while storage works
+        self._lock = threading.Lock()  # guards the three above; is never held during storage calls
         self._storing = threading.Lock()  # one thread at a time writes to storage
 
-        self._end: float = records[-1]["step"] if records else -1  # last step in a local file
-        self._writer = secrets.token_hex(4)  # no name is used twice, not even by a restart
+        # The last step in a local file; inf when nobody knows how the file ends.
+        self._end: float = records[-1]["step"] if records else -1
+        self._writer = secrets.token_hex(4)  # so no name is used twice, even after a restart
         self._parts = 0  # parts that this writer has made
         self._loose = 0  # parts among them that are not in metrics.jsonl yet
         self._flushed = time.monotonic()
         whole = b"".join(self._lines.values())
         if whole != found or (self._local and not files.exists(self._url)):
             files.write(self._url, whole)
-        self._emptied: set[str] = set()  # parts that the store refuses to remove
+        self._emptied: set[str] = set()  # parts without lines that could not be removed
         self._drop_parts([name for name, content in parts.items() if content])
         self._emptied |= {name for name, content in parts.items() if not content}
 
@@ -102,11 +103,14 @@ class Journal:
         return len(self._pending)
 
     def after(self, step: int) -> list[Record]:
-        """Return the records of later steps."""
+        """Return the records of the steps after `step`."""
         return [json.loads(line) for known, line in self._lines.items() if known > step]
 
     def write(self, record: Record) -> None:
-        """Keep a step's record in memory. A second record of the same step adds to the first."""
+        """Keep a step's record in memory until the next flush.
+
+        When the newest record is of the same step, the values are added to it.
+        """
         step = record["step"]
         with self._lock:
             if self._last is not None and self._last["step"] == step:
@@ -115,7 +119,7 @@ class Journal:
             self._lines[step] = self._pending[step] = _line(record)
 
     def flush(self) -> None:
-        """Write the lines since the last flush to storage. Raises OSError."""
+        """Write the lines that are in memory only to storage. Raises OSError."""
         self._flushed = time.monotonic()
         with self._storing, self._taken() as lines:
             if self._local:
@@ -128,10 +132,10 @@ class Journal:
                 self._loose += 1
 
     def compact(self) -> None:
-        """Write everything to metrics.jsonl, then remove the parts. Raises OSError.
+        """Write all lines to metrics.jsonl, then remove the parts. Raises OSError.
 
-        Late in the longest recipe this writes 10 MB. That is little for each checkpoint, but would
-        be much for each line.
+        Late in the longest recipe these are 10 MB. That is little for each checkpoint, but too much
+        for each line.
         """
         with self._storing:
             parts = [name for name in _parts(self._run) if name not in self._emptied]
@@ -146,7 +150,7 @@ class Journal:
             self._drop_parts(parts)
 
     def _take_in(self, names: Iterable[str]) -> None:
-        """Take in the records that others added. The writer's own values win."""
+        """Merge the records that others added. Where both have a value, that of this log counts."""
         for record in _merged(list(_read_parts(self._run, names).values())):
             step = record["step"]
             with self._lock:
@@ -157,10 +161,10 @@ class Journal:
                     self._last = record | self._last
 
     def _extend(self, lines: dict[int, bytes]) -> None:
-        """Append to the local file.
+        """Append to the local file, or write it anew.
 
-        The file is replaced when it has one of these steps already, or when an earlier attempt
-        failed and its end is unknown.
+        It is written anew when it has one of these steps already. So it is when an earlier attempt
+        failed, because then nobody knows how the file ends.
         """
         if not lines:
             return
@@ -181,7 +185,7 @@ class Journal:
 
     @contextmanager
     def _taken(self) -> Iterator[dict[int, bytes]]:
-        """Give the pending lines by step. They are pending again when writing them fails."""
+        """Yield the pending lines by step. They become pending again when the block raises."""
         with self._lock:
             taken, self._pending = self._pending, {}
         try:
@@ -192,9 +196,10 @@ class Journal:
             raise
 
     def _drop_parts(self, names: list[str]) -> None:
-        """Remove parts whose lines are in metrics.jsonl. Parts that came later are not in `names`.
+        """Remove the parts `names`, whose lines are in metrics.jsonl. Raises OSError.
 
-        A part that cannot be removed is emptied, or its lines would bring dropped steps back.
+        A part that was added since then is not in `names`, and stays for the next time. A part that
+        the store refuses to remove is emptied. Otherwise its lines would bring dropped steps back.
         """
 
         told: list[str] = []  # appended to by several threads
@@ -215,10 +220,10 @@ class Journal:
 def pause(files: int) -> float:
     """Return the seconds between two flushes to an object store that has N = `files` objects.
 
-    The pause is N²/10, at least 30. So a young log is fresh, and five days of logging make about
-    240 objects, however often the run is restarted. One object every 30 s would make 14,000, and a
-    reader has to request each. Nothing is lost by waiting: the log is flushed before each
-    checkpoint, and a resumed run logs later steps again.
+    The pause is N²/10, but at least 30. So a young log is up to date, and five days of logging make
+    about 240 objects, however often the run is restarted. One object every 30 s would make 14,000,
+    and a reader has to request each one. Nothing is lost by waiting: the log is flushed before each
+    checkpoint, and a resumed run logs the steps after the checkpoint again.
     """
     return max(30, files**2 / 10)
 
@@ -228,9 +233,12 @@ def _line(record: Record) -> bytes:
 
 
 def _contents(run: str) -> tuple[bytes, dict[str, bytes]]:
-    """Read metrics.jsonl, and the parts by name. What does not exist is empty."""
+    """Return the content of metrics.jsonl, and those of the parts by name.
+
+    The content of a file that does not exist is empty.
+    """
     parts = _read_parts(run, _parts(run))
-    # metrics.jsonl is read last, because it has the lines of parts that were removed meanwhile.
+    # metrics.jsonl is read last: if a part was removed meanwhile, its lines are in metrics.jsonl.
     return _read_if_there(files.join(run, JSONL)), parts
 
 
@@ -242,7 +250,7 @@ def _parts(run: str) -> list[str]:
 def _read_parts(run: str, names: Iterable[str]) -> dict[str, bytes]:
     names = list(names)
     urls = [files.join(run, PARTS, name) for name in names]
-    with ThreadPoolExecutor(8) as threads:  # a store needs some time for each
+    with ThreadPoolExecutor(8) as threads:  # each request takes a while
         return dict(zip(names, threads.map(_read_if_there, urls), strict=True))
 
 
@@ -254,9 +262,10 @@ def _read_if_there(url: str) -> bytes:
 
 
 def _merged(contents: list[bytes]) -> list[Record]:
-    """Merge lines to one record for each step, in the order of steps. Later values win.
+    """Merge lines into one record for each step, in the order of the steps.
 
-    Either metrics.jsonl or a part may be the newer one. So keys are added and never dropped.
+    When two lines have the same key, the later one counts. Keys are added and never dropped,
+    because either metrics.jsonl or a part may be the newer one.
     """
     found: dict[int, Record] = {}
     for line in b"\n".join(contents).split(b"\n"):

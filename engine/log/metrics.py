@@ -39,7 +39,8 @@ class LogConfig:
 class Timer:
     """Measure the speed of the steps since the timer was made.
 
-    A new timer is made after each evaluation and checkpoint, so that their time does not count.
+    A new timer is made after each logged step and each checkpoint. So the time of evaluations and
+    checkpoints does not count.
     """
 
     def __init__(self) -> None:
@@ -47,11 +48,16 @@ class Timer:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
+        """Count the time of the block as waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     def read(self, batch: int) -> dict[str, float]:
+        """Return the images per second, and the share (0 to 1) of the time spent waiting for data.
+
+        `batch` is the number of images in each step.
+        """
         seconds = time.perf_counter() - self._start
         return {
             "images_per_second": self.steps * batch / seconds,
@@ -63,9 +69,9 @@ class MetricsLog:
     """Write RUN/metrics.jsonl and RUN/tensorboard, and move the progress bar.
 
     The log is opened at step `start`. Later steps that an earlier process logged are dropped,
-    because training makes those steps again. On an object store new lines wait in memory, and a
-    thread writes them now and then. When storage fails the training continues; the lines are kept
-    and written later.
+    because training makes those steps again. On an object store new lines and events wait in
+    memory, and a thread writes them now and then. When storage fails, training continues. The log
+    is kept in memory and written later.
     """
 
     def __init__(
@@ -75,7 +81,10 @@ class MetricsLog:
         total: int,
         terminal: Terminal,
     ) -> None:
-        """Open the log and remove later steps that an earlier process left. Raises OSError."""
+        """Open the log, and drop later steps that an earlier process left. Raises OSError.
+
+        The progress bar ends at step `total`.
+        """
         self.console = terminal.console
         self._run = run
         self._journal = Journal(run, start, terminal.report)
@@ -97,20 +106,20 @@ class MetricsLog:
         if self.console.is_terminal:
             self._progress.start()
         for record in self._journal.after(self._events.reached):
-            self._plot(record, {})  # an earlier process ended before it wrote this one
+            self._plot(record, {})  # an earlier process ended before it wrote these points
 
     @property
     def last(self) -> Record | None:
-        """Return the newest record, which may be one of an earlier process."""
+        """Return the newest record, which an earlier process may have logged."""
         return self._journal.last
 
     def advance(self) -> None:
         self._progress.advance(self._task)
 
     def write(self, record: Record) -> None:
-        """Log a step in metrics.jsonl, in tensorboard and on the terminal.
+        """Log a step to metrics.jsonl, to tensorboard and to the terminal.
 
-        The step that was logged last may be logged again with further keys.
+        The step that was logged last may be logged again with more keys.
         """
         last = self._journal.last
         self._plot(record, last if last and last["step"] == record["step"] else {})
@@ -119,7 +128,10 @@ class MetricsLog:
         self._show(record)
 
     def pictures(self, views: Tensor, step: int) -> None:
-        """Log pictures of both views [2, n, 3, S, S], normalized, with one row for each view."""
+        """Log both views [2, n, 3, S, S] as one picture, with one row for each view.
+
+        They are normalized, as the network sees them.
+        """
         mean, std = (views.new_tensor(values)[:, None, None] for values in (MEAN, STD))
         images = (views * std + mean).clamp(0, 1).flatten(0, 1).float().cpu()
         grid = make_grid(images, nrow=views.shape[1]).mul(255).round().byte()
@@ -129,8 +141,8 @@ class MetricsLog:
     def flush(self) -> None:
         """Write to storage what a resumed run would not log again.
 
-        Call it before a checkpoint is committed. For scalars metrics.jsonl is enough, because the
-        next process completes tensorboard's files from it.
+        Call it before a checkpoint is committed. Tensorboard's scalars need not be written, because
+        the next process restores them from metrics.jsonl.
         """
         events = [self._events.flush] if self._events.unrepeatable else []
         self._attempt(self._journal.flush, *events)
@@ -140,7 +152,7 @@ class MetricsLog:
         self._attempt(self._journal.compact)
 
     def postpone(self, reason: str) -> None:
-        """Report that storage fails, unless the previous attempt failed too. Nothing is dropped."""
+        """Report that storage fails, unless the last attempt failed too. The log is kept."""
         if not self._failing:
             text = f"{reason}; training goes on, the log is kept and written later"
             self.console.print(printable(text))
@@ -158,7 +170,7 @@ class MetricsLog:
             self.give_up(reason)
 
     def give_up(self, reason: str) -> None:
-        """Report how much is left that will not be written."""
+        """Report how much of the log will not be written, and the `reason`."""
         lines, events = self._journal.unwritten, self._events.unwritten
         reason = printable(reason)
         self.console.print(
@@ -170,7 +182,10 @@ class MetricsLog:
         self._events.scalars(points, record["step"])
 
     def _store(self) -> None:
-        """Write now to a local disk. For an object store have the thread write what is due."""
+        """Write to a local disk now. For an object store, let the thread write what is due.
+
+        While the thread is still writing, nothing new is given to it.
+        """
         if files.is_local(self._run):
             self._attempt(self._journal.flush, self._events.flush)
             return
@@ -182,7 +197,7 @@ class MetricsLog:
         self._storing = self._thread.submit(self._attempt, *due) if due else None
 
     def _attempt(self, *calls: Callable[[], None]) -> None:
-        """Make calls that write to storage, and report the first failure in a row."""
+        """Make calls that write to storage. Report the first failure of several in a row."""
         if reason := _failure(*calls):
             self.postpone(reason)
         else:
@@ -205,7 +220,7 @@ class MetricsLog:
 
 
 def _failure(*calls: Callable[[], None]) -> str:
-    """Make calls until one fails to write. Return its reason, or "" when all succeed."""
+    """Make calls until one raises OSError. Return its text, or "" when all succeed."""
     try:
         for call in calls:
             call()
@@ -215,7 +230,7 @@ def _failure(*calls: Callable[[], None]) -> str:
 
 
 class NoLog(MetricsLog):
-    """Stand in for the log on all processes except the first. It writes nothing."""
+    """The log of all processes except the first. It writes nothing."""
 
     def __init__(self) -> None:
         pass

@@ -12,13 +12,13 @@ from shards.errors import printable
 class Terminal:
     """Print to standard output.
 
-    Only the first process prints with `say`. Every process prints with `report`, each text once.
+    `say` prints on the first process only. `report` prints on every process, each text once.
     """
 
     def __init__(self, main: bool) -> None:
-        """Create the terminal of one process; `main` tells whether it speaks for all of them."""
+        """Create the terminal of one process. `main` is True on the first process only."""
         self.console = _console(quiet=not main)
-        """Draws tables and progress bars. It is quiet on all processes except the first."""
+        """It draws tables and progress bars, and is quiet on all processes except the first."""
         self._own = _console(quiet=False)
         self._told: set[str] = set()
         self._lock = threading.Lock()  # loaders, savers and logs report from threads
@@ -28,7 +28,7 @@ class Terminal:
         self.console.print(printable(text))
 
     def report(self, text: str) -> None:
-        """Print a line on this process unless it has printed the same line before."""
+        """Print a line on this process, unless this process has reported the same line before."""
         with self._lock:
             known = text in self._told
             self._told.add(text)

@@ -1,4 +1,4 @@
-"""Keep the code that torch.compile made beside the run, for the next start."""
+"""Keep what torch.compile made in a folder, so that the next start of the run can use it."""
 
 import json
 import re
@@ -13,24 +13,25 @@ from shards.digest import digest
 from shards.storage import files
 
 _KEY = r"[\w:-][\w.:-]*"
-_KEYS = {"autotune": f"{_KEY}/{_KEY}"}  # keys of an artifact's kind, when they are not plain names
+# These kinds of artifacts have keys that are not plain names.
+_KEYS = {"autotune": f"{_KEY}/{_KEY}"}
 
 
 class Artefacts:
-    """Save and load the code that torch.compile made, in RUN/compile or a local folder.
+    """Save and load what torch.compile made, in RUN/compile or in a local folder.
 
-    Loading runs this code, so whoever can write to the folder can run code in the next start. Only
-    training loads it, from the folder of its own run or from `compile_folder`, and only when its
-    digest matches. There is a separate file for every recipe, kind of machine, number of processes
-    and strategy.
+    A start that loads this code runs it, so whoever can write to the folder can run code in the
+    next start. Only training loads it, from the folder of its own run or from `compile_folder`, and
+    only when its digest matches. Each combination of the recipe's method fields, torch release,
+    kind of machine, number of processes, strategy and recomputation has a file of its own.
     """
 
     def __init__(
         self, folder: str, method: dict[str, Any], strategy: str, recompute: bool, world: World
     ) -> None:
-        """Find the files for this kind of start.
+        """Choose the names of the files; nothing is read yet.
 
-        `folder` is a URL. `method` has the recipe's method fields by dotted names.
+        `folder` is a URL. `method` holds the recipe's method fields by dotted names.
         """
         facts = [method, torch.__version__, torch.version.cuda, world.size, strategy]
         facts += [recompute, _machine(world.device)]
@@ -42,7 +43,11 @@ class Artefacts:
         self.loaded = False
 
     def load(self, report: Callable[[str], None]) -> None:
-        """Fill torch's local caches. torch compiles again what is missing or damaged."""
+        """Fill torch's local caches from the file, and set `loaded` when that succeeds.
+
+        Without a file nothing happens. A file that is damaged or cannot be read is reported and not
+        used. torch then compiles again.
+        """
         try:
             expected = files.read(self._digest_url).decode()
             content = files.read(self._url)
@@ -56,14 +61,17 @@ class Artefacts:
             return
         try:
             torch.compiler.load_cache_artifacts(content)
-        except Exception as error:  # torch raises many kinds, for instance when a disk is full
+        except Exception as error:  # torch raises errors of many kinds, for instance on a full disk
             reason = " ".join(str(error).split()) or type(error).__name__
             report(f"compile: {files.redact(self._url)} could not be taken: {reason}")
             return
         self.loaded = True
 
     def save(self, report: Callable[[str], None]) -> None:
-        """Save what the first process has compiled since the start. The digest is written last."""
+        """Save what the first process has compiled since the start, unless `load` succeeded.
+
+        The digest is written last. A failure is reported.
+        """
         found = torch.compiler.save_cache_artifacts() if self._main and not self.loaded else None
         if found is None:
             return
@@ -71,17 +79,19 @@ class Artefacts:
         try:
             files.write(self._url, content)
             files.write(self._digest_url, digest(content, 64).encode())
-        except OSError as error:  # the run continues without them
+        except OSError as error:  # the run can do without them
             report(f"compile: artefacts could not be kept: {error}")
 
 
 def _stays_inside(content: bytes) -> bool:
     """Return whether torch will write the artifacts in `content` only below its own caches.
 
-    torch makes paths of their keys. Inductor's and AOTAutograd's go below a folder named by the
-    key's second and third letter. Those of tuned kernels go to a folder of their own, unchanged.
+    torch makes file paths out of the keys of the artifacts. The caches of Inductor and AOTAutograd
+    have a folder named after each key. Inductor's lies in a folder named after the key's second and
+    third character. The key of a tuned kernel is itself a path: a folder and a file name.
     """
-    artifacts = CacheArtifactManager.deserialize(content)  # runs no code; None if it has none
+    # This runs no code from `content`. It returns None when it cannot decode `content`.
+    artifacts = CacheArtifactManager.deserialize(content)
     return artifacts is not None and all(
         re.fullmatch(_KEYS.get(kind, _KEY), artifact.key, re.ASCII) and ".." not in artifact.key
         for kind, found in artifacts.items()

@@ -1,12 +1,12 @@
 """Save and load checkpoints at a URL.
 
-RUN/checkpoints/step_00000100/ has the files of torch's distributed checkpoint. A checkpoint exists
-when its commit.json exists. That file is written last, in one PUT, and has the length and CRC32 of
-every other file. These are verified before anything is unpickled. A damaged checkpoint is reported,
-and the one before it is used.
+RUN/checkpoints/step_00000100/ holds the files of torch's distributed checkpoint of step 100. A
+checkpoint exists when its commit.json exists. That file is written last, in one PUT, and holds the
+length and CRC32 of every other file. These are verified before anything is unpickled. A damaged
+checkpoint is reported, and the one before it is used.
 
-All processes of a run call these functions together, each with its own `world`. Only `prune` is
-called by one process.
+All processes of a run call the functions that take a `world` together, each with its own `world`.
+The other functions are called by one process.
 """
 
 import itertools
@@ -60,17 +60,20 @@ class CheckpointConfig:
     """URL of another run, or of one of its checkpoints, whose full state a new run starts from."""
 
     def due(self, step: int) -> bool:
-        """Return whether `step` is saved while training continues."""
+        """Return whether `every` asks for a checkpoint of `step`."""
         return self.every > 0 and step % self.every == 0
 
 
 @dataclass(frozen=True)
 class Commit:
-    """Hold what commit.json says: the checkpoint's files, and the run that it belongs to."""
+    """Hold what commit.json says: the checkpoint's files, and the run that it belongs to.
+
+    Where there is a sound commit.json, the whole checkpoint was written.
+    """
 
     url: str
     step: int
-    method: dict[str, Any]  # the recipe's method fields, dotted names
+    method: dict[str, Any]  # the recipe's method fields by dotted names
     index_digest: str
     files: Sums
 
@@ -90,7 +93,7 @@ def save(
 ) -> Commit:
     """Write `state`, nested dicts of tensors, as the checkpoint of `step`, and commit it.
 
-    Raises OSError on all processes when one could not write.
+    Raises OSError on all processes when one of them could not write.
     """
     sums = write(run, step, state, world, report)
     return world.on_main(lambda: commit(run, step, sums, method, index_digest))
@@ -101,16 +104,12 @@ def write(
 ) -> Sums:
     """Write the files of the checkpoint of `step`, without its commit.
 
-    Every process writes what it holds of `state`.
-
-    Returns:
-        The lengths and CRCs of the files of all processes.
-
-    Raises OSError on all processes when one could not write.
+    Every process writes the part of `state` that it holds. Each gets the lengths and CRCs of the
+    files of all processes. Raises OSError on all processes when one of them could not write.
     """
     url = step_url(run, step)
-    # A process that was killed may have left files there. When they cannot be removed they do no
-    # harm: they are overwritten, or the commit does not name them.
+    # A process that was killed may have left files there. Those that cannot be removed do no harm:
+    # they are overwritten, or the commit does not name them.
     world.on_main(lambda: files.discard(url, run, report))
     writer = Writer(url)
     with _one_process_is_fine(), _plain_errors(url, "written"):
@@ -125,7 +124,7 @@ def write(
 
 
 def commit(run: str, step: int, sums: Sums, method: dict[str, Any], index_digest: str) -> Commit:
-    """Make the checkpoint of `step` exist by writing commit.json in one PUT, on one process."""
+    """Make the checkpoint of `step` exist: write its commit.json in one PUT, on one process."""
     url = step_url(run, step)
     packages = {name: version(name) for name in ("torch", "torchvision", "numpy")}
     document = {"format": FORMAT, "step": step, "method": method, "index_digest": index_digest}
@@ -136,7 +135,10 @@ def commit(run: str, step: int, sums: Sums, method: dict[str, Any], index_digest
 
 
 def load(commit: Commit, state: dict[str, Any], world: World) -> None:
-    """Fill the tensors of `state` from a checkpoint that `latest` or `find` has verified."""
+    """Fill the tensors of `state` from a checkpoint that `latest` or `find` has verified.
+
+    Raises InputError for damaged content, and OSError when the tensors cannot be read.
+    """
     reader = Reader(commit.url, commit.files)
     with _one_process_is_fine(), _plain_errors(commit.url, "read"):
         dcp_load(
@@ -166,7 +168,8 @@ def find(
 ) -> Commit:
     """Find the checkpoint at `url`, or the newest checkpoint of the run at `url`.
 
-    `name` is the field or argument that the message names. Raises InputError when there is none.
+    `name` is the field or argument that gave the URL, for the message. Raises InputError when there
+    is no checkpoint, or when the one at `url` is damaged.
     """
     if world.on_main(lambda: files.exists(files.join(url, COMMIT))):
         return verify(url, world)
@@ -179,7 +182,8 @@ def find(
 def verify(url: str, world: World) -> Commit:
     """Check a checkpoint's commit, its metadata, and the length and CRC32 of its files.
 
-    The files are shared out among the processes. Raises InputError, the same on all processes.
+    Each process checks some of the files. The metadata may only name what a checkpoint of this
+    engine holds. Raises InputError, the same on all processes, when anything is wrong.
     """
     commit = world.on_main(lambda: _read_commit(url))
     fault = ""
@@ -222,7 +226,7 @@ def _read_commit(url: str) -> Commit:
 
 
 def _digest(document: dict[str, Any]) -> str:
-    """Compute the SHA-256 of a commit without its digest, as 16 hex digits."""
+    """Compute 16 hex digits of the SHA-256 of everything in a commit except its digest."""
     facts = {name: value for name, value in document.items() if name != "digest"}
     return digest(json.dumps(facts, sort_keys=True))
 
@@ -234,14 +238,16 @@ def prune(
     keep_every: int = 0,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Remove all committed checkpoints except the newest `keep`, each one's commit first.
+    """Remove all committed checkpoints except the newest `keep`.
+
+    The commit of each is removed first. If the store refuses that, the checkpoint stays whole.
 
     Args:
         step: The step just saved. Checkpoints of later steps were found damaged when this process
             started. They do not count, and stay until they are overwritten.
         keep: Number of checkpoints that stay, at least 1.
         keep_every: Checkpoints whose step is a multiple of this stay too. 0 keeps no others.
-        report: Is called with a line about what a store refuses to remove, which stays whole.
+        report: Is called with a line about what a store refuses to remove.
     """
     until = step_url(run, step)
     saved = [url for url in steps(run) if url <= until]
@@ -254,7 +260,10 @@ def prune(
 
 
 def steps(run: str) -> list[str]:
-    """List the URLs of a run's checkpoints in the order of their steps, whole or not."""
+    """List the URLs of a run's checkpoints in the order of their steps, committed or not.
+
+    Other names in the folder are ignored.
+    """
     folder = files.join(run, CHECKPOINTS)
     found = files.list_names(folder)
     return [files.join(folder, name) for name in found if re.fullmatch(r"step_\d{8}", name)]
@@ -262,7 +271,7 @@ def steps(run: str) -> list[str]:
 
 @contextmanager
 def _one_process_is_fine() -> Iterator[None]:
-    """Hide torch's warning that there is no process group, which is on purpose."""
+    """Hide torch's warning that there is no process group. A single process needs none."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -270,7 +279,10 @@ def _one_process_is_fine() -> Iterator[None]:
 
 @contextmanager
 def _plain_errors(url: str, what: str) -> Iterator[None]:
-    """Raise OSError or InputError instead of CheckpointException, which is not an Exception."""
+    """Raise OSError or InputError in place of torch's CheckpointException.
+
+    That one is no Exception but a BaseException, so `except Exception` would not catch it.
+    """
     try:
         yield
     except CheckpointException as error:

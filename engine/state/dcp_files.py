@@ -26,7 +26,7 @@ from shards.storage.upload import open_writer
 
 SPAN = 32 << 20  # bytes read by one request at most
 PARALLEL = 4  # requests at once; with the span in use this takes 160 MiB of memory
-GAP = 1 << 20  # two tensors at most this many bytes apart are read by one request
+GAP = 1 << 20  # tensors at most this many bytes apart are read together
 
 Sums = dict[str, tuple[int, int]]  # name of a file: length in bytes, CRC32
 
@@ -34,7 +34,8 @@ Sums = dict[str, tuple[int, int]]  # name of a file: length in bytes, CRC32
 class Writer(FileSystemWriter):
     """Write a checkpoint's files to the folder `url`: one for each process, and `.metadata`.
 
-    `sums` has the files that this process wrote. Earlier files in the folder are overwritten.
+    `sums` holds the length and CRC32 of each file that this process wrote. Earlier files of the
+    same names are overwritten.
     """
 
     def __init__(self, url: str) -> None:
@@ -46,12 +47,12 @@ class Writer(FileSystemWriter):
 
     @property
     def checkpoint_id(self) -> str:
-        """Return the name of the place that `.metadata` stores, without credentials."""
+        """Return the URL that torch writes into `.metadata`, without credentials."""
         return files.redact(str(self.path))
 
 
 class _Files(FileSystemBase):
-    """Open the writer's streams to storage, which sum up length and CRC32 while they write."""
+    """The writer's file system. Its streams compute length and CRC32 while they write."""
 
     def __init__(self) -> None:
         self.sums: Sums = {}
@@ -59,7 +60,7 @@ class _Files(FileSystemBase):
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:  # noqa: ARG002
-        if path.endswith(".tmp"):  # kept in memory until `rename`, which object stores lack
+        if path.endswith(".tmp"):  # kept for `rename`, because object stores rename nothing
             buffer = io.BytesIO()
             yield buffer
             self._unnamed[path] = buffer.getvalue()
@@ -82,7 +83,7 @@ class _Files(FileSystemBase):
         """Do nothing, because a stream makes the folders that it needs."""
 
     def exists(self, path: Any) -> bool:  # noqa: ARG002
-        """Return False. torch asks only to remove a file first, but a stream replaces it whole."""
+        """Return False. torch asks only to remove an old file, which a stream replaces anyway."""
         return False
 
     def rm_file(self, path: Any) -> None:
@@ -101,7 +102,7 @@ def verify_file(url: str, length: int, crc: int) -> None:
     folder, _, name = files.redact(url).rpartition("/")
     try:
         if files.size(url) == length:
-            for _ in range(2):  # a file that was damaged on its way here is whole the second time
+            for _ in range(2):  # bytes damaged on their way here are right the second time
                 found = 0
                 for content in _fetch(_pieces(url, 0, length)):
                     found = zlib.crc32(content, found)
@@ -115,8 +116,8 @@ def verify_file(url: str, length: int, crc: int) -> None:
 class Reader(StorageReader):
     """Read a checkpoint's tensors from the folder `url`, without running code in its files.
 
-    `files` names the checkpoint's files. Methods raise InputError for content that no checkpoint of
-    this engine has, and OSError when the store does not answer.
+    `files` gives the length and CRC32 of each of the checkpoint's files. Methods raise InputError
+    for content that no checkpoint of this engine has, and OSError when the store does not answer.
     """
 
     def __init__(self, url: str, files: Mapping[str, tuple[int, int]]) -> None:
@@ -128,9 +129,10 @@ class Reader(StorageReader):
         """Do nothing, because nothing is kept from one load to the next."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """Return the metadata. An error is raised later, by `set_up_storage_reader`.
+        """Return the metadata, or empty metadata after an error.
 
-        torch would lose the reason of an error that is raised here.
+        torch would lose the reason of an error that is raised here. So `set_up_storage_reader`,
+        which torch calls next, raises it.
         """
         self._fault = None
         try:
@@ -140,7 +142,10 @@ class Reader(StorageReader):
             return Metadata({})
 
     def metadata(self) -> Metadata:
-        """Read and check what the checkpoint holds. Raises InputError and OSError."""
+        """Read `.metadata`, which says what the checkpoint holds, and check it.
+
+        Raises InputError when it is missing or damaged, and OSError when the store does not answer.
+        """
         place = f"{files.redact(self._url)}: {dcp_metadata.NAME}"
         try:
             for _attempt in range(2):  # as in `verify_file`
@@ -187,7 +192,7 @@ class Reader(StorageReader):
         return isinstance(checkpoint_id, str)
 
     def _fill(self, place: Place, item: ReadItem, content: bytes, planner: LoadPlanner) -> None:
-        """Copy the stored tensor, or a part of it, to the tensor that the planner names."""
+        """Copy the stored tensor, or the part that `item` asks for, to the planner's tensor."""
         try:
             tensor = _tensor(content)
         except Exception:  # it may have been damaged on its way here
@@ -219,9 +224,9 @@ class Reader(StorageReader):
 
 
 def _tensor(content: bytes) -> Tensor:
-    """Decode a tensor that torch.save wrote, and check its CRCs. Raises many kinds of errors."""
+    """Decode a tensor that torch.save wrote. Raises errors of any kind for anything else."""
     file = io.BytesIO(content)
-    if damaged := zipfile.ZipFile(file).testzip():  # torch does not check the CRCs
+    if damaged := zipfile.ZipFile(file).testzip():  # torch does not check these CRCs
         raise ValueError(f"{damaged} is damaged")
     file.seek(0)
     tensor = torch.load(file, map_location="cpu", weights_only=True)
@@ -240,7 +245,7 @@ class _Span(NamedTuple):
 
 
 def _spans(reads: Iterable[tuple[Place, ReadItem]]) -> list[_Span]:
-    """Group tensors that are read together. Only a single tensor makes a span above SPAN."""
+    """Group neighboring tensors that are read together; only a single one may exceed SPAN."""
     spans: list[_Span] = []
     for place, item in sorted(reads, key=lambda read: read[0]):
         stop = place.offset + place.length
@@ -261,7 +266,7 @@ def _pieces(url: str, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
 
 
 def _fetch(pieces: Iterable[tuple[str, int, int]]) -> Generator[bytes, None, None]:
-    """Read the bytes [start, stop) of each URL, in order, and some pieces ahead in threads."""
+    """Yield the bytes [start, stop) of each URL, in order; threads read PARALLEL pieces ahead."""
     with ThreadPoolExecutor(PARALLEL, thread_name_prefix="fetch") as threads:
         ahead: deque[Future[bytes]] = deque()
         for piece in pieces:

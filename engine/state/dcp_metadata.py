@@ -1,7 +1,7 @@
 """Read the `.metadata` of a checkpoint without running code in it.
 
-torch writes it as a pickle. Here its objects become plain records, which are checked and then
-turned into torch's own classes. So it does not matter which release of torch wrote the file.
+torch writes it as a pickle. Here the objects of the pickle become plain records. These are checked
+and then turned into objects of torch's classes. So any release of torch may have written the file.
 """
 
 import io
@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
 
 class _Record:
-    """Hold the stored state of an object in the pickle, instead of the object itself."""
+    """Hold the state that the pickle stores for an object, in place of that object."""
 
     state: Any = None
 
@@ -76,7 +76,7 @@ _ADMITTED: dict[tuple[str, str], type] = {
     (f"{_DCP}.metadata", "MetadataIndex"): _Index,
     (f"{_DCP}.filesystem", "_StorageInfo"): _Info,
     ("torch", "Size"): tuple,
-    # The contents of these objects are not needed.
+    # The contents of the following objects are not needed.
     (f"{_DCP}.metadata", "StorageMeta"): _Record,
     (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"): _Record,
     ("torch.serialization", "_get_layout"): _Record,
@@ -98,14 +98,14 @@ class _Unpickler(pickle.Unpickler):
 
 
 def parse(content: bytes, files: Mapping[str, tuple[int, int]]) -> Metadata:
-    """Parse the metadata to torch's classes, with a `Place` for each MetadataIndex.
+    """Parse the metadata into torch's classes; `storage_data` maps MetadataIndex to `Place`.
 
     Args:
         content: The bytes of `.metadata`.
         files: The files that it may name, with their length in bytes and CRC32.
 
-    Raises InputError unless it is well-formed metadata of plain tensors and DTensors. Its text
-    lacks the URL, which the caller adds.
+    Raises InputError unless it is well-formed metadata of plain tensors and DTensors. The message
+    does not name the file; the caller adds that.
     """
     try:
         root = _fields(_Unpickler(io.BytesIO(content)).load(), _Metadata)
@@ -128,7 +128,7 @@ def _fields(record: object, kind: type[_Record]) -> dict[str, Any]:
 
 def _tensor(record: object) -> TensorStorageMetadata:
     fields = _fields(record, _Tensor)
-    # A tuple whose length differs between releases; all after the dtype goes unused.
+    # The length of this tuple differs between releases. Only the dtype, which is first, is used.
     dtype, *_ = _fields(fields["properties"], _Properties)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{type(dtype).__name__} in place of a dtype")

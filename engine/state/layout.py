@@ -2,12 +2,12 @@
 
 RUN/recipe.json                       the resolved recipe of the last start
 RUN/checkpoints/step_00000100/        one checkpoint (state/checkpoint.py)
-RUN/lease/00000001.json               whose run it is (state/lease.py)
+RUN/lease/00000001.json               which job holds the run (state/lease.py)
 RUN/compile/                          what torch.compile made (state/artefacts.py)
 RUN/metrics.jsonl, RUN/metrics/       the log, line by line (log/journal.py)
 RUN/tensorboard/                      event files (log/events.py)
 RUN/evaluations/                      results of launch/evaluate.py (evaluation/session.py)
-RUN/debug_step/                       exists only while --debug-step runs
+RUN/debug_step/                       exists while --debug-step runs
 """
 
 from typing import Any
@@ -26,7 +26,10 @@ DEBUG_STEP = "debug_step"
 
 
 def read_recipe(run: str) -> dict[str, Any]:
-    """Read the recipe of RUN's last start by dotted names. It is empty when it can't be read."""
+    """Return the recipe of the last start in RUN, by dotted names.
+
+    It is empty when there is none or it is damaged. Raises OSError when it cannot be read.
+    """
     try:
         fields = files.read_json(files.join(run, RECIPE))
     except (FileNotFoundError, ValueError):

@@ -1,11 +1,12 @@
 """Make sure that only one job at a time trains in a run directory.
 
-The lease is RUN/lease/00000001.json, and later 00000002.json and so on. The highest number counts.
-A job holds the run when it has created the file of that number, which only one job can do. It shows
-that it is alive by rewriting the file with a rising `beat`. A job that finds the file unchanged for
-two periods creates the next number. A holder that sees a higher number than its own has lost the
-run, because the other job found no sign of life. Released leases stay, so that numbers only rise.
-What a former holder writes late has a number that no longer counts.
+The lease is the file RUN/lease/00000001.json, later 00000002.json and so on. Only the file with the
+highest number counts. The job that created it holds the run; when several try, only one succeeds.
+The holder shows that it is alive by rewriting the file with a rising `beat`. When another job finds
+the file unchanged for two periods, it takes the holder for dead and creates the next number. A
+holder that sees a number above its own has lost the run. A released lease stays until there is a
+next one, so that numbers only rise. What a former holder writes late has a number that no longer
+counts.
 """
 
 import contextlib
@@ -36,10 +37,10 @@ class _Record:
     """Hold the content of a lease's file. The defaults stand for a file that is damaged or gone."""
 
     number: int
-    owner: str = ""  # unique to each lease
+    owner: str = ""  # a text that no other lease has
     host: str = "an unknown host"
     process: str = ""  # identity of the process that writes the beats
-    agents: tuple[str, ...] = ()  # identities of the launchers of all processes
+    agents: tuple[str, ...] = ()  # identities of the launchers of all processes of the job
     period: float = PERIOD
     beat: int = 0
     released: bool = False
@@ -48,19 +49,20 @@ class _Record:
         return json.dumps(asdict(self), indent=1).encode()
 
     def is_dead(self) -> bool:
-        """Return whether the job ran on this machine alone and all its processes have ended.
+        """Return whether the job's launchers are known to have ended, and the beating process too.
 
-        The process that writes the beats is checked too, because it may outlive its launcher.
+        Only processes of this machine are ever known to have ended. The process that writes the
+        beats is checked as well, because it may outlive its launcher.
         """
         return all(is_dead(identity) for identity in (self.process, *self.agents))
 
 
 class Lease:
-    """Hold a run directory for this job. `acquire` creates it."""
+    """The right of this job to train in a run directory, as `acquire` returns it."""
 
     def __init__(self, run: str, record: _Record) -> None:
         self.lost = False
-        """Tells whether another job has taken the run."""
+        """Whether another job has taken the run, as far as this job has seen."""
         self._run = run
         self._record = record
         self._taker = ""  # host of the job that has taken the run
@@ -68,7 +70,10 @@ class Lease:
         self._thread = threading.Thread(target=self._hold, name="lease", daemon=True)
 
     def check(self) -> None:
-        """Raise InputError when the last beat has found the run taken by another job."""
+        """Raise InputError when another job is known to have taken the run.
+
+        This does not read the storage, as `confirm` does. It knows what the last beat has found.
+        """
         if self.lost:
             raise InputError(
                 f"{files.redact(self._run)} was taken over by another job ({self._taker}) while "
@@ -77,21 +82,25 @@ class Lease:
             )
 
     def confirm(self) -> None:
-        """Look at the storage now.
+        """Read the storage, and raise InputError when another job has taken the run.
 
-        Raises InputError when another job has taken the run, and OSError when nobody can tell.
+        Raises OSError when the storage does not answer, because then nobody can tell.
         """
         self._look()
         self.check()
 
     def release(self) -> None:
-        """Stop the beats and let the next job in at once. A lost lease stays as it is."""
+        """Stop the beats and mark the lease as released, so that the next job need not wait.
+
+        A lost lease stays as it is. This waits at most RELEASE_TIMEOUT seconds.
+        """
         self._stop.set()
         self._thread.join(RELEASE_TIMEOUT)
 
     def _take(self) -> bool:
         """Create the file and start the beats. Return False when another job was faster."""
-        # Another job may have used and removed this number meanwhile. Then there is a higher one.
+        # Creating it also succeeds if another job has used and removed this number meanwhile. Then
+        # there is a higher number, which `_look` finds.
         if not files.create(_url(self._run, self._record.number), self._record.content()):
             return False
         self._look()
@@ -109,7 +118,10 @@ class Lease:
             self.lost = True
 
     def _hold(self) -> None:
-        """Write the beats, in a thread. Only it rewrites the file, so the release comes last."""
+        """Write the beats until the release, and then the release. This runs in the thread.
+
+        Nothing else rewrites the file, so no beat can follow the release.
+        """
         while not self._stop.wait(self._record.period):
             self._write(replace(self._record, beat=self._record.beat + 1))
             if self.lost:
@@ -127,15 +139,15 @@ class Lease:
 def acquire(run: str, agents: Sequence[str], period: float, report: Callable[[str], None]) -> Lease:
     """Hold the run directory for this job until `release`. Only rank 0 calls this.
 
-    The job gets it at once when it was restarted by the same launcher, when the holder is known to
-    have ended, and when the holder has released it. Otherwise the holder is watched for two of its
+    The job gets it at once when its own launcher has restarted it, when the holder is known to have
+    ended, and when the holder has released it. Otherwise the holder is watched for two of its
     periods.
 
     Args:
         run: URL of the run directory.
         agents: `agent_identity` of each process of the job.
         period: Seconds between beats.
-        report: Is called with lines about waiting and about files that cannot be removed.
+        report: Is called with lines about the waiting and about files that cannot be removed.
 
     Raises InputError when another job holds it.
     """
@@ -169,16 +181,20 @@ def is_free(run: str) -> bool:
 
 
 def _watch(run: str, first: _Record, report: Callable[[str], None]) -> _Record | None:
-    """Watch the holder for two periods and return the newest lease.
+    """Watch the holder of the lease `first` for two of its periods.
 
-    Raises InputError when the holder shows that it is alive.
+    Returns:
+        The lease that the next one follows: `first`, or a lease that was released meanwhile. None
+        when no lease is there any more.
+
+    Raises InputError when the lease changes, because then its holder is alive.
     """
     report(
         f"{files.redact(files.join(run, LEASE))}: held by {first.host}; "
         f"watching for {2 * first.period:g} s whether it is alive"
     )
-    # Sleeps are counted, not the clock's time. While storage does not answer, a look takes long,
-    # and the holder cannot write a beat either.
+    # The loop counts its sleeps instead of reading a clock. While storage does not answer, reading
+    # the lease takes long, but the holder cannot write a beat either.
     for _ in range(2 * _POLLS):
         time.sleep(first.period / _POLLS)
         newest = _newest(run)

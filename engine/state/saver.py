@@ -1,4 +1,4 @@
-"""Write checkpoints while training continues: copy the state, and write the copy in a thread."""
+"""Save checkpoints while training continues: copy the state, and write the copy in a thread."""
 
 import time
 from collections.abc import Callable
@@ -20,12 +20,12 @@ State = dict[str, Any]
 class Saver:
     """Write one checkpoint at a time, on a process group of its own.
 
-    All processes call its methods together. A save that fails is tried again. When all attempts
-    fail it is reported, and training continues without it.
+    All processes call its methods together. A save is tried up to ATTEMPTS times. Every failure is
+    reported. When all attempts fail, training continues without this checkpoint.
     """
 
     def __init__(self, world: World, background: bool, report: Callable[[str], None]) -> None:
-        """Create the thread; `background` lets `save` return before everything is written."""
+        """Create the thread. With `background`, `save` returns before everything is written."""
         self._world, self._background, self._report = world.duplicate(), background, report
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._running: Future[bool] | None = None
@@ -34,11 +34,14 @@ class Saver:
         self._copy: State | None = None
 
     def save(self, step: int, state: State, write: Callable[[State, World], object]) -> None:
-        """Copy the tensors of `state`, and have the thread call `write(copy, world)`.
+        """Copy the tensors of `state` as they are now, and have the thread call `write`.
 
         First wait for the previous save if it still runs, so that there is never more than one
-        copy in memory. All processes call `write` together over the world that it gets. It raises
-        OSError when it fails.
+        copy in memory.
+
+        Args:
+            write: Gets the copy, and a world with a group of its own for what the processes do
+                together. It raises OSError on all processes when it fails.
         """
         self.wait()
         self._step = step
@@ -47,7 +50,7 @@ class Saver:
             self.wait()
 
     def wait(self) -> bool:
-        """Wait for the last save. Return whether it was committed; True when there was none."""
+        """Wait for the last save. Return whether it was committed, or True when there was none."""
         running, self._running = self._running, None
         if running is not None:
             self._committed = running.result()
@@ -62,15 +65,22 @@ class Saver:
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        """End the thread. After an InputError, which all processes raise, finish the last save."""
+        """End the thread.
+
+        After an InputError the last save is finished first. All processes raise that error, so
+        they can still finish it together.
+        """
         if failure is not None and issubclass(failure, InputError):
             self.wait()
         self._thread.shutdown(wait=False)
 
     def _stage(self, state: State) -> State:
-        """Copy the state to the CPU, to the same memory each time, which is pinned for a GPU."""
-        # torch's BlockingAsyncStager pins memory even without a GPU, and in torch 2.11 its
-        # DefaultStager fails on a view. They consist of the two functions that are used here.
+        """Copy the state to the CPU, into the same memory each time.
+
+        The memory is pinned when the state comes from a GPU.
+        """
+        # torch's BlockingAsyncStager pins memory even without a GPU, and its DefaultStager fails on
+        # a view in torch 2.11. Both are made of the two functions that are called here.
         cuda = self._device.type == "cuda"
         if self._copy is None:
             self._copy = _create_cpu_state_dict(state, pin_memory=cuda)
@@ -84,7 +94,7 @@ class Saver:
             try:
                 write(state, self._world)
                 return True
-            except OSError as error:  # every process gets it
+            except OSError as error:  # all processes get this error, so all try again
                 text = f"the checkpoint of step {step} failed ({attempt} of {ATTEMPTS}): {error}"
             if self._world.main:
                 self._report(text)
