@@ -16,8 +16,8 @@ from shards.decode import DecodeError, center_box, crop_resize
 from shards.errors import InputError
 from shards.index import Index
 from shards.reader import BlockReader, read_blocks
+from shards.samples import Block
 from shards.storage import files
-from shards.tar import Block
 
 CHUNK = 64  # A decode thread takes this many samples at a time.
 LOCAL_AHEAD, REMOTE_AHEAD = 4, 16  # This many blocks (about 4 MB each) are fetched ahead.
@@ -88,7 +88,7 @@ class CropReader:
         self, reader: BlockReader, limit: int | None, ids: NDArray[np.int64] | None
     ) -> Iterator[_Chunk | InputError]:
         index, (first_part, parts) = reader.index, self.part
-        ahead = LOCAL_AHEAD if files.is_local(index.url) else REMOTE_AHEAD
+        ahead = LOCAL_AHEAD if files.is_local(index.folder) else REMOTE_AHEAD
         places = _places(index, limit, ids)[first_part::parts]
         try:
             for (shard, number), block in read_blocks(reader, places, ahead):

@@ -8,7 +8,7 @@ from torch import Tensor
 from shards.decode import DecodeError
 from shards.errors import InputError
 from shards.reader import BlockReader
-from shards.tar import Block
+from shards.samples import Block
 
 
 class Faults:

@@ -24,8 +24,8 @@ from shards.errors import InputError
 from shards.fields import Operation, UnitInterval
 from shards.order import Order
 from shards.reader import BlockReader, Fetches, StreamReader
+from shards.samples import Block
 from shards.storage import files
-from shards.tar import Block
 from shards.views import COLUMNS, ViewsConfig, crop_box, draw_views
 
 CHUNK = 16  # A decode thread takes this many samples at a time.
@@ -116,7 +116,7 @@ class TrainLoader:
         """
         self.order, self.streams, self.views, self.config = order, streams, views, config
         self.micro, self.start, self.pin_memory = micro, start, pin_memory
-        remote = not files.is_local(order.index.url)
+        remote = not files.is_local(order.index.folder)
         cache = None
         if remote and config.cache:
             cache = ShardCache(order.index, config.cache, config.cache_gb, report)

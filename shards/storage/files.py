@@ -258,15 +258,20 @@ def list_names(url: str) -> list[str]:
     return sorted(entry.rpartition("/")[2] for entry in below if entry != path.rstrip("/"))
 
 
-def walk(url: str) -> Iterator[tuple[str, int]]:
+def walk(
+    url: str,
+    *,
+    follow_links: bool = True,
+    leave_out: Callable[[str, str], None] = lambda _reason, _path: None,
+) -> Iterator[tuple[str, int]]:
     """Yield (path relative to the folder, size in bytes) of all files below a folder.
 
-    The order is arbitrary. Local links are followed. Raises InputError for a local folder that may
-    not be read.
+    The order is arbitrary. Raises InputError for a local folder that may not be read. For the
+    arguments, see `local_files.walk`.
     """
     filesystem, path = client(url)
     if is_local(url):
-        yield from local_files.walk(path)
+        yield from local_files.walk(path, follow_links=follow_links, leave_out=leave_out)
         return
     filesystem.invalidate_cache()
     for file, info in retry(url, lambda: filesystem.find(path, detail=True)).items():
