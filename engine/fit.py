@@ -17,12 +17,13 @@ from shards.storage import files
 def fit(trainer: Trainer, preemption: Preemption) -> bool:
     """Train until `trainer.last_step` or until a signal stops the run.
 
-    Raises InputError when the data is at fault or training diverges, and OSError when the last
-    state could not be saved.
+    Raises InputError when the data is at fault, when training diverges, or when another job has
+    taken over the run. Raises OSError when the last state could not be saved.
 
     Returns:
-        False when only another machine was told to stop. torchrun then starts this process again,
-        to continue without that machine.
+        True when this process has nothing more to do: training is at its end, or this machine was
+        told to stop. False when only another machine was told to. torchrun then starts this process
+        again, to continue without that machine.
     """
     recipe, run, first, stop = trainer.recipe, trainer.run, trainer.step, trainer.last_step
     run.write_recipe()
@@ -46,13 +47,13 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
             trainer.settle(step - first)
             stopping = preemption.agreed()
 
-            measure = recipe.probe.due(step, trainer.total_steps)
-            if measure or step == first + 1:
+            evaluation_due = recipe.probe.due(step, trainer.total_steps)
+            if evaluation_due or step == first + 1:
                 log.pictures(trainer.pictures(output), step)
-            if measure or recipe.log.due(step):
+            if evaluation_due or recipe.log.due(step):
                 run.check()
                 record = trainer.measure(output, batch) | timer.read(recipe.batch.size)
-                if measure and not stopping:
+                if evaluation_due and not stopping:
                     trainer.check_finite(output)
                     found = _evaluate(trainer, preemption)
                     record |= found
