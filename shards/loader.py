@@ -40,8 +40,9 @@ class DataConfig:
     train: Operation[str] = ""
     """URL of the training shards: a folder with an index.json, which launch/pack.py writes."""
     val: Operation[str] = ""
-    """URL of the validation shards, which kNN and the online head are measured on. It may be
-    empty."""
+    """URL of the validation shards, which kNN and the online head are measured on. The online head
+    is a linear classifier that learns along with the encoder, without changing it. By default there
+    are no such shards."""
     draw: Operation[Annotated[int, Interval(ge=0, le=2**31)]] = 0
     """Draw that many images of textures to data.train, and a quarter of it to data.val, when there
     are none yet. 0 draws nothing."""

@@ -55,8 +55,8 @@ class EncoderConfig:
     """Side of the central crop as a fraction of the image's shorter side. By default it is the
     run's, and 0.875 for a third-party file."""
     precision: Precision | None = None
-    """Number format of the forward passes. By default it is the run's, and fp32 for a third-party
-    file."""
+    """Number format of an evaluation's forward passes. By default it is the run's, and fp32 for a
+    third-party file. An export does not depend on it, because exported files are in fp32."""
 
     def check(self) -> None:
         """Raise InputError when a field has a value that it cannot have."""
