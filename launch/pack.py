@@ -72,9 +72,11 @@ def main(
             raise InputError("OUT: --index-only writes next to the tars; leave OUT out")
         _index(source, classes, threads)
     elif not out:
-        raise InputError("OUT: where the shards go is missing: pack.py SOURCE OUT")
+        raise InputError("OUT is missing, the folder for the shards: give pack.py SOURCE OUT")
     elif classes:
-        raise InputError("--classes is for --index-only; folders name the classes otherwise")
+        raise InputError(
+            "--classes is for --index-only: leave it out, because folders name the classes"
+        )
     else:
         _pack(source, out, shard_mb, seed, threads, overwrite)
 

@@ -283,7 +283,7 @@ def test_command(
     run(monkeypatch, "--index-only", out, "--classes", str(names))
     assert index.load(out, "data.train").classes == ["A", "B", "C"]
     for arguments, text in (
-        ([out], "error: OUT: where the shards go is missing"),
+        ([out], "error: OUT is missing, the folder for the shards"),
         (["--index-only", out, out], "error: OUT: --index-only writes next to the tars"),
         ([str(photo_folder), out, "--classes", "f"], "error: --classes is for --index-only"),
         (["--index-only", out, "--classes", "nowhere"], "error: --classes nowhere: no such file"),
