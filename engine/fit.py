@@ -82,6 +82,8 @@ def _greet(trainer: Trainer, block_memory: int) -> None:
         f"thread{'s' * (trainer.threads > 1)} a process; blocks in memory: "
         f"up to about {block_memory / 2**20:,.0f} MiB"
     )
+    if trainer.compile and trainer.step < trainer.last_step:
+        trainer.terminal.say("torch.compile works in the first step, which can take minutes")
 
 
 def _catch_up(trainer: Trainer, log: MetricsLog) -> dict[str, float]:
@@ -128,6 +130,7 @@ def _farewell(trainer: Trainer, baseline: dict[str, float], measured: dict[str, 
             say(f"  {name:<18} {accuracy:6.1%}")
     if trainer.step:
         say(f"checkpoint    {checkpoint.step_url(run, trainer.step)}")
-    say(f"curves, views tensorboard --logdir {run}/tensorboard")
+    say(f"curves        tensorboard --logdir {run}/tensorboard")
     if trainer.step < trainer.total_steps:
-        say("the same command without --steps goes on")
+        option = "" if trainer.recipe.steps is None else " with a larger --steps, or without it,"
+        say(f"the same command{option} goes on")
