@@ -176,7 +176,8 @@ def _summarize(name: str, index: Index, note: str) -> None:
     url = files.redact(index.url)
     print(
         f"{note}{index.samples:,} samples, {len(index.classes)} classes, "
-        f"{len(index.shards)} shard{'s' * (len(index.shards) > 1)}, {size:,.1f} MB: {url}/index.json; use {option} {url}"
+        f"{len(index.shards)} shard{'s' * (len(index.shards) > 1)}, {size:,.1f} MB: "
+        f"{url}/index.json; use {option} {url}"
     )
 
 
