@@ -17,12 +17,13 @@ from shards.storage import files
 def fit(trainer: Trainer, preemption: Preemption) -> bool:
     """Train until `trainer.last_step` or until a signal stops the run.
 
-    Raises InputError when the data is at fault or training diverges, and OSError when the last
-    state could not be saved.
+    Raises InputError when the data is at fault, when training diverges, or when another job has
+    taken over the run. Raises OSError when the last state could not be saved.
 
     Returns:
-        False when only another machine was told to stop. torchrun then starts this process again,
-        to continue without that machine.
+        True when this process has nothing more to do: training is at its end, or this machine was
+        told to stop. False when only another machine was told to. torchrun then starts this process
+        again, to continue without that machine.
     """
     recipe, run, first, stop = trainer.recipe, trainer.run, trainer.step, trainer.last_step
     run.write_recipe()
@@ -46,13 +47,13 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
             trainer.settle(step - first)
             stopping = preemption.agreed()
 
-            measure = recipe.probe.due(step, trainer.total_steps)
-            if measure or step == first + 1:
+            evaluation_due = recipe.probe.due(step, trainer.total_steps)
+            if evaluation_due or step == first + 1:
                 log.pictures(trainer.pictures(output), step)
-            if measure or recipe.log.due(step):
+            if evaluation_due or recipe.log.due(step):
                 run.check()
                 record = trainer.measure(output, batch) | timer.read(recipe.batch.size)
-                if measure and not stopping:
+                if evaluation_due and not stopping:
                     trainer.check_finite(output)
                     found = _evaluate(trainer, preemption)
                     record |= found
@@ -81,6 +82,8 @@ def _greet(trainer: Trainer, block_memory: int) -> None:
         f"thread{'s' * (trainer.threads > 1)} a process; blocks in memory: "
         f"up to about {block_memory / 2**20:,.0f} MiB"
     )
+    if trainer.compile and trainer.step < trainer.last_step:
+        trainer.terminal.say("torch.compile works in the first step, which can take minutes")
 
 
 def _catch_up(trainer: Trainer, log: MetricsLog) -> dict[str, float]:
@@ -127,6 +130,7 @@ def _farewell(trainer: Trainer, baseline: dict[str, float], measured: dict[str, 
             say(f"  {name:<18} {accuracy:6.1%}")
     if trainer.step:
         say(f"checkpoint    {checkpoint.step_url(run, trainer.step)}")
-    say(f"curves, views tensorboard --logdir {run}/tensorboard")
+    say(f"curves        tensorboard --logdir {run}/tensorboard")
     if trainer.step < trainer.total_steps:
-        say("the same command without --steps goes on")
+        option = "" if trainer.recipe.steps is None else " with a larger --steps, or without it,"
+        say(f"the same command{option} goes on")

@@ -23,7 +23,7 @@ DIGEST = "index_digest"
 class Run:
     """Read and write one run directory: its recipe, checkpoints, compiled artefacts and log.
 
-    `claim` creates it; `open_run` does where no other job can be writing.
+    `claim` makes one for a job that trains, and `open_run` makes one without a lease.
     """
 
     def __init__(
@@ -35,7 +35,10 @@ class Run:
         start: Commit | None,
         held: lease.Lease | None = None,
     ) -> None:
-        """Take the lease as `held` on the first process of a job that claimed the run."""
+        """Open the run that a job holds by the lease `held`.
+
+        It is None on all processes except the first, and where nobody holds the run.
+        """
         self.url, self.terminal = recipe.run, terminal
         self.start = start
         """The checkpoint that this job continues from; None when the run begins."""
@@ -126,7 +129,8 @@ class Run:
 def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -> Iterator[Run]:
     """Hold the run directory for this job, so that no other job trains there meanwhile.
 
-    All processes call it together. With `debug_step` nothing is held, since nothing is written.
+    All processes call it together. With `debug_step` nothing is held, because all that is written
+    then is RUN/debug_step, which is removed again.
 
     Raises InputError when the directory has a run of another recipe or of other data, or when
     another job holds it.

@@ -103,8 +103,8 @@ class Finetune:
 
     def run(self) -> None:
         evaluation = self.options.open("finetune", self.protocol.settings())
-        labels = finetune.take_all_labels(evaluation, self.protocol)
-        _measure(evaluation, lambda: finetune.evaluate(evaluation, self.protocol, labels))
+        split = finetune.take_all_labels(evaluation, self.protocol)
+        _measure(evaluation, lambda: finetune.evaluate(evaluation, self.protocol, split))
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class SemiSupervised:
         evaluation = self.options.open(name, settings)
 
         def measure() -> Result | None:
-            labels = take_labels(evaluation, self.subset, self.protocol)
-            return finetune.evaluate(evaluation, self.protocol, labels)
+            split = take_labels(evaluation, self.subset, self.protocol)
+            return finetune.evaluate(evaluation, self.protocol, split)
 
         _measure(evaluation, measure)
 

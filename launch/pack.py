@@ -97,7 +97,7 @@ def main(
     if not 0 < shard_mb < 1e6:  # this also refuses nan
         raise InputError("--shard-mb must be positive and below 1,000,000")
     if not paths:
-        raise InputError("SOURCE: what to pack is missing: pack.py SOURCE OUT")
+        raise InputError("SOURCE and OUT are missing: give pack.py SOURCE OUT")
     layout = Layout(image.lower(), label, dotted)
     if index_only:
         if classes_from != "labels":
@@ -108,7 +108,7 @@ def main(
         _index(list(paths), out, layout, classes, threads, strict, skip_damaged)
         return
     if len(paths) == 1 or out:
-        raise InputError("OUT: where the shards go is missing: pack.py SOURCE OUT")
+        raise InputError("OUT is missing, the folder for the shards: give pack.py SOURCE OUT")
     write = partial(
         _write, url=paths[-1], shard_mb=shard_mb, seed=seed, threads=threads, overwrite=overwrite
     )
@@ -294,7 +294,8 @@ def _summarize(name: str, index: Index, note: str) -> None:
     url = files.redact(index.url)
     print(
         f"{note}{index.samples:,} samples, {len(index.classes)} classes, "
-        f"{len(index.shards)} shards, {size:,.1f} MB: {url}/index.json; use {option} {url}"
+        f"{len(index.shards)} shard{'s' * (len(index.shards) > 1)}, {size:,.1f} MB: "
+        f"{url}/index.json; use {option} {url}"
     )
 
 

@@ -1,7 +1,7 @@
 """Train: torchrun launch/train.py RECIPE [--field.name value ...]
 
-The same command starts a run and continues it after a stop or a crash. The operation fields may be
-changed at every start. RECIPE --help lists all fields.
+The same command starts a run and continues it after a stop or a crash. RECIPE --help lists all
+fields, and says which of them may change at every start.
 """
 
 import os

@@ -56,7 +56,9 @@ class ShardCache:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
         except OSError as error:
-            raise InputError(f"data.cache {folder}: {error.strerror}") from None
+            raise InputError(
+                f"data.cache {folder}: {error.strerror}: give a folder that can be written to"
+            ) from None
 
     def keeps(self, shard: int) -> bool:
         """Return whether the shard is one of those that fit."""
@@ -94,7 +96,7 @@ class ShardCache:
 
     def _give_up(self, error: OSError) -> None:
         with self._lock:
-            # A missing file was dropped by another process.
+            # A file that is missing was dropped by another process. The disk has not failed.
             if self._full or isinstance(error, FileNotFoundError):
                 return
             self._full = True

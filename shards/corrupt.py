@@ -12,7 +12,7 @@ from shards.samples import Block
 
 
 class Faults:
-    """Counts the samples that can't be decoded, and reports each of them once.
+    """Counts the samples that this process can't decode, and reports each of them once.
 
     More than `limit` of them are an error.
     """
@@ -42,7 +42,7 @@ class Faults:
                 f"{name}: {reason}; {count} corrupt samples, more than data.corrupt allows "
                 f"({self.limit}): repair the data set or raise the bound"
             )
-        self.report(f"{name}: {reason}; left out (at most {self.limit} samples may be)")
+        self.report(f"{name}: {reason}; not used (up to {self.limit} such samples are allowed)")
 
 
 def decode_good(
@@ -65,4 +65,7 @@ def decode_good(
         except DecodeError as error:
             name = reader.name_sample(block, candidate, first_id)
             faults.record(first_id + candidate, name, error)
-    raise InputError(f"{reader.url_of(first_id)}: no sample of its block can be decoded")
+    raise InputError(
+        f"{reader.url_of(first_id)}: no sample of a whole block of {len(block)} can be decoded: "
+        "restore the shard, or pack the images again without those that are damaged"
+    )

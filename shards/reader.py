@@ -73,7 +73,7 @@ class BlockReader:
             self._check_crc(content, shard, block, place, last)
             found = Block(content, self.index.layout, self.index.class_numbers)
         except FileNotFoundError:
-            raise InputError(f"{url}: the shard is missing") from None
+            raise InputError(f"{url}: the shard is missing: restore it") from None
         except retries.WrongLength as error:
             raise InputError(f"{error}: the shard is truncated, restore it") from None
         except OSError as error:

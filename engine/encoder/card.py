@@ -54,7 +54,8 @@ def write(
         images: [N, 3, S, S] normalized. Every file is compared with the encoder on them.
         say: Is called with a line about each file.
 
-    Raises InputError before a file is written that gives other features than the encoder.
+    Raises InputError when a file would give other features than the encoder, which is then not
+    written, and when the encoder's own features are all zero or not finite.
     """
     with torch.no_grad():
         features = encoder(images)

@@ -46,7 +46,7 @@ def read_tensors(url: str) -> dict[str, Tensor]:
             found = sorted(safetensors.torch.load(content).items())
         except Exception as error:  # a damaged file can raise nearly anything
             reason = " ".join(str(error).split())
-            raise InputError(f"{place}: is no whole safetensors file: {reason}") from None
+            raise InputError(f"{place}: is not a whole safetensors file: {reason}") from None
     else:
         try:
             found = list(_flatten(_unpickle(content, place)))
@@ -64,7 +64,8 @@ def _unpickle(content: bytes, place: str) -> object:
     archive = content.startswith(b"PK")
     if not archive and not content.startswith(b"\x80"):  # neither a zip file nor a pickle
         raise InputError(
-            f"{place}: is no file of torch.save or safetensors: it begins with {content[:24]!r}"
+            f"{place}: was written neither by torch.save nor by safetensors: it begins with "
+            f"{content[:24]!r}"
         )
     if archive and b"/constants.pkl" in content:
         raise InputError(
@@ -85,12 +86,12 @@ def _unpickle(content: bytes, place: str) -> object:
         other = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, UnpicklingError) and other:
             raise InputError(
-                f"{place}: holds {other[1]}, which is not loaded for it could run code: where the "
-                'file was made, save the state dict alone: torch.save(torch.load(...)["state_dict"]'
-                ", ...)"
+                f"{place}: holds {other[1]}, which is not loaded, because it could run code: save "
+                "the state dict alone where the file was made, by "
+                'torch.save(torch.load(...)["state_dict"], ...)'
             ) from None
         raise InputError(
-            f"{place}: is no whole file of torch.save: cut off, damaged or something else"
+            f"{place}: is not a whole file of torch.save: it is cut off, damaged or of another kind"
         ) from None
 
 

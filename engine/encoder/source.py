@@ -24,9 +24,10 @@ from shards.storage import files, names
 TRIES = 3  # a training run may remove the checkpoint while it is read
 
 _ENCODER = "model.encoder."
+_ENCODER_FIELDS = get_type_hints(ResNetConfig)
 _PLACES = ("data.train", "data.val")
 _BOUNDS: tuple[tuple[str, Any, float, float], ...] = (  # of fields in a checkpoint's recipe
-    *((_ENCODER + name, hint, 1 / 64, 64) for name, hint in get_type_hints(ResNetConfig).items()),
+    *((_ENCODER + name, hint, 1 / 64, 64) for name, hint in _ENCODER_FIELDS.items()),
     ("views.size", int, 8, 2**14),
     ("precision", Precision, 0, 0),
     ("seed", int, 0, 2**62),
@@ -44,8 +45,9 @@ class EncoderConfig:
     """The network that is taken: online or target. For comparison, untrained is the run's
     encoder before the first step, and pixels is the image itself, which cannot be exported."""
     prefix: str | None = None
-    """Name prefix of the encoder's tensors in a third-party file. By default it is
-    detected. Give it only when the file holds several encoders."""
+    """What stands before conv1.weight in the encoder's tensor names in a third-party file, as a
+    whole. Where names mean nothing it is the name of the encoder's first tensor. It is needed only
+    when the file holds several encoders, and the error message then lists all of them."""
     size: Annotated[int | None, Interval(ge=8, le=2**14)] = None
     """Side of the network's input in pixels. By default it is the run's, and 224 for a third-party
     file."""
@@ -53,8 +55,8 @@ class EncoderConfig:
     """Side of the central crop as a fraction of the image's shorter side. By default it is the
     run's, and 0.875 for a third-party file."""
     precision: Precision | None = None
-    """Number format of the forward passes. By default it is the run's, and fp32 for a third-party
-    file."""
+    """Number format of an evaluation's forward passes. By default it is the run's, and fp32 for a
+    third-party file. An export does not depend on it, because exported files are in fp32."""
 
     def check(self) -> None:
         """Raise InputError when a field has a value that it cannot have."""
@@ -85,7 +87,7 @@ class Source:
     def data_url(self, name: Literal["data.train", "data.val"]) -> str:
         """Return the URL of the run's data set; "" when the run has none.
 
-        Raises InputError when it is a URL that a file that others made must not lead to.
+        Raises InputError when it is of a kind that is never opened on the word of a file.
         """
         if not self.run:
             return ""
@@ -110,9 +112,10 @@ Network = ResNet | Pixels
 def open_encoder(
     url: str, config: EncoderConfig, world: World, report: Callable[[str], None]
 ) -> tuple[Source, Network]:
-    """Load a network in evaluation mode, on the CPU in float32, and describe its source.
+    """Load a network, on the CPU in float32, and describe its source.
 
-    All processes call it together. Raises InputError when there is no sound checkpoint.
+    The caller puts it into evaluation mode. All processes call it together. Raises InputError when
+    there is no sound checkpoint.
     """
     config.check()
     files.check(url, "CHECKPOINT")
@@ -169,17 +172,17 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
     fields = layout.read_recipe(home) if home else {}
     # The commit decides the method. Only recipe.json says where the data is.
     fields |= {name: value for name, value in commit.method.items() if name not in _PLACES}
+    encoder = {n.removeprefix(_ENCODER): v for n, v in fields.items() if n.startswith(_ENCODER)}
+    remedy = "use the version of this engine that wrote it"
     try:
-        resnet = ResNetConfig(
-            **{
-                name.removeprefix(_ENCODER): value
-                for name, value in fields.items()
-                if name.startswith(_ENCODER)
-            }
-        )
+        resnet = ResNetConfig(**encoder)
         size, precision, seed = fields["views.size"], fields["precision"], fields["seed"]
-    except (KeyError, TypeError):
-        raise InputError(f"{place}: its recipe lacks fields that this version knows") from None
+    except KeyError as missing:
+        raise InputError(f"{place}: its recipe has no field {missing.args[0]}: {remedy}") from None
+    except TypeError:
+        unknown = ", ".join(sorted(ascii(n)[:80] for n in encoder.keys() - _ENCODER_FIELDS))
+        told = f"{place}: model.encoder has unknown fields ({unknown}): {remedy}"
+        raise InputError(told) from None
     for name, hint, low, high in _BOUNDS:
         if name in fields and not _is_sound(fields[name], hint, low, high):
             shown = ascii(fields[name])[:80]

@@ -1,4 +1,7 @@
-"""Measure the features during training, by kNN and the online head on held-out images."""
+"""Measure the features during training, by kNN and the online head on held-out images.
+
+The online head is the online network's linear classifier (`Online.classifier`), which trains along.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -31,9 +31,9 @@ TENSORBOARD = "tensorboard"
 class EventLog:
     """Write the event files of one process to `folder`.
 
-    The files make tensorboard drop what earlier processes logged after step `start`. Nothing is
-    written before `flush`, which may run in another thread. When `flush` raises OSError the events
-    are kept, and the next call writes them.
+    The first of them makes tensorboard drop what earlier processes logged after step `start`,
+    because training makes those steps again. Nothing is written before `flush`, which may run in
+    another thread. When `flush` raises OSError the events are kept, and the next call writes them.
     """
 
     def __init__(self, folder: str, start: int | None) -> None:

@@ -21,7 +21,8 @@ class Saver:
     """Write one checkpoint at a time, on a process group of its own.
 
     All processes call its methods together. A save is tried up to ATTEMPTS times. Every failure is
-    reported. When all attempts fail, training continues without this checkpoint.
+    reported. When all attempts fail, training continues without this checkpoint. Only `finish`
+    raises, when the last one failed.
     """
 
     def __init__(self, world: World, background: bool, report: Callable[[str], None]) -> None:

@@ -58,10 +58,10 @@ def bench_input(
 ) -> None:
     """Measure this project's input pipeline beside DataLoader, PIL and torchvision.
 
-    Both sides turn images into two views. Ours cuts and resizes the two crops in threads and leaves
-    colors and blur to the device. Stock does everything in worker processes, one image at a time.
-    So there are two comparisons: the host's work when a GPU does the rest and, without a GPU, all
-    of the work on the host.
+    Ours and stock, the usual way, turn images into two views. Ours cuts and resizes the two crops
+    in threads and leaves colors and blur to the device. Stock does everything in worker processes,
+    one image at a time. So there are two comparisons: the host's work when a GPU does the rest and,
+    without a GPU, all of the work on the host.
 
     Both sides get the same images in the same order. Stock finds their bytes in memory, while ours
     reads its shards.

@@ -283,7 +283,7 @@ def test_command(
     run(monkeypatch, "--index-only", out, "--classes", str(names))
     assert index.load(out, "data.train").classes == ["A", "B", "C"]
     for arguments, text in (
-        ([out], "error: OUT: where the shards go is missing"),
+        ([out], "error: OUT is missing"),
         (["--index-only", out, out], "error: .* is named twice"),
         ([str(photo_folder), out, "--classes", "f"], "error: --classes f: no such file"),
         (["--index-only", out, "--classes", "nowhere"], "error: --classes nowhere: no such file"),
