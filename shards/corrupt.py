@@ -39,7 +39,7 @@ class Faults:
             count = len(self._seen)
         if count > self.limit:
             raise InputError(
-                f"{name}: {reason}; {count} corrupt samples, more than data.corrupt allows "
+                f"{name}: {reason}; {count} samples were left out, more than data.corrupt allows "
                 f"({self.limit}): repair the data set or raise the bound"
             )
         self.report(f"{name}: {reason}; left out (at most {self.limit} samples may be)")
@@ -59,10 +59,13 @@ def decode_good(
 
     Raises InputError when there are too many faults, or when no sample of the block can be decoded.
     """
+    reason = ""
     for candidate in [*range(row, len(block)), *range(row)]:
         try:
             return candidate, reader.decode(block, candidate)
         except DecodeError as error:
             name = reader.name_sample(block, candidate, first_id)
             faults.record(first_id + candidate, name, error)
-    raise InputError(f"{reader.url_of(first_id)}: no sample of its block can be decoded")
+            reason = str(error)
+    place = reader.url_of(first_id)
+    raise InputError(f"{place}: no sample of its block can be decoded; of the last one: {reason}")
