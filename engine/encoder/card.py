@@ -31,7 +31,9 @@ def sample_images(source: Source, val: Index | None, report: Callable[[str], Non
     shape = (IMAGES, 3, source.size, source.size)
     images = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)]
     if val is not None:
-        crops = CropReader(source.size, source.crop, threads=1, corrupt=1, report=report)
+        crops = CropReader(
+            source.size, source.crop, threads=1, corrupt=1, report=report, rules=source.rules
+        )
         images += [batch.images[:IMAGES] for batch in crops.read(val, limit=IMAGES)][:1]
     return normalize(torch.cat(images).float() / 255)
 
@@ -116,6 +118,7 @@ def describe(source: Source, encoder: ResNet, compared: int) -> dict[str, Any]:
             "resize_shorter_side": round(source.size / source.crop),
             "center_crop": source.size,
             "interpolation": "bicubic, no antialiasing",
+            "exif_orientation": source.rules.exif,
             "scale": 1 / 255,
             "mean": MEAN,
             "std": STD,
