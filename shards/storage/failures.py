@@ -54,11 +54,12 @@ _NO_CHECKSUMS = (
 )
 _FULL = "the store is full or its quota is used up: remove something there, or get more space"
 
-# How stores tell that they lack the checksums of requests, and that they are full. Their codes and
-# their HTTP statuses differ.
+# How stores tell that they lack the checksums of requests or conditional ones, and that they are
+# full. Their codes and their HTTP statuses differ.
 _ABOUT_CHECKSUMS = re.compile(
     r"x-amz-(sdk-)?checksum|x-amz-trailer|aws-chunked|streaming-(unsigned|aws4)", re.IGNORECASE
 )
+_ABOUT_CONDITIONS = re.compile(r"if-?none-?match|condition", re.IGNORECASE)
 _ABOUT_SPACE = re.compile(
     r"quota|storage ?(is )?full|insufficient ?storage|(storage|transaction) cap|no space|"
     r"minimum free drive",
@@ -212,6 +213,16 @@ def is_refused_listing(error: Exception) -> bool:
     """Return whether S3 did not allow a folder to be listed."""
     answer = _answer(error)
     return answer is not None and answer.status == 403 and answer.request == "ListObjectsV2"
+
+
+def is_refused_condition(error: Exception) -> bool:
+    """Return whether S3 did not understand the condition of an exclusive create."""
+    answer = _answer(error)
+    if answer is None or _ABOUT_CHECKSUMS.search(answer.message):
+        return False
+    return answer.status == 501 or (
+        answer.status == 400 and _ABOUT_CONDITIONS.search(answer.message) is not None
+    )
 
 
 def is_page(headers: dict[str, str]) -> bool:
