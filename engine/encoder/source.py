@@ -142,20 +142,31 @@ def open_encoder(
     if config.prefix is not None:
         raise InputError(f"--prefix is for files that others made: {files.redact(url)} is a run")
     for attempt in range(1, TRIES + 1):
-        there = world.on_main(partial(checkpoint.steps, url))
+        there = world.on_main(partial(_steps, url))
         try:
             return _own(_find(url, config, world, report), config, world)
         except (InputError, OSError):
-            changed = world.on_main(partial(checkpoint.steps, url)) != there
+            changed = world.on_main(partial(_steps, url)) != there
             if not changed or attempt == TRIES or config.checkpoint != "latest":
                 raise
             report(f"{files.redact(url)}: the run went on meanwhile; taking a newer checkpoint")
     raise AssertionError("unreachable")
 
 
+def _steps(url: str) -> list[str]:
+    """List the checkpoints of a run. The list is empty where folders may not be listed."""
+    try:
+        return checkpoint.steps(url)
+    except PermissionError:
+        return []
+
+
 def _kind(url: str) -> Literal["folder", "file"]:
-    if files.list_names(url):
-        return "folder"
+    try:
+        if files.list_names(url):
+            return "folder"
+    except PermissionError:  # Single objects may be readable all the same.
+        return "file" if files.exists(url) else "folder"
     if not files.exists(url):
         raise InputError(
             f"CHECKPOINT {files.redact(url)}: nothing there; give the URL of a run, of one of "
