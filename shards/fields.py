@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from annotated_types import Interval, MinLen
+from annotated_types import Interval, MaxLen, MinLen
 
 from shards.errors import InputError
 
@@ -68,15 +68,22 @@ def check_bounds(config: Any, spell: Callable[[str], str] = str) -> None:
         spell: Turns a dotted name into the name that the message uses for the field.
     """
     for name, value, annotations in walk(config):
-        values = value if isinstance(value, tuple) else (value,)
-        for bound in annotations:
-            if isinstance(bound, MinLen) and len(value) < bound.min_length:
-                raise InputError(f"{spell(name)} needs at least {bound.min_length} value")
-            if isinstance(bound, Interval):
-                for one in values:
-                    check_range(spell(name), one, bound)
-            if bound == RISING and any(a > b for a, b in itertools.pairwise(values)):
-                raise InputError(f"{spell(name)} must be two rising numbers, not {value}")
+        check_annotations(spell(name), value, annotations)
+
+
+def check_annotations(name: str, value: Any, annotations: tuple[Any, ...]) -> None:
+    """Raise InputError naming the field `name` when its value is outside the annotated bounds."""
+    values = value if isinstance(value, tuple) else (value,)
+    for bound in annotations:
+        if isinstance(bound, MinLen) and len(value) < bound.min_length:
+            raise InputError(f"{name} needs at least {bound.min_length} value")
+        if isinstance(bound, MaxLen) and len(value) > bound.max_length:
+            raise InputError(f"{name} must have at most {bound.max_length} values")
+        if isinstance(bound, Interval):
+            for one in values:
+                check_range(name, one, bound)
+        if bound == RISING and any(a > b for a, b in itertools.pairwise(values)):
+            raise InputError(f"{name} must be two rising numbers, not {value}")
 
 
 def as_flag(name: str) -> str:

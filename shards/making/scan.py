@@ -17,8 +17,6 @@ from shards.making.pack import describe, run_in_threads
 from shards.storage import files
 from shards.tar import IMAGE_FIELDS, LABEL_FIELD, Sample, TarError, parse_label, read_samples
 
-MOST_CLASSES = 1 << 20
-
 
 def index_tars(
     source: str,
@@ -73,7 +71,7 @@ def index_tars(
     if 0 < unlabeled < len(labels):
         report(f"{unlabeled:,} of {len(labels):,} samples have no label")
     count = int(labels.max()) + 1
-    if count > MOST_CLASSES:
+    if count > index.MOST_CLASSES:
         raise InputError(f"SOURCE {files.redact(source)}: .cls {count - 1} is no class index")
     if classes is not None and len(classes) < count:
         raise InputError(f"--classes names {len(classes)} classes, but .cls goes up to {count - 1}")
@@ -154,7 +152,7 @@ def _reason_against(sample: Sample) -> str:
 
 
 def _known_classes(url: str) -> list[str]:
-    with contextlib.suppress(FileNotFoundError, InputError, KeyError, TypeError):
+    with contextlib.suppress(FileNotFoundError, InputError):
         return index.class_names(index.read_document(url))
     return []
 
