@@ -21,6 +21,9 @@ Operation = Annotated[_T, OPERATION]
 
 RISING = "rising"  # In a tuple marked so, no value is smaller than the one before.
 
+_LONGEST = 200  # characters of a value in a message
+_MOST_DIFFERENCES = 100
+
 UnitInterval = Annotated[float, Interval(ge=0, le=1)]
 Range = Annotated[tuple[float, float], Interval(gt=0), RISING]
 
@@ -50,13 +53,24 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """List every field that differs between two recipes, as `name: there VALUE, here VALUE`."""
+    """List the fields that differ between two recipes, as `name: there VALUE, here VALUE`.
+
+    Long values are cut, and so is the list, because one of the recipes may be a stranger's.
+    """
     names = sorted(there.keys() | here.keys())
-    return [
-        f"{name}: there {there.get(name, 'absent')}, here {here.get(name, 'absent')}"
+    found = [
+        f"{_cut(name)}: there {_cut(there.get(name, 'absent'))}, "
+        f"here {_cut(here.get(name, 'absent'))}"
         for name in names
         if there.get(name) != here.get(name)
     ]
+    more = len(found) - _MOST_DIFFERENCES
+    return [*found[:_MOST_DIFFERENCES], f"{more} more"] if more > 0 else found
+
+
+def _cut(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def check_bounds(config: Any, spell: Callable[[str], str] = str) -> None:

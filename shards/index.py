@@ -310,7 +310,7 @@ def _checked(document: Any, url: str, place: str) -> Index:
             there = f"{index.samples}, as the shards say, not {content.samples}"
             raise InputError(f"samples must be {there}")
     except (InputError, UnicodeEncodeError) as error:
-        raise InputError(f"{place}: {NAME} is damaged: {error}; {_REINDEX}") from None
+        raise InputError(f"{place}: {NAME}: is damaged: {error}; {_REINDEX}") from None
     for shard in shards:
         names.check_name(shard.name, f"{place}: {NAME}", _REINDEX)
     if index.digest != content.digest:
