@@ -6,7 +6,6 @@ the named object, or what lies below it, is read, replaced or removed.
 
 import contextlib
 import io
-import json
 import os
 import re
 import time
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO, cast
 
 import fsspec
 
+from shards.documents import parse_json
 from shards.errors import InputError
 from shards.storage import local_files
 from shards.storage.failures import (
@@ -97,12 +97,10 @@ def read(url: str, start: int | None = None, stop: int | None = None) -> bytes:
 def read_json(url: str) -> Any:
     """Read the JSON document in an object.
 
-    Raises ValueError when the content is not JSON, and what `read` raises.
+    Raises ValueError when the content is not JSON that this project writes, as `parse_json` does,
+    and what `read` raises.
     """
-    try:
-        return json.loads(read(url))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    return parse_json(read(url))
 
 
 def check(url: str, name: str) -> None:
