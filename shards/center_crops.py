@@ -78,7 +78,8 @@ class CropReader:
         empty = True
         for batch in decoded:
             if isinstance(batch, InputError):
-                raise batch
+                # A thread still holds this error. With a traceback it would hold the threads, too.
+                raise InputError(str(batch))
             yield batch
             empty = False
         if empty:

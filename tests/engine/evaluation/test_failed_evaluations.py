@@ -1,8 +1,10 @@
 """Evaluations whose data is gone: all processes agree, the log says so, and training goes on."""
 
 import dataclasses
+import gc
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from shards.making import synthetic
 from shards.storage import files
 from tests.helpers import tiny
 from tests.helpers.ranks import Ranks
-from tests.helpers.training import finish, train, training
+from tests.helpers.training import finish, open_trainer, train, training
 
 
 @pytest.fixture
@@ -125,6 +127,17 @@ def test_each_kind_is_reported_once(
     assert train_and_harm(tiny.recipe(data, tmp_path / "run"), remove_shards) == 3
     assert capsys.readouterr().out.count("an evaluation failed") == 1
     assert [r["step"] for r in records(tmp_path / "run") if FAILED in r] == [10, 15, 20]
+
+
+def test_no_threads_are_left(data: DataConfig, tmp_path: Path) -> None:
+    trainer = open_trainer(tiny.recipe(data, tmp_path / "run"))
+    before = threading.active_count()
+    remove_shards(data.val)
+    for _ in range(2):
+        assert trainer.probe is not None
+        assert FAILED in trainer.probe.attempt()
+    gc.collect()
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
