@@ -111,7 +111,13 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
 
     def write(state: dict[str, Any], world: World) -> None:
         log.flush()  # a resumed run does not log the steps before its checkpoint again
-        run.save(step, state, world)
+        try:
+            run.save(step, state, world)
+        except OSError:
+            if files.is_local(run.url):  # what was written would keep a full disk full
+                url = checkpoint.step_url(run.url, step)
+                world.on_main(lambda: files.discard(url, run.url, trainer.terminal.report))
+            raise
         run.prune(step)
         run.compact(log)
 
