@@ -93,10 +93,11 @@ class Index:
         """
         if self.stored_digest:
             return self.stored_digest
-        named = self.layout.named
-        return self.compute_digest(self.classes if named else [str(i) for i in range(len(self.classes))])
+        names = self.classes if self.layout.named else map(str, range(len(self.classes)))
+        return self.compute_digest(list(names))
 
     def compute_digest(self, classes: list[str]) -> str:
+        """Return the digest that the index has if these names belong to it."""
         facts = [[s.name, s.samples, s.bytes, s.checksum] for s in self.shards]
         layout = self.layout.document()
         whole = [VERSION, facts, classes, *([layout] if layout else [])]

@@ -29,6 +29,7 @@ from shards.storage.local_files import is_local as is_local
 from shards.storage.retries import WrongLength, retry
 from shards.storage.s3 import is_s3 as is_s3
 from shards.storage.s3 import open_s3
+from shards.storage.space import naming_space
 
 # "s3:/bucket" and the like, which would otherwise be taken for a local path.
 _SLIP = re.compile(r"\s*(?:([a-z][a-z0-9+.-]+):/|(s3a?|gs|abfss?|https?)[;.,]?//)", re.IGNORECASE)
@@ -127,7 +128,7 @@ def download(url: str, size: int, path: str) -> None:
 
     Raises what `read` raises.
     """
-    with local_files.new_file(path) as (file, name):
+    with naming_space(path, lambda: size), local_files.new_file(path) as (file, name):
         for start in range(0, size, PART):
             file.write(read(url, start, min(start + PART, size)))
         file.close()
