@@ -6,7 +6,12 @@
 SOURCE and OUT are folders on a disk or in any object store (s3://, gs://, ...).
 """
 
+import math
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from threading import Lock
 from typing import Annotated
 
@@ -16,16 +21,22 @@ if __name__ == "__main__":  # the imports below would fail with a less helpful m
     check_requirements()
 
 import tyro
+from annotated_types import Interval
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
 from launch.plain_errors import plain_errors
+from shards.dimensions import MOST_PIXELS
 from shards.errors import InputError, printable
+from shards.fields import check_range
 from shards.index import Index
 from shards.making import pack, scan
+from shards.making.convert import PixelOptions, convert, packed_extension
 from shards.making.image_folders import LeftOut, find_images, leave_out
-from shards.making.undecodable import find_fault
+from shards.making.pictures import UnusableError
+from shards.making.survey import choose_window
+from shards.making.window import check_window
 from shards.storage import files
 
 MB = 1_000_000
@@ -43,6 +54,10 @@ def main(
     overwrite: bool = False,
     index_only: bool = False,
     classes: Annotated[str, tyro.conf.arg(metavar="FILE")] = "",
+    max_pixels: int = MOST_PIXELS,
+    max_side: int | None = None,
+    window: tuple[float, float] | None = None,
+    window_percentiles: tuple[float, float] | None = None,
 ) -> None:
     """Pack images into shards that training streams, or index tars that others made.
 
@@ -51,8 +66,9 @@ def main(
     folder of that name under OUT. A packing that was stopped continues with the same command.
 
     Args:
-        source: URL of a folder of jpg, jpeg, png or webp files. With --index-only, give a folder of
-            tars or a brace pattern such as "s3://bucket/shard-{000000..000146}.tar".
+        source: URL of a folder of images: jpg, png, webp, gif, bmp, tif and others. With
+            --index-only, give a folder of tars or a brace pattern such as
+            "s3://bucket/shard-{000000..000146}.tar".
         out: URL of the folder to write.
         shard_mb: Approximate size of a shard in MB.
         seed: Seed of the random order.
@@ -60,6 +76,12 @@ def main(
         overwrite: Replace the shards that OUT holds.
         index_only: Read the headers of the tars in SOURCE and write index.json next to them.
         classes: File with the names of the classes, one a line. Only for --index-only.
+        max_pixels: Images of more pixels are named, and not decoded.
+        max_side: Shrink images whose longer side has more pixels to that many, antialiased.
+        window: LOW HIGH, the values that become black and white in images of more than 8 bits per
+            channel. Values between them are mapped linearly to 8 bits.
+        window_percentiles: LOW HIGH, the percentiles of the values in up to 64 of those images that
+            are taken as the window.
     """
     files.check(source, "SOURCE")
     files.check(out, "OUT")
@@ -76,10 +98,26 @@ def main(
     elif classes:
         raise InputError("--classes is for --index-only; folders name the classes otherwise")
     else:
-        _pack(source, out, shard_mb, seed, threads, overwrite)
+        check_range("--max-pixels", max_pixels, Interval(ge=1, le=2**32))
+        check_range("--max-side", max_side, Interval(ge=1, le=2**16))
+        check_window("--window", window, -math.inf, math.inf)
+        check_window("--window-percentiles", window_percentiles, 0, 100)
+        if window and window_percentiles:
+            raise InputError("--window and --window-percentiles exclude each other: give one")
+        options = PixelOptions(max_pixels, max_side, window)
+        _pack(source, out, shard_mb, seed, threads, overwrite, options, window_percentiles)
 
 
-def _pack(source: str, out: str, shard_mb: float, seed: int, threads: int, overwrite: bool) -> None:
+def _pack(
+    source: str,
+    out: str,
+    shard_mb: float,
+    seed: int,
+    threads: int,
+    overwrite: bool,
+    options: PixelOptions,
+    percentiles: tuple[float, float] | None,
+) -> None:
     with _console.status(Text(f"listing {files.redact(source)}")):
         found = find_images(source)
     for reason, files_there in found.left_out.items():
@@ -87,39 +125,92 @@ def _pack(source: str, out: str, shard_mb: float, seed: int, threads: int, overw
         _console.print(f"left out: {files_there.number:,} {reason}, such as {example}")
     for warning in found.warnings:
         _warn(warning)
+    if options.window is None:
+        options = _choose_window(source, found.sets, options, percentiles, threads)
     for images in found.sets:
-        plan = pack.plan_shards(images, int(shard_mb * MB), seed)
+        plan = pack.plan_shards(images, int(shard_mb * MB), seed, options.facts())
         url = files.join(out, images.name) if images.name else out
-        contents = _Contents(source)
-        with _Bar(images.name or "packing", plan.image_bytes, len(plan.images)) as bar:
+        contents = _Contents(source, options)
+        with (
+            _quiet_pillow(),
+            _Bar(images.name or "packing", plan.image_bytes, len(plan.images)) as bar,
+        ):
             index, written = pack.write_shards(
                 plan,
                 url,
                 contents.read,
+                convert=contents.convert,
                 threads=threads,
                 overwrite=overwrite,
                 advance=bar.advance,
                 report=_warn,
             )
-        for reason, bad in contents.bad.items():
-            share = f"{bad.number:,} of {len(plan.images):,} images ({reason})"
-            _warn(f"cannot be decoded: {share}, such as {bad.example}")
+        contents.report(len(plan.images))
         _summarize(images.name, index, "" if written else "already packed: ")
 
 
-class _Contents:
-    """Read image files, and count those that training will not be able to decode."""
+def _choose_window(
+    source: str,
+    sets: list[pack.ImageSet],
+    options: PixelOptions,
+    percentiles: tuple[float, float] | None,
+    threads: int,
+) -> PixelOptions:
+    """Find the window of the images of all sets that have more than 8 bits, if there are any."""
+    with _quiet_pillow(), _console.status("looking for images of more than 8 bits"):
+        window = choose_window(
+            [image for images in sets for image in images.images],
+            lambda image, start, stop: files.read(files.join(source, image.path), start, stop),
+            percentiles,
+            place=files.redact(source),
+            most=options.max_pixels,
+            threads=threads,
+        )
+    if window is not None:
+        _console.print(f"the percentiles are the values {window[0]:g} and {window[1]:g}")
+    return replace(options, window=window)
 
-    def __init__(self, source: str) -> None:
-        self.bad: dict[str, LeftOut] = {}  # by reason
-        self._source, self._lock = source, Lock()  # several threads read
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Keep Pillow from printing warnings about images, because those that matter are counted."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+class _Contents:
+    """Read and convert image files, and count what was converted and what cannot be used."""
+
+    def __init__(self, source: str, options: PixelOptions) -> None:
+        self._bad: dict[str, LeftOut] = {}  # by reason
+        self._converted: dict[str, LeftOut] = {}  # by what was done
+        self._source, self._options, self._lock = source, options, Lock()  # several threads read
 
     def read(self, image: pack.Image) -> bytes:
-        content = files.read(files.join(self._source, image.path))
-        if fault := find_fault(content):
+        return files.read(files.join(self._source, image.path))
+
+    def convert(self, image: pack.Image, content: bytes) -> tuple[str, bytes]:
+        """Return the extension and the content to pack. What cannot be used stays as it is."""
+        try:
+            extension, content, done = convert(image.path, content, self._options)
+        except UnusableError as error:
             with self._lock:
-                leave_out(self.bad, fault, image.path)
-        return content
+                leave_out(self._bad, str(error), image.path)
+            return packed_extension(image.path, content), content
+        if done:
+            with self._lock:
+                leave_out(self._converted, done, image.path)
+        return extension, content
+
+    def report(self, total: int) -> None:
+        """Print one line for each thing that was done to images, and for each fault."""
+        for done, some in sorted(self._converted.items()):
+            text = f"converted: {some.number:,} {done}, such as {some.example}"
+            _console.print(printable(text), soft_wrap=True)
+        for reason, bad in sorted(self._bad.items()):
+            share = f"{bad.number:,} of {total:,} images ({reason})"
+            _warn(f"cannot be decoded: {share}, such as {bad.example}")
 
 
 def _index(source: str, classes: str, threads: int) -> None:

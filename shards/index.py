@@ -59,13 +59,15 @@ class Index:
 
     `classes` is empty when the data set has no labels. Samples are numbered in file order across
     all shards; these numbers are the sample ids. `plan` is the digest of the packing that made the
-    shards, or "" when others made them.
+    shards, or "" when others made them. `pixels` are the options by which that packing converted
+    images, such as the window of values, and it is empty where it had none.
     """
 
     url: str
     shards: list[Shard]
     classes: list[str] = field(default_factory=list)
     plan: str = ""
+    pixels: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.first_ids = np.cumsum([0, *(shard.samples for shard in self.shards)])  # [S + 1]
@@ -81,7 +83,10 @@ class Index:
     def digest(self) -> str:
         """SHA-256, as 16 hex digits, of everything that decides which bytes a sample id means."""
         facts = [[s.name, s.samples, s.bytes, s.checksum] for s in self.shards]
-        text = json.dumps([VERSION, facts, self.classes], separators=(",", ":"))
+        document = [VERSION, facts, self.classes]
+        if self.pixels:  # Two windows can make shards of the same sizes.
+            document.append(sorted(self.pixels.items()))
+        text = json.dumps(document, separators=(",", ":"))
         return digest(text)
 
     def shard_url(self, shard: int) -> str:
@@ -133,7 +138,8 @@ class Index:
                     entry["crcs"] = shard.crcs
             entries.append(entry)
         head = {"version": VERSION, "digest": self.digest, "samples": self.samples}
-        return head | {"plan": self.plan, "classes": self.classes, "shards": entries}
+        head |= {"plan": self.plan} | ({"pixels": self.pixels} if self.pixels else {})
+        return head | {"classes": self.classes, "shards": entries}
 
 
 _REINDEX = "run `python launch/pack.py --index-only` on the shards again"
@@ -209,7 +215,8 @@ def load(url: str, field_name: str) -> Index:
         if version != VERSION:
             raise InputError(f"{place}: index version {version}, not {VERSION}; {_REINDEX}")
         shards = [_shard(entry, f"{place}: {NAME}") for entry in document["shards"]]
-        index = Index(url, shards, class_names(document), _typed(document["plan"], str))
+        pixels = _typed(document.get("pixels", {}), dict)
+        index = Index(url, shards, class_names(document), _typed(document["plan"], str), pixels)
     except (KeyError, TypeError, ValueError, OverflowError):
         raise InputError(f"{place}: {NAME} is damaged; {_REINDEX}") from None
     if index.digest != digest:
