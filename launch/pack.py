@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 from rich.text import Text
 
 from launch.plain_errors import plain_errors
-from shards.dimensions import MOST_PIXELS
+from shards.dimensions import MOST_PIXELS, image_size
 from shards.errors import InputError, printable
 from shards.fields import check_range
 from shards.index import Index
@@ -92,6 +92,10 @@ def main(
     if index_only:
         if out:
             raise InputError("OUT: --index-only writes next to the tars; leave OUT out")
+        if max_side or window or window_percentiles or max_pixels != MOST_PIXELS:
+            raise InputError(
+                "--index-only copies no images: leave --max-pixels, --max-side and --window out"
+            )
         _index(source, classes, threads)
     elif not out:
         raise InputError("OUT: where the shards go is missing: pack.py SOURCE OUT")
@@ -185,6 +189,7 @@ class _Contents:
     def __init__(self, source: str, options: PixelOptions) -> None:
         self._bad: dict[str, LeftOut] = {}  # by reason
         self._converted: dict[str, LeftOut] = {}  # by what was done
+        self._large = (0, "")  # pixels and path of the largest image
         self._source, self._options, self._lock = source, options, Lock()  # several threads read
 
     def read(self, image: pack.Image) -> bytes:
@@ -198,8 +203,10 @@ class _Contents:
             with self._lock:
                 leave_out(self._bad, str(error), image.path)
             return packed_extension(image.path, content), content
-        if done:
-            with self._lock:
+        width, height = image_size(content) or (0, 0)
+        with self._lock:
+            self._large = max(self._large, (width * height, image.path))
+            if done:
                 leave_out(self._converted, done, image.path)
         return extension, content
 
@@ -211,6 +218,12 @@ class _Contents:
         for reason, bad in sorted(self._bad.items()):
             share = f"{bad.number:,} of {total:,} images ({reason})"
             _warn(f"cannot be decoded: {share}, such as {bad.example}")
+        pixels, path = self._large
+        if pixels > MOST_PIXELS:
+            _warn(
+                f"{path} has {pixels:,} pixels: train with --data.max-pixels {pixels}, or shrink "
+                "it with --max-side"
+            )
 
 
 def _index(source: str, classes: str, threads: int) -> None:

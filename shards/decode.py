@@ -68,6 +68,8 @@ def _decode_png(encoded: memoryview) -> Tensor:
     """
     try:
         values = decode_png(encoded)
+    except MemoryError:
+        raise DecodeError("too large for the memory") from None
     except Exception as error:  # Pillow raises many kinds for damaged images.
         reason = " ".join(f"{error}".split()) or type(error).__name__
         raise DecodeError(f"damaged PNG: {reason}") from None

@@ -23,7 +23,14 @@ from shards.decode import DecodeError, PixelRules, decode
 from shards.dimensions import MOST_PIXELS, image_size, is_animated
 from shards.errors import InputError
 from shards.making.bit_depth import find_bit_depth
-from shards.making.pictures import Picture, UnusableError, check_size, read_picture, read_wide
+from shards.making.pictures import (
+    Picture,
+    UnusableError,
+    check_size,
+    picture_size,
+    read_picture,
+    read_wide,
+)
 from shards.making.undecodable import name_format
 from shards.making.window import Window, apply_window, explain_window, find_range
 from shards.orientation import image_orientation, make_exif
@@ -84,7 +91,7 @@ def convert(path: str, content: bytes, options: PixelOptions) -> Converted:
         shrunk = size is not None and max(size) > (options.max_side or max(size))
         if size is not None and not (wide or shrunk or is_animated(content)):
             return Converted(packed_extension(path, content), content)
-        with _turn_of(size):
+        with _turn_of(*picture_size(content, suffix, options.max_pixels)):
             if wide:
                 picture = read_wide(content, suffix, options.max_pixels)
                 picture = picture._replace(values=_narrow(picture.values, path, options.window))
@@ -113,10 +120,9 @@ def packed_extension(path: str, content: bytes) -> str:
     return {"JPEG": "jpg", "WebP": "webp"}.get(name_format(content), "png")
 
 
-def _turn_of(size: tuple[int, int] | None) -> AbstractContextManager[Any]:
-    """Wait until an image of this size may be converted. An unknown size counts as large."""
-    large = size is None or size[0] * size[1] > _LARGE
-    return large_images if large else nullcontext()
+def _turn_of(width: int, height: int) -> AbstractContextManager[Any]:
+    """Wait until an image of this size may be converted."""
+    return large_images if width * height > _LARGE else nullcontext()
 
 
 def _narrow(values: NDArray[Any], path: str, window: Window | None) -> NDArray[np.uint8]:

@@ -51,6 +51,14 @@ def check_size(width: int, height: int, most: int) -> None:
         )
 
 
+def picture_size(content: bytes, suffix: str, most: int) -> tuple[int, int]:
+    """Return the width and height in a picture's header. Raises UnusableError as reading does."""
+    if size := image_size(content):
+        return size
+    with _open(content, suffix, most) as picture:
+        return picture.size
+
+
 def read_picture(content: bytes, suffix: str, most: int) -> Picture:
     """Read the first frame of a picture of up to 8 bits per channel, by Pillow.
 
