@@ -9,7 +9,10 @@ from shards.making.left_out import Reasons, explain, leave_out
 from shards.making.pack import Image, ImageSet
 from shards.storage import files, local_files
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jfif", "avif"),
+    *("jpe", "dib", "pbm", "pnm", "pfm", "jp2", "j2k", "qoi", "tga"),
+)
 
 # The names that people give to splits, in small letters and without what `_DECORATION` matches.
 _SPLITS = {

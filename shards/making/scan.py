@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards import index
+from shards.blocks import checksum
 from shards.errors import InputError
 from shards.index import Index, Shard
 from shards.making.labels import Labels, number_labels
@@ -248,7 +249,7 @@ def _from_record(record: dict[str, Any], size: int, name: str, layout: Layout) -
     labels = [str(record["texts"][i]) for i in record["labels"]]
     if len(labels) != blocks[:, 1].sum():
         raise ValueError(name)
-    shard = Shard(name, len(labels), size, blocks, index.checksum(blocks))
+    shard = Shard(name, len(labels), size, blocks, checksum(blocks))
     left_out = {why: LeftOut(int(n), str(what)) for why, (n, what) in record["left_out"].items()}
     return Scan(shard, labels, left_out, [str(field) for field in record["fields"]])
 
