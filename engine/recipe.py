@@ -36,6 +36,9 @@ _MACHINES_OWN = {
     *("threads", "compile", "compile_folder"),
 }
 
+# The method fields that came after the first release, with the values that runs had before them.
+ADDED_LATER: dict[str, Any] = {"data.max_pixels": 89_478_485, "data.exif": "ignore"}
+
 
 @dataclass(frozen=True)
 class Recipe:

@@ -198,6 +198,7 @@ class Trainer:
             precision=recipe.precision,
             threads=self.threads,
             corrupt=recipe.data.corrupt,
+            rules=recipe.data.rules,
             report=self.terminal.report,
         )
 

@@ -48,7 +48,7 @@ class ShardCache:
         self._kept = int(np.searchsorted(ends, gigabytes * GB, side="right"))
         self._locks = [Lock() for _ in range(self._kept)]
         # Another data set has another folder, and so has this one when it is packed again.
-        facts = json.dumps([index.url, index.digest, index.plan])
+        facts = json.dumps([index.folder, index.digest, index.plan])
         root = Path(files.open_filesystem(folder)[1])
         self._folder = root / digest(facts)
         self._full = False

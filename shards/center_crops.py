@@ -12,12 +12,12 @@ from torch import Tensor
 from torchdata.nodes import IterableWrapper, ParallelMapper
 
 from shards.corrupt import Faults
-from shards.decode import DecodeError, center_box, crop_resize
+from shards.decode import DEFAULT_RULES, DecodeError, PixelRules, center_box, crop_resize
 from shards.errors import InputError
 from shards.index import Index
 from shards.reader import BlockReader, read_blocks
+from shards.samples import Block
 from shards.storage import files
-from shards.tar import Block
 
 CHUNK = 64  # A decode thread takes this many samples at a time.
 LOCAL_AHEAD, REMOTE_AHEAD = 4, 16  # This many blocks (about 4 MB each) are fetched ahead.
@@ -54,6 +54,8 @@ class CropReader:
     report: Callable[[str], None]
     part: tuple[int, int] = (0, 1)
     """(i, n) reads every n-th block from the i-th on: what one of n processes measures."""
+    rules: PixelRules = DEFAULT_RULES
+    """How image files become pixels."""
 
     def read(
         self, index: Index, *, limit: int | None = None, ids: NDArray[np.int64] | None = None
@@ -66,7 +68,7 @@ class CropReader:
             limit: Read only evenly spaced blocks that hold about this many samples.
             ids: [n] Read only the samples with these ids, which are in rising order.
         """
-        reader = BlockReader(index, report=self.report)
+        reader = BlockReader(index, report=self.report, rules=self.rules)
         faults = Faults(index.samples, self.corrupt, self.report)
         decoded = ParallelMapper(
             IterableWrapper(self._plan(reader, limit, ids)),
@@ -88,7 +90,7 @@ class CropReader:
         self, reader: BlockReader, limit: int | None, ids: NDArray[np.int64] | None
     ) -> Iterator[_Chunk | InputError]:
         index, (first_part, parts) = reader.index, self.part
-        ahead = LOCAL_AHEAD if files.is_local(index.url) else REMOTE_AHEAD
+        ahead = LOCAL_AHEAD if files.is_local(index.folder) else REMOTE_AHEAD
         places = _places(index, limit, ids)[first_part::parts]
         try:
             for (shard, number), block in read_blocks(reader, places, ahead):

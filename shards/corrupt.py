@@ -8,7 +8,7 @@ from torch import Tensor
 from shards.decode import DecodeError
 from shards.errors import InputError
 from shards.reader import BlockReader
-from shards.tar import Block
+from shards.samples import Block
 
 
 class Faults:
@@ -39,7 +39,7 @@ class Faults:
             count = len(self._seen)
         if count > self.limit:
             raise InputError(
-                f"{name}: {reason}; {count} corrupt samples, more than data.corrupt allows "
+                f"{name}: {reason}; {count} samples were left out, more than data.corrupt allows "
                 f"({self.limit}): repair the data set or raise the bound"
             )
         self.report(f"{name}: {reason}; not used (up to {self.limit} such samples are allowed)")
@@ -59,13 +59,16 @@ def decode_good(
 
     Raises InputError when there are too many faults, or when no sample of the block can be decoded.
     """
+    reason = ""
     for candidate in [*range(row, len(block)), *range(row)]:
         try:
             return candidate, reader.decode(block, candidate)
         except DecodeError as error:
             name = reader.name_sample(block, candidate, first_id)
             faults.record(first_id + candidate, name, error)
+            reason = str(error)
     raise InputError(
-        f"{reader.url_of(first_id)}: no sample of a whole block of {len(block)} can be decoded: "
-        "restore the shard, or pack the images again without those that are damaged"
+        f"{reader.url_of(first_id)}: none of the {len(block)} samples of a block can be decoded, "
+        f"the last one because: {reason}: restore the shard, or pack the images again without "
+        "those that are damaged"
     )

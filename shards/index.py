@@ -11,8 +11,8 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from shards.digest import digest
 from shards.errors import InputError
+from shards.samples import Layout
 from shards.storage import files, names
 
 VERSION = 1
@@ -59,13 +60,18 @@ class Index:
 
     `classes` is empty when the data set has no labels. Samples are numbered in file order across
     all shards; these numbers are the sample ids. `plan` is the digest of the packing that made the
-    shards, or "" when others made them.
+    shards, or "" when others made them. `layout` says how the members of the shards make samples.
+    `base` is the folder of the shards, or "" when they lie beside the index. `stored_digest` is the
+    digest in an index of the first release, which covers the names of the classes.
     """
 
     url: str
     shards: list[Shard]
     classes: list[str] = field(default_factory=list)
     plan: str = ""
+    layout: Layout = field(default_factory=Layout)
+    base: str = ""
+    stored_digest: str = ""
 
     def __post_init__(self) -> None:
         self.first_ids = np.cumsum([0, *(shard.samples for shard in self.shards)])  # [S + 1]
@@ -79,13 +85,33 @@ class Index:
 
     @property
     def digest(self) -> str:
-        """SHA-256, as 16 hex digits, of everything that decides which bytes a sample id means."""
+        """SHA-256, as 16 hex digits, of everything that decides what a sample id means.
+
+        The number of the classes belongs to that, but their names do so only if labels are names.
+        """
+        if self.stored_digest:
+            return self.stored_digest
+        named = self.layout.named
+        return self._digest(self.classes if named else [str(i) for i in range(len(self.classes))])
+
+    def _digest(self, classes: list[str]) -> str:
         facts = [[s.name, s.samples, s.bytes, s.checksum] for s in self.shards]
-        text = json.dumps([VERSION, facts, self.classes], separators=(",", ":"))
-        return digest(text)
+        layout = self.layout.document()
+        whole = [VERSION, facts, classes, *([layout] if layout else [])]
+        return digest(json.dumps(whole, separators=(",", ":")))
+
+    @cached_property
+    def class_numbers(self) -> dict[str, int]:
+        """The index of each class name, for labels that are names."""
+        return {name: i for i, name in enumerate(self.classes)}
+
+    @property
+    def folder(self) -> str:
+        """The URL of the folder that holds the shards."""
+        return self.base or self.url
 
     def shard_url(self, shard: int) -> str:
-        return files.join(self.url, self.shards[shard].name)
+        return files.join(self.folder, self.shards[shard].name)
 
     def blocks(self, shard: int) -> Blocks:
         """Return the blocks of a shard. Read its sidecar if it has one that is not in memory.
@@ -112,7 +138,7 @@ class Index:
         InputError for a shard name that an index may not contain.
         """
         for shard in self.shards:
-            names.check_name(shard.name, files.redact(self.url), "rename it")
+            names.check_path(shard.name, files.redact(self.url), "rename it")
         inline = sum(len(self.blocks(i)) for i in range(len(self.shards))) <= INLINE_BLOCKS
         if not inline:
             for i, shard in enumerate(self.shards):
@@ -133,7 +159,12 @@ class Index:
                     entry["crcs"] = shard.crcs
             entries.append(entry)
         head = {"version": VERSION, "digest": self.digest, "samples": self.samples}
-        return head | {"plan": self.plan, "classes": self.classes, "shards": entries}
+        head |= {"plan": self.plan, "classes": self.classes}
+        if layout := self.layout.document():
+            head["layout"] = layout
+        if self.base:
+            head["base"] = self.base
+        return head | {"shards": entries}
 
 
 _REINDEX = "run `python launch/pack.py --index-only` on the shards again"
@@ -210,13 +241,18 @@ def load(url: str, field_name: str) -> Index:
             raise InputError(f"{place}: index version {version}, not {VERSION}; {_REINDEX}")
         shards = [_shard(entry, f"{place}: {NAME}") for entry in document["shards"]]
         index = Index(url, shards, class_names(document), _typed(document["plan"], str))
+        index.layout = _layout(document.get("layout", {}))
+        if "base" in document:
+            index.base = names.check_url(document["base"], field_name, f"{place}: {NAME}")
     except (KeyError, TypeError, ValueError, OverflowError):
         raise InputError(f"{place}: {NAME} is damaged; {_REINDEX}") from None
+    if index.digest != digest and index._digest(index.classes) == digest:
+        index.stored_digest = digest
     if index.digest != digest:
         raise InputError(f"{place}: {NAME} does not match its own digest; {_REINDEX}")
     if index.samples == 0:
         raise InputError(f"{place}: the data set is empty")
-    if files.is_local(url):
+    if files.is_local(index.folder):
         _check_sizes(index, place)
     return index
 
@@ -239,6 +275,12 @@ def class_names(document: Any) -> list[str]:
     return [_typed(name, str) for name in _typed(document["classes"], list)]
 
 
+def _layout(document: dict[str, Any]) -> Layout:
+    """Return the layout in an index. Raises TypeError or KeyError when it is damaged."""
+    plain = asdict(Layout())
+    return Layout(**{name: _typed(value, type(plain[name])) for name, value in document.items()})
+
+
 def _typed(value: Any, kind: type[_T]) -> _T:
     """Return a value read from JSON. Raises TypeError unless its type is exactly `kind`."""
     if type(value) is not kind:
@@ -252,7 +294,7 @@ def _shard(entry: dict[str, Any], place: str) -> Shard:
     Raises InputError when the entry's name is not that of a file beside the index, and KeyError,
     TypeError, ValueError or OverflowError when the entry is damaged otherwise.
     """
-    name = names.check_name(entry["name"], place, _REINDEX)
+    name = names.check_path(entry["name"], place, _REINDEX)
     samples, size = _typed(entry["samples"], int), _typed(entry["bytes"], int)
     if not (0 <= samples < 2**62 and 0 <= size < 2**62):
         raise ValueError(name)
@@ -267,7 +309,7 @@ def _shard(entry: dict[str, Any], place: str) -> Shard:
 
 
 def _check_sizes(index: Index, place: str) -> None:
-    folder = files.open_filesystem(index.url)[1]
+    folder = files.open_filesystem(index.folder)[1]
     for shard in index.shards:
         try:
             # fsspec takes six times as long, which is 2 s for 100,000 shards at every start of a

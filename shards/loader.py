@@ -19,13 +19,14 @@ from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, Prefetche
 
 from shards.cache import ShardCache
 from shards.corrupt import Faults, decode_good
-from shards.decode import crop_resize
+from shards.decode import Exif, PixelRules, crop_resize
+from shards.dimensions import MOST_PIXELS
 from shards.errors import InputError
 from shards.fields import Operation, UnitInterval
 from shards.order import Order
 from shards.reader import BlockReader, Fetches, StreamReader
+from shards.samples import Block
 from shards.storage import files
-from shards.tar import Block
 from shards.views import COLUMNS, ViewsConfig, crop_box, draw_views
 
 CHUNK = 16  # A decode thread takes this many samples at a time.
@@ -61,8 +62,18 @@ class DataConfig:
     corrupt: Operation[UnitInterval] = 0.01
     """Fraction of the training images that each process may find undecodable before the run stops.
     It may always find 10."""
+    max_pixels: Annotated[int, Interval(ge=1, le=2**32)] = MOST_PIXELS
+    """Images whose header claims more pixels count as undecodable. They are replaced."""
+    exif: Exif = "ignore"
+    """Orientation in the EXIF data of images: ignore takes the pixels as they are stored, as the
+    official code does, and apply turns them upright."""
     audit: Operation[bool] = False
     """Add a CRC of the decoded uint8 views to data_digest in the metrics."""
+
+    @property
+    def rules(self) -> PixelRules:
+        """Return the rules by which image files become pixels."""
+        return PixelRules(self.max_pixels, self.exif)
 
 
 class Batch(NamedTuple):
@@ -118,11 +129,11 @@ class TrainLoader:
         """
         self.order, self.streams, self.views, self.config = order, streams, views, config
         self.micro, self.start, self.pin_memory = micro, start, pin_memory
-        remote = not files.is_local(order.index.url)
+        remote = not files.is_local(order.index.folder)
         cache = None
         if remote and config.cache:
             cache = ShardCache(order.index, config.cache, config.cache_gb, report)
-        self.reader = BlockReader(order.index, cache, report)
+        self.reader = BlockReader(order.index, cache, report, config.rules)
         self.faults = Faults(order.index.samples, config.corrupt, report)
         self._closed = False
         fetches = min(REMOTE_FETCHES, len(streams) * (1 + config.prefetch)) if remote else 4

@@ -16,6 +16,7 @@ from engine.method.resnet import ResNet, ResNetConfig, initialize
 from engine.processes.world import World
 from engine.state import checkpoint, layout
 from engine.state.checkpoint import Commit
+from shards.decode import DEFAULT_RULES, Exif, PixelRules
 from shards.digest import digest
 from shards.errors import InputError
 from shards.fields import as_flag, check_bounds
@@ -32,6 +33,8 @@ _BOUNDS: tuple[tuple[str, Any, float, float], ...] = (  # of fields in a checkpo
     ("precision", Precision, 0, 0),
     ("seed", int, 0, 2**62),
     ("probe.crop", float, 1e-3, 1),
+    ("data.max_pixels", int, 1, 2**32),
+    ("data.exif", Exif, 0, 0),
 )
 
 
@@ -54,6 +57,12 @@ class EncoderConfig:
     crop: Annotated[float | None, Interval(ge=1e-3, le=1)] = None
     """Side of the central crop as a fraction of the image's shorter side. By default it is the
     run's, and 0.875 for a third-party file."""
+    exif: Exif | None = None
+    """Orientation in the EXIF data of images: ignore takes the pixels as they are stored, and apply
+    turns them upright. By default it is the run's, and ignore for a third-party file."""
+    max_pixels: Annotated[int | None, Interval(ge=1, le=2**32)] = None
+    """Images whose header claims more pixels count as undecodable. By default it is the run's
+    data.max_pixels, and 89,478,485 for a third-party file."""
     precision: Precision | None = None
     """Number format of an evaluation's forward passes. By default it is the run's, and fp32 for a
     third-party file. An export does not depend on it, because exported files are in fp32."""
@@ -65,6 +74,13 @@ class EncoderConfig:
             raise InputError(
                 f"--checkpoint must be latest or the number of a step, not {self.checkpoint!r}"
             )
+
+    def rules(self, fields: dict[str, Any]) -> PixelRules:
+        """Return the rules by which image files become pixels, given the run's recipe."""
+        return PixelRules(
+            self.max_pixels or fields.get("data.max_pixels", DEFAULT_RULES.max_pixels),
+            self.exif or fields.get("data.exif", DEFAULT_RULES.exif),
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,7 @@ class Source:
     config: ResNetConfig
     size: int
     crop: float
+    rules: PixelRules
     precision: Precision
     fields: dict[str, Any]  # the run's recipe by dotted names; empty for a file that others made
     report: str  # one line that says what was taken
@@ -125,20 +142,31 @@ def open_encoder(
     if config.prefix is not None:
         raise InputError(f"--prefix is for files that others made: {files.redact(url)} is a run")
     for attempt in range(1, TRIES + 1):
-        there = world.on_main(partial(checkpoint.steps, url))
+        there = world.on_main(partial(_steps, url))
         try:
             return _own(_find(url, config, world, report), config, world)
         except (InputError, OSError):
-            changed = world.on_main(partial(checkpoint.steps, url)) != there
+            changed = world.on_main(partial(_steps, url)) != there
             if not changed or attempt == TRIES or config.checkpoint != "latest":
                 raise
             report(f"{files.redact(url)}: the run went on meanwhile; taking a newer checkpoint")
     raise AssertionError("unreachable")
 
 
+def _steps(url: str) -> list[str]:
+    """List the checkpoints of a run. The list is empty where folders may not be listed."""
+    try:
+        return checkpoint.steps(url)
+    except PermissionError:
+        return []
+
+
 def _kind(url: str) -> Literal["folder", "file"]:
-    if files.list_names(url):
-        return "folder"
+    try:
+        if files.list_names(url):
+            return "folder"
+    except PermissionError:  # Single objects may be readable all the same.
+        return "file" if files.exists(url) else "folder"
     if not files.exists(url):
         raise InputError(
             f"CHECKPOINT {files.redact(url)}: nothing there; give the URL of a run, of one of "
@@ -207,6 +235,7 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
         config=resnet,
         size=size,
         crop=config.crop or fields.get("probe.crop", 0.875),
+        rules=config.rules(fields),
         precision=config.precision or precision,
         fields={k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()},
         report=f"{config.network} network of {place}",
@@ -245,6 +274,7 @@ def _foreign(url: str, config: EncoderConfig) -> tuple[Source, Network]:
         config=found.config,
         size=config.size or 224,
         crop=config.crop or 0.875,
+        rules=config.rules({}),
         precision=config.precision or "fp32",
         fields={},
         report=f"{place}: {found.report}",

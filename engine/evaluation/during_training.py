@@ -21,6 +21,7 @@ from engine.method.precision import Precision, parameter_dtype
 from engine.method.resnet import ResNet, ResNetConfig
 from engine.processes.world import World
 from shards.center_crops import CropReader
+from shards.decode import PixelRules
 from shards.fields import Operation
 from shards.index import Index
 
@@ -79,6 +80,7 @@ class Probe:
         precision: Precision,
         threads: int,
         corrupt: float,
+        rules: PixelRules,
         report: Callable[[str], None],
     ) -> None:
         """Prepare the readers and the probe's encoder.
@@ -86,12 +88,13 @@ class Probe:
         Args:
             size: Side of the network's input, in pixels.
             corrupt: Fraction of the images that may be undecodable.
+            rules: How image files become pixels.
             report: Takes warnings about the data.
         """
         self.config, self.online, self.train, self.val = config, online, train, val
         self.world, self.precision = world, precision
         part = world.rank, world.size
-        self.crops = CropReader(size, config.crop, threads, corrupt, report, part)
+        self.crops = CropReader(size, config.crop, threads, corrupt, report, part, rules)
         self.encoder = ResNet(encoder, VIEWS).to(world.device, parameter_dtype(precision)).eval()
 
     def evaluate(self, leave: Callable[[], bool] = lambda: False) -> dict[str, float]:

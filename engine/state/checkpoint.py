@@ -174,7 +174,13 @@ def find(
     """
     if world.on_main(lambda: files.exists(files.join(url, COMMIT))):
         return verify(url, world)
-    found = latest(url, world, report)
+    try:
+        found = latest(url, world, report)
+    except PermissionError as error:
+        example = files.redact(step_url(url, 100))
+        raise InputError(
+            f"{name} {error}; without that, give the URL of one checkpoint, such as {example}"
+        ) from None
     if found is None:
         raise InputError(f"{name} {files.redact(url)}: no committed checkpoint there")
     return found

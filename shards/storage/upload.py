@@ -9,10 +9,11 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from shards.storage import files, local_files
-from shards.storage.failures import explain
+from shards.storage.failures import explain, http_status
 from shards.storage.retries import retry
 
 PARALLEL = 4  # This many parts are sent at once. With the one being filled they take 80 MiB.
+WHOLE = 1 << 30  # Where a store takes no parts, objects up to this many bytes go in one request.
 GROWTH = 1000  # Parts double in size after this many. S3 takes 10,000; 9,000 hold 8 TiB.
 
 _Content = bytes | bytearray | memoryview
@@ -113,7 +114,10 @@ def _s3(url: str, part: int) -> Iterator[_Write]:
 
 
 class _Upload:
-    """An upload to S3: one PUT if the object is smaller than a part, else a multipart upload."""
+    """An upload to S3: one PUT if the object is smaller than a part, else a multipart upload.
+
+    A store without multipart uploads gets one PUT in any case, of at most WHOLE bytes.
+    """
 
     def __init__(self, url: str, part: int) -> None:
         self._url, self._part = url, part
@@ -126,10 +130,11 @@ class _Upload:
         self._sent: set[Future[dict[str, Any]]] = set()
         self._parts: list[dict[str, Any]] = []  # The parts that have arrived.
         self._number = 0
+        self._in_parts = True
 
     def write(self, view: memoryview) -> None:
         while len(view):
-            size = self._part << self._number // GROWTH
+            size = self._part << self._number // GROWTH if self._in_parts else WHOLE
             taken = view[: size - len(self._buffer)]
             self._buffer += taken
             self._length += len(taken)
@@ -159,12 +164,28 @@ class _Upload:
                 self._call("abort_multipart_upload")
 
     def _send(self) -> None:
-        if "UploadId" not in self._object:
-            self._object["UploadId"] = self._call("create_multipart_upload")["UploadId"]
+        if "UploadId" not in self._object and not self._begin():
+            return
         self._await(PARALLEL - 1)
         self._number += 1
         self._sent.add(self._threads.submit(self._put, self._number, self._buffer))
         self._buffer = bytearray()
+
+    def _begin(self) -> bool:
+        """Begin a multipart upload. Return False when the store has none and WHOLE is not reached.
+
+        Raises OSError when the store has none and the object is longer.
+        """
+        if not self._in_parts:
+            raise OSError(
+                f"{files.redact(self._url)}: the store has no multipart uploads, which an object "
+                f"of more than {WHOLE >> 20} MiB needs: take a store that has them"
+            )
+        upload = self._call("create_multipart_upload", optional=True)
+        self._in_parts = upload is not None
+        if upload is not None:
+            self._object["UploadId"] = upload["UploadId"]
+        return self._in_parts
 
     def _put(self, number: int, content: bytearray) -> dict[str, Any]:
         answer = self._call("upload_part", content, PartNumber=number)
@@ -188,16 +209,30 @@ class _Upload:
             if self._call("head_object")["ContentLength"] != self._length:
                 raise
 
-    def _call(self, method: str, content: bytearray | None = None, **options: Any) -> Any:
-        """Send one request for the object.
+    def _call(
+        self,
+        method: str,
+        content: bytearray | None = None,
+        optional: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Send one request for the object. Return None if it is optional and the store lacks it.
 
         s3fs drops options that the method does not accept, such as the upload's ID for a HEAD.
         """
         seconds = 600.0  # A store may take minutes to join the parts.
         if content is not None:
             options["Body"], seconds = content, 60 + len(content) / 1e6
-        call = self._filesystem.call_s3
-        return retry(self._url, lambda: call(method, timeout=seconds, **self._object, **options))
+
+        def call() -> Any:
+            try:
+                return self._filesystem.call_s3(method, timeout=seconds, **self._object, **options)
+            except OSError as error:
+                if optional and http_status(error) in (405, 501):
+                    return None
+                raise
+
+        return retry(self._url, call)
 
 
 @contextmanager

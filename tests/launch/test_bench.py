@@ -111,9 +111,9 @@ def test_input_on_tars_without_an_index(
 @pytest.mark.parametrize(
     ("command", "error"),
     [
-        ("input --data NONE/such", "no such file or folder"),
-        ("input --data memory://bench/tars", "pack.py --index-only"),
-        ("input --data tests", "no tars there"),
+        ("input --data NONE/such", "NONE/such: no such folder"),
+        ("input --data memory://bench/tars", "memory://bench/tars: no such folder"),
+        ("input --data tests", "no .tar files there"),
         ("input --threads 0", "--threads must be at least 1"),
         ("step --steps 0", "--steps must be at least 1"),
         ("step --recipe NONE.py", "no such recipe file"),
