@@ -3,7 +3,7 @@
 from contextlib import closing
 from typing import Any
 
-from engine.evaluation.during_training import Stopped
+from engine.evaluation.during_training import FAILED, Stopped
 from engine.log.metrics import MetricsLog, Timer
 from engine.method.precision import slow_on
 from engine.processes.preemption import Preemption
@@ -26,6 +26,8 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
         again, to continue without that machine.
     """
     recipe, run, first, stop = trainer.recipe, trainer.run, trainer.step, trainer.last_step
+    if trainer.probe is not None:
+        trainer.probe.check_val()
     run.write_recipe()
     baseline = trainer.measure_baseline()
     with (
@@ -56,8 +58,7 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
                 if evaluation_due and not stopping:
                     trainer.check_finite(output)
                     found = _evaluate(trainer, preemption)
-                    record |= found
-                    measured, stopping = found or measured, not found
+                    record, measured, stopping = record | found, measured | found, not found
                 log.write(record)
                 timer = Timer()
             if recipe.checkpoint.due(step) or stopping or step == stop:
@@ -86,23 +87,23 @@ def _greet(trainer: Trainer, block_memory: int) -> None:
         trainer.terminal.say("torch.compile works in the first step, which can take minutes")
 
 
-def _catch_up(trainer: Trainer, log: MetricsLog) -> dict[str, float]:
-    """Evaluate at the step that training continues from, if a signal prevented it before."""
+def _catch_up(trainer: Trainer, log: MetricsLog) -> dict[str, Any]:
+    """Evaluate at the step that training continues from, if that was prevented or failed before."""
     record: dict[str, Any] | None = trainer.world.on_main(lambda: log.last)
     if record is None or record["step"] != trainer.step or "knn_top1" in record:
         return {}
     if trainer.probe is None or not trainer.recipe.probe.due(trainer.step, trainer.total_steps):
         return {}
-    measured = trainer.probe.evaluate()
-    log.write(record | measured)
+    measured = trainer.probe.attempt()
+    log.write(record | dict.fromkeys(record.keys() & {FAILED}) | measured)
     return measured
 
 
-def _evaluate(trainer: Trainer, preemption: Preemption) -> dict[str, float]:
+def _evaluate(trainer: Trainer, preemption: Preemption) -> dict[str, Any]:
     """Evaluate; return nothing when a signal interrupts, as the next start evaluates then."""
     assert trainer.probe is not None  # a recipe with evaluations has data.val
     try:
-        return trainer.probe.evaluate(preemption.looked_for)
+        return trainer.probe.attempt(preemption.looked_for)
     except Stopped:
         return {}
 
@@ -113,17 +114,25 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
 
     def write(state: dict[str, Any], world: World) -> None:
         log.flush()  # a resumed run does not log the steps before its checkpoint again
-        run.save(step, state, world)
+        try:
+            run.save(step, state, world)
+        except OSError:
+            if files.is_local(run.url):  # what was written would keep a full disk full
+                url = checkpoint.step_url(run.url, step)
+                world.on_main(lambda: files.discard(url, run.url, trainer.terminal.report))
+            raise
         run.prune(step)
         run.compact(log)
 
     saver.save(step, trainer.state(), write)
 
 
-def _farewell(trainer: Trainer, baseline: dict[str, float], measured: dict[str, float]) -> None:
+def _farewell(trainer: Trainer, baseline: dict[str, float], measured: dict[str, Any]) -> None:
     say, run = trainer.terminal.say, files.redact(trainer.run.url)
     say(f"{trainer.step} of {trainer.total_steps} steps done")
-    if baseline and measured:
+    if trainer.probe is not None and trainer.probe.failures:
+        say(f"{trainer.probe.failures} evaluations failed: see {FAILED} in metrics.jsonl")
+    if baseline and "knn_top1" in measured:
         figures = baseline | {"trained encoder": measured["knn_top1"]}
         say("kNN accuracy on data.val:")
         for name, accuracy in figures.items():

@@ -69,6 +69,7 @@ class Run:
         the run. Raises InputError when another job has it.
         """
         report = self.terminal.report
+        world.on_main(self._look)  # a frozen job that wakes must not touch the next job's files
         sums = checkpoint.write(self.url, step, state, world, report)
 
         def commit() -> None:

@@ -18,6 +18,7 @@ from shards.digest import digest
 from shards.errors import InputError
 from shards.index import Index
 from shards.storage import files
+from shards.storage.space import is_full
 
 GB = 1_000_000_000
 STALE = 3600.0  # A half-written copy older than this many seconds belongs to a dead process.
@@ -35,7 +36,8 @@ class ShardCache:
     ) -> None:
         """Open the cache, and create its folder if it is missing.
 
-        Raises InputError when `folder` is not local or can't be created.
+        When the disk is full, nothing more is kept, and that is reported. Raises InputError when
+        `folder` is not local or can't be created.
 
         Args:
             gigabytes: The most that the cached shards may take, in units of 10**9 bytes.
@@ -56,9 +58,11 @@ class ShardCache:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
         except OSError as error:
-            raise InputError(
-                f"data.cache {folder}: {error.strerror}: give a folder that can be written to"
-            ) from None
+            if not is_full(error):
+                raise InputError(
+                    f"data.cache {folder}: {error.strerror}: give a folder that can be written to"
+                ) from None
+            self._give_up(error)
 
     def keeps(self, shard: int) -> bool:
         """Return whether the shard is one of those that fit."""

@@ -11,14 +11,16 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import MaxLen
 from numpy.typing import NDArray
 
 from shards.digest import digest
+from shards.documents import Natural, Sum32, build, check, shown
 from shards.errors import InputError
 from shards.samples import Layout
 from shards.storage import files, names
@@ -26,12 +28,12 @@ from shards.storage import files, names
 VERSION = 1
 NAME = "index.json"
 BLOCK_BYTES = 4 << 20
+MOST_CLASSES = 1 << 20  # A linear head has a row for each class.
+_HEADER = 512  # bytes of the header that every sample has at least one of
 INLINE_BLOCKS = 50_000  # If the data set has more blocks than this, they go to sidecars.
 # A process needs one or two sidecars for each of its streams. This many take 35 MB for shards of
 # 1 GB.
 KEPT_SIDECARS = 8192
-
-_T = TypeVar("_T")
 
 Blocks = NDArray[np.int64]  # [K, 2] byte offset in the shard, number of samples
 
@@ -91,10 +93,11 @@ class Index:
         """
         if self.stored_digest:
             return self.stored_digest
-        named = self.layout.named
-        return self._digest(self.classes if named else [str(i) for i in range(len(self.classes))])
+        names = self.classes if self.layout.named else map(str, range(len(self.classes)))
+        return self.compute_digest(list(names))
 
-    def _digest(self, classes: list[str]) -> str:
+    def compute_digest(self, classes: list[str]) -> str:
+        """Return the digest that the index has if these names belong to it."""
         facts = [[s.name, s.samples, s.bytes, s.checksum] for s in self.shards]
         layout = self.layout.document()
         whole = [VERSION, facts, classes, *([layout] if layout else [])]
@@ -170,21 +173,86 @@ class Index:
 _REINDEX = "run `python launch/pack.py --index-only` on the shards again"
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """What index.json says of a shard."""
+
+    name: str
+    samples: Natural
+    bytes: Natural
+    checksum: str
+    blocks: Any = None
+    crcs: list[Sum32] | None = None
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The part of index.json that names the classes."""
+
+    classes: Annotated[list[str], MaxLen(MOST_CLASSES)]
+
+
+@dataclass(frozen=True)
+class _Document(_Names):
+    """The content of index.json."""
+
+    version: int
+    digest: str
+    samples: Natural
+    plan: str
+    shards: list[_Entry]
+    layout: Layout = field(default_factory=Layout)
+    base: str = ""
+
+
 def sidecar(shard_name: str) -> str:
     return f"{shard_name}.blocks.json"
 
 
 def _read_sidecar(url: str, shards: list[Shard], shard: int) -> Blocks:
-    place = files.join(url, sidecar(shards[shard].name))
+    place, entry = files.join(url, sidecar(shards[shard].name)), shards[shard]
     try:
-        blocks = np.array(_json(place), np.int64).reshape(-1, 2)
+        blocks = check_blocks(_json(place), entry.samples, entry.bytes, "blocks")
     except FileNotFoundError:
         raise InputError(f"{files.redact(place)}: missing; {_REINDEX}") from None
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{files.redact(place)}: is damaged; {_REINDEX}") from None
-    if checksum(blocks) != shards[shard].checksum:
+    except InputError as error:
+        raise InputError(f"{files.redact(place)}: is damaged: {error}; {_REINDEX}") from None
+    if checksum(blocks) != entry.checksum:
         raise InputError(f"{files.redact(place)}: does not match {NAME}; {_REINDEX}")
     return blocks
+
+
+def check_blocks(value: object, samples: int, size: int, name: str) -> Blocks:
+    """Return the blocks of a shard of `samples` and `size` bytes, as an array [K, 2].
+
+    They stand in the file one after another, and no block has more samples than fit. Raises
+    InputError, which names the field `name`, for other values.
+    """
+    if not _are_pairs(value):  # This is seven times as fast as the check that names the fault.
+        value = check(list[tuple[Natural, Natural]], value, name)
+    blocks: Blocks = np.array(value, np.int64).reshape(-1, 2)
+    starts, counts = blocks[:, 0], blocks[:, 1]
+    lengths = np.diff(starts, append=size)
+    if (lengths <= 0).any():
+        raise InputError(
+            f"{name} must begin one after another within the {size} bytes of the shard"
+        )
+    # Every sample has a header of its own. So what a count may ask for is bounded by the file.
+    if (counts < 1).any() or (counts > lengths // _HEADER).any():
+        raise InputError(f"{name} must have from 1 to as many samples as fit into each block")
+    if counts.sum() != samples:
+        raise InputError(f"{name} must hold the shard's {samples} samples, not {counts.sum()}")
+    return blocks
+
+
+def _are_pairs(value: Any) -> bool:
+    return (
+        type(value) is list
+        and {type(pair) for pair in value} <= {list}
+        and {len(pair) for pair in value} <= {2}
+        and {type(number) for pair in value for number in pair} <= {int}
+        and all(0 <= start < 2**62 and 0 <= count < 2**62 for start, count in value)
+    )
 
 
 def checksum(blocks: Blocks) -> str:
@@ -235,21 +303,7 @@ def load(url: str, field_name: str) -> Index:
     except (InputError, OSError) as error:
         hint = f"; give the folder that holds {NAME}" if url.endswith(NAME) else ""
         raise InputError(f"{place}: {error}{hint}") from None
-    try:
-        version, digest = document["version"], document["digest"]
-        if version != VERSION:
-            raise InputError(f"{place}: index version {version}, not {VERSION}; {_REINDEX}")
-        shards = [_shard(entry, f"{place}: {NAME}") for entry in document["shards"]]
-        index = Index(url, shards, class_names(document), _typed(document["plan"], str))
-        index.layout = _layout(document.get("layout", {}))
-        if "base" in document:
-            index.base = names.check_url(document["base"], field_name, f"{place}: {NAME}")
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise InputError(f"{place}: {NAME} is damaged; {_REINDEX}") from None
-    if index.digest != digest and index._digest(index.classes) == digest:
-        index.stored_digest = digest
-    if index.digest != digest:
-        raise InputError(f"{place}: {NAME} does not match its own digest; {_REINDEX}")
+    index = _checked(document, url, field_name, place)
     if index.samples == 0:
         raise InputError(f"{place}: the data set is empty")
     if files.is_local(index.folder):
@@ -270,42 +324,52 @@ def check_same_classes(train: Index, val: Index) -> None:
 def class_names(document: Any) -> list[str]:
     """Return the class names in a document from `read_document`.
 
-    Raises KeyError or TypeError when they are missing or damaged.
+    Raises InputError when they are missing or damaged.
     """
-    return [_typed(name, str) for name in _typed(document["classes"], list)]
+    return build(_Names, document).classes
 
 
-def _layout(document: dict[str, Any]) -> Layout:
-    """Return the layout in an index. Raises TypeError or KeyError when it is damaged."""
-    plain = asdict(Layout())
-    return Layout(**{name: _typed(value, type(plain[name])) for name, value in document.items()})
+def _checked(document: Any, url: str, field_name: str, place: str) -> Index:
+    """Make an Index of the content of index.json. Raises InputError when it is damaged."""
+    version = document.get("version", VERSION) if isinstance(document, dict) else VERSION
+    if version != VERSION:
+        raise InputError(f"{place}: index version {shown(version)}, not {VERSION}; {_REINDEX}")
+    try:
+        content = build(_Document, document)
+        shards = [_shard(entry, f"shards[{i}]") for i, entry in enumerate(content.shards)]
+        if sum(shard.bytes for shard in shards) >= 2**62:
+            raise InputError("shards must have less than 2**62 bytes together")
+        index = Index(url, shards, content.classes, content.plan, content.layout)
+        if index.digest != content.digest == index.compute_digest(index.classes):
+            index.stored_digest = content.digest
+        if index.digest == content.digest and index.samples != content.samples:
+            there = f"{index.samples}, as the shards say, not {content.samples}"
+            raise InputError(f"samples must be {there}")
+    except (InputError, UnicodeEncodeError) as error:
+        raise InputError(f"{place}: {NAME}: is damaged: {error}; {_REINDEX}") from None
+    for shard in shards:
+        names.check_path(shard.name, f"{place}: {NAME}", _REINDEX)
+    if content.base:
+        index.base = names.check_url(content.base, field_name, f"{place}: {NAME}")
+    if index.digest != content.digest:
+        raise InputError(f"{place}: {NAME} does not match its own digest; {_REINDEX}")
+    return index
 
 
-def _typed(value: Any, kind: type[_T]) -> _T:
-    """Return a value read from JSON. Raises TypeError unless its type is exactly `kind`."""
-    if type(value) is not kind:
-        raise TypeError(f"{type(value).__name__} in place of {kind.__name__}")
-    return value
-
-
-def _shard(entry: dict[str, Any], place: str) -> Shard:
-    """Make a Shard from an entry of the index at `place`.
-
-    Raises InputError when the entry's name is not that of a file beside the index, and KeyError,
-    TypeError, ValueError or OverflowError when the entry is damaged otherwise.
-    """
-    name = names.check_path(entry["name"], place, _REINDEX)
-    samples, size = _typed(entry["samples"], int), _typed(entry["bytes"], int)
-    if not (0 <= samples < 2**62 and 0 <= size < 2**62):
-        raise ValueError(name)
-    blocks = np.array(entry["blocks"], np.int64).reshape(-1, 2) if "blocks" in entry else None
-    found = _typed(entry["checksum"], str)
-    if blocks is not None and (checksum(blocks) != found or blocks[:, 1].sum() != samples):
-        raise ValueError(name)
-    crcs = entry.get("crcs")
-    if crcs is not None and (blocks is None or len(crcs) != len(blocks)):
-        raise ValueError(name)
-    return Shard(name, samples, size, blocks, found, crcs)
+def _shard(entry: _Entry, name: str) -> Shard:
+    """Make a Shard from an entry of the index. Raises InputError when it is damaged."""
+    if entry.samples > entry.bytes // _HEADER:
+        raise InputError(f"{name}.samples must fit into {entry.bytes} bytes, not {entry.samples}")
+    if entry.blocks is None:
+        if entry.crcs is not None:
+            raise InputError(f"{name}.crcs must be absent where the blocks are in a sidecar")
+        return Shard(entry.name, entry.samples, entry.bytes, None, entry.checksum)
+    blocks = check_blocks(entry.blocks, entry.samples, entry.bytes, f"{name}.blocks")
+    if checksum(blocks) != entry.checksum:
+        raise InputError(f"{name}.checksum is not that of its blocks")
+    if entry.crcs is not None and len(entry.crcs) != len(blocks):
+        raise InputError(f"{name}.crcs must be one for each block")
+    return Shard(entry.name, entry.samples, entry.bytes, blocks, entry.checksum, entry.crcs)
 
 
 def _check_sizes(index: Index, place: str) -> None:
@@ -330,5 +394,6 @@ def _check_sizes(index: Index, place: str) -> None:
 def _json(url: str) -> Any:
     try:
         return files.read_json(url)
-    except ValueError:
-        raise InputError(f"{files.redact(url)}: not valid JSON; {_REINDEX}") from None
+    except ValueError as error:
+        reason = f": {error}" if str(error).startswith("it ") else ""
+        raise InputError(f"{files.redact(url)}: not valid JSON{reason}; {_REINDEX}") from None

@@ -4,8 +4,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
+import torch
 from annotated_types import Interval
 from torch import Generator, Tensor, nn
 
@@ -18,6 +19,7 @@ from engine.state import checkpoint, layout
 from engine.state.checkpoint import Commit
 from shards.decode import DEFAULT_RULES, Exif, PixelRules
 from shards.digest import digest
+from shards.documents import check
 from shards.errors import InputError
 from shards.fields import as_flag, check_bounds
 from shards.storage import files, names
@@ -27,15 +29,15 @@ TRIES = 3  # a training run may remove the checkpoint while it is read
 _ENCODER = "model.encoder."
 _ENCODER_FIELDS = get_type_hints(ResNetConfig)
 _PLACES = ("data.train", "data.val")
-_BOUNDS: tuple[tuple[str, Any, float, float], ...] = (  # of fields in a checkpoint's recipe
-    *((_ENCODER + name, hint, 1 / 64, 64) for name, hint in _ENCODER_FIELDS.items()),
-    ("views.size", int, 8, 2**14),
-    ("precision", Precision, 0, 0),
-    ("seed", int, 0, 2**62),
-    ("probe.crop", float, 1e-3, 1),
-    ("data.max_pixels", int, 1, 2**32),
-    ("data.exif", Exif, 0, 0),
-)
+_HINTS: dict[str, Any] = {  # types and bounds of the fields that are used of a stranger's recipe
+    **{_ENCODER + k: v for k, v in get_type_hints(ResNetConfig, include_extras=True).items()},
+    "views.size": Annotated[int, Interval(ge=8, le=2**14)],
+    "precision": Precision,
+    "seed": Annotated[int, Interval(ge=0, le=2**62)],
+    "probe.crop": Annotated[float, Interval(ge=1e-3, le=1)],
+    "data.max_pixels": Annotated[int, Interval(ge=1, le=2**32)],
+    "data.exif": Exif,
+}
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def open_encoder(
     files.check(url, "CHECKPOINT")
     kind = world.on_main(lambda: _kind(url))
     if kind == "file":
-        return _foreign(url, config)
+        return world.on_all(partial(_foreign, url, config))
     if config.prefix is not None:
         raise InputError(f"--prefix is for files that others made: {files.redact(url)} is a run")
     for attempt in range(1, TRIES + 1):
@@ -196,24 +198,24 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
     above, _, _ = commit.url.rstrip("/").rpartition("/")
     home, _, folder = above.rpartition("/")
     home = (home or ".") if folder == layout.CHECKPOINTS else ""
-    fields = layout.read_recipe(home) if home else {}
+    fields = world.on_main(partial(layout.read_recipe, home)) if home else {}
     # The commit decides the method. Only recipe.json says where the data is.
     fields |= {name: value for name, value in commit.method.items() if name not in _PLACES}
-    encoder = {n.removeprefix(_ENCODER): v for n, v in fields.items() if n.startswith(_ENCODER)}
     remedy = "use the version of this engine that wrote it"
     try:
+        fields |= {k: check(hint, fields[k], k) for k, hint in _HINTS.items() if k in fields}
+        encoder = {n.removeprefix(_ENCODER): v for n, v in fields.items() if n.startswith(_ENCODER)}
         resnet = ResNetConfig(**encoder)
         size, precision, seed = fields["views.size"], fields["precision"], fields["seed"]
+    except InputError as error:
+        raise InputError(f"{place}: its recipe is damaged: {error}") from None
     except KeyError as missing:
         raise InputError(f"{place}: its recipe has no field {missing.args[0]}: {remedy}") from None
     except TypeError:
         unknown = ", ".join(sorted(ascii(n)[:80] for n in encoder.keys() - _ENCODER_FIELDS))
         told = f"{place}: model.encoder has unknown fields ({unknown}): {remedy}"
         raise InputError(told) from None
-    for name, hint, low, high in _BOUNDS:
-        if name in fields and not _is_sound(fields[name], hint, low, high):
-            shown = ascii(fields[name])[:80]
-            raise InputError(f"{place}: its recipe is damaged, {name} is {shown}")
+    _check_weight(resnet, commit)
     size = config.size or size
     network: Network = ResNet(resnet, views=1)
     if config.network == "pixels":
@@ -241,14 +243,16 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
     ), network
 
 
-def _is_sound(value: object, hint: Any, low: float, high: float) -> bool:
-    """Return whether a recipe's field can have this value, which was read from JSON."""
-    if choices := get_args(hint):
-        return any(type(value) is type(choice) and value == choice for choice in choices)
-    if hint is bool:
-        return type(value) is bool
-    numbers: tuple[type, ...] = (int,) if hint is int else (int, float)
-    return type(value) in numbers and low <= cast(float, value) <= high
+def _check_weight(config: ResNetConfig, commit: Commit) -> None:
+    """Raise InputError when the network needs more memory than the checkpoint's files can fill."""
+    with torch.device("meta"):
+        needed = sum(value.nbytes for value in ResNet(config, views=1).parameters())
+    there = sum(length for length, _ in commit.files.values())
+    if needed > there:
+        raise InputError(
+            f"{files.redact(commit.url)}: its recipe is damaged: the encoder has {needed:,} bytes, "
+            f"and all files of the checkpoint have {there:,}"
+        )
 
 
 def _foreign(url: str, config: EncoderConfig) -> tuple[Source, Network]:

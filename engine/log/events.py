@@ -24,6 +24,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from engine.log.journal import pause
 from shards.png import encode_png
 from shards.storage import files
+from shards.storage.space import naming_space
 
 TENSORBOARD = "tensorboard"
 
@@ -136,7 +137,10 @@ class EventLog:
         """Append to the local file, after removing what a failed attempt may have left there."""
         path = files.open_filesystem(url)[1]
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "r+b" if self._size else "wb") as file:
+        with (
+            naming_space(path, lambda: len(content), path),
+            open(path, "r+b" if self._size else "wb") as file,
+        ):
             file.truncate(self._size)
             file.seek(self._size)
             file.write(content)

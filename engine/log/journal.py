@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from shards.storage import files
+from shards.storage import files, local_files
 
 JSONL = "metrics.jsonl"
 PARTS = "metrics"
@@ -170,8 +170,8 @@ class Journal:
             return
         append, self._end = min(lines) > self._end, math.inf
         if append:
-            with open(files.open_filesystem(self._url)[1], "ab") as file:
-                file.write(b"".join(lines.values()))
+            path = files.open_filesystem(self._url)[1]
+            local_files.append(path, b"".join(lines.values()))
             self._end = max(lines)
         else:
             whole, end = self._whole()

@@ -20,10 +20,14 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Annotated
+
+from annotated_types import Interval, MaxLen
 
 from engine.processes.identity import identity, is_dead
 from engine.state.layout import LEASE
+from shards.documents import Natural, build, parse_json
 from shards.errors import InputError
 from shards.storage import files
 
@@ -39,11 +43,11 @@ class _Record:
 
     number: int
     owner: str = ""  # a text that no other lease has
-    host: str = "an unknown host"
+    host: Annotated[str, MaxLen(255)] = "an unknown host"
     process: str = ""  # identity of the process that writes the beats
     agents: tuple[str, ...] = ()  # identities of the launchers of all processes of the job
-    period: float = PERIOD
-    beat: int = 0
+    period: Annotated[float, Interval(gt=0, le=LONGEST_PERIOD)] = PERIOD
+    beat: Natural = 0
     released: bool = False
 
     def content(self) -> bytes:
@@ -56,6 +60,9 @@ class _Record:
         beats is checked as well, because it may outlive its launcher.
         """
         return all(is_dead(identity) for identity in (self.process, *self.agents))
+
+
+_FIELDS = {field.name for field in fields(_Record)} - {"number"}
 
 
 class Lease:
@@ -227,26 +234,17 @@ def _newest(run: str) -> _Record | None:
     number, content = max(numbers), b""
     try:
         content = files.read(_url(run, number))
-        there = json.loads(content)
-        if not 0 < there["period"] <= LONGEST_PERIOD:
-            raise ValueError
-        return _Record(
-            number=number,
-            owner=str(there["owner"]),
-            host=str(there["host"]),
-            process=str(there["process"]),
-            agents=tuple(map(str, there["agents"])),
-            period=float(there["period"]),
-            beat=int(there["beat"]),
-            released=bool(there["released"]),
-        )
-    except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return _Record(number, beat=zlib.crc32(content))  # a damaged lease can still be watched
+        there = parse_json(content)
+        if isinstance(there, dict) and there.keys() >= _FIELDS:
+            return build(_Record, there | {"number": number})
+    except (FileNotFoundError, ValueError, InputError):
+        pass
+    return _Record(number, beat=zlib.crc32(content))  # a damaged lease can still be watched
 
 
 def _numbers(run: str) -> list[int]:
     names = files.list_names(files.join(run, LEASE))
-    return [int(name[:-5]) for name in names if re.fullmatch(r"\d{8,}\.json", name)]
+    return [int(name[:-5]) for name in names if re.fullmatch(r"[0-9]{8,}\.json", name)]
 
 
 def _url(run: str, number: int) -> str:

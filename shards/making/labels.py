@@ -6,9 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import InputError
+from shards.index import MOST_CLASSES
 from shards.samples import parse_index
-
-MOST_CLASSES = 1 << 20
 
 
 class Labels(NamedTuple):

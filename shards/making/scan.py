@@ -254,7 +254,7 @@ def _from_record(record: dict[str, Any], size: int, name: str, layout: Layout) -
 
 
 def _known_classes(url: str) -> list[str]:
-    with contextlib.suppress(FileNotFoundError, InputError, KeyError, TypeError):
+    with contextlib.suppress(FileNotFoundError, InputError):
         return index.class_names(index.read_document(url))
     return []
 

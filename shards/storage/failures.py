@@ -5,6 +5,8 @@ import re
 import socket
 from typing import Any, NamedTuple
 
+from shards.storage import space
+
 LONGEST = 400  # A reason is cut to this many characters.
 
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
@@ -79,7 +81,7 @@ _PASSING_KINDS = {
     *("CredentialRetrievalError", "MetadataRetrievalError", "FlexibleChecksumError"),
 }
 _MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError)
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # With these, every way of writing fails.
+FULL = {*space.FULL, errno.EROFS}  # With these, every way of writing fails.
 _FINAL = (
     *(FileNotFoundError, FileExistsError, PermissionError),
     *(IsADirectoryError, NotADirectoryError),

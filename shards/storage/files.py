@@ -6,7 +6,6 @@ the named object, or what lies below it, is read, replaced or removed.
 
 import contextlib
 import io
-import json
 import os
 import re
 import time
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO, cast
 
 import fsspec
 
+from shards.documents import parse_json
 from shards.errors import InputError
 from shards.storage import local_files
 from shards.storage.failures import (
@@ -29,6 +29,7 @@ from shards.storage.local_files import is_local as is_local
 from shards.storage.retries import WrongLength, retry
 from shards.storage.s3 import is_s3 as is_s3
 from shards.storage.s3 import open_s3
+from shards.storage.space import naming_space
 
 # "s3:/bucket" and the like, which would otherwise be taken for a local path.
 _SLIP = re.compile(r"\s*(?:([a-z][a-z0-9+.-]+):/|(s3a?|gs|abfss?|https?)[;.,]?//)", re.IGNORECASE)
@@ -97,12 +98,10 @@ def read(url: str, start: int | None = None, stop: int | None = None) -> bytes:
 def read_json(url: str) -> Any:
     """Read the JSON document in an object.
 
-    Raises ValueError when the content is not JSON, and what `read` raises.
+    Raises ValueError when the content is not JSON that this project writes, as `parse_json` does,
+    and what `read` raises.
     """
-    try:
-        return json.loads(read(url))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    return parse_json(read(url))
 
 
 def check(url: str, name: str) -> None:
@@ -129,7 +128,7 @@ def download(url: str, size: int, path: str) -> None:
 
     Raises what `read` raises.
     """
-    with local_files.new_file(path) as (file, name):
+    with naming_space(path, lambda: size), local_files.new_file(path) as (file, name):
         for start in range(0, size, PART):
             file.write(read(url, start, min(start + PART, size)))
         file.close()

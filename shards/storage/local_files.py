@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from shards.errors import InputError
 from shards.storage.failures import FULL
+from shards.storage.space import naming_space
 
 EMPTY = "empty folders"
 
@@ -40,10 +41,16 @@ def new_file(path: str) -> Iterator[tuple[BinaryIO, str]]:
 
 def write(path: str, content: bytes) -> None:
     """Write a file and rename it to `path`, replacing what was there. Raises OSError."""
-    with new_file(path) as (file, name):
+    with naming_space(path, lambda: len(content)), new_file(path) as (file, name):
         file.write(content)
         file.close()
         os.replace(name, path)
+
+
+def append(path: str, content: bytes) -> None:
+    """Append to a file, which is created if it is missing. Raises OSError that names the file."""
+    with naming_space(path, lambda: len(content), path), open(path, "ab") as file:
+        file.write(content)
 
 
 def create(path: str, content: bytes) -> None:
@@ -52,7 +59,7 @@ def create(path: str, content: bytes) -> None:
     exFAT, SMB and FUSE have no hard links. There, others may see the file before it is complete.
     Raises FileExistsError when the file exists, and OSError.
     """
-    with new_file(path) as (file, name):
+    with naming_space(path, lambda: len(content)), new_file(path) as (file, name):
         file.write(content)
         file.close()
         try:

@@ -11,6 +11,7 @@ from typing import Any
 from shards.storage import files, local_files
 from shards.storage.failures import explain, http_status
 from shards.storage.retries import retry
+from shards.storage.space import naming_space
 
 PARALLEL = 4  # This many parts are sent at once. With the one being filled they take 80 MiB.
 WHOLE = 1 << 30  # Where a store takes no parts, objects up to this many bytes go in one request.
@@ -30,11 +31,16 @@ class Stream:
         self._write = write
         self.length = 0
         self.crc = 0
+        self.failure: OSError | None = None
 
     def write(self, content: _Content) -> int:
         """Write some bytes. Bytes that are not sent at once are copied. Raises OSError."""
         view = memoryview(content).cast("B")
-        self._write(view)
+        try:
+            self._write(view)
+        except OSError as error:
+            self.failure = error
+            raise
         self.length += len(view)
         self.crc = zlib.crc32(view, self.crc)
         return len(view)
@@ -65,7 +71,13 @@ def open_writer(url: str, part: int = files.PART) -> Iterator[Stream]:
     Raises OSError naming the URL, after a bounded number of tries.
     """
     with _target(url, part) as write:
-        yield Stream(write)
+        stream = Stream(write)
+        try:
+            yield stream
+        except Exception:
+            if stream.failure is not None:  # torch.save replaces it by an error of its own
+                raise stream.failure from stream.failure.__cause__
+            raise
 
 
 def _target(url: str, part: int) -> AbstractContextManager[_Write]:
@@ -76,11 +88,18 @@ def _target(url: str, part: int) -> AbstractContextManager[_Write]:
 
 @contextmanager
 def _local(url: str) -> Iterator[_Write]:
-    path = files.open_filesystem(url)[1]
-    with contextlib.ExitStack() as stack:
+    path, needed = files.open_filesystem(url)[1], 0
+
+    @_named(url)
+    def write(view: memoryview) -> None:
+        nonlocal needed
+        needed += len(view)
+        file.write(view)
+
+    with naming_space(path, lambda: needed, path), contextlib.ExitStack() as stack:
         with _named(url):
             file, name = stack.enter_context(local_files.new_file(path))
-        yield _named(url)(file.write)
+        yield write
         with _named(url):
             local_files.sync(file)
             os.replace(name, path)
