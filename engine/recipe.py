@@ -60,7 +60,8 @@ class Recipe:
     """Threads of each process, for decoding and for torch on the CPU. By default the
     cores that the job may use are shared out among its processes."""
     compile: Operation[bool] = True
-    """Compile the networks, the optimizer and, on a GPU, the augmentation with torch.compile."""
+    """Compile the networks, LARS, the moving average and, on a GPU, the augmentation with
+    torch.compile. The first step then takes minutes."""
     compile_artefacts: Operation[bool] = True
     """Keep what torch.compile makes in the folder RUN/compile, so that the next start need not
     compile again."""

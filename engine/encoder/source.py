@@ -185,8 +185,7 @@ def _step_url(run: str, step: int) -> str:
     if wanted not in there:
         known = ", ".join(str(int(url[-8:])) for url in there) or "none"
         raise InputError(
-            f"CHECKPOINT {files.redact(run)}: no run with a checkpoint of step {step}; there "
-            f"are: {known}"
+            f"CHECKPOINT {files.redact(run)}: no checkpoint of step {step}; there are: {known}"
         )
     return wanted
 
