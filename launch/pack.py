@@ -26,7 +26,7 @@ from shards.index import Index
 from shards.making import pack, scan
 from shards.making.image_folders import LeftOut, find_images, leave_out
 from shards.making.undecodable import find_fault
-from shards.storage import files
+from shards.storage import files, misplaced
 
 MB = 1_000_000
 
@@ -63,6 +63,11 @@ def main(
     """
     files.check(source, "SOURCE")
     files.check(out, "OUT")
+    if out.rstrip("/").endswith((".tar", ".json")):
+        raise InputError(
+            f"OUT {files.redact(out)}: is the folder to write, which holds such files: give "
+            f"{files.redact(misplaced.folder_of(out))}"
+        )
     if threads < 1:
         raise InputError("--threads must be at least 1")
     if not 0 < shard_mb < 1e6:  # this also refuses nan

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from shards.digest import digest
 from shards.errors import InputError
-from shards.storage import files, names
+from shards.storage import files, misplaced, names
 
 VERSION = 1
 NAME = "index.json"
@@ -196,14 +196,10 @@ def load(url: str, field_name: str) -> Index:
     place = f"{field_name} {files.redact(url)}"
     try:
         document = read_document(url)
-    except FileNotFoundError:
-        raise InputError(
-            f"{place}: no {NAME} there; pack images with `python launch/pack.py`, "
-            "or index existing tars with its --index-only"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{place}: no {NAME} there; {_hint(url, field_name)}") from None
     except (InputError, OSError) as error:
-        hint = f"; give the folder that holds {NAME}" if url.endswith(NAME) else ""
-        raise InputError(f"{place}: {error}{hint}") from None
+        raise InputError(f"{place}: {error}") from None
     try:
         version, digest = document["version"], document["digest"]
         if version != VERSION:
@@ -219,6 +215,18 @@ def load(url: str, field_name: str) -> Index:
     if files.is_local(url):
         _check_sizes(index, place)
     return index
+
+
+def _hint(url: str, field_name: str) -> str:
+    """Return what the user may do where there is no index."""
+    near = misplaced.find_near(url, NAME)
+    wanted = field_name.removeprefix("data.")
+    near.sort(key=lambda folder: not misplaced.last_name(folder).startswith(wanted))
+    if near:
+        return f"there is one in {files.redact(near[0])}: give that folder"
+    if any(folder.endswith(".tar") for folder in misplaced.folders_below(url)):
+        return f"index the tars there: python launch/pack.py --index-only {files.redact(url)}"
+    return "pack images with `python launch/pack.py`, or index existing tars with its --index-only"
 
 
 def check_same_classes(train: Index, val: Index) -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from shards.errors import InputError
 from shards.making.pack import Image, ImageSet
-from shards.storage import files
+from shards.storage import files, misplaced
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
@@ -58,7 +58,7 @@ def find_images(source: str) -> Found:
     if not found and not files.exists(source):
         raise InputError(f"SOURCE {place}: no such folder")
     if not found:
-        hint = "; it holds tars: use --index-only" if ".tar files" in left_out else ""
+        hint = _hint(source, left_out)
         raise InputError(f"SOURCE {place}: no {', '.join(EXTENSIONS)} files there{hint}")
     found.sort()
     splits = _find_splits(found, place)
@@ -71,6 +71,19 @@ def find_images(source: str) -> Found:
         if path.split("/", 1)[0] not in splits:
             leave_out(left_out, f"images outside of {', '.join(splits)}", path)
     return Found(sets, left_out, _doubts(classes))
+
+
+def _hint(source: str, left_out: dict[str, LeftOut]) -> str:
+    """Return the end of a message that no images are in `source`: what is there instead."""
+    if misplaced.last_name(source).rpartition(".")[2].lower() in (*EXTENSIONS, "tar", "json"):
+        return f"; give the folder {files.redact(misplaced.folder_of(source))}"
+    if ".tar files" not in left_out:
+        return ""
+    folder, _, _ = left_out[".tar files"].example.rpartition("/")
+    place = files.redact(files.join(source, folder) if folder else source)
+    if files.exists(files.join(source, folder, "index.json")):
+        return f"; it is packed already: train on {place}"
+    return f"; it holds tars: use --index-only {place}"
 
 
 def _reason_against(path: str) -> str:

@@ -14,7 +14,7 @@ from shards.errors import InputError
 from shards.index import Index, Shard
 from shards.making.image_folders import LeftOut, leave_out
 from shards.making.pack import describe, run_in_threads
-from shards.storage import files
+from shards.storage import files, misplaced
 from shards.tar import IMAGE_FIELDS, LABEL_FIELD, Sample, TarError, parse_label, read_samples
 
 MOST_CLASSES = 1 << 20
@@ -102,9 +102,17 @@ def _tar_urls(source: str) -> Iterator[str]:
         return
     names = [name for name in files.list_names(source) if name.endswith(".tar")]
     if not names:
-        raise InputError(f"SOURCE {files.redact(source)}: no .tar files there")
+        raise InputError(f"SOURCE {files.redact(source)}: no .tar files there{_hint(source)}")
     for name in names:
         yield files.join(source, name)
+
+
+def _hint(source: str) -> str:
+    """Return the end of a message that no tars are in `source`: where some are."""
+    for folder in (*misplaced.folders_below(source), misplaced.folder_of(source)):
+        if any(name.endswith(".tar") for name in misplaced.folders_below(folder)):
+            return f"; there are some in {files.redact(folder)}: give that folder"
+    return ""
 
 
 class _Scan(NamedTuple):

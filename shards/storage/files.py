@@ -275,7 +275,7 @@ def list_names(url: str) -> list[str]:
     filesystem.invalidate_cache()
     try:
         found = retry(url, lambda: filesystem.ls(path, detail=False))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     # A file is listed as if it lay in itself, and so is a folder's own marker on some servers.
     below = (entry.rstrip("/") for entry in found)
