@@ -19,6 +19,7 @@ import fsspec
 from shards.errors import InputError
 from shards.storage import local_files
 from shards.storage.failures import (
+    SLIP,
     has_query,
     is_beyond_end,
     is_refused_condition,
@@ -30,8 +31,6 @@ from shards.storage.retries import WrongLength, retry
 from shards.storage.s3 import is_s3 as is_s3
 from shards.storage.s3 import open_s3
 
-# "s3:/bucket" and the like, which would otherwise be taken for a local path.
-_SLIP = re.compile(r"\s*(?:([a-z][a-z0-9+.-]+):/|(s3a?|gs|abfss?|https?)[;.,]?//)", re.IGNORECASE)
 READ_BLOCK = 4 << 20  # `open_reader` asks an object store for this many bytes at a time.
 PART = 16 << 20  # Large objects are sent and copied in parts of this many bytes.
 ONE_PUT = 5 << 30  # S3 takes no more bytes than these in one request.
@@ -117,7 +116,7 @@ def check(url: str, name: str) -> None:
     if mark and scheme != scheme.strip().lower():
         meant = scheme.strip().lower()
         raise InputError(f"{name} {redact(url)}: a URL begins with small letters: {meant}://...")
-    if not mark and (slip := _SLIP.match(url)):
+    if not mark and (slip := SLIP.match(url)):
         meant = (slip[1] or slip[2]).lower()
         raise InputError(f"{name} {redact(url)}: a URL has two slashes: {meant}://...")
     if is_s3(url) and has_query(place):
