@@ -15,7 +15,7 @@ from engine.state.artefacts import Artefacts
 from engine.state.checkpoint import Commit
 from shards.errors import InputError
 from shards.fields import differences, flatten
-from shards.storage import files
+from shards.storage import files, misplaced
 
 DIGEST = "index_digest"
 
@@ -193,6 +193,11 @@ def _write_recipe(recipe: Recipe, index_digest: str) -> None:
 def _check_recipe(recipe: Recipe, index_digest: str, report: Callable[[str], None]) -> None:
     """Raise InputError when RUN has a run of another recipe or of other data."""
     url = files.join(recipe.run, layout.RECIPE)
+    above = misplaced.folder_of(recipe.run)
+    if misplaced.last_name(recipe.run) == layout.CHECKPOINTS and layout.read_recipe(above):
+        raise InputError(
+            f"run {files.redact(recipe.run)}: is inside of a run: give {files.redact(above)}"
+        )
     try:
         there = files.read_json(url)
         if not isinstance(there, dict):

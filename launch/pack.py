@@ -34,7 +34,7 @@ from shards.making.repack import ClassesFrom, find_packed_images
 from shards.making.tars import find_tars, is_tar
 from shards.making.window import check_window
 from shards.samples import Layout
-from shards.storage import files
+from shards.storage import files, misplaced
 
 
 def main(
@@ -99,6 +99,12 @@ def main(
     """
     for number, path in enumerate([*paths, out]):
         files.check(path, "OUT" if number >= len(paths) - (not index_only) else "SOURCE")
+    target = paths[-1] if paths and not index_only else out
+    if target.rstrip("/").endswith((".tar", ".json")):
+        raise InputError(
+            f"OUT {files.redact(target)}: is the folder to write, which holds such files: give "
+            f"{files.redact(misplaced.folder_of(target))}"
+        )
     if threads < 1:
         raise InputError("--threads must be at least 1")
     if not 0 < shard_mb < 1e6:  # this also refuses nan

@@ -23,7 +23,7 @@ from shards.digest import digest
 from shards.documents import Natural, Sum32, build, shown
 from shards.errors import InputError
 from shards.samples import Layout
-from shards.storage import files, names
+from shards.storage import files, misplaced, names
 from shards.tar import BLOCK
 
 VERSION = 1
@@ -259,20 +259,28 @@ def load(url: str, field_name: str) -> Index:
     place = f"{field_name} {files.redact(url)}"
     try:
         document = read_document(url)
-    except FileNotFoundError:
-        raise InputError(
-            f"{place}: no {NAME} there; pack images with `python launch/pack.py`, "
-            "or index existing tars with its --index-only"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{place}: no {NAME} there; {_hint(url, field_name)}") from None
     except (InputError, OSError) as error:
-        hint = f"; give the folder that holds {NAME}" if url.endswith(NAME) else ""
-        raise InputError(f"{place}: {error}{hint}") from None
+        raise InputError(f"{place}: {error}") from None
     index = _checked(document, url, field_name, place)
     if index.samples == 0:
         raise InputError(f"{place}: the data set is empty")
     if files.is_local(index.folder):
         _check_sizes(index, place)
     return index
+
+
+def _hint(url: str, field_name: str) -> str:
+    """Return what the user may do where there is no index."""
+    near = misplaced.find_near(url, NAME)
+    wanted = field_name.removeprefix("data.")
+    near.sort(key=lambda folder: not misplaced.last_name(folder).startswith(wanted))
+    if near:
+        return f"there is one in {files.redact(near[0])}: give that folder"
+    if any(folder.endswith(".tar") for folder in misplaced.folders_below(url)):
+        return f"index the tars there: python launch/pack.py --index-only {files.redact(url)}"
+    return "pack images with `python launch/pack.py`, or index existing tars with its --index-only"
 
 
 def check_same_classes(train: Index, val: Index) -> None:

@@ -169,8 +169,10 @@ def _kind(url: str) -> Literal["folder", "file"]:
     if not files.exists(url):
         raise InputError(
             f"CHECKPOINT {files.redact(url)}: nothing there; give the URL of a run, of one of "
-            "its checkpoints, or of a checkpoint file"
+            f"its checkpoints, or of a checkpoint file{checkpoint.hint(url)}"
         )
+    if url.endswith((".json", ".jsonl", ".distcp")):
+        raise InputError(f"CHECKPOINT {files.redact(url)}: is no checkpoint{checkpoint.hint(url)}")
     return "file"
 
 

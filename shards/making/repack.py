@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from shards.errors import InputError
+from shards.making.image_folders import PATTERN_HINT
 from shards.making.labels import number_labels
 from shards.making.left_out import Reasons, explain, leave_out, merge
 from shards.making.pack import Image, ImageSet, run_in_threads
-from shards.making.scan import NOT_THERE, PATTERN_HINT
+from shards.making.scan import NOT_THERE
 from shards.making.survey import ReadImage
 from shards.making.tars import Tars, is_tar
 from shards.making.unpack import unpack

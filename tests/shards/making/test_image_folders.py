@@ -170,10 +170,10 @@ def test_nothing_to_pack(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"SOURCE .*/missing: no such folder$"):
         find_images(str(tmp_path / "missing"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"SOURCE .*no jpg, jpeg, png, webp, .* files there$"):
+    with pytest.raises(InputError, match=r"SOURCE .*no images there, of jpg, jpeg, png, webp, .*"):
         find_images(str(tmp_path / "empty"))
     write_files(tmp_path / "tars", ["shard-0.tar"])
     assert find_images(str(tmp_path / "tars")).sets == []
     write_files(tmp_path / "others", ["a/1.heic", "b.txt"])
-    with pytest.raises(InputError, match=r"files there: .*\.heic files \(1\)"):
+    with pytest.raises(InputError, match=r"no images there: .*\.heic files \(1\)"):
         find_images(str(tmp_path / "others"))
