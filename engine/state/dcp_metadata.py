@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from engine.state import pickles
 from engine.state.pickles import Global, Object, Pairs
-from shards.documents import Natural, build, check, shown
+from shards.documents import Natural, build, check, shown, without_gc
 from shards.errors import InputError
 
 NAME = ".metadata"
@@ -48,6 +48,7 @@ _METADATA, _TENSOR, _PROPERTIES, _CHUNK, _INDEX = (
     )
 )
 _INFO = Global(f"{_DCP}.filesystem", "_StorageInfo")
+_SIZES = Annotated[tuple[Natural, ...], MaxLen(64)]
 _SIZE = Global("torch", "Size")
 _ADMITTED = {
     *(_METADATA, _TENSOR, _PROPERTIES, _CHUNK, _INDEX, _INFO, _SIZE),
@@ -87,6 +88,7 @@ def _admit(module: str, name: str) -> None:
         )
 
 
+@without_gc()
 def parse(content: bytes, files: Mapping[str, tuple[int, int]]) -> Metadata:
     """Parse the metadata into torch's classes; `storage_data` maps MetadataIndex to `Place`.
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from shards.documents import without_gc
+
 Admit = Callable[
     [str, str], None
 ]  # takes a module and a name in it; raises when it is not admitted
@@ -58,7 +60,8 @@ def load(content: bytes, admit: Admit, start: int = 0) -> tuple[object, int, lis
     """
     machine = _Machine(content, admit, start)
     try:
-        root = machine.run()
+        with without_gc():
+            root = machine.run()
     except (IndexError, KeyError, TypeError, AttributeError, struct.error) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"no whole pickle at byte {machine.at}, {reason}") from None
@@ -173,6 +176,19 @@ class _Machine:
     def memoize(self, place: int) -> None:
         self.memo[place] = self.stack[-1]
 
+    # The following three are done most often by far, and so without a call.
+
+    def put_byte(self) -> None:
+        self.stack.append(self.content[self.at])
+        self.at += 1
+
+    def get_short(self) -> None:
+        self.stack.append(self.memo[self.content[self.at]])
+        self.at += 1
+
+    def memoize_next(self) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
 
 def _long(value: bytes) -> int:
     return int.from_bytes(value, "little", signed=True)
@@ -202,7 +218,7 @@ _NAMED: dict[bytes, Callable[[_Machine], object]] = {
     b"I": lambda m: m.push(_integer(m.line())),
     b"L": lambda m: m.push(_integer(m.line())),
     b"J": lambda m: m.push(_long(m.take(4))),
-    b"K": lambda m: m.push(m.number(1)),
+    b"K": _Machine.put_byte,
     b"M": lambda m: m.push(m.number(2)),
     b"\x8a": lambda m: m.push(_long(m.take(m.number(1)))),
     b"\x8b": lambda m: m.push(_long(m.take(m.number(4)))),
@@ -251,9 +267,9 @@ _NAMED: dict[bytes, Callable[[_Machine], object]] = {
     b"p": lambda m: m.memoize(int(m.line())),
     b"q": lambda m: m.memoize(m.number(1)),
     b"r": lambda m: m.memoize(m.number(4)),
-    b"\x94": lambda m: m.memoize(len(m.memo)),
+    b"\x94": _Machine.memoize_next,
     b"g": lambda m: m.push(m.memo[int(m.line())]),
-    b"h": lambda m: m.push(m.memo[m.number(1)]),
+    b"h": _Machine.get_short,
     b"j": lambda m: m.push(m.memo[m.number(4)]),
 }
 _OPERATIONS = {code[0]: operation for code, operation in _NAMED.items()}
