@@ -29,6 +29,9 @@ PARTS = "metrics"
 
 Record = dict[str, Any]
 
+_PLAIN = (int, float, str, bool, type(None))
+_NUMBERS = ("epoch", "loss", "lr", "tau", "images_per_second", "knn_top1", "online_top1")
+
 
 def read(run: str) -> list[Record]:
     """Read the log of a run, which may still be training: one record for each step, in order.
@@ -283,9 +286,20 @@ def _merged(contents: list[bytes]) -> list[Record]:
     for line in b"\n".join(contents).split(b"\n"):
         try:
             record = json.loads(line)
-            step = record["step"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and type(step) is int and step >= 0:
+        if _is_record(record):
+            step = record["step"]
             found[step] = found.get(step, {}) | record
     return [found[step] for step in sorted(found)]
+
+
+def _is_record(value: Any) -> bool:
+    """Return whether a line has a step, values that are no lists or objects, and numbers."""
+    return (
+        type(value) is dict
+        and type(value.get("step")) is int
+        and 0 <= value["step"] < 2**62
+        and all(type(one) in _PLAIN for one in value.values())
+        and all(type(value.get(name)) is not str for name in _NUMBERS)
+    )

@@ -49,4 +49,4 @@ class _Console(Console):
 
 
 def _console(quiet: bool) -> Console:
-    return _Console(markup=False, highlight=False, soft_wrap=True, quiet=quiet)
+    return _Console(markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=quiet)
