@@ -9,7 +9,7 @@ from engine.log.metrics import MetricsLog, NoLog
 from engine.log.terminal import Terminal
 from engine.processes.identity import agent_identity
 from engine.processes.world import World
-from engine.recipe import Recipe, method_fields
+from engine.recipe import ADDED_LATER, Recipe, method_fields
 from engine.state import checkpoint, layout, lease
 from engine.state.artefacts import Artefacts
 from engine.state.checkpoint import Commit
@@ -23,7 +23,7 @@ DIGEST = "index_digest"
 class Run:
     """Read and write one run directory: its recipe, checkpoints, compiled artefacts and log.
 
-    `claim` creates it; `open_run` does where no other job can be writing.
+    `claim` makes one for a job that trains, and `open_run` makes one without a lease.
     """
 
     def __init__(
@@ -35,7 +35,10 @@ class Run:
         start: Commit | None,
         held: lease.Lease | None = None,
     ) -> None:
-        """Take the lease as `held` on the first process of a job that claimed the run."""
+        """Open the run that a job holds by the lease `held`.
+
+        It is None on all processes except the first, and where nobody holds the run.
+        """
         self.url, self.terminal = recipe.run, terminal
         self.start = start
         """The checkpoint that this job continues from; None when the run begins."""
@@ -66,6 +69,7 @@ class Run:
         the run. Raises InputError when another job has it.
         """
         report = self.terminal.report
+        world.on_main(self._look)  # a frozen job that wakes must not touch the next job's files
         sums = checkpoint.write(self.url, step, state, world, report)
 
         def commit() -> None:
@@ -126,7 +130,8 @@ class Run:
 def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -> Iterator[Run]:
     """Hold the run directory for this job, so that no other job trains there meanwhile.
 
-    All processes call it together. With `debug_step` nothing is held, since nothing is written.
+    All processes call it together. With `debug_step` nothing is held, because all that is written
+    then is RUN/debug_step, which is removed again.
 
     Raises InputError when the directory has a run of another recipe or of other data, or when
     another job holds it.
@@ -217,7 +222,7 @@ def _refuse_other(
         digest_there: The digest of the training data found at `url`.
         remedy: What else the user could do, for the message.
     """
-    found = differences(method, method_fields(recipe))
+    found = differences(ADDED_LATER | method, method_fields(recipe))
     if digest_there != index_digest:
         found.append(f"digest of data.train: there {digest_there}, here {index_digest}")
     if found:

@@ -29,6 +29,7 @@ from engine.evaluation.neighbours import NeighboursConfig
 from engine.evaluation.results import Result
 from engine.evaluation.semi_supervised import SemiSupervisedConfig, take_labels
 from engine.evaluation.session import Evaluation, EvaluationDataConfig
+from engine.log.terminal import flush_output
 from engine.processes import world
 from engine.processes.failures import report_failure
 from launch.plain_errors import plain_errors
@@ -103,8 +104,8 @@ class Finetune:
 
     def run(self) -> None:
         evaluation = self.options.open("finetune", self.protocol.settings())
-        labels = finetune.take_all_labels(evaluation, self.protocol)
-        _measure(evaluation, lambda: finetune.evaluate(evaluation, self.protocol, labels))
+        split = finetune.take_all_labels(evaluation, self.protocol)
+        _measure(evaluation, lambda: finetune.evaluate(evaluation, self.protocol, split))
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,8 @@ class SemiSupervised:
         evaluation = self.options.open(name, settings)
 
         def measure() -> Result | None:
-            labels = take_labels(evaluation, self.subset, self.protocol)
-            return finetune.evaluate(evaluation, self.protocol, labels)
+            split = take_labels(evaluation, self.subset, self.protocol)
+            return finetune.evaluate(evaluation, self.protocol, split)
 
         _measure(evaluation, measure)
 
@@ -205,7 +206,7 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    sys.stdout.flush()
+    flush_output()
     if status:
         # Python's normal exit could wait for processes that wait for this one.
         os._exit(status)

@@ -1,12 +1,16 @@
 """Pack images into shards that training streams, or index tars that others made.
 
-    python launch/pack.py SOURCE OUT               a folder of images -> shards and their index
-    python launch/pack.py --index-only SOURCE      tars in the WebDataset format -> an index
+    python launch/pack.py IMAGES OUT               a folder of images -> shards and their index
+    python launch/pack.py --index-only TARS        tars in the WebDataset format -> an index
+    python launch/pack.py TARS OUT                 tars of any kind -> shards in random order
 
-SOURCE and OUT are folders on a disk or in any object store (s3://, gs://, ...).
+IMAGES, TARS and OUT are folders on a disk or in any object store (s3://, gs://, ...).
 """
 
 import sys
+from collections.abc import Callable
+from functools import partial
+from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Annotated
 
@@ -24,8 +28,12 @@ from launch.plain_errors import plain_errors
 from shards.errors import InputError, printable
 from shards.index import Index
 from shards.making import pack, scan
-from shards.making.image_folders import LeftOut, find_images, leave_out
+from shards.making.image_folders import find_images
+from shards.making.left_out import Reasons, leave_out, tabulate
+from shards.making.repack import ClassesFrom, find_packed_images
+from shards.making.tars import find_tars, is_tar
 from shards.making.undecodable import find_fault
+from shards.samples import Layout
 from shards.storage import files
 
 MB = 1_000_000
@@ -34,114 +42,226 @@ _console = Console(stderr=True, markup=False, emoji=False)
 
 
 def main(
-    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
-    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")] = "",
+    paths: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE [SOURCE ...] OUT")
+    ],
     *,
     shard_mb: float = 64,
     seed: int = 0,
     threads: int = 8,
     overwrite: bool = False,
+    strict: bool = False,
+    follow_links: bool = False,
     index_only: bool = False,
+    out: Annotated[str, tyro.conf.arg(metavar="URL")] = "",
     classes: Annotated[str, tyro.conf.arg(metavar="FILE")] = "",
+    classes_from: ClassesFrom = "labels",
+    image: Annotated[str, tyro.conf.arg(metavar="FIELD")] = "",
+    label: Annotated[str, tyro.conf.arg(metavar="FIELD")] = "",
+    dotted: bool = False,
+    skip_damaged: bool = False,
 ) -> None:
     """Pack images into shards that training streams, or index tars that others made.
 
     A folder of images is packed in random order. Its first folders name the classes. A flat folder
     has no classes. When the first folders are splits such as train and val, each is packed to a
-    folder of that name under OUT. A packing that was stopped continues with the same command.
+    folder of that name under OUT. The images of tars are packed anew in the same way. A table says
+    what was taken and what was left out. A packing that was stopped continues with the same
+    command.
 
     Args:
-        source: URL of a folder of jpg, jpeg, png or webp files. With --index-only, give a folder of
-            tars or a brace pattern such as "s3://bucket/shard-{000000..000146}.tar".
-        out: URL of the folder to write.
+        paths: URL of a folder of images, or URLs of tars, then the URL of the folder to write. A
+            tar may be a folder of tars or a brace pattern such as
+            "s3://bucket/shard-{000000..000146}.tar". With --index-only, give tars alone.
         shard_mb: Approximate size of a shard in MB.
         seed: Seed of the random order.
         threads: Number of shards written at a time. This takes threads x shard size x 2 of memory.
         overwrite: Replace the shards that OUT holds.
-        index_only: Read the headers of the tars in SOURCE and write index.json next to them.
-        classes: File with the names of the classes, one a line. Only for --index-only.
+        strict: Fail before anything is written when anything was left out.
+        follow_links: Also pack files outside of SOURCE that links in it lead to.
+        index_only: Read the headers of tars and write index.json next to them.
+        out: With --index-only: the folder for index.json, when it can't stand next to the tars.
+        classes: File with the names of the classes, one a line. Only for tars.
+        classes_from: What gives the class of an image in a tar: its label, the name of its tar, or
+            the folder in its name. The last two need OUT.
+        image: The field of a sample that holds its image, such as input.jpg. Only for tars.
+        label: The field of a sample that holds its label, such as txt, or json:KEY for a value in a
+            JSON field. Only for tars.
+        dotted: The dots in the names of files in tars belong to the names, except the last one.
+        skip_damaged: Leave out tars that are damaged or missing.
     """
-    files.check(source, "SOURCE")
-    files.check(out, "OUT")
+    for number, path in enumerate([*paths, out]):
+        files.check(path, "OUT" if number >= len(paths) - (not index_only) else "SOURCE")
     if threads < 1:
         raise InputError("--threads must be at least 1")
     if not 0 < shard_mb < 1e6:  # this also refuses nan
         raise InputError("--shard-mb must be positive and below 1,000,000")
+    if not paths:
+        raise InputError("SOURCE and OUT are missing: give pack.py SOURCE OUT")
+    layout = Layout(image.lower(), label, dotted)
     if index_only:
-        if out:
-            raise InputError("OUT: --index-only writes next to the tars; leave OUT out")
-        _index(source, classes, threads)
-    elif not out:
-        raise InputError("OUT: where the shards go is missing: pack.py SOURCE OUT")
-    elif classes:
-        raise InputError("--classes is for --index-only; folders name the classes otherwise")
-    else:
-        _pack(source, out, shard_mb, seed, threads, overwrite)
-
-
-def _pack(source: str, out: str, shard_mb: float, seed: int, threads: int, overwrite: bool) -> None:
-    with _console.status(Text(f"listing {files.redact(source)}")):
-        found = find_images(source)
-    for reason, files_there in found.left_out.items():
-        example = printable(files_there.example)
-        _console.print(f"left out: {files_there.number:,} {reason}, such as {example}")
-    for warning in found.warnings:
-        _warn(warning)
-    for images in found.sets:
-        plan = pack.plan_shards(images, int(shard_mb * MB), seed)
-        url = files.join(out, images.name) if images.name else out
-        contents = _Contents(source)
-        with _Bar(images.name or "packing", plan.image_bytes, len(plan.images)) as bar:
-            index, written = pack.write_shards(
-                plan,
-                url,
-                contents.read,
-                threads=threads,
-                overwrite=overwrite,
-                advance=bar.advance,
-                report=_warn,
+        if classes_from != "labels":
+            raise InputError(
+                "--classes-from: an index takes classes from labels alone: repack the tars with "
+                "`python launch/pack.py SOURCE OUT`"
             )
-        for reason, bad in contents.bad.items():
-            share = f"{bad.number:,} of {len(plan.images):,} images ({reason})"
-            _warn(f"cannot be decoded: {share}, such as {bad.example}")
-        _summarize(images.name, index, "" if written else "already packed: ")
+        _index(list(paths), out, layout, classes, threads, strict, skip_damaged)
+        return
+    if len(paths) == 1 or out:
+        raise InputError("OUT is missing, the folder for the shards: give pack.py SOURCE OUT")
+    write = partial(
+        _write, url=paths[-1], shard_mb=shard_mb, seed=seed, threads=threads, overwrite=overwrite
+    )
+    sources = list(paths[:-1])
+    plain = layout == Layout() and not classes and classes_from == "labels"
+    folder = plain and len(sources) == 1 and not is_tar(sources[0], compressed=True)
+    if not (folder and _pack_folder(sources[0], follow_links, strict, write)):
+        names = _class_names(classes)
+        _repack(sources, layout, classes_from, names, skip_damaged, threads, strict, write)
+
+
+def _pack_folder(source: str, follow_links: bool, strict: bool, write: Callable[..., None]) -> bool:
+    """Pack the images of a folder. Return False, and do nothing, if it holds tars instead."""
+    with _console.status(Text(f"listing {files.redact(source)}")):
+        found = find_images(source, follow_links=follow_links)
+    if not found.sets:
+        return False
+    number = sum(len(part.images) for part in found.sets)
+    _tell({"images taken": number}, found.left_out, found.warnings, strict)
+    for part in found.sets:
+        write(part, lambda image: files.read(files.join(source, image.path)))
+    return True
+
+
+def _repack(
+    sources: list[str],
+    layout: Layout,
+    classes_from: ClassesFrom,
+    classes: list[str] | None,
+    skip_damaged: bool,
+    threads: int,
+    strict: bool,
+    write: Callable[..., None],
+) -> None:
+    """Pack the images of tars anew."""
+    with TemporaryDirectory() as scratch:
+        with _console.status("reading the headers of the tars"):
+            found = find_packed_images(
+                find_tars(sources, compressed=True),
+                layout=layout,
+                classes_from=classes_from,
+                classes=classes,
+                skip_damaged=skip_damaged,
+                threads=threads,
+                scratch=scratch,
+                report=_note,
+            )
+        _tell({"images taken": len(found.images.images)}, found.left_out, found.warnings, strict)
+        write(found.images, found.read)
+
+
+def _write(
+    images: pack.ImageSet,
+    read: Callable[[pack.Image], bytes],
+    *,
+    url: str,
+    shard_mb: float,
+    seed: int,
+    threads: int,
+    overwrite: bool,
+) -> None:
+    """Pack one data set."""
+    plan = pack.plan_shards(images, int(shard_mb * MB), seed)
+    url = files.join(url, images.name) if images.name else url
+    contents = _Contents(read)
+    with _Bar(images.name or "packing", plan.image_bytes, len(plan.images)) as bar:
+        index, written = pack.write_shards(
+            plan,
+            url,
+            contents.read,
+            threads=threads,
+            overwrite=overwrite,
+            advance=bar.advance,
+            report=_warn,
+        )
+    for reason, bad in contents.bad.items():
+        share = f"{bad.number:,} of {len(plan.images):,} images ({reason})"
+        _warn(f"cannot be decoded: {share}, such as {bad.example}")
+    _summarize(images.name, index, "" if written else "already packed: ")
+
+
+def _tell(taken: dict[str, int], left_out: Reasons, warnings: list[str], strict: bool) -> None:
+    """Print what was taken and left out. Raise InputError if `strict` and anything was left out."""
+    if left_out:
+        for line in tabulate(taken, left_out):
+            _note(line)
+    for warning in warnings:
+        _warn(warning)
+    if strict and left_out:
+        number = sum(left.number for left in left_out.values())
+        raise InputError(f"--strict: {number:,} were left out, see the table; nothing was written")
 
 
 class _Contents:
     """Read image files, and count those that training will not be able to decode."""
 
-    def __init__(self, source: str) -> None:
-        self.bad: dict[str, LeftOut] = {}  # by reason
-        self._source, self._lock = source, Lock()  # several threads read
+    def __init__(self, read: Callable[[pack.Image], bytes]) -> None:
+        self.bad: Reasons = {}
+        self._read, self._lock = read, Lock()  # several threads read
 
     def read(self, image: pack.Image) -> bytes:
-        content = files.read(files.join(self._source, image.path))
+        content = self._read(image)
         if fault := find_fault(content):
             with self._lock:
                 leave_out(self.bad, fault, image.path)
         return content
 
 
-def _index(source: str, classes: str, threads: int) -> None:
-    names = None
-    if classes:
-        try:
-            names = files.read(classes).decode().splitlines()
-        except FileNotFoundError:
-            raise InputError(f"--classes {files.redact(classes)}: no such file") from None
-    with _Bar("indexing", None, None) as bar:
-        index = scan.index_tars(
-            source,
+def _index(
+    sources: list[str],
+    out: str,
+    layout: Layout,
+    classes: str,
+    threads: int,
+    strict: bool,
+    skip_damaged: bool,
+) -> None:
+    names = _class_names(classes)
+    tars = find_tars(sources)
+    with _Bar("indexing", None, len(tars.names)) as bar:
+        indexed = scan.index_tars(
+            tars,
+            out=out or tars.folder,
+            layout=layout,
             classes=names,
+            skip_damaged=skip_damaged,
             threads=threads,
-            report=_warn,
+            report=_note,
             advance=bar.advance,
         )
-    _summarize("", index, "")
+    _tell({"samples taken": indexed.made.samples}, indexed.left_out, indexed.warnings, strict)
+    scan.save(indexed, _warn)
+    _summarize("", indexed.made, "")
+
+
+def _class_names(url: str) -> list[str] | None:
+    """Return the lines of a file of class names, or None when there is no such file."""
+    if not url:
+        return None
+    try:
+        return files.read(url).decode().splitlines()
+    except FileNotFoundError:
+        raise InputError(f"--classes {files.redact(url)}: no such file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--classes {files.redact(url)}: is no text in UTF-8") from None
+
+
+def _note(text: str) -> None:
+    _console.print(printable(text), soft_wrap=True)
 
 
 def _warn(text: str) -> None:
-    _console.print(f"warning: {printable(text)}", soft_wrap=True)
+    _note(f"warning: {text}")
 
 
 class _Bar:
@@ -176,7 +296,8 @@ def _summarize(name: str, index: Index, note: str) -> None:
     url = files.redact(index.url)
     print(
         f"{note}{index.samples:,} samples, {len(index.classes)} classes, "
-        f"{len(index.shards)} shards, {size:,.1f} MB: {url}/index.json; use {option} {url}"
+        f"{len(index.shards)} shard{'s' * (len(index.shards) > 1)}, {size:,.1f} MB: "
+        f"{url}/index.json; use {option} {url}"
     )
 
 

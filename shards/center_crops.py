@@ -12,12 +12,12 @@ from torch import Tensor
 from torchdata.nodes import IterableWrapper, ParallelMapper
 
 from shards.corrupt import Faults
-from shards.decode import DecodeError, center_box, crop_resize
+from shards.decode import DEFAULT_RULES, DecodeError, PixelRules, center_box, crop_resize
 from shards.errors import InputError
 from shards.index import Index
 from shards.reader import BlockReader, read_blocks
+from shards.samples import Block
 from shards.storage import files
-from shards.tar import Block
 
 CHUNK = 64  # A decode thread takes this many samples at a time.
 LOCAL_AHEAD, REMOTE_AHEAD = 4, 16  # This many blocks (about 4 MB each) are fetched ahead.
@@ -54,6 +54,8 @@ class CropReader:
     report: Callable[[str], None]
     part: tuple[int, int] = (0, 1)
     """(i, n) reads every n-th block from the i-th on: what one of n processes measures."""
+    rules: PixelRules = DEFAULT_RULES
+    """How image files become pixels."""
 
     def read(
         self, index: Index, *, limit: int | None = None, ids: NDArray[np.int64] | None = None
@@ -66,7 +68,7 @@ class CropReader:
             limit: Read only evenly spaced blocks that hold about this many samples.
             ids: [n] Read only the samples with these ids, which are in rising order.
         """
-        reader = BlockReader(index, report=self.report)
+        reader = BlockReader(index, report=self.report, rules=self.rules)
         faults = Faults(index.samples, self.corrupt, self.report)
         decoded = ParallelMapper(
             IterableWrapper(self._plan(reader, limit, ids)),
@@ -78,7 +80,8 @@ class CropReader:
         empty = True
         for batch in decoded:
             if isinstance(batch, InputError):
-                raise batch
+                # A thread still holds this error. With a traceback it would hold the threads, too.
+                raise InputError(str(batch))
             yield batch
             empty = False
         if empty:
@@ -88,9 +91,9 @@ class CropReader:
         self, reader: BlockReader, limit: int | None, ids: NDArray[np.int64] | None
     ) -> Iterator[_Chunk | InputError]:
         index, (first_part, parts) = reader.index, self.part
-        ahead = LOCAL_AHEAD if files.is_local(index.url) else REMOTE_AHEAD
-        places = _places(index, limit, ids)[first_part::parts]
-        try:
+        ahead = LOCAL_AHEAD if files.is_local(index.folder) else REMOTE_AHEAD
+        try:  # torchdata would make a traceback of an error that is raised here
+            places = _places(index, limit, ids)[first_part::parts]
             for (shard, number), block in read_blocks(reader, places, ahead):
                 first_id = index.first_id(shard, number)
                 rows = list(range(len(block)))
@@ -99,8 +102,8 @@ class CropReader:
                     rows = (ids[first:last] - first_id).tolist()
                 for start in range(0, len(rows), CHUNK):
                     yield _Chunk(block, first_id, rows[start : start + CHUNK])
-        except InputError as error:
-            yield error
+        except (InputError, OSError) as error:
+            yield InputError(str(error))
 
     def _load(
         self, reader: BlockReader, faults: Faults, chunk: _Chunk | InputError

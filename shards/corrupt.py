@@ -8,11 +8,11 @@ from torch import Tensor
 from shards.decode import DecodeError
 from shards.errors import InputError
 from shards.reader import BlockReader
-from shards.tar import Block
+from shards.samples import Block
 
 
 class Faults:
-    """Counts the samples that can't be decoded, and reports each of them once.
+    """Counts the samples that this process can't decode, and reports each of them once.
 
     More than `limit` of them are an error.
     """
@@ -39,10 +39,10 @@ class Faults:
             count = len(self._seen)
         if count > self.limit:
             raise InputError(
-                f"{name}: {reason}; {count} corrupt samples, more than data.corrupt allows "
+                f"{name}: {reason}; {count} samples were left out, more than data.corrupt allows "
                 f"({self.limit}): repair the data set or raise the bound"
             )
-        self.report(f"{name}: {reason}; left out (at most {self.limit} samples may be)")
+        self.report(f"{name}: {reason}; not used (up to {self.limit} such samples are allowed)")
 
 
 def decode_good(
@@ -59,10 +59,16 @@ def decode_good(
 
     Raises InputError when there are too many faults, or when no sample of the block can be decoded.
     """
+    reason = ""
     for candidate in [*range(row, len(block)), *range(row)]:
         try:
             return candidate, reader.decode(block, candidate)
         except DecodeError as error:
             name = reader.name_sample(block, candidate, first_id)
             faults.record(first_id + candidate, name, error)
-    raise InputError(f"{reader.url_of(first_id)}: no sample of its block can be decoded")
+            reason = str(error)
+    raise InputError(
+        f"{reader.url_of(first_id)}: none of the {len(block)} samples of a block can be decoded, "
+        f"the last one because: {reason}: restore the shard, or pack the images again without "
+        "those that are damaged"
+    )

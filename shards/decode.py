@@ -3,42 +3,66 @@
 This code runs in threads: torchvision's decode and torch's resize release the GIL.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from shards.dimensions import MOST_PIXELS, image_size
+from shards.orientation import turn, webp_orientation
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
+Exif = Literal["ignore", "apply"]
 
 
 class DecodeError(Exception):
     """The bytes are not an image that can be decoded. The text says why, in one line."""
 
 
-def decode(content: bytearray, offset: int, size: int) -> Tensor:
+@dataclass(frozen=True)
+class PixelRules:
+    """The rules by which image files become pixels. Training, evaluation and export share them."""
+
+    max_pixels: int = MOST_PIXELS
+    """Images whose header claims more pixels are not decoded."""
+    exif: Exif = "ignore"
+    """What happens to the orientation in an image's EXIF data. "ignore" takes the pixels as they
+    are stored, as the official code does, and "apply" turns them upright."""
+
+
+DEFAULT_RULES = PixelRules()
+
+
+def decode(content: bytearray, offset: int, size: int, rules: PixelRules = DEFAULT_RULES) -> Tensor:
     """Decode the image in content[offset : offset + size] to uint8 RGB [3, H, W].
 
     Raises DecodeError.
     """
     if size == 0:
         raise DecodeError("empty")
-    _check_size(memoryview(content)[offset : offset + size])
+    encoded = memoryview(content)[offset : offset + size]
+    _check_size(encoded, rules.max_pixels)
+    upright = rules.exif == "apply"
     try:
         image: Tensor = decode_image(
             torch.frombuffer(content, dtype=torch.uint8, count=size, offset=offset),
             ImageReadMode.RGB,
+            apply_exif_orientation=upright,
         )
     except RuntimeError as error:
         raise DecodeError(str(error).splitlines()[0].rsplit(", ", 1)[-1]) from None
     if image.dtype == torch.uint16:  # The image is a PNG with 16 bits per channel.
-        image = (image.int() >> 8).byte()
+        image = _narrow(image)
+    if upright:  # torchvision turns JPEG and PNG images, but not WebP.
+        image = turn(image, webp_orientation(encoded))
     return image
 
 
-def _check_size(content: memoryview) -> None:
-    """Raise DecodeError when the header is unknown or announces more than MOST_PIXELS pixels.
+def _check_size(content: memoryview, most: int) -> None:
+    """Raise DecodeError when the header is unknown or announces more than `most` pixels.
 
     Decoders trust the header and allocate what it says before they look at the rest.
     """
@@ -46,8 +70,29 @@ def _check_size(content: memoryview) -> None:
     if found is None:
         raise DecodeError("no JPEG, PNG or WebP image")
     width, height = found
-    if width * height > MOST_PIXELS:
-        raise DecodeError(f"{width} x {height} pixels, more than {MOST_PIXELS:,}")
+    if width * height > most:
+        raise DecodeError(
+            f"{width} x {height} pixels, more than data.max_pixels ({most:,}): raise it, or pack "
+            "the images smaller with launch/pack.py --max-side"
+        )
+
+
+def _narrow(image: Tensor) -> Tensor:
+    """Convert uint16 [3, H, W] to uint8, if it was uint8 that was scaled up.
+
+    Scaled values are v * 257, whose two bytes are equal. Raises DecodeError for others, because
+    which of their values become black and white is not known here. Nothing is copied to a wider
+    type, as such images are large.
+    """
+    rows = image.permute(1, 2, 0).contiguous()  # [H, W, 3], as the decoder laid it out
+    halves = rows.view(torch.uint8).unflatten(-1, (-1, 2))  # [H, W, 3, 2]
+    if not torch.equal(halves[..., 0], halves[..., 1]):
+        raise DecodeError(
+            "16 bits per channel need a window: pack the images with "
+            "launch/pack.py SOURCE OUT --window LOW HIGH"
+        )
+    narrow: Tensor = halves[..., 0].contiguous().permute(2, 0, 1)
+    return narrow
 
 
 def crop_resize(image: Tensor, box: Box, size: int) -> Tensor:

@@ -9,7 +9,7 @@ first needed. The checksums of the block lists are part of the index's digest.
 import json
 import os
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from shards.digest import digest
 from shards.documents import Natural, Sum32, build, check, shown, without_gc
 from shards.errors import InputError
+from shards.samples import Layout
 from shards.storage import files, names
 
 VERSION = 1
@@ -58,13 +59,18 @@ class Index:
 
     `classes` is empty when the data set has no labels. Samples are numbered in file order across
     all shards; these numbers are the sample ids. `plan` is the digest of the packing that made the
-    shards, or "" when others made them.
+    shards, or "" when others made them. `layout` says how the members of the shards make samples.
+    `base` is the folder of the shards, or "" when they lie beside the index. `stored_digest` is the
+    digest in an index of the first release, which covers the names of the classes.
     """
 
     url: str
     shards: list[Shard]
     classes: list[str] = field(default_factory=list)
     plan: str = ""
+    layout: Layout = field(default_factory=Layout)
+    base: str = ""
+    stored_digest: str = ""
 
     def __post_init__(self) -> None:
         self.first_ids = np.cumsum([0, *(shard.samples for shard in self.shards)])  # [S + 1]
@@ -78,13 +84,34 @@ class Index:
 
     @property
     def digest(self) -> str:
-        """SHA-256, as 16 hex digits, of everything that decides which bytes a sample id means."""
+        """SHA-256, as 16 hex digits, of everything that decides what a sample id means.
+
+        The number of the classes belongs to that, but their names do so only if labels are names.
+        """
+        if self.stored_digest:
+            return self.stored_digest
+        names = self.classes if self.layout.named else map(str, range(len(self.classes)))
+        return self.compute_digest(list(names))
+
+    def compute_digest(self, classes: list[str]) -> str:
+        """Return the digest that the index has if these names belong to it."""
         facts = [[s.name, s.samples, s.bytes, s.checksum] for s in self.shards]
-        text = json.dumps([VERSION, facts, self.classes], separators=(",", ":"))
-        return digest(text)
+        layout = self.layout.document()
+        whole = [VERSION, facts, classes, *([layout] if layout else [])]
+        return digest(json.dumps(whole, separators=(",", ":")))
+
+    @cached_property
+    def class_numbers(self) -> dict[str, int]:
+        """The index of each class name, for labels that are names."""
+        return {name: i for i, name in enumerate(self.classes)}
+
+    @property
+    def folder(self) -> str:
+        """The URL of the folder that holds the shards."""
+        return self.base or self.url
 
     def shard_url(self, shard: int) -> str:
-        return files.join(self.url, self.shards[shard].name)
+        return files.join(self.folder, self.shards[shard].name)
 
     def blocks(self, shard: int) -> Blocks:
         """Return the blocks of a shard. Read its sidecar if it has one that is not in memory.
@@ -111,7 +138,7 @@ class Index:
         InputError for a shard name that an index may not contain.
         """
         for shard in self.shards:
-            names.check_name(shard.name, files.redact(self.url), "rename it")
+            names.check_path(shard.name, files.redact(self.url), "rename it")
         inline = sum(len(self.blocks(i)) for i in range(len(self.shards))) <= INLINE_BLOCKS
         if not inline:
             for i, shard in enumerate(self.shards):
@@ -132,7 +159,12 @@ class Index:
                     entry["crcs"] = shard.crcs
             entries.append(entry)
         head = {"version": VERSION, "digest": self.digest, "samples": self.samples}
-        return head | {"plan": self.plan, "classes": self.classes, "shards": entries}
+        head |= {"plan": self.plan, "classes": self.classes}
+        if layout := self.layout.document():
+            head["layout"] = layout
+        if self.base:
+            head["base"] = self.base
+        return head | {"shards": entries}
 
 
 _REINDEX = "run `python launch/pack.py --index-only` on the shards again"
@@ -166,6 +198,8 @@ class _Document(_Names):
     samples: Natural
     plan: str
     shards: list[_Entry]
+    layout: Layout = field(default_factory=Layout)
+    base: str = ""
 
 
 def sidecar(shard_name: str) -> str:
@@ -251,10 +285,10 @@ def load(url: str, field_name: str) -> Index:
     except (InputError, OSError) as error:
         hint = f"; give the folder that holds {NAME}" if url.endswith(NAME) else ""
         raise InputError(f"{place}: {error}{hint}") from None
-    index = _checked(document, url, place)
+    index = _checked(document, url, field_name, place)
     if index.samples == 0:
         raise InputError(f"{place}: the data set is empty")
-    if files.is_local(url):
+    if files.is_local(index.folder):
         _check_sizes(index, place)
     return index
 
@@ -277,7 +311,7 @@ def class_names(document: Any) -> list[str]:
     return build(_Names, document).classes
 
 
-def _checked(document: Any, url: str, place: str) -> Index:
+def _checked(document: Any, url: str, field_name: str, place: str) -> Index:
     """Make an Index of the content of index.json. Raises InputError when it is damaged."""
     version = document.get("version", VERSION) if isinstance(document, dict) else VERSION
     if version != VERSION:
@@ -287,14 +321,18 @@ def _checked(document: Any, url: str, place: str) -> Index:
         shards = [_shard(entry, f"shards[{i}]") for i, entry in enumerate(content.shards)]
         if sum(shard.bytes for shard in shards) >= 2**62:
             raise InputError("shards must have less than 2**62 bytes together")
-        index = Index(url, shards, content.classes, content.plan)
+        index = Index(url, shards, content.classes, content.plan, content.layout)
+        if index.digest != content.digest == index.compute_digest(index.classes):
+            index.stored_digest = content.digest
         if index.digest == content.digest and index.samples != content.samples:
             there = f"{index.samples}, as the shards say, not {content.samples}"
             raise InputError(f"samples must be {there}")
     except (InputError, UnicodeEncodeError) as error:
         raise InputError(f"{place}: {NAME}: is damaged: {error}; {_REINDEX}") from None
     for shard in shards:
-        names.check_name(shard.name, f"{place}: {NAME}", _REINDEX)
+        names.check_path(shard.name, f"{place}: {NAME}", _REINDEX)
+    if content.base:
+        index.base = names.check_url(content.base, field_name, f"{place}: {NAME}")
     if index.digest != content.digest:
         raise InputError(f"{place}: {NAME} does not match its own digest; {_REINDEX}")
     return index
@@ -317,7 +355,7 @@ def _shard(entry: _Entry, name: str) -> Shard:
 
 
 def _check_sizes(index: Index, place: str) -> None:
-    folder = files.open_filesystem(index.url)[1]
+    folder = files.open_filesystem(index.folder)[1]
     for shard in index.shards:
         try:
             # fsspec takes six times as long, which is 2 s for 100,000 shards at every start of a

@@ -11,11 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from shards.cache import ShardCache
-from shards.decode import decode
+from shards.decode import DEFAULT_RULES, PixelRules, decode
 from shards.errors import InputError
 from shards.index import Index
+from shards.samples import Block
 from shards.storage import files, retries
-from shards.tar import Block, TarError
+from shards.tar import TarError
 
 
 class DamagedBlock(InputError):
@@ -30,13 +31,14 @@ class BlockReader:
         index: Index,
         cache: ShardCache | None = None,
         report: Callable[[str], None] = lambda _: None,
+        rules: PixelRules = DEFAULT_RULES,
     ) -> None:
         """Open a data set.
 
         Args:
             report: Takes one warning for each shard that arrived damaged at some time.
         """
-        self.index, self.cache, self._report = index, cache, report
+        self.index, self.cache, self._report, self.rules = index, cache, report, rules
         self._reported: set[int] = set()
         self._lock = threading.Lock()
 
@@ -49,7 +51,7 @@ class BlockReader:
 
         Raises InputError naming the shard when the shard does not hold what the index says.
         """
-        attempts = 1 if files.is_local(self.index.url) else retries.CONTENT_ATTEMPTS
+        attempts = 1 if files.is_local(self.index.folder) else retries.CONTENT_ATTEMPTS
         for attempt in range(1, attempts + 1):
             try:
                 return self._fetch(shard, block, last=attempt == attempts)
@@ -70,9 +72,9 @@ class BlockReader:
         try:
             content = self._read(shard, start, stop)
             self._check_crc(content, shard, block, place, last)
-            found = Block(content)
+            found = Block(content, self.index.layout, self.index.class_numbers)
         except FileNotFoundError:
-            raise InputError(f"{url}: the shard is missing") from None
+            raise InputError(f"{url}: the shard is missing: restore it") from None
         except retries.WrongLength as error:
             raise InputError(f"{error}: the shard is truncated, restore it") from None
         except OSError as error:
@@ -117,7 +119,7 @@ class BlockReader:
         """Decode one sample's image to uint8 [3, H, W]. Raises DecodeError."""
         span = block.samples[row].image
         assert span is not None  # A Block keeps only samples with an image.
-        return decode(block.content, *span)
+        return decode(block.content, *span, self.rules)
 
     def name_sample(self, block: Block, row: int, first_id: int) -> str:
         """Name a sample by its shard and its key; `first_id` is the id of the block's row 0."""

@@ -79,7 +79,8 @@ def match(
         tensors: The checkpoint's tensors in the order of the file.
         network: Which network to take.
         place: The file, for messages.
-        prefix: Take the encoder whose names begin with this, whatever `network` says.
+        prefix: Take the encoder with this prefix, whatever `network` says. It is all that stands
+            before `conv1.weight`, or the name of the first tensor when tensors match by order.
 
     Raises InputError when there is no such encoder, when there are several, and when values are
     damaged.
@@ -175,15 +176,15 @@ def _chosen(
         return chosen[0]
     there = _some([shown(name) for name in found], 16)
     if prefix is not None:
-        raise InputError(f"{place}: no ResNet under --prefix {prefix}: there is {there}")
+        raise InputError(f"{place}: --prefix {prefix} is of no ResNet: give one of {there}")
     if chosen:
         raise InputError(
-            f"{place}: several networks may be the {network} one: choose with --prefix PREFIX, "
-            f"of {there}"
+            f"{place}: several networks may be the {network} one: give --prefix PREFIX, one of "
+            f"{there}"
         )
     raise InputError(
-        f"{place}: cannot tell a target network: target, momentum, teacher, ema or key is in no "
-        f"name of {there}: choose with --prefix PREFIX"
+        f"{place}: no network is named as a target network is (target, momentum, teacher, ema or "
+        f"key): give --prefix PREFIX, one of {there}"
     )
 
 

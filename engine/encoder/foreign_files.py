@@ -74,13 +74,13 @@ def _tensors(content: bytes, place: str) -> dict[str, Tensor]:
             raise
         except Exception as error:  # a damaged file can raise nearly anything
             reason = " ".join(str(error).split())[:LONGEST_REASON]
-            raise InputError(f"{place}: is no whole safetensors file: {reason}") from None
+            raise InputError(f"{place}: is not a whole safetensors file: {reason}") from None
     try:
         return dict(_flatten(_open(content, place), place))
     except NotAdmitted as error:
         raise InputError(
-            f"{place}: holds {shown(str(error))[1:-1]}, which is not loaded for it could run code: "
-            "where the file was made, save the state dict alone: "
+            f"{place}: holds {shown(str(error))[1:-1]}, which is not loaded, because it could run "
+            "code: save the state dict alone where the file was made, by "
             'torch.save(torch.load(...)["state_dict"], ...)'
         ) from None
     except (InputError, MemoryError, RecursionError):
@@ -88,7 +88,8 @@ def _tensors(content: bytes, place: str) -> dict[str, Tensor]:
     except Exception as error:  # a damaged file can raise nearly anything
         reason = " ".join(str(error).split())[:LONGEST_REASON]
         raise InputError(
-            f"{place}: is no whole file of torch.save: cut off, damaged or something else: {reason}"
+            f"{place}: is not a whole file of torch.save: it is cut off, damaged or of another "
+            f"kind ({reason})"
         ) from None
 
 
@@ -96,7 +97,8 @@ def _open(content: bytes, place: str) -> TorchFile:
     archive = content.startswith(b"PK")
     if not archive and not content.startswith(b"\x80"):  # neither a zip file nor a pickle
         raise InputError(
-            f"{place}: is no file of torch.save or safetensors: it begins with {content[:24]!r}"
+            f"{place}: was written neither by torch.save nor by safetensors: it begins with "
+            f"{content[:24]!r}"
         )
     if archive and b"/constants.pkl" in content:
         raise InputError(

@@ -17,6 +17,7 @@ from engine.method.resnet import ResNet, ResNetConfig, initialize
 from engine.processes.world import World
 from engine.state import checkpoint, layout
 from engine.state.checkpoint import Commit
+from shards.decode import DEFAULT_RULES, Exif, PixelRules
 from shards.digest import digest
 from shards.documents import check
 from shards.errors import InputError
@@ -26,6 +27,7 @@ from shards.storage import files, names
 TRIES = 3  # a training run may remove the checkpoint while it is read
 
 _ENCODER = "model.encoder."
+_ENCODER_FIELDS = get_type_hints(ResNetConfig)
 _PLACES = ("data.train", "data.val")
 _HINTS: dict[str, Any] = {  # types and bounds of the fields that are used of a stranger's recipe
     **{_ENCODER + k: v for k, v in get_type_hints(ResNetConfig, include_extras=True).items()},
@@ -33,6 +35,8 @@ _HINTS: dict[str, Any] = {  # types and bounds of the fields that are used of a 
     "precision": Precision,
     "seed": Annotated[int, Interval(ge=0, le=2**62)],
     "probe.crop": Annotated[float, Interval(ge=1e-3, le=1)],
+    "data.max_pixels": Annotated[int, Interval(ge=1, le=2**32)],
+    "data.exif": Exif,
 }
 
 
@@ -46,17 +50,24 @@ class EncoderConfig:
     """The network that is taken: online or target. For comparison, untrained is the run's
     encoder before the first step, and pixels is the image itself, which cannot be exported."""
     prefix: str | None = None
-    """Name prefix of the encoder's tensors in a third-party file. By default it is
-    detected. Give it only when the file holds several encoders."""
+    """What stands before conv1.weight in the encoder's tensor names in a third-party file, as a
+    whole. Where names mean nothing it is the name of the encoder's first tensor. It is needed only
+    when the file holds several encoders, and the error message then lists all of them."""
     size: Annotated[int | None, Interval(ge=8, le=2**14)] = None
     """Side of the network's input in pixels. By default it is the run's, and 224 for a third-party
     file."""
     crop: Annotated[float | None, Interval(ge=1e-3, le=1)] = None
     """Side of the central crop as a fraction of the image's shorter side. By default it is the
     run's, and 0.875 for a third-party file."""
+    exif: Exif | None = None
+    """Orientation in the EXIF data of images: ignore takes the pixels as they are stored, and apply
+    turns them upright. By default it is the run's, and ignore for a third-party file."""
+    max_pixels: Annotated[int | None, Interval(ge=1, le=2**32)] = None
+    """Images whose header claims more pixels count as undecodable. By default it is the run's
+    data.max_pixels, and 89,478,485 for a third-party file."""
     precision: Precision | None = None
-    """Number format of the forward passes. By default it is the run's, and fp32 for a third-party
-    file."""
+    """Number format of an evaluation's forward passes. By default it is the run's, and fp32 for a
+    third-party file. An export does not depend on it, because exported files are in fp32."""
 
     def check(self) -> None:
         """Raise InputError when a field has a value that it cannot have."""
@@ -65,6 +76,13 @@ class EncoderConfig:
             raise InputError(
                 f"--checkpoint must be latest or the number of a step, not {self.checkpoint!r}"
             )
+
+    def rules(self, fields: dict[str, Any]) -> PixelRules:
+        """Return the rules by which image files become pixels, given the run's recipe."""
+        return PixelRules(
+            self.max_pixels or fields.get("data.max_pixels", DEFAULT_RULES.max_pixels),
+            self.exif or fields.get("data.exif", DEFAULT_RULES.exif),
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +98,7 @@ class Source:
     config: ResNetConfig
     size: int
     crop: float
+    rules: PixelRules
     precision: Precision
     fields: dict[str, Any]  # the run's recipe by dotted names; empty for a file that others made
     report: str  # one line that says what was taken
@@ -87,7 +106,7 @@ class Source:
     def data_url(self, name: Literal["data.train", "data.val"]) -> str:
         """Return the URL of the run's data set; "" when the run has none.
 
-        Raises InputError when it is a URL that a file that others made must not lead to.
+        Raises InputError when it is of a kind that is never opened on the word of a file.
         """
         if not self.run:
             return ""
@@ -112,9 +131,10 @@ Network = ResNet | Pixels
 def open_encoder(
     url: str, config: EncoderConfig, world: World, report: Callable[[str], None]
 ) -> tuple[Source, Network]:
-    """Load a network in evaluation mode, on the CPU in float32, and describe its source.
+    """Load a network, on the CPU in float32, and describe its source.
 
-    All processes call it together. Raises InputError when there is no sound checkpoint.
+    The caller puts it into evaluation mode. All processes call it together. Raises InputError when
+    there is no sound checkpoint.
     """
     config.check()
     files.check(url, "CHECKPOINT")
@@ -124,20 +144,31 @@ def open_encoder(
     if config.prefix is not None:
         raise InputError(f"--prefix is for files that others made: {files.redact(url)} is a run")
     for attempt in range(1, TRIES + 1):
-        there = world.on_main(partial(checkpoint.steps, url))
+        there = world.on_main(partial(_steps, url))
         try:
             return _own(_find(url, config, world, report), config, world)
         except (InputError, OSError):
-            changed = world.on_main(partial(checkpoint.steps, url)) != there
+            changed = world.on_main(partial(_steps, url)) != there
             if not changed or attempt == TRIES or config.checkpoint != "latest":
                 raise
             report(f"{files.redact(url)}: the run went on meanwhile; taking a newer checkpoint")
     raise AssertionError("unreachable")
 
 
+def _steps(url: str) -> list[str]:
+    """List the checkpoints of a run. The list is empty where folders may not be listed."""
+    try:
+        return checkpoint.steps(url)
+    except PermissionError:
+        return []
+
+
 def _kind(url: str) -> Literal["folder", "file"]:
-    if files.list_names(url):
-        return "folder"
+    try:
+        if files.list_names(url):
+            return "folder"
+    except PermissionError:  # Single objects may be readable all the same.
+        return "file" if files.exists(url) else "folder"
     if not files.exists(url):
         raise InputError(
             f"CHECKPOINT {files.redact(url)}: nothing there; give the URL of a run, of one of "
@@ -171,20 +202,20 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
     fields = world.on_main(partial(layout.read_recipe, home)) if home else {}
     # The commit decides the method. Only recipe.json says where the data is.
     fields |= {name: value for name, value in commit.method.items() if name not in _PLACES}
+    remedy = "use the version of this engine that wrote it"
     try:
         fields |= {k: check(hint, fields[k], k) for k, hint in _HINTS.items() if k in fields}
-        resnet = ResNetConfig(
-            **{
-                name.removeprefix(_ENCODER): value
-                for name, value in fields.items()
-                if name.startswith(_ENCODER)
-            }
-        )
+        encoder = {n.removeprefix(_ENCODER): v for n, v in fields.items() if n.startswith(_ENCODER)}
+        resnet = ResNetConfig(**encoder)
         size, precision, seed = fields["views.size"], fields["precision"], fields["seed"]
     except InputError as error:
         raise InputError(f"{place}: its recipe is damaged: {error}") from None
-    except (KeyError, TypeError):
-        raise InputError(f"{place}: its recipe lacks fields that this version knows") from None
+    except KeyError as missing:
+        raise InputError(f"{place}: its recipe has no field {missing.args[0]}: {remedy}") from None
+    except TypeError:
+        unknown = ", ".join(sorted(ascii(n)[:80] for n in encoder.keys() - _ENCODER_FIELDS))
+        told = f"{place}: model.encoder has unknown fields ({unknown}): {remedy}"
+        raise InputError(told) from None
     _check_weight(resnet, commit)
     size = config.size or size
     network: Network = ResNet(resnet, views=1)
@@ -206,6 +237,7 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
         config=resnet,
         size=size,
         crop=config.crop or fields.get("probe.crop", 0.875),
+        rules=config.rules(fields),
         precision=config.precision or precision,
         fields={k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()},
         report=f"{config.network} network of {place}",
@@ -246,6 +278,7 @@ def _foreign(url: str, config: EncoderConfig) -> tuple[Source, Network]:
         config=found.config,
         size=config.size or 224,
         crop=config.crop or 0.875,
+        rules=config.rules({}),
         precision=config.precision or "fp32",
         fields={},
         report=f"{place}: {found.report}",

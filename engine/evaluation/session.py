@@ -6,7 +6,7 @@ All evaluation protocols share this.
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import PurePosixPath
@@ -31,6 +31,7 @@ from engine.state import lease
 from engine.state.layout import CHECKPOINTS, EVALUATIONS, TENSORBOARD
 from shards import index as indexes
 from shards.center_crops import CropReader, EvalBatch
+from shards.decode import DEFAULT_RULES
 from shards.digest import digest
 from shards.errors import InputError
 from shards.fields import UnitInterval
@@ -51,8 +52,8 @@ class EvaluationDataConfig:
     val: str = ""
     """URL of the shards that the accuracy is measured on. By default they are the run's."""
     corrupt: UnitInterval = 0.01
-    """Fraction of the images that may be undecodable before the evaluation stops. 10 images always
-    may."""
+    """Fraction of the images that each process may find undecodable before the evaluation stops. It
+    may always find 10."""
 
 
 class Evaluation:
@@ -105,6 +106,7 @@ class Evaluation:
             data.corrupt,
             self.terminal.report,
             part=(world.rank, world.size),
+            rules=self.source.rules,
         )
         self.encode = encoding(self.network, self.source.precision, world.device)
         self.settings = settings
@@ -159,8 +161,8 @@ class Evaluation:
             found = any(bool((batch.labels >= 0).any()) for batch in crops)
         if not self.world.all_reduce(torch.tensor(int(found))):
             raise InputError(
-                f"no image {images} has a label and can be decoded, so that nothing could be "
-                f"{use}: label more images"
+                f"no image {images} has a label and can be decoded, so nothing could be {use}: "
+                "label more images, or repair them"
             )
 
     def _show_progress(self, batches: Iterable[EvalBatch], total: int) -> Iterator[EvalBatch]:
@@ -242,7 +244,8 @@ class Evaluation:
     def _own_data(self) -> bool:
         """Whether the data are the run's own, even if they were moved.
 
-        It is always true for a third-party checkpoint file.
+        It is also true when there is nothing to compare with: for a third-party checkpoint file,
+        and for a run without data.val.
         """
         if not self.source.run or not self.source.fields.get("data.val"):
             return True
@@ -262,6 +265,8 @@ class Evaluation:
             stem = f"step_{source.step:08d}"
         facts = [source.digest, source.size, source.crop, source.precision]
         facts += [self.train.digest, self.val.digest, sorted(self.settings.items())]
+        if source.rules != DEFAULT_RULES:  # Results of earlier releases keep their folders.
+            facts.append(astuple(source.rules))
         facts_digest = digest(json.dumps(facts), 8)
         return files.join(self.home, stem, f"{self.protocol}-{source.network}-{facts_digest}")
 
@@ -274,7 +279,13 @@ class Evaluation:
             "step": source.step,
             "network": source.network,
             "weights": source.digest,
-            "input": {"size": source.size, "crop": source.crop, "precision": source.precision},
+            "input": {
+                "size": source.size,
+                "crop": source.crop,
+                "exif": source.rules.exif,
+                "max_pixels": source.rules.max_pixels,
+                "precision": source.precision,
+            },
             "settings": self.settings,
             "data": {
                 name: {"url": files.redact(index.url), "digest": index.digest}

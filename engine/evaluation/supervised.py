@@ -221,14 +221,14 @@ def load_crops(evaluation: Evaluation, index: Index, batch: int, seed: int, held
             f"--batch {batch} can be shared out to {streams} processes at most, not {world.size}: "
             f"give a multiple of {STREAMS}"
         )
-    order = Order(index, seed, streams, batch)
+    order, rules = Order(index, seed, streams, batch), evaluation.source.rules
 
     def batches(start: int) -> Generator[Examples, None, None]:
         loader = TrainLoader(
             order,
             rank_streams(streams, world.rank, world.size),
             crop_and_flip(evaluation.source.size),
-            DataConfig(corrupt=evaluation.corrupt),
+            DataConfig(corrupt=evaluation.corrupt, max_pixels=rules.max_pixels, exif=rules.exif),
             micro=1,
             start=start,
             threads=evaluation.threads,

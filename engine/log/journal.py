@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from shards.storage import files
+from shards.storage import files, local_files
 
 JSONL = "metrics.jsonl"
 PARTS = "metrics"
@@ -44,7 +44,7 @@ def read(run: str) -> list[Record]:
 
 
 def add(run: str, record: Record) -> None:
-    """Add values to a step's record from another process than the log's writer.
+    """Add values to a step's record, from a process that is not the log's writer.
 
     From then on `read` returns them. They get to metrics.jsonl when the log's writer next compacts
     it, or when the next writer opens the log. Raises OSError.
@@ -75,7 +75,7 @@ class Journal:
         self._written: dict[int, frozenset[str]] = {}  # by step, the keys that this writer wrote
         self._last = records[-1] if records else None
         self._pending: dict[int, bytes] = {}
-        self._lock = threading.Lock()  # guards the four above; is never held during storage calls
+        self._lock = threading.Lock()  # guards the four above; no storage call runs under it
         self._storing = threading.Lock()  # one thread at a time writes to storage
 
         # The last step in a local file; inf when nobody knows how the file ends.
@@ -185,8 +185,8 @@ class Journal:
             return
         append, self._end = min(lines) > self._end, math.inf
         if append:
-            with open(files.open_filesystem(self._url)[1], "ab") as file:
-                file.write(b"".join(lines[step] for step in sorted(lines)))
+            path = files.open_filesystem(self._url)[1]
+            local_files.append(path, b"".join(lines[step] for step in sorted(lines)))
             self._end = max(lines)
         else:
             whole, end = self._whole()
@@ -232,15 +232,15 @@ class Journal:
         self._loose = 0
 
 
-def pause(files: int) -> float:
-    """Return the seconds between two flushes to an object store that has N = `files` objects.
+def pause(objects: int) -> float:
+    """Return the seconds between two flushes to a store that has N = `objects` of the log.
 
     The pause is N²/10, but at least 30. So a young log is up to date, and five days of logging make
     about 240 objects, however often the run is restarted. One object every 30 s would make 14,000,
     and a reader has to request each one. Nothing is lost by waiting: the log is flushed before each
     checkpoint, and a resumed run logs the steps after the checkpoint again.
     """
-    return max(30, files**2 / 10)
+    return max(30, objects**2 / 10)
 
 
 def _line(record: Record) -> bytes:

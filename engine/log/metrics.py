@@ -78,12 +78,12 @@ class MetricsLog:
         self,
         run: str,
         start: int,
-        total: int,
+        stop: int,
         terminal: Terminal,
     ) -> None:
         """Open the log, and drop later steps that an earlier process left. Raises OSError.
 
-        The progress bar ends at step `total`.
+        The progress bar ends at step `stop`.
         """
         self.console = terminal.console
         self._run = run
@@ -102,7 +102,7 @@ class MetricsLog:
             console=self.console,
             transient=True,
         )
-        self._task = self._progress.add_task("train", total=total, completed=start, status="")
+        self._task = self._progress.add_task("train", total=stop, completed=start, status="")
         if self.console.is_terminal:
             self._progress.start()
         for record in self._journal.after(self._events.reached):

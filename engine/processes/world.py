@@ -64,7 +64,7 @@ class World:
         return replace(self, group=cast(ProcessGroup, group))
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Sum a CPU tensor over all processes, in place."""
+        """Sum a tensor, of the CPU or of the device, over all processes, in place."""
         if self.distributed:
             dist.all_reduce(values, group=self.group)
         return values

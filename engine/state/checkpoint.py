@@ -51,7 +51,8 @@ class CheckpointConfig:
     keep_every: Operation[Annotated[int, Interval(ge=0)]] = 0
     """Checkpoints whose step is a multiple of this stay too. 0 keeps no others."""
     background: Operation[bool] = True
-    """Go on training while a checkpoint is written. The step waits only for a copy of the state."""
+    """Go on training while a checkpoint is written. Training waits only while the state is copied,
+    and before that until the checkpoint before this one is written."""
     grace: Operation[Annotated[float, Interval(ge=0, le=1e6)]] = 25
     """Seconds that a process has after a signal that stops it to end its step and save; then it
     exits at once. Choose less than the time after which the
@@ -185,7 +186,13 @@ def find(
     """
     if world.on_main(lambda: files.exists(files.join(url, COMMIT))):
         return verify(url, world)
-    found = latest(url, world, report)
+    try:
+        found = latest(url, world, report)
+    except PermissionError as error:
+        example = files.redact(step_url(url, 100))
+        raise InputError(
+            f"{name} {error}; without that, give the URL of one checkpoint, such as {example}"
+        ) from None
     if found is None:
         raise InputError(f"{name} {files.redact(url)}: no committed checkpoint there")
     return found
@@ -249,7 +256,7 @@ def prune(
     keep_every: int = 0,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Remove all committed checkpoints except the newest `keep`.
+    """Remove the committed checkpoints except the newest `keep` and those of `keep_every`.
 
     The commit of each is removed first. If the store refuses that, the checkpoint stays whole.
 

@@ -39,7 +39,8 @@ class Writer(FileSystemWriter):
     """
 
     def __init__(self, url: str) -> None:
-        # There is nothing to copy ahead, because the state is on the CPU already.
+        # A training copies its state to the CPU before it is written, so there is nothing to copy
+        # ahead. Others (--debug-step, evaluations) write from the device, where time matters less.
         super().__init__(url, sync_files=False, per_thread_copy_ahead=0)
         files = _Files()
         self.fs = files  # type: ignore[assignment]

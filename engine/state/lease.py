@@ -1,7 +1,8 @@
 """Make sure that only one job at a time trains in a run directory.
 
 The lease is the file RUN/lease/00000001.json, later 00000002.json and so on. Only the file with the
-highest number counts. The job that created it holds the run; when several try, only one succeeds.
+highest number counts. The job that created it holds the run; when several try, only one succeeds,
+but for stores without exclusive create (`files.create`), where the others notice at the next beat.
 The holder shows that it is alive by rewriting the file with a rising `beat`. When another job finds
 the file unchanged for two periods, it takes the holder for dead and creates the next number. A
 holder that sees a number above its own has lost the run. A released lease stays until there is a
@@ -156,8 +157,14 @@ def acquire(run: str, agents: Sequence[str], period: float, report: Callable[[st
         period: Seconds between beats.
         report: Is called with lines about the waiting and about files that cannot be removed.
 
-    Raises InputError when another job holds it.
+    Raises InputError when another job holds it, and OSError when the store has no exclusive create.
     """
+    if not files.is_local(run) and not files.is_exclusive():
+        report(
+            f"{files.redact(run)} is held without exclusive create ({files.EXCLUSIVE}=no): two "
+            f"jobs that start at the same moment may both train there for up to {period:g} s, "
+            "until one notices the other and ends"
+        )
     newest = _newest(run)
     if newest is not None and not (
         newest.released or set(newest.agents) & set(agents) or newest.is_dead()

@@ -96,9 +96,9 @@ def bench_order(
     index and the sidecars are real. The shards are files of the right length without content. All
     of them are in a temporary folder, by default 200,000 files, and in the page cache.
 
-    Stock is a DistributedSampler under a BatchSampler that skips to the step. It reads nothing and
-    loads no image of a skipped batch. It permutes all samples in memory, at about 48 bytes each. So
-    the two are compared on a smaller data set, with as many samples in a shard.
+    Stock, the usual way, is a DistributedSampler under a BatchSampler that skips to the step. It
+    reads nothing and loads no image of a skipped batch. It permutes all samples in memory, at about
+    48 bytes each. So the two are compared on a smaller data set, with as many samples in a shard.
 
     Both sides run on one core. Memory is the growth of fresh processes.
 

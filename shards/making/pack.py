@@ -29,8 +29,9 @@ from shards.digest import digest
 from shards.errors import InputError
 from shards.index import Blocks, Index, Shard
 from shards.philox import Domain, permutation
+from shards.samples import Sample, read_samples
 from shards.storage import files, upload
-from shards.tar import BLOCK, Sample, read_samples
+from shards.tar import BLOCK
 
 STEM_LENGTH = 60
 

@@ -1,11 +1,16 @@
 """Decoding: what claims absurd dimensions is refused before memory is taken for it."""
 
+import io
 import resource
 
+import numpy as np
 import pytest
+from PIL import Image as PillowImage
+from PIL import ImageOps
 
-from shards.decode import DecodeError, decode
+from shards.decode import DecodeError, PixelRules, decode
 from shards.dimensions import MOST_PIXELS
+from shards.orientation import exif_orientation, make_exif, webp_orientation
 from tests.shards.test_dimensions import encode, png_header
 
 
@@ -32,7 +37,9 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs(name: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(DecodeError, match=r"\d+ x \d+ pixels, more than 89,478,485"):
+    with pytest.raises(
+        DecodeError, match=r"\d+ x \d+ pixels, more than data.max_pixels \(89,478,485\)"
+    ):
         decode(BOMBS[name], 0, len(BOMBS[name]))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
 
@@ -65,3 +72,63 @@ def test_reasons_are_one_line() -> None:
     with pytest.raises(DecodeError) as caught:
         decode(content, 0, len(content))
     assert "\n" not in str(caught.value)
+
+
+def test_the_bound_is_a_rule() -> None:
+    content = bytearray(encode(50, 40, "PNG"))
+    assert decode(content, 0, len(content), PixelRules(max_pixels=2000)).shape == (3, 40, 50)
+    with pytest.raises(DecodeError, match=r"50 x 40 pixels, more than data.max_pixels \(1,999\)"):
+        decode(content, 0, len(content), PixelRules(max_pixels=1999))
+
+
+# EXIF orientation
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_ignored_or_applied(form: str, orientation: int) -> None:
+    """Pillow turns the image for comparison."""
+    content = bytearray(encode(50, 40, form, exif=make_exif(orientation)))
+    picture = PillowImage.open(io.BytesIO(content)).convert("RGB")
+    assert picture.getexif()[274] == orientation
+    upright = ImageOps.exif_transpose(picture)
+    for rules, expected in ((PixelRules(), picture), (PixelRules(exif="apply"), upright)):
+        image = decode(content, 0, len(content), rules).permute(1, 2, 0).numpy()
+        assert image.shape == np.asarray(expected).shape
+        assert np.abs(image.astype(int) - np.asarray(expected)).max() <= 2
+
+
+@pytest.mark.parametrize("exif", [b"", b"text", make_exif(9), make_exif(0), make_exif(6)[:-9]])
+def test_damaged_orientations_are_upright(exif: bytes) -> None:
+    assert exif_orientation(exif) == 1
+    for content in (
+        encode(50, 40, "WEBP", exif=exif),
+        b"RIFF",
+        b"RIFF\0\0\0\0WEBPEXIF\xff\xff\xff\xff",
+    ):
+        assert webp_orientation(content) == 1
+        assert webp_orientation(memoryview(content)) == 1
+
+
+# 16 bits
+
+
+def encode_wide(values: np.ndarray) -> bytearray:
+    buffer = io.BytesIO()
+    PillowImage.fromarray(values.astype(np.uint16)).save(buffer, "PNG")
+    return bytearray(buffer.getvalue())
+
+
+def test_scaled_up_values_are_what_they_were() -> None:
+    narrow = np.arange(256).reshape(16, 16)
+    content = encode_wide(narrow * 257)
+    for rules in (PixelRules(), PixelRules(exif="apply")):
+        assert (decode(content, 0, len(content), rules).numpy() == narrow).all()
+
+
+def test_other_values_need_a_window() -> None:
+    values = np.arange(256).reshape(16, 16) * 257
+    values[7, 7] += 1
+    content = encode_wide(values)
+    with pytest.raises(DecodeError, match=r"16 bits .* a window: .*pack.py SOURCE OUT --window"):
+        decode(content, 0, len(content))

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from shards import index as index_module
 from shards.center_crops import CropReader
-from shards.decode import center_box, crop_resize, decode
+from shards.decode import PixelRules, center_box, crop_resize, decode
 from shards.errors import InputError
 from shards.index import Index
 from shards.loader import Batch, DataConfig, TrainLoader
 from shards.order import Order, rank_streams
+from shards.orientation import make_exif
 from shards.views import ViewsConfig, crop_box, draw_views
 from tests.conftest import Files, PackFiles, draw_photo
 
@@ -40,11 +41,12 @@ def loading(
     order: Order, *, streams: range | None = None, audit: bool = False, **options: Any
 ) -> Iterator[TrainLoader]:
     settings: dict[str, Any] = {"micro": 1, "start": 0, "threads": 2, "report": ignore} | options
+    config = DataConfig(train=order.index.url, audit=audit, corrupt=settings.pop("corrupt", 0.01))
     loader = TrainLoader(
         order,
         range(order.streams) if streams is None else streams,
-        VIEWS,
-        DataConfig(train=order.index.url, audit=audit, corrupt=settings.pop("corrupt", 0.01)),
+        settings.pop("views", VIEWS),
+        settings.pop("config", config),
         pin_memory=False,
         **settings,
     )
@@ -238,18 +240,52 @@ def test_a_truncated_jpeg_counts_as_bad(
 def test_too_many_bad_samples(pack_files: PackFiles, photos: Files, tmp_path: Path) -> None:
     files = spoil(photos, *list(photos)[:12])
     order = Order(pack_files(str(tmp_path / "bad"), files), SEED, 4, 16)
-    assert "11 corrupt samples, more than data.corrupt allows (10)" in failure(order)
+    assert "11 samples were left out, more than data.corrupt allows (10)" in failure(order)
     with loading(order, corrupt=0.5) as loader:
         for _ in range(20):
             next(loader)
         assert loader.faults.count == 12
 
 
+def test_the_pixel_rules_reach_the_decoder(pack_files: PackFiles, tmp_path: Path) -> None:
+    """A picture that is dark on the left lies on its side: upright, it is dark at the top."""
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:, 16:] = 255
+    buffer = io.BytesIO()
+    PillowImage.fromarray(pixels).save(buffer, "JPEG", exif=make_exif(6))
+    found = pack_files(str(tmp_path), {f"a/{i}.jpg": buffer.getvalue() for i in range(16)})
+    order = Order(found, SEED, 4, 8)
+    whole = ViewsConfig(size=16, area=(1, 1), ratio=(1, 1))
+    for config, dark in ((DataConfig(), (2, 0)), (DataConfig(exif="apply"), (1, 0))):
+        with loading(order, config=config, views=whole) as loader:
+            cropped = [
+                next(loader).views[0, 0],
+                next(CropReader(16, 1.0, 1, 0.0, ignore, rules=config.rules).read(found)).images[0],
+            ]
+        for image in cropped:
+            means = image.float().mean(dim=[d for d in (0, 1, 2) if d != dark[0]])
+            assert means[:6].max() < 20
+            assert means[-6:].min() > 235
+    with (
+        loading(order, config=DataConfig(max_pixels=1023)) as loader,
+        pytest.raises(InputError) as caught,
+    ):
+        next(loader)
+    assert "32 x 32 pixels, more than data.max_pixels (1,023): raise it, or pack" in str(
+        caught.value
+    )
+    small = CropReader(16, 1.0, 1, 0.5, ignore, rules=PixelRules(max_pixels=1023))
+    with pytest.raises(InputError, match=r"more than data.max_pixels \(1,023\)"):
+        list(small.read(found))
+
+
 def test_a_block_without_any_good_sample(pack_files: PackFiles, tmp_path: Path) -> None:
     found = pack_files(str(tmp_path / "bad"), {f"a/{i}.jpg": b"text" for i in range(4)})
     with (
         loading(Order(found, SEED, 1, 4)) as loader,
-        pytest.raises(InputError, match="no sample of its block can be decoded"),
+        pytest.raises(
+            InputError, match=r"none of the 4 samples of a block can be decoded, .*: restore"
+        ),
     ):
         next(loader)
 
@@ -270,7 +306,7 @@ def test_damaged_shards_are_named(packed: Index) -> None:
     assert "not the tar that the index describes" in failure(order)
 
     path.unlink()
-    assert failure(order).endswith("shard-000002.tar: the shard is missing")
+    assert failure(order).endswith("shard-000002.tar: the shard is missing: restore it")
 
 
 def test_an_index_that_disagrees_with_its_shard(packed: Index) -> None:

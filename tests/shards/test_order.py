@@ -198,7 +198,7 @@ def test_impossible_settings() -> None:
         Order(found, 0, 0, 48)
     with pytest.raises(InputError, match=r"420 samples, fewer than batch\.size 512"):
         Order(found, 0, 4, 512)
-    with pytest.raises(InputError, match=r"5 ranks but data\.streams is 4: use at most 4"):
+    with pytest.raises(InputError, match=r"5 processes but data\.streams is 4: start at most 4"):
         rank_streams(4, 0, 5)
 
 

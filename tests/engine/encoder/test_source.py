@@ -17,6 +17,7 @@ from engine.processes.world import World
 from engine.recipe import Recipe
 from engine.state import checkpoint
 from engine.state.checkpoint import CheckpointConfig
+from shards.decode import PixelRules
 from shards.errors import InputError
 from shards.loader import DataConfig
 from shards.storage import files
@@ -98,28 +99,45 @@ def test_a_checkpoint_that_is_pruned_meanwhile(
 def test_what_the_run_says_of_its_input(tiny_data: DataConfig, tmp_path: Path) -> None:
     run = str(tmp_path / "run")
     probe = dataclasses.replace(tiny.NO_PROBE, crop=0.5)
-    train(tiny.recipe(tiny_data, run, steps=1, probe=probe))
+    data = dataclasses.replace(tiny_data, max_pixels=5000, exif="apply")
+    train(tiny.recipe(data, run, steps=1, probe=probe))
     source, _ = open_encoder(run, EncoderConfig(), ALONE, ignore)
     assert (source.size, source.crop, source.precision) == (32, 0.5, "fp32")
     given = EncoderConfig(size=64, crop=1.0, precision="bf16")
     source, _ = open_encoder(run, given, ALONE, ignore)
     assert (source.size, source.crop, source.precision) == (64, 1.0, "bf16")
+    assert source.rules == PixelRules(max_pixels=5000, exif="apply")
+    given = EncoderConfig(max_pixels=6000, exif="ignore")
+    source, _ = open_encoder(run, given, ALONE, ignore)
+    assert source.rules == PixelRules(max_pixels=6000, exif="ignore")
     files.remove(f"{run}/recipe.json")  # a copied checkpoint folder
     source, _ = open_encoder(f"{run}/checkpoints/step_00000001/", EncoderConfig(), ALONE, ignore)
     assert (source.step, source.crop) == (1, 0.875)
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"model.encoder.cells": 3}, r"model.encoder has unknown fields \('cells'\): use the"),
+        ({"model.encoder.depth": 10}, "its recipe has no field views.size: use the version"),
+    ],
+)
 def test_a_recipe_of_another_time(
-    tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_data: DataConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: dict[str, int],
+    message: str,
 ) -> None:
     run = str(tmp_path / "run")
     train(tiny.recipe(tiny_data, run, steps=1, probe=tiny.NO_PROBE))
+    files.remove(f"{run}/recipe.json")
     find = encoder_source._find
 
     def older(*arguments: object) -> checkpoint.Commit:
         commit = find(*arguments)  # type: ignore[arg-type]
-        return dataclasses.replace(commit, method={"model.encoder.cells": 3})
+        return dataclasses.replace(commit, method=method)
 
     monkeypatch.setattr(encoder_source, "_find", older)
-    with pytest.raises(InputError, match="lacks fields that this version knows"):
+    with pytest.raises(InputError, match=message):
         open_encoder(run, EncoderConfig(), ALONE, ignore)

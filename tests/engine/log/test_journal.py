@@ -13,7 +13,7 @@ import pytest
 
 from engine.log import journal
 from engine.log.journal import Journal, pause, read
-from shards.storage import files
+from shards.storage import files, local_files
 from tests.helpers.fault_proxy import FaultProxy
 
 
@@ -348,7 +348,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal, "open", half, raising=False)
+        patch.setattr(local_files, "open", half, raising=False)
         log.write(record(2))
         with pytest.raises(OSError, match="No space"):
             log.flush()
