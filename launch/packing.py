@@ -21,7 +21,7 @@ from shards.storage import files
 
 MB = 1_000_000
 
-console = Console(stderr=True, markup=False)
+console = Console(stderr=True, markup=False, emoji=False)
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,10 @@ class Bar:
         self._done, self._lock = 0, Lock()  # several threads call advance
         of = "" if count is None else f"/{count}"
         speed = () if size is None else (TransferSpeedColumn(), TimeRemainingColumn())
-        done = TextColumn("{task.fields[done]}" + of)
-        self._progress = Progress(TextColumn(name), BarColumn(), done, *speed, console=console)
+        done = TextColumn("{task.fields[done]}" + of, markup=False)
+        self._progress = Progress(
+            TextColumn(name, markup=False), BarColumn(), done, *speed, console=console
+        )
         self._task = self._progress.add_task(name, total=size, done=0)
 
     def advance(self, size: int) -> None:

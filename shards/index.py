@@ -6,11 +6,8 @@ of a large data set are in one small file per shard, the sidecar, which is read 
 first needed. The checksums of the block lists are part of the index's digest.
 """
 
-import gc
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from typing import Annotated, Any
@@ -20,7 +17,7 @@ from annotated_types import MaxLen
 
 from shards.blocks import Blocks, check_blocks, checksum
 from shards.digest import digest
-from shards.documents import Natural, Sum32, build, shown
+from shards.documents import Natural, Sum32, build, shown, without_gc
 from shards.errors import InputError
 from shards.samples import Layout
 from shards.storage import files, misplaced, names
@@ -231,22 +228,7 @@ def read_document(url: str) -> Any:
     return _json(files.join(url, NAME))
 
 
-@contextmanager
-def _without_gc() -> Iterator[None]:
-    """Turn off Python's garbage collector during the block.
-
-    Its search for reference cycles would take most of the time, and there are no cycles.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_without_gc()
+@without_gc()
 def load(url: str, field_name: str) -> Index:
     """Read the index of the data set at `url`.
 
