@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -118,6 +119,27 @@ def network(count: int) -> Iterator[Network]:
                 _run(*inside, "link", "set", device, "up")
             made.hosts.append(host)
         yield made
+
+
+@contextlib.contextmanager
+def listening(host: Host) -> Iterator[int]:
+    """Answer connections on a host during the block, at the port that is yielded."""
+    program = (
+        "import socket; s = socket.create_server(('', 0)); print(s.getsockname()[1], flush=True)\n"
+        "while True: s.accept()[0].close()"
+    )
+    command = [*host.enter, sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield int(process.stdout.readline())
+        process.kill()
+
+
+def reaches(host: Host, address: str, port: int) -> bool:
+    """Return whether a host gets a connection within three seconds."""
+    program = f"import socket; socket.create_connection(('{address}', {port}), 3)"
+    command = [*host.enter, sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _free_addresses(count: int) -> list[str]:
