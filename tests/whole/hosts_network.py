@@ -8,6 +8,7 @@ import ipaddress
 import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -98,7 +99,7 @@ def missing() -> str | None:
 @contextlib.contextmanager
 def network(count: int) -> Iterator[Network]:
     """Make a bridge and `count` hosts behind it. Raises RuntimeError where that is not allowed."""
-    tag = f"byol{os.getpid()}"
+    tag = f"byol{secrets.token_hex(3)}"  # a device's name has at most 15 characters
     addresses = _free_addresses(count + 1)
     with contextlib.ExitStack() as stack:
         _run("ip", "link", "add", tag, "type", "bridge")
@@ -107,12 +108,13 @@ def network(count: int) -> Iterator[Network]:
         _run("ip", "link", "set", tag, "up")
         made = Network(addresses[-1])
         for number in range(count):
-            host = Host(f"{tag}-{number}", f"{tag[-11:]}-{number}", addresses[number])
+            host = Host(f"{tag}-{number}", f"{tag}-{number}", addresses[number])
             _run("ip", "netns", "add", host.name)
             stack.callback(_try, "ip", "netns", "del", host.name)
             inside = ["ip", "-n", host.name]
             peer = ["peer", "name", "eth0", "netns", host.name]
             _run("ip", "link", "add", host.link, "type", "veth", *peer)
+            stack.callback(_try, "ip", "link", "del", host.link)  # the kernel would take a while
             _run("ip", "link", "set", host.link, "master", tag, "up")
             _run(*inside, "addr", "add", f"{host.address}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
