@@ -60,6 +60,13 @@ class Run:
         if self._held is not None:
             self._held.check()
 
+    def confirm(self, world: World) -> None:
+        """Read the storage, and raise InputError on all processes when another job has the run.
+
+        Raises OSError on all processes when nobody can tell.
+        """
+        world.on_main(self._look)
+
     def save(self, step: int, state: dict[str, Any], world: World) -> None:
         """Write `state` as the checkpoint of `step`, and commit it if this job still has the run.
 
@@ -69,7 +76,6 @@ class Run:
         the run. Raises InputError when another job has it.
         """
         report = self.terminal.report
-        world.on_main(self._look)  # a frozen job that wakes must not touch the next job's files
         sums = checkpoint.write(self.url, step, state, world, report)
 
         def commit() -> None:

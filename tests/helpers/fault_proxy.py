@@ -89,8 +89,14 @@ class FaultProxy:
     """
 
     def __init__(
-        self, upstream: str, seed: int, faults: dict[str, float], only: str = ".*"
+        self,
+        upstream: str,
+        seed: int,
+        faults: dict[str, float],
+        only: str = ".*",
+        address: str = "127.0.0.1",
     ) -> None:
+        self._address = address
         parts = urllib.parse.urlsplit(upstream)
         self._upstream = parts.hostname, parts.port
         self._random = random.Random(seed)
@@ -134,7 +140,7 @@ class FaultProxy:
             target=lambda: asyncio.run(self._serve(started)), name="fault proxy", daemon=True
         )
         self._thread.start()
-        self.endpoint = f"http://127.0.0.1:{started.result(10)}"
+        self.endpoint = f"http://{self._address}:{started.result(10)}"
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -147,7 +153,7 @@ class FaultProxy:
     async def _serve(self, started: "concurrent.futures.Future[int]") -> None:
         self._stop = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        server = await asyncio.start_server(self._converse, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._converse, self._address, 0)
         started.set_result(server.sockets[0].getsockname()[1])
         await self._stop.wait()
         server.close()
