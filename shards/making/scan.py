@@ -3,7 +3,7 @@
 import contextlib
 import io
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
@@ -86,7 +86,7 @@ def index_tars(
             f"{index.BLOCK_BYTES >> 20} MB of consecutive samples, so a batch would hold few "
             "classes: repack the images with `python launch/pack.py SOURCE OUT`, which shuffles"
         )
-    result = Index(folder, shards, classes)
+    result = Index(folder, shards, classes, pixels=_known_pixels(folder))
     result.save()
     return result
 
@@ -167,3 +167,10 @@ def _looks_sorted(labels: NDArray[np.int64]) -> bool:
     shuffled = float(((np.bincount(labels) / len(labels)) ** 2).sum())
     found = float((labels[1:] == labels[:-1]).mean())
     return shuffled < 1 and found > (1 + shuffled) / 2
+
+
+def _known_pixels(url: str) -> dict[str, Any]:
+    """Return the options by which packing converted the images, from an index that stands there."""
+    with contextlib.suppress(FileNotFoundError, InputError, KeyError, TypeError):
+        return dict(index.read_document(url)["pixels"])
+    return {}

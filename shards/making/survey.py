@@ -1,5 +1,6 @@
 """Look for images of more than 8 bits before packing, and find the window that they need."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -8,9 +9,9 @@ from numpy.typing import NDArray
 
 from shards.errors import InputError
 from shards.making.bit_depth import MAY_BE_WIDE, find_bit_depth
-from shards.making.convert import large_images
 from shards.making.pack import Image, run_in_threads
-from shards.making.pictures import read_wide
+from shards.making.pictures import picture_size, read_wide
+from shards.making.turns import take_turn
 from shards.making.window import Window, explain_window, find_range
 from shards.png import undo_scaling
 
@@ -91,13 +92,16 @@ def _find_wide(images: Iterable[Image], read: ReadPart, threads: int) -> list[Im
 
 def _measure(image: Image, read: ReadPart, most: int) -> _Measured | None:
     """Measure an image. Return None for a damaged one, which packing reports."""
-    content = read(image, 0, image.size)
+    content, suffix = read(image, 0, image.size), image.path.rpartition(".")[2].lower()
+
+    def measure() -> _Measured:
+        values = read_wide(content, suffix, most).values
+        low, high = find_range(values)
+        scaled = undo_scaling(values) is not None
+        some = values.reshape(-1)[:: max(1, values.size // _VALUES)].astype(np.float64)
+        return _Measured(low, high, scaled, some[np.isfinite(some)])
+
     try:
-        with large_images:
-            values = read_wide(content, image.path.rpartition(".")[2].lower(), most).values
-            low, high = find_range(values)
-            scaled = undo_scaling(values) is not None
-            some = values.reshape(-1)[:: max(1, values.size // _VALUES)].astype(np.float64)
+        return take_turn(math.prod(picture_size(content, suffix, most)), measure)
     except Exception:  # Pillow raises many kinds for damaged images.
         return None
-    return _Measured(low, high, scaled, some[np.isfinite(some)])
