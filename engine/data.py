@@ -81,11 +81,17 @@ def _draw(recipe: Recipe, report: Callable[[str], None]) -> None:
 
 
 def _check_batches(recipe: Recipe, order: Order) -> None:
-    micro = recipe.batch.micro
+    micro, batch = recipe.batch.micro, recipe.batch.size
     if order.rows % micro:
+        fitting = [n for n in range(1, order.streams) if batch % (n * micro) == 0]
         raise InputError(
             f"batch.micro {micro} does not divide the {order.rows} rows that each of "
-            f"data.streams {order.streams} gives to a batch: use fewer streams"
+            f"data.streams {order.streams} gives to a batch: use "
+            + (
+                f"--data.streams {fitting[-1]}"
+                if fitting
+                else f"a --batch.micro that divides batch.size {batch}"
+            )
         )
     samples = order.index.samples
     if recipe.schedule.total_steps(samples, recipe.batch.size) < 1:

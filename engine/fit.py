@@ -3,7 +3,7 @@
 from contextlib import closing
 from typing import Any
 
-from engine.evaluation.during_training import Stopped
+from engine.evaluation.during_training import FAILED, Stopped
 from engine.log.metrics import MetricsLog, Timer
 from engine.method.precision import slow_on
 from engine.processes.preemption import Preemption
@@ -17,14 +17,17 @@ from shards.storage import files
 def fit(trainer: Trainer, preemption: Preemption) -> bool:
     """Train until `trainer.last_step` or until a signal stops the run.
 
-    Raises InputError when the data is at fault or training diverges, and OSError when the last
-    state could not be saved.
+    Raises InputError when the data is at fault, when training diverges, or when another job has
+    taken over the run. Raises OSError when the last state could not be saved.
 
     Returns:
-        False when only another machine was told to stop. torchrun then starts this process again,
-        to continue without that machine.
+        True when this process has nothing more to do: training is at its end, or this machine was
+        told to stop. False when only another machine was told to. torchrun then starts this process
+        again, to continue without that machine.
     """
     recipe, run, first, stop = trainer.recipe, trainer.run, trainer.step, trainer.last_step
+    if trainer.probe is not None:
+        trainer.probe.check_val()
     run.write_recipe()
     baseline = trainer.measure_baseline()
     with (
@@ -46,17 +49,16 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
             trainer.settle(step - first)
             stopping = preemption.agreed()
 
-            measure = recipe.probe.due(step, trainer.total_steps)
-            if measure or step == first + 1:
+            evaluation_due = recipe.probe.due(step, trainer.total_steps)
+            if evaluation_due or step == first + 1:
                 log.pictures(trainer.pictures(output), step)
-            if measure or recipe.log.due(step):
+            if evaluation_due or recipe.log.due(step):
                 run.check()
                 record = trainer.measure(output, batch) | timer.read(recipe.batch.size)
-                if measure and not stopping:
+                if evaluation_due and not stopping:
                     trainer.check_finite(output)
                     found = _evaluate(trainer, preemption)
-                    record |= found
-                    measured, stopping = found or measured, not found
+                    record, measured, stopping = record | found, measured | found, not found
                 log.write(record)
                 timer = Timer()
             if recipe.checkpoint.due(step) or stopping or step == stop:
@@ -81,25 +83,27 @@ def _greet(trainer: Trainer, block_memory: int) -> None:
         f"thread{'s' * (trainer.threads > 1)} a process; blocks in memory: "
         f"up to about {block_memory / 2**20:,.0f} MiB"
     )
+    if trainer.compile and trainer.step < trainer.last_step:
+        trainer.terminal.say("torch.compile works in the first step, which can take minutes")
 
 
-def _catch_up(trainer: Trainer, log: MetricsLog) -> dict[str, float]:
-    """Evaluate at the step that training continues from, if a signal prevented it before."""
+def _catch_up(trainer: Trainer, log: MetricsLog) -> dict[str, Any]:
+    """Evaluate at the step that training continues from, if that was prevented or failed before."""
     record: dict[str, Any] | None = trainer.world.on_main(lambda: log.last)
     if record is None or record["step"] != trainer.step or "knn_top1" in record:
         return {}
     if trainer.probe is None or not trainer.recipe.probe.due(trainer.step, trainer.total_steps):
         return {}
-    measured = trainer.probe.evaluate()
-    log.write(record | measured)
+    measured = trainer.probe.attempt()
+    log.write(record | dict.fromkeys(record.keys() & {FAILED}) | measured)
     return measured
 
 
-def _evaluate(trainer: Trainer, preemption: Preemption) -> dict[str, float]:
+def _evaluate(trainer: Trainer, preemption: Preemption) -> dict[str, Any]:
     """Evaluate; return nothing when a signal interrupts, as the next start evaluates then."""
     assert trainer.probe is not None  # a recipe with evaluations has data.val
     try:
-        return trainer.probe.evaluate(preemption.looked_for)
+        return trainer.probe.attempt(preemption.looked_for)
     except Stopped:
         return {}
 
@@ -109,24 +113,34 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
     run, step = trainer.run, trainer.step
 
     def write(state: dict[str, Any], world: World) -> None:
+        run.confirm(world)  # a job that was frozen must not touch what the next one writes
         log.flush()  # a resumed run does not log the steps before its checkpoint again
-        run.save(step, state, world)
+        try:
+            run.save(step, state, world)
+        except OSError:
+            if files.is_local(run.url):  # what was written would keep a full disk full
+                url = checkpoint.step_url(run.url, step)
+                world.on_main(lambda: files.discard(url, run.url, trainer.terminal.report))
+            raise
         run.prune(step)
         run.compact(log)
 
     saver.save(step, trainer.state(), write)
 
 
-def _farewell(trainer: Trainer, baseline: dict[str, float], measured: dict[str, float]) -> None:
+def _farewell(trainer: Trainer, baseline: dict[str, float], measured: dict[str, Any]) -> None:
     say, run = trainer.terminal.say, files.redact(trainer.run.url)
     say(f"{trainer.step} of {trainer.total_steps} steps done")
-    if baseline and measured:
+    if trainer.probe is not None and trainer.probe.failures:
+        say(f"{trainer.probe.failures} evaluations failed: see {FAILED} in metrics.jsonl")
+    if baseline and "knn_top1" in measured:
         figures = baseline | {"trained encoder": measured["knn_top1"]}
         say("kNN accuracy on data.val:")
         for name, accuracy in figures.items():
             say(f"  {name:<18} {accuracy:6.1%}")
     if trainer.step:
         say(f"checkpoint    {checkpoint.step_url(run, trainer.step)}")
-    say(f"curves, views tensorboard --logdir {run}/tensorboard")
+    say(f"curves        tensorboard --logdir {run}/tensorboard")
     if trainer.step < trainer.total_steps:
-        say("the same command without --steps goes on")
+        option = "" if trainer.recipe.steps is None else " with a larger --steps, or without it,"
+        say(f"the same command{option} goes on")

@@ -22,6 +22,7 @@ from engine.method.lars import LARSConfig
 from engine.method.precision import Precision
 from engine.method.schedule import ScheduleConfig
 from engine.processes.parallel import ParallelConfig
+from engine.state import layout
 from engine.state.checkpoint import CheckpointConfig
 from shards.errors import InputError
 from shards.fields import OPERATION, Operation, check_bounds, check_range, flatten, walk
@@ -42,7 +43,10 @@ ADDED_LATER: dict[str, Any] = {"data.max_pixels": 89_478_485, "data.exif": "igno
 
 @dataclass(frozen=True)
 class Recipe:
-    """Describe a run completely, except for its data. The defaults are the official method's."""
+    """Describe a run completely, except for the content of its data sets.
+
+    The defaults are the official method's.
+    """
 
     # torchrun takes --run for an abbreviation of its own --run-path, even after the script.
     run: Annotated[Operation[str], tyro.conf.arg(aliases=["--run-url"])] = ""
@@ -57,15 +61,17 @@ class Recipe:
     """Threads of each process, for decoding and for torch on the CPU. By default the
     cores that the job may use are shared out among its processes."""
     compile: Operation[bool] = True
-    """Compile the networks, the augmentation and the optimizer with torch.compile."""
+    """Compile the networks, LARS, the moving average and, on a GPU, the augmentation with
+    torch.compile. The first step then takes minutes."""
     compile_artefacts: Operation[bool] = True
-    """Keep what torch.compile made in RUN/compile and start from it the next time."""
+    """Keep what torch.compile makes in the folder RUN/compile, so that the next start need not
+    compile again."""
     compile_folder: Operation[str] = ""
     """Local folder that is used instead of RUN/compile, and that runs may share. Whoever can write
     there can run code in the next start."""
     precision: Precision = "fp32"
-    """Number format of the forward passes. Parameters stay float32; fp16 scales the loss; fp64
-    computes everything in float64, to verify."""
+    """Number format of the forward passes. fp32, bf16 and fp16 keep the parameters in float32, and
+    fp16 scales the loss. fp64 computes everything in float64, for verification."""
     debug_step: Operation[bool] = False
     """Take one batch through training, evaluation and checkpoint, report what was seen, and
     stop."""
@@ -97,6 +103,7 @@ class Recipe:
                 raise InputError(f"{name} is not set: give --{name} URL, the {what}")
         for name in ("run", "data.train", "data.val", "data.cache", "checkpoint.resume"):
             files.check(attrgetter(name)(self), name)
+        layout.check_run(self.run)
         if not files.is_local(self.compile_folder):
             raise InputError(
                 f"compile_folder {files.redact(self.compile_folder)}: must be on a local disk, "

@@ -15,7 +15,7 @@ from engine.state.artefacts import Artefacts
 from engine.state.checkpoint import Commit
 from shards.errors import InputError
 from shards.fields import differences, flatten
-from shards.storage import files
+from shards.storage import files, misplaced
 
 DIGEST = "index_digest"
 
@@ -23,7 +23,7 @@ DIGEST = "index_digest"
 class Run:
     """Read and write one run directory: its recipe, checkpoints, compiled artefacts and log.
 
-    `claim` creates it; `open_run` does where no other job can be writing.
+    `claim` makes one for a job that trains, and `open_run` makes one without a lease.
     """
 
     def __init__(
@@ -35,7 +35,10 @@ class Run:
         start: Commit | None,
         held: lease.Lease | None = None,
     ) -> None:
-        """Take the lease as `held` on the first process of a job that claimed the run."""
+        """Open the run that a job holds by the lease `held`.
+
+        It is None on all processes except the first, and where nobody holds the run.
+        """
         self.url, self.terminal = recipe.run, terminal
         self.start = start
         """The checkpoint that this job continues from; None when the run begins."""
@@ -56,6 +59,13 @@ class Run:
         """Raise InputError when it is known that another job has taken over the run."""
         if self._held is not None:
             self._held.check()
+
+    def confirm(self, world: World) -> None:
+        """Read the storage, and raise InputError on all processes when another job has the run.
+
+        Raises OSError on all processes when nobody can tell.
+        """
+        world.on_main(self._look)
 
     def save(self, step: int, state: dict[str, Any], world: World) -> None:
         """Write `state` as the checkpoint of `step`, and commit it if this job still has the run.
@@ -126,7 +136,8 @@ class Run:
 def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -> Iterator[Run]:
     """Hold the run directory for this job, so that no other job trains there meanwhile.
 
-    All processes call it together. With `debug_step` nothing is held, since nothing is written.
+    All processes call it together. With `debug_step` nothing is held, because all that is written
+    then is RUN/debug_step, which is removed again.
 
     Raises InputError when the directory has a run of another recipe or of other data, or when
     another job holds it.
@@ -188,6 +199,11 @@ def _write_recipe(recipe: Recipe, index_digest: str) -> None:
 def _check_recipe(recipe: Recipe, index_digest: str, report: Callable[[str], None]) -> None:
     """Raise InputError when RUN has a run of another recipe or of other data."""
     url = files.join(recipe.run, layout.RECIPE)
+    above = misplaced.folder_of(recipe.run)
+    if misplaced.last_name(recipe.run) == layout.CHECKPOINTS and layout.read_recipe(above):
+        raise InputError(
+            f"run {files.redact(recipe.run)}: is inside of a run: give {files.redact(above)}"
+        )
     try:
         there = files.read_json(url)
         if not isinstance(there, dict):

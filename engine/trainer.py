@@ -273,8 +273,8 @@ class Trainer:
     def check_finite(self, output: StepOutput) -> None:
         """Raise InputError when a weight is not finite.
 
-        It is called before a step is measured or saved, because the checkpoints of a diverged run
-        must not displace good ones.
+        It is called before an evaluation and before a save, because the checkpoints of a diverged
+        run must not displace good ones. All processes call it together.
         """
         norms = foreach_norms(local(self.online.parameters()))
         if not_finite(whole_norms(norms, self.parallel.shard_group)):

@@ -29,8 +29,10 @@ from engine.evaluation.neighbours import NeighboursConfig
 from engine.evaluation.results import Result
 from engine.evaluation.semi_supervised import SemiSupervisedConfig, take_labels
 from engine.evaluation.session import Evaluation, EvaluationDataConfig
+from engine.log.terminal import flush_output
 from engine.processes import world
 from engine.processes.failures import report_failure
+from launch.help_texts import join_help_lines
 from launch.plain_errors import plain_errors
 from shards.errors import InputError
 from shards.fields import as_flag, check_bounds
@@ -103,8 +105,8 @@ class Finetune:
 
     def run(self) -> None:
         evaluation = self.options.open("finetune", self.protocol.settings())
-        labels = finetune.take_all_labels(evaluation, self.protocol)
-        _measure(evaluation, lambda: finetune.evaluate(evaluation, self.protocol, labels))
+        split = finetune.take_all_labels(evaluation, self.protocol)
+        _measure(evaluation, lambda: finetune.evaluate(evaluation, self.protocol, split))
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,8 @@ class SemiSupervised:
         evaluation = self.options.open(name, settings)
 
         def measure() -> Result | None:
-            labels = take_labels(evaluation, self.subset, self.protocol)
-            return finetune.evaluate(evaluation, self.protocol, labels)
+            split = take_labels(evaluation, self.subset, self.protocol)
+            return finetune.evaluate(evaluation, self.protocol, split)
 
         _measure(evaluation, measure)
 
@@ -175,6 +177,7 @@ def parse(arguments: list[str]) -> Protocol:
         for name, protocol in _PROTOCOLS.items():
             print(f"  {name:<16} {protocol.__doc__}")
         sys.exit(0)
+    join_help_lines(chosen, arguments)
     try:
         with plain_errors():
             given: Protocol = tyro.cli(
@@ -205,7 +208,7 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    sys.stdout.flush()
+    flush_output()
     if status:
         # Python's normal exit could wait for processes that wait for this one.
         os._exit(status)

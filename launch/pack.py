@@ -1,18 +1,15 @@
 """Pack images into shards that training streams, or index tars that others made.
 
-    python launch/pack.py SOURCE OUT               a folder of images -> shards and their index
-    python launch/pack.py --index-only SOURCE      tars in the WebDataset format -> an index
+    python launch/pack.py IMAGES OUT               a folder of images -> shards and their index
+    python launch/pack.py --index-only TARS        tars in the WebDataset format -> an index
+    python launch/pack.py TARS OUT                 tars of any kind -> shards in random order
 
-SOURCE and OUT are folders on a disk or in any object store (s3://, gs://, ...).
+IMAGES, TARS and OUT are folders on a disk or in any object store (s3://, gs://, ...).
 """
 
 import math
 import sys
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from threading import Lock
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 from launch.requirements import check_requirements
@@ -22,38 +19,43 @@ if __name__ == "__main__":  # the imports below would fail with a less helpful m
 
 import tyro
 from annotated_types import Interval
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.text import Text
 
+from launch.packing import MB, Bar, Packing, console, note, summarize, warn
 from launch.plain_errors import plain_errors
-from shards.dimensions import MOST_PIXELS, image_size
+from shards.dimensions import MOST_PIXELS
 from shards.errors import InputError, printable
 from shards.fields import check_range
-from shards.index import Index
 from shards.making import pack, scan
-from shards.making.convert import PixelOptions, convert, packed_extension
-from shards.making.image_folders import LeftOut, find_images, leave_out
-from shards.making.pictures import UnusableError
-from shards.making.survey import choose_window
+from shards.making.convert import PixelOptions
+from shards.making.image_folders import find_images
+from shards.making.left_out import Reasons, tabulate
+from shards.making.repack import ClassesFrom, find_packed_images
+from shards.making.tars import find_tars, is_tar
 from shards.making.window import check_window
-from shards.storage import files
-
-MB = 1_000_000
-
-_console = Console(stderr=True, markup=False)
+from shards.samples import Layout
+from shards.storage import files, misplaced
 
 
 def main(
-    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")],
-    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")] = "",
+    paths: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE [SOURCE ...] OUT")
+    ],
     *,
     shard_mb: float = 64,
     seed: int = 0,
     threads: int = 8,
     overwrite: bool = False,
+    strict: bool = False,
+    follow_links: bool = False,
     index_only: bool = False,
+    out: Annotated[str, tyro.conf.arg(metavar="URL")] = "",
     classes: Annotated[str, tyro.conf.arg(metavar="FILE")] = "",
+    classes_from: ClassesFrom = "labels",
+    image: Annotated[str, tyro.conf.arg(metavar="FIELD")] = "",
+    label: Annotated[str, tyro.conf.arg(metavar="FIELD")] = "",
+    dotted: bool = False,
+    skip_damaged: bool = False,
     max_pixels: int = MOST_PIXELS,
     max_side: int | None = None,
     window: tuple[float, float] | None = None,
@@ -63,19 +65,31 @@ def main(
 
     A folder of images is packed in random order. Its first folders name the classes. A flat folder
     has no classes. When the first folders are splits such as train and val, each is packed to a
-    folder of that name under OUT. A packing that was stopped continues with the same command.
+    folder of that name under OUT. The images of tars are packed anew in the same way. A table says
+    what was taken and what was left out. A packing that was stopped continues with the same
+    command.
 
     Args:
-        source: URL of a folder of images: jpg, png, webp, gif, bmp, tif and others. With
-            --index-only, give a folder of tars or a brace pattern such as
-            "s3://bucket/shard-{000000..000146}.tar".
-        out: URL of the folder to write.
+        paths: URL of a folder of images (jpg, png, webp, gif, bmp, tif and others) or of a folder
+            of tars, then the URL of the folder to write. Tars may also be given one by one, or by a
+            brace pattern such as "s3://bucket/shard-{000000..000146}.tar". With --index-only, give
+            tars alone.
         shard_mb: Approximate size of a shard in MB.
         seed: Seed of the random order.
         threads: Number of shards written at a time. This takes threads x shard size x 2 of memory.
         overwrite: Replace the shards that OUT holds.
-        index_only: Read the headers of the tars in SOURCE and write index.json next to them.
-        classes: File with the names of the classes, one a line. Only for --index-only.
+        strict: Fail before anything is written when anything was left out.
+        follow_links: Also pack files outside of SOURCE that links in it lead to.
+        index_only: Read the headers of tars and write index.json next to them.
+        out: With --index-only: the folder for index.json, when it can't stand next to the tars.
+        classes: File with the names of the classes, one a line. Only for tars.
+        classes_from: What gives the class of an image in a tar: its label, the name of its tar, or
+            the folder in its name. The last two need OUT.
+        image: The field of a sample that holds its image, such as input.jpg. Only for tars.
+        label: The field of a sample that holds its label, such as txt, or json:KEY for a value in a
+            JSON field. Only for tars.
+        dotted: The dots in the names of files in tars belong to the names, except the last one.
+        skip_damaged: Leave out tars that are damaged or missing.
         max_pixels: Images of more pixels are named, and not decoded.
         max_side: Shrink images whose longer side has more pixels to that many, antialiased.
         window: LOW HIGH, the values that become black and white in images of more than 8 bits per
@@ -83,203 +97,144 @@ def main(
         window_percentiles: LOW HIGH, the percentiles of the values in up to 64 of those images that
             are taken as the window.
     """
-    files.check(source, "SOURCE")
-    files.check(out, "OUT")
+    for number, path in enumerate([*paths, out]):
+        files.check(path, "OUT" if number >= len(paths) - (not index_only) else "SOURCE")
+    target = paths[-1] if paths and not index_only else out
+    if target.rstrip("/").endswith((".tar", ".json")):
+        raise InputError(
+            f"OUT {files.redact(target)}: is the folder to write, which holds such files: give "
+            f"{files.redact(misplaced.folder_of(target))}"
+        )
     if threads < 1:
         raise InputError("--threads must be at least 1")
     if not 0 < shard_mb < 1e6:  # this also refuses nan
         raise InputError("--shard-mb must be positive and below 1,000,000")
+    if not paths:
+        raise InputError("SOURCE and OUT are missing: give pack.py SOURCE OUT")
+    layout = Layout(image.lower(), label, dotted)
+    options = PixelOptions(max_pixels, max_side, window)
     if index_only:
-        if out:
-            raise InputError("OUT: --index-only writes next to the tars; leave OUT out")
-        if max_side or window or window_percentiles or max_pixels != MOST_PIXELS:
+        if classes_from != "labels" or options.facts() or window_percentiles:
             raise InputError(
-                "--index-only copies no images: leave --max-pixels, --max-side and --window out"
+                "--index-only copies no images: leave out --classes-from, --max-pixels, --max-side "
+                "and --window, or pack them anew: pack.py TARS OUT"
             )
-        _index(source, classes, threads)
-    elif not out:
-        raise InputError("OUT: where the shards go is missing: pack.py SOURCE OUT")
-    elif classes:
-        raise InputError("--classes is for --index-only; folders name the classes otherwise")
-    else:
-        check_range("--max-pixels", max_pixels, Interval(ge=1, le=2**32))
-        check_range("--max-side", max_side, Interval(ge=1, le=2**16))
-        check_window("--window", window, -math.inf, math.inf)
-        check_window("--window-percentiles", window_percentiles, 0, 100)
-        if window and window_percentiles:
-            raise InputError("--window and --window-percentiles exclude each other: give one")
-        options = PixelOptions(max_pixels, max_side, window)
-        _pack(source, out, shard_mb, seed, threads, overwrite, options, window_percentiles)
+        _index(list(paths), out, layout, classes, threads, strict, skip_damaged)
+        return
+    if len(paths) == 1 or out:
+        raise InputError("OUT is missing, the folder for the shards: give pack.py SOURCE OUT")
+    _check_pixels(options, window_percentiles)
+    packing = Packing(
+        paths[-1], int(shard_mb * MB), seed, threads, overwrite, strict, options, window_percentiles
+    )
+    sources = list(paths[:-1])
+    plain = layout == Layout() and not classes and classes_from == "labels"
+    folder = plain and len(sources) == 1 and not is_tar(sources[0], compressed=True)
+    if not (folder and _pack_folder(sources[0], follow_links, packing)):
+        _repack(sources, layout, classes_from, _class_names(classes), skip_damaged, packing)
 
 
-def _pack(
-    source: str,
-    out: str,
-    shard_mb: float,
-    seed: int,
-    threads: int,
-    overwrite: bool,
-    options: PixelOptions,
-    percentiles: tuple[float, float] | None,
+def _check_pixels(options: PixelOptions, percentiles: tuple[float, float] | None) -> None:
+    """Raise InputError when an option about pixels is out of its bounds."""
+    check_range("--max-pixels", options.max_pixels, Interval(ge=1, le=2**32))
+    check_range("--max-side", options.max_side, Interval(ge=1, le=2**16))
+    check_window("--window", options.window, -math.inf, math.inf)
+    check_window("--window-percentiles", percentiles, 0, 100)
+    if options.window and percentiles:
+        raise InputError("--window and --window-percentiles exclude each other: give one")
+
+
+def _pack_folder(source: str, follow_links: bool, packing: Packing) -> bool:
+    """Pack the images of a folder. Return False, and do nothing, if it holds tars instead."""
+    with console.status(Text(f"listing {files.redact(source)}")):
+        found = find_images(source, follow_links=follow_links)
+    if not found.sets:
+        return False
+
+    def read(image: pack.Image, start: int | None = None, stop: int | None = None) -> bytes:
+        return files.read(files.join(source, image.path), start, stop)
+
+    number = sum(len(part.images) for part in found.sets)
+    _tell({"images taken": number}, found.left_out, found.warnings, packing.strict)
+    packing.write(found.sets, read, source)
+    return True
+
+
+def _repack(
+    sources: list[str],
+    layout: Layout,
+    classes_from: ClassesFrom,
+    classes: list[str] | None,
+    skip_damaged: bool,
+    packing: Packing,
 ) -> None:
-    with _console.status(Text(f"listing {files.redact(source)}")):
-        found = find_images(source)
-    for reason, files_there in found.left_out.items():
-        example = printable(files_there.example)
-        _console.print(f"left out: {files_there.number:,} {reason}, such as {example}")
-    for warning in found.warnings:
-        _warn(warning)
-    if options.window is None:
-        options = _choose_window(source, found.sets, options, percentiles, threads)
-    for images in found.sets:
-        plan = pack.plan_shards(images, int(shard_mb * MB), seed, options.facts())
-        url = files.join(out, images.name) if images.name else out
-        contents = _Contents(source, options)
-        with (
-            _quiet_pillow(),
-            _Bar(images.name or "packing", plan.image_bytes, len(plan.images)) as bar,
-        ):
-            index, written = pack.write_shards(
-                plan,
-                url,
-                contents.read,
-                convert=contents.convert,
-                threads=threads,
-                overwrite=overwrite,
-                advance=bar.advance,
-                report=_warn,
+    """Pack the images of tars anew."""
+    with TemporaryDirectory() as scratch:
+        with console.status("reading the headers of the tars"):
+            found = find_packed_images(
+                find_tars(sources, compressed=True),
+                layout=layout,
+                classes_from=classes_from,
+                classes=classes,
+                skip_damaged=skip_damaged,
+                threads=packing.threads,
+                scratch=scratch,
+                report=note,
             )
-        contents.report(len(plan.images))
-        _summarize(images.name, index, "" if written else "already packed: ")
+        number = len(found.images.images)
+        _tell({"images taken": number}, found.left_out, found.warnings, packing.strict)
+        packing.write([found.images], found.read, sources[0])
 
 
-def _choose_window(
-    source: str,
-    sets: list[pack.ImageSet],
-    options: PixelOptions,
-    percentiles: tuple[float, float] | None,
+def _tell(taken: dict[str, int], left_out: Reasons, warnings: list[str], strict: bool) -> None:
+    """Print what was taken and left out. Raise InputError if `strict` and anything was left out."""
+    if left_out:
+        for line in tabulate(taken, left_out):
+            note(line)
+    for warning in warnings:
+        warn(warning)
+    if strict and left_out:
+        number = sum(left.number for left in left_out.values())
+        raise InputError(f"--strict: {number:,} were left out, see the table; nothing was written")
+
+
+def _index(
+    sources: list[str],
+    out: str,
+    layout: Layout,
+    classes: str,
     threads: int,
-) -> PixelOptions:
-    """Find the window of the images of all sets that have more than 8 bits, if there are any."""
-    with _quiet_pillow(), _console.status("looking for images of more than 8 bits"):
-        window = choose_window(
-            [image for images in sets for image in images.images],
-            lambda image, start, stop: files.read(files.join(source, image.path), start, stop),
-            percentiles,
-            place=files.redact(source),
-            most=options.max_pixels,
-            threads=threads,
-        )
-    if window is not None:
-        _console.print(f"the percentiles are the values {window[0]:g} and {window[1]:g}")
-    return replace(options, window=window)
-
-
-@contextmanager
-def _quiet_pillow() -> Iterator[None]:
-    """Keep Pillow from printing warnings about images, because those that matter are counted."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        yield
-
-
-class _Contents:
-    """Read and convert image files, and count what was converted and what cannot be used."""
-
-    def __init__(self, source: str, options: PixelOptions) -> None:
-        self._bad: dict[str, LeftOut] = {}  # by reason
-        self._converted: dict[str, LeftOut] = {}  # by what was done
-        self._large = (0, "")  # pixels and path of the largest image
-        self._source, self._options, self._lock = source, options, Lock()  # several threads read
-
-    def read(self, image: pack.Image) -> bytes:
-        return files.read(files.join(self._source, image.path))
-
-    def convert(self, image: pack.Image, content: bytes) -> tuple[str, bytes]:
-        """Return the extension and the content to pack. What cannot be used stays as it is."""
-        try:
-            extension, content, done = convert(image.path, content, self._options)
-        except UnusableError as error:
-            with self._lock:
-                leave_out(self._bad, str(error), image.path)
-            return packed_extension(image.path, content), content
-        width, height = image_size(content) or (0, 0)
-        with self._lock:
-            self._large = max(self._large, (width * height, image.path))
-            if done:
-                leave_out(self._converted, done, image.path)
-        return extension, content
-
-    def report(self, total: int) -> None:
-        """Print one line for each thing that was done to images, and for each fault."""
-        for done, some in sorted(self._converted.items()):
-            text = f"converted: {some.number:,} {done}, such as {some.example}"
-            _console.print(printable(text), soft_wrap=True)
-        for reason, bad in sorted(self._bad.items()):
-            share = f"{bad.number:,} of {total:,} images ({reason})"
-            _warn(f"cannot be decoded: {share}, such as {bad.example}")
-        pixels, path = self._large
-        if pixels > MOST_PIXELS:
-            _warn(
-                f"{path} has {pixels:,} pixels: train with --data.max-pixels {pixels}, or shrink "
-                "it with --max-side"
-            )
-
-
-def _index(source: str, classes: str, threads: int) -> None:
-    names = None
-    if classes:
-        try:
-            names = files.read(classes).decode().splitlines()
-        except FileNotFoundError:
-            raise InputError(f"--classes {files.redact(classes)}: no such file") from None
-    with _Bar("indexing", None, None) as bar:
-        index = scan.index_tars(
-            source,
+    strict: bool,
+    skip_damaged: bool,
+) -> None:
+    names = _class_names(classes)
+    tars = find_tars(sources)
+    with Bar("indexing", None, len(tars.names)) as bar:
+        indexed = scan.index_tars(
+            tars,
+            out=out or tars.folder,
+            layout=layout,
             classes=names,
+            skip_damaged=skip_damaged,
             threads=threads,
-            report=_warn,
+            report=note,
             advance=bar.advance,
         )
-    _summarize("", index, "")
+    _tell({"samples taken": indexed.made.samples}, indexed.left_out, indexed.warnings, strict)
+    scan.save(indexed, warn)
+    summarize("", indexed.made, "")
 
 
-def _warn(text: str) -> None:
-    _console.print(f"warning: {printable(text)}", soft_wrap=True)
-
-
-class _Bar:
-    """Shows progress on stderr: the number of files done, MB/s and the time left."""
-
-    def __init__(self, name: str, size: int | None, count: int | None) -> None:
-        self._done, self._lock = 0, Lock()  # several threads call advance
-        of = "" if count is None else f"/{count}"
-        speed = () if size is None else (TransferSpeedColumn(), TimeRemainingColumn())
-        done = TextColumn("{task.fields[done]}" + of)
-        self._progress = Progress(TextColumn(name), BarColumn(), done, *speed, console=_console)
-        self._task = self._progress.add_task(name, total=size, done=0)
-
-    def advance(self, size: int) -> None:
-        with self._lock:
-            self._done += 1
-            self._progress.start()
-            self._progress.update(self._task, advance=size, done=self._done)
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-
-def _summarize(name: str, index: Index, note: str) -> None:
-    size = sum(shard.bytes for shard in index.shards) / MB
-    option = "--data.train" if name in ("", "train") else "--data.val"
-    url = files.redact(index.url)
-    print(
-        f"{note}{index.samples:,} samples, {len(index.classes)} classes, "
-        f"{len(index.shards)} shards, {size:,.1f} MB: {url}/index.json; use {option} {url}"
-    )
+def _class_names(url: str) -> list[str] | None:
+    """Return the lines of a file of class names, or None when there is no such file."""
+    if not url:
+        return None
+    try:
+        return files.read(url).decode().splitlines()
+    except FileNotFoundError:
+        raise InputError(f"--classes {files.redact(url)}: no such file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--classes {files.redact(url)}: is no text in UTF-8") from None
 
 
 if __name__ == "__main__":

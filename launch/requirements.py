@@ -38,5 +38,5 @@ def find_fault() -> str:
             return f"{needed.name} is not installed: {remedy}"
         # A vendor's build, such as 2.11.0a0+nv26.1, counts as the release that it precedes.
         if not needed.specifier.contains(Version(found).base_version, prereleases=True):
-            return f"{needed.name} {found} does not do, {needed} is needed: {remedy}"
+            return f"{needed.name} {found} is installed, but {needed} is needed: {remedy}"
     return ""

@@ -1,7 +1,7 @@
 """Train: torchrun launch/train.py RECIPE [--field.name value ...]
 
-The same command starts a run and continues it after a stop or a crash. The operation fields may be
-changed at every start. RECIPE --help lists all fields.
+The same command starts a run and continues it after a stop or a crash. RECIPE --help lists all
+fields, and says which of them may change at every start.
 """
 
 import os
@@ -15,7 +15,7 @@ if __name__ == "__main__":  # the imports below would fail with a less helpful m
 from engine.data import open_data
 from engine.debug import debug_step
 from engine.fit import fit
-from engine.log.terminal import Terminal
+from engine.log.terminal import Terminal, flush_output
 from engine.processes.failures import report_failure
 from engine.processes.preemption import Preemption
 from engine.processes.world import enter, rank
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    sys.stdout.flush()
+    flush_output()
     if status:
         # Python's normal exit could wait for processes that wait for this one.
         os._exit(status)

@@ -18,6 +18,7 @@ from shards.digest import digest
 from shards.errors import InputError
 from shards.index import Index
 from shards.storage import files
+from shards.storage.space import is_full
 
 GB = 1_000_000_000
 STALE = 3600.0  # A half-written copy older than this many seconds belongs to a dead process.
@@ -35,7 +36,8 @@ class ShardCache:
     ) -> None:
         """Open the cache, and create its folder if it is missing.
 
-        Raises InputError when `folder` is not local or can't be created.
+        When the disk is full, nothing more is kept, and that is reported. Raises InputError when
+        `folder` is not local or can't be created.
 
         Args:
             gigabytes: The most that the cached shards may take, in units of 10**9 bytes.
@@ -48,7 +50,7 @@ class ShardCache:
         self._kept = int(np.searchsorted(ends, gigabytes * GB, side="right"))
         self._locks = [Lock() for _ in range(self._kept)]
         # Another data set has another folder, and so has this one when it is packed again.
-        facts = json.dumps([index.url, index.digest, index.plan])
+        facts = json.dumps([index.folder, index.digest, index.plan])
         root = Path(files.open_filesystem(folder)[1])
         self._folder = root / digest(facts)
         self._full = False
@@ -56,7 +58,11 @@ class ShardCache:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._remove_stale()
         except OSError as error:
-            raise InputError(f"data.cache {folder}: {error.strerror}") from None
+            if not is_full(error):
+                raise InputError(
+                    f"data.cache {folder}: {error.strerror}: give a folder that can be written to"
+                ) from None
+            self._give_up(error)
 
     def keeps(self, shard: int) -> bool:
         """Return whether the shard is one of those that fit."""
@@ -94,7 +100,7 @@ class ShardCache:
 
     def _give_up(self, error: OSError) -> None:
         with self._lock:
-            # A missing file was dropped by another process.
+            # A file that is missing was dropped by another process. The disk has not failed.
             if self._full or isinstance(error, FileNotFoundError):
                 return
             self._full = True

@@ -16,8 +16,8 @@ from shards.decode import DEFAULT_RULES, DecodeError, PixelRules, center_box, cr
 from shards.errors import InputError
 from shards.index import Index
 from shards.reader import BlockReader, read_blocks
+from shards.samples import Block
 from shards.storage import files
-from shards.tar import Block
 
 CHUNK = 64  # A decode thread takes this many samples at a time.
 LOCAL_AHEAD, REMOTE_AHEAD = 4, 16  # This many blocks (about 4 MB each) are fetched ahead.
@@ -80,7 +80,8 @@ class CropReader:
         empty = True
         for batch in decoded:
             if isinstance(batch, InputError):
-                raise batch
+                # A thread still holds this error. With a traceback it would hold the threads, too.
+                raise InputError(str(batch))
             yield batch
             empty = False
         if empty:
@@ -90,9 +91,9 @@ class CropReader:
         self, reader: BlockReader, limit: int | None, ids: NDArray[np.int64] | None
     ) -> Iterator[_Chunk | InputError]:
         index, (first_part, parts) = reader.index, self.part
-        ahead = LOCAL_AHEAD if files.is_local(index.url) else REMOTE_AHEAD
-        places = _places(index, limit, ids)[first_part::parts]
-        try:
+        ahead = LOCAL_AHEAD if files.is_local(index.folder) else REMOTE_AHEAD
+        try:  # torchdata would make a traceback of an error that is raised here
+            places = _places(index, limit, ids)[first_part::parts]
             for (shard, number), block in read_blocks(reader, places, ahead):
                 first_id = index.first_id(shard, number)
                 rows = list(range(len(block)))
@@ -101,8 +102,8 @@ class CropReader:
                     rows = (ids[first:last] - first_id).tolist()
                 for start in range(0, len(rows), CHUNK):
                     yield _Chunk(block, first_id, rows[start : start + CHUNK])
-        except InputError as error:
-            yield error
+        except (InputError, OSError) as error:
+            yield InputError(str(error))
 
     def _load(
         self, reader: BlockReader, faults: Faults, chunk: _Chunk | InputError

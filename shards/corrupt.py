@@ -8,11 +8,11 @@ from torch import Tensor
 from shards.decode import DecodeError
 from shards.errors import InputError
 from shards.reader import BlockReader
-from shards.tar import Block
+from shards.samples import Block
 
 
 class Faults:
-    """Counts the samples that can't be decoded, and reports each of them once.
+    """Counts the samples that this process can't decode, and reports each of them once.
 
     More than `limit` of them are an error.
     """
@@ -42,7 +42,7 @@ class Faults:
                 f"{name}: {reason}; {count} samples were left out, more than data.corrupt allows "
                 f"({self.limit}): repair the data set or raise the bound"
             )
-        self.report(f"{name}: {reason}; left out (at most {self.limit} samples may be)")
+        self.report(f"{name}: {reason}; not used (up to {self.limit} such samples are allowed)")
 
 
 def decode_good(
@@ -67,5 +67,8 @@ def decode_good(
             name = reader.name_sample(block, candidate, first_id)
             faults.record(first_id + candidate, name, error)
             reason = str(error)
-    place = reader.url_of(first_id)
-    raise InputError(f"{place}: no sample of its block can be decoded; of the last one: {reason}")
+    raise InputError(
+        f"{reader.url_of(first_id)}: none of the {len(block)} samples of a block can be decoded, "
+        f"the last one because: {reason}: restore the shard, or pack the images again without "
+        "those that are damaged"
+    )

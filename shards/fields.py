@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from annotated_types import Interval, MinLen
+from annotated_types import Interval, MaxLen, MinLen
 
 from shards.errors import InputError
 
@@ -20,6 +20,9 @@ OPERATION = "operation"
 Operation = Annotated[_T, OPERATION]
 
 RISING = "rising"  # In a tuple marked so, no value is smaller than the one before.
+
+_LONGEST = 200  # characters of a value in a message
+_MOST_DIFFERENCES = 100
 
 UnitInterval = Annotated[float, Interval(ge=0, le=1)]
 Range = Annotated[tuple[float, float], Interval(gt=0), RISING]
@@ -50,13 +53,24 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """List every field that differs between two recipes, as `name: there VALUE, here VALUE`."""
+    """List the fields that differ between two recipes, as `name: there VALUE, here VALUE`.
+
+    Long values are cut, and so is the list, because one of the recipes may be a stranger's.
+    """
     names = sorted(there.keys() | here.keys())
-    return [
-        f"{name}: there {there.get(name, 'absent')}, here {here.get(name, 'absent')}"
+    found = [
+        f"{_cut(name)}: there {_cut(there.get(name, 'absent'))}, "
+        f"here {_cut(here.get(name, 'absent'))}"
         for name in names
         if there.get(name) != here.get(name)
     ]
+    more = len(found) - _MOST_DIFFERENCES
+    return [*found[:_MOST_DIFFERENCES], f"{more} more"] if more > 0 else found
+
+
+def _cut(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def check_bounds(config: Any, spell: Callable[[str], str] = str) -> None:
@@ -68,15 +82,22 @@ def check_bounds(config: Any, spell: Callable[[str], str] = str) -> None:
         spell: Turns a dotted name into the name that the message uses for the field.
     """
     for name, value, annotations in walk(config):
-        values = value if isinstance(value, tuple) else (value,)
-        for bound in annotations:
-            if isinstance(bound, MinLen) and len(value) < bound.min_length:
-                raise InputError(f"{spell(name)} needs at least {bound.min_length} value")
-            if isinstance(bound, Interval):
-                for one in values:
-                    check_range(spell(name), one, bound)
-            if bound == RISING and any(a > b for a, b in itertools.pairwise(values)):
-                raise InputError(f"{spell(name)} must be two rising numbers, not {value}")
+        check_annotations(spell(name), value, annotations)
+
+
+def check_annotations(name: str, value: Any, annotations: tuple[Any, ...]) -> None:
+    """Raise InputError naming the field `name` when its value is outside the annotated bounds."""
+    values = value if isinstance(value, tuple) else (value,)
+    for bound in annotations:
+        if isinstance(bound, MinLen) and len(value) < bound.min_length:
+            raise InputError(f"{name} needs at least {bound.min_length} value")
+        if isinstance(bound, MaxLen) and len(value) > bound.max_length:
+            raise InputError(f"{name} must have at most {bound.max_length} values")
+        if isinstance(bound, Interval):
+            for one in values:
+                check_range(name, one, bound)
+        if bound == RISING and any(a > b for a, b in itertools.pairwise(values)):
+            raise InputError(f"{name} must be two rising numbers, not {value}")
 
 
 def as_flag(name: str) -> str:

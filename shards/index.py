@@ -6,33 +6,31 @@ of a large data set are in one small file per shard, the sidecar, which is read 
 first needed. The checksums of the block lists are part of the index's digest.
 """
 
-import gc
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from typing import Any, TypeVar
+from functools import cached_property, lru_cache, partial
+from typing import Annotated, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from annotated_types import MaxLen
 
+from shards.blocks import Blocks, check_blocks, checksum
 from shards.digest import digest
+from shards.documents import Natural, Sum32, build, shown, without_gc
 from shards.errors import InputError
-from shards.storage import files, names
+from shards.samples import Layout
+from shards.storage import files, misplaced, names
+from shards.tar import BLOCK
 
 VERSION = 1
 NAME = "index.json"
 BLOCK_BYTES = 4 << 20
+MOST_CLASSES = 1 << 20  # A linear head has a row for each class.
 INLINE_BLOCKS = 50_000  # If the data set has more blocks than this, they go to sidecars.
 # A process needs one or two sidecars for each of its streams. This many take 35 MB for shards of
 # 1 GB.
 KEPT_SIDECARS = 8192
-
-_T = TypeVar("_T")
-
-Blocks = NDArray[np.int64]  # [K, 2] byte offset in the shard, number of samples
 
 
 @dataclass
@@ -59,15 +57,21 @@ class Index:
 
     `classes` is empty when the data set has no labels. Samples are numbered in file order across
     all shards; these numbers are the sample ids. `plan` is the digest of the packing that made the
-    shards, or "" when others made them. `pixels` are the options by which that packing converted
-    images, such as the window of values, and it is empty where it had none.
+    shards, or "" when others made them. `layout` says how the members of the shards make samples.
+    `base` is the folder of the shards, or "" when they lie beside the index. `pixels` are the
+    options by which that packing converted images, such as the window of values; it is empty where
+    it had none. `stored_digest` is the digest in an index of the first release, which covers the
+    names of the classes.
     """
 
     url: str
     shards: list[Shard]
     classes: list[str] = field(default_factory=list)
     plan: str = ""
+    layout: Layout = field(default_factory=Layout)
+    base: str = ""
     pixels: dict[str, Any] = field(default_factory=dict)
+    stored_digest: str = ""
 
     def __post_init__(self) -> None:
         self.first_ids = np.cumsum([0, *(shard.samples for shard in self.shards)])  # [S + 1]
@@ -81,16 +85,35 @@ class Index:
 
     @property
     def digest(self) -> str:
-        """SHA-256, as 16 hex digits, of everything that decides which bytes a sample id means."""
+        """SHA-256, as 16 hex digits, of everything that decides what a sample id means.
+
+        The number of the classes belongs to that, but their names do so only if labels are names.
+        """
+        if self.stored_digest:
+            return self.stored_digest
+        names = self.classes if self.layout.named else map(str, range(len(self.classes)))
+        return self.compute_digest(list(names))
+
+    def compute_digest(self, classes: list[str]) -> str:
+        """Return the digest that the index has if these names belong to it."""
         facts = [[s.name, s.samples, s.bytes, s.checksum] for s in self.shards]
-        document = [VERSION, facts, self.classes]
-        if self.pixels:  # Two windows can make shards of the same sizes.
-            document.append(sorted(self.pixels.items()))
-        text = json.dumps(document, separators=(",", ":"))
-        return digest(text)
+        # Two windows of values can make shards of the same sizes.
+        options = [given for given in (self.layout.document(), self.pixels) if given]
+        whole = [VERSION, facts, classes, *options]
+        return digest(json.dumps(whole, separators=(",", ":"), sort_keys=True))
+
+    @cached_property
+    def class_numbers(self) -> dict[str, int]:
+        """The index of each class name, for labels that are names."""
+        return {name: i for i, name in enumerate(self.classes)}
+
+    @property
+    def folder(self) -> str:
+        """The URL of the folder that holds the shards."""
+        return self.base or self.url
 
     def shard_url(self, shard: int) -> str:
-        return files.join(self.url, self.shards[shard].name)
+        return files.join(self.folder, self.shards[shard].name)
 
     def blocks(self, shard: int) -> Blocks:
         """Return the blocks of a shard. Read its sidecar if it has one that is not in memory.
@@ -117,7 +140,7 @@ class Index:
         InputError for a shard name that an index may not contain.
         """
         for shard in self.shards:
-            names.check_name(shard.name, files.redact(self.url), "rename it")
+            names.check_path(shard.name, files.redact(self.url), "rename it")
         inline = sum(len(self.blocks(i)) for i in range(len(self.shards))) <= INLINE_BLOCKS
         if not inline:
             for i, shard in enumerate(self.shards):
@@ -138,11 +161,46 @@ class Index:
                     entry["crcs"] = shard.crcs
             entries.append(entry)
         head = {"version": VERSION, "digest": self.digest, "samples": self.samples}
-        head |= {"plan": self.plan} | ({"pixels": self.pixels} if self.pixels else {})
-        return head | {"classes": self.classes, "shards": entries}
+        head |= {"plan": self.plan, "classes": self.classes}
+        options = {"layout": self.layout.document(), "base": self.base, "pixels": self.pixels}
+        head |= {name: given for name, given in options.items() if given}
+        return head | {"shards": entries}
 
 
 _REINDEX = "run `python launch/pack.py --index-only` on the shards again"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What index.json says of a shard."""
+
+    name: str
+    samples: Natural
+    bytes: Natural
+    checksum: str
+    blocks: Any = None
+    crcs: list[Sum32] | None = None
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The part of index.json that names the classes."""
+
+    classes: Annotated[list[str], MaxLen(MOST_CLASSES)]
+
+
+@dataclass(frozen=True)
+class _Document(_Names):
+    """The content of index.json."""
+
+    version: int
+    digest: str
+    samples: Natural
+    plan: str
+    shards: list[_Entry]
+    layout: Layout = field(default_factory=Layout)
+    base: str = ""
+    pixels: dict[str, Any] = field(default_factory=dict)
 
 
 def sidecar(shard_name: str) -> str:
@@ -150,20 +208,16 @@ def sidecar(shard_name: str) -> str:
 
 
 def _read_sidecar(url: str, shards: list[Shard], shard: int) -> Blocks:
-    place = files.join(url, sidecar(shards[shard].name))
+    place, entry = files.join(url, sidecar(shards[shard].name)), shards[shard]
     try:
-        blocks = np.array(_json(place), np.int64).reshape(-1, 2)
+        blocks = check_blocks(_json(place), entry.samples, entry.bytes, "blocks")
     except FileNotFoundError:
         raise InputError(f"{files.redact(place)}: missing; {_REINDEX}") from None
-    except (TypeError, ValueError, OverflowError):
-        raise InputError(f"{files.redact(place)}: is damaged; {_REINDEX}") from None
-    if checksum(blocks) != shards[shard].checksum:
+    except InputError as error:
+        raise InputError(f"{files.redact(place)}: is damaged: {error}; {_REINDEX}") from None
+    if checksum(blocks) != entry.checksum:
         raise InputError(f"{files.redact(place)}: does not match {NAME}; {_REINDEX}")
     return blocks
-
-
-def checksum(blocks: Blocks) -> str:
-    return digest(blocks.astype("<i8").tobytes())
 
 
 def read_document(url: str) -> Any:
@@ -174,22 +228,7 @@ def read_document(url: str) -> Any:
     return _json(files.join(url, NAME))
 
 
-@contextmanager
-def _without_gc() -> Iterator[None]:
-    """Turn off Python's garbage collector during the block.
-
-    Its search for reference cycles would take most of the time, and there are no cycles.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_without_gc()
+@without_gc()
 def load(url: str, field_name: str) -> Index:
     """Read the index of the data set at `url`.
 
@@ -202,30 +241,28 @@ def load(url: str, field_name: str) -> Index:
     place = f"{field_name} {files.redact(url)}"
     try:
         document = read_document(url)
-    except FileNotFoundError:
-        raise InputError(
-            f"{place}: no {NAME} there; pack images with `python launch/pack.py`, "
-            "or index existing tars with its --index-only"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{place}: no {NAME} there; {_hint(url, field_name)}") from None
     except (InputError, OSError) as error:
-        hint = f"; give the folder that holds {NAME}" if url.endswith(NAME) else ""
-        raise InputError(f"{place}: {error}{hint}") from None
-    try:
-        version, digest = document["version"], document["digest"]
-        if version != VERSION:
-            raise InputError(f"{place}: index version {version}, not {VERSION}; {_REINDEX}")
-        shards = [_shard(entry, f"{place}: {NAME}") for entry in document["shards"]]
-        pixels = _typed(document.get("pixels", {}), dict)
-        index = Index(url, shards, class_names(document), _typed(document["plan"], str), pixels)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise InputError(f"{place}: {NAME} is damaged; {_REINDEX}") from None
-    if index.digest != digest:
-        raise InputError(f"{place}: {NAME} does not match its own digest; {_REINDEX}")
+        raise InputError(f"{place}: {error}") from None
+    index = _checked(document, url, field_name, place)
     if index.samples == 0:
         raise InputError(f"{place}: the data set is empty")
-    if files.is_local(url):
+    if files.is_local(index.folder):
         _check_sizes(index, place)
     return index
+
+
+def _hint(url: str, field_name: str) -> str:
+    """Return what the user may do where there is no index."""
+    near = misplaced.find_near(url, NAME)
+    wanted = field_name.removeprefix("data.")
+    near.sort(key=lambda folder: not misplaced.last_name(folder).startswith(wanted))
+    if near:
+        return f"there is one in {files.redact(near[0])}: give that folder"
+    if any(folder.endswith(".tar") for folder in misplaced.folders_below(url)):
+        return f"index the tars there: python launch/pack.py --index-only {files.redact(url)}"
+    return "pack images with `python launch/pack.py`, or index existing tars with its --index-only"
 
 
 def check_same_classes(train: Index, val: Index) -> None:
@@ -241,40 +278,57 @@ def check_same_classes(train: Index, val: Index) -> None:
 def class_names(document: Any) -> list[str]:
     """Return the class names in a document from `read_document`.
 
-    Raises KeyError or TypeError when they are missing or damaged.
+    Raises InputError when they are missing or damaged.
     """
-    return [_typed(name, str) for name in _typed(document["classes"], list)]
+    return build(_Names, document).classes
 
 
-def _typed(value: Any, kind: type[_T]) -> _T:
-    """Return a value read from JSON. Raises TypeError unless its type is exactly `kind`."""
-    if type(value) is not kind:
-        raise TypeError(f"{type(value).__name__} in place of {kind.__name__}")
-    return value
+def _checked(document: Any, url: str, field_name: str, place: str) -> Index:
+    """Make an Index of the content of index.json. Raises InputError when it is damaged."""
+    version = document.get("version", VERSION) if isinstance(document, dict) else VERSION
+    if version != VERSION:
+        raise InputError(f"{place}: index version {shown(version)}, not {VERSION}; {_REINDEX}")
+    try:
+        content = build(_Document, document)
+        shards = [_shard(entry, f"shards[{i}]") for i, entry in enumerate(content.shards)]
+        if sum(shard.bytes for shard in shards) >= 2**62:
+            raise InputError("shards must have less than 2**62 bytes together")
+        index = Index(url, shards, content.classes, content.plan, content.layout)
+        index.pixels = content.pixels
+        if index.digest != content.digest == index.compute_digest(index.classes):
+            index.stored_digest = content.digest
+        if index.digest == content.digest and index.samples != content.samples:
+            there = f"{index.samples}, as the shards say, not {content.samples}"
+            raise InputError(f"samples must be {there}")
+    except (InputError, UnicodeEncodeError) as error:
+        raise InputError(f"{place}: {NAME}: is damaged: {error}; {_REINDEX}") from None
+    for shard in shards:
+        names.check_path(shard.name, f"{place}: {NAME}", _REINDEX)
+    if content.base:
+        index.base = names.check_url(content.base, field_name, f"{place}: {NAME}")
+    if index.digest != content.digest:
+        raise InputError(f"{place}: {NAME} does not match its own digest; {_REINDEX}")
+    return index
 
 
-def _shard(entry: dict[str, Any], place: str) -> Shard:
-    """Make a Shard from an entry of the index at `place`.
-
-    Raises InputError when the entry's name is not that of a file beside the index, and KeyError,
-    TypeError, ValueError or OverflowError when the entry is damaged otherwise.
-    """
-    name = names.check_name(entry["name"], place, _REINDEX)
-    samples, size = _typed(entry["samples"], int), _typed(entry["bytes"], int)
-    if not (0 <= samples < 2**62 and 0 <= size < 2**62):
-        raise ValueError(name)
-    blocks = np.array(entry["blocks"], np.int64).reshape(-1, 2) if "blocks" in entry else None
-    found = _typed(entry["checksum"], str)
-    if blocks is not None and (checksum(blocks) != found or blocks[:, 1].sum() != samples):
-        raise ValueError(name)
-    crcs = entry.get("crcs")
-    if crcs is not None and (blocks is None or len(crcs) != len(blocks)):
-        raise ValueError(name)
-    return Shard(name, samples, size, blocks, found, crcs)
+def _shard(entry: _Entry, name: str) -> Shard:
+    """Make a Shard from an entry of the index. Raises InputError when it is damaged."""
+    if entry.samples > entry.bytes // BLOCK:
+        raise InputError(f"{name}.samples must fit into {entry.bytes} bytes, not {entry.samples}")
+    if entry.blocks is None:
+        if entry.crcs is not None:
+            raise InputError(f"{name}.crcs must be absent where the blocks are in a sidecar")
+        return Shard(entry.name, entry.samples, entry.bytes, None, entry.checksum)
+    blocks = check_blocks(entry.blocks, entry.samples, entry.bytes, f"{name}.blocks")
+    if checksum(blocks) != entry.checksum:
+        raise InputError(f"{name}.checksum is not that of its blocks")
+    if entry.crcs is not None and len(entry.crcs) != len(blocks):
+        raise InputError(f"{name}.crcs must be one for each block")
+    return Shard(entry.name, entry.samples, entry.bytes, blocks, entry.checksum, entry.crcs)
 
 
 def _check_sizes(index: Index, place: str) -> None:
-    folder = files.open_filesystem(index.url)[1]
+    folder = files.open_filesystem(index.folder)[1]
     for shard in index.shards:
         try:
             # fsspec takes six times as long, which is 2 s for 100,000 shards at every start of a
@@ -295,5 +349,6 @@ def _check_sizes(index: Index, place: str) -> None:
 def _json(url: str) -> Any:
     try:
         return files.read_json(url)
-    except ValueError:
-        raise InputError(f"{files.redact(url)}: not valid JSON; {_REINDEX}") from None
+    except ValueError as error:
+        reason = f": {error}" if str(error).startswith("it ") else ""
+        raise InputError(f"{files.redact(url)}: not valid JSON{reason}; {_REINDEX}") from None

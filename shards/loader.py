@@ -25,13 +25,13 @@ from shards.errors import InputError
 from shards.fields import Operation, UnitInterval
 from shards.order import Order
 from shards.reader import BlockReader, Fetches, StreamReader
+from shards.samples import Block
 from shards.storage import files
-from shards.tar import Block
 from shards.views import COLUMNS, ViewsConfig, crop_box, draw_views
 
 CHUNK = 16  # A decode thread takes this many samples at a time.
 BATCHES_AHEAD = 2
-REMOTE_FETCHES = 32  # At most this many threads each wait for one answer of an object store.
+REMOTE_FETCHES = 32  # Not more threads than this, or than decode threads, wait for an object store.
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,16 @@ class DataConfig:
     train: Operation[str] = ""
     """URL of the training shards: a folder with an index.json, which launch/pack.py writes."""
     val: Operation[str] = ""
-    """URL of the validation shards, which kNN and the online head are measured on. It may be
-    empty."""
+    """URL of the validation shards, which kNN and the online head are measured on. The online head
+    is a linear classifier that learns along with the encoder, without changing it. By default there
+    are no such shards."""
     draw: Operation[Annotated[int, Interval(ge=0, le=2**31)]] = 0
-    """Draw that many images of textures to data.train, and a quarter of it to data.val, when there
-    are none yet. 0 draws nothing."""
+    """Draw that many images of textures to data.train, and a quarter as many to data.val, when
+    there are none yet. 0 draws nothing."""
     streams: Annotated[int, Interval(ge=1, le=2**20)] = 64
     """Number of equal parts that an epoch is cut into, which are read in parallel. It must divide
-    batch.size, and there can be no more processes. Another number is another order of images."""
+    batch.size, and it is the largest possible number of processes. Another number is another order
+    of images."""
     prefetch: Operation[Annotated[int, Interval(ge=0, le=1024)]] = 1
     """Blocks of about 4 MB that are fetched ahead of need for each stream that this process
     reads."""
@@ -58,8 +60,8 @@ class DataConfig:
     cache_gb: Operation[Annotated[float, Interval(ge=0, le=1e6)]] = 50
     """Gigabytes that data.cache may hold of a data set: the first shards that fit are kept."""
     corrupt: Operation[UnitInterval] = 0.01
-    """Fraction of the training images that a process may find undecodable before it stops. 10
-    images always may."""
+    """Fraction of the training images that each process may find undecodable before the run stops.
+    It may always find 10."""
     max_pixels: Annotated[int, Interval(ge=1, le=2**32)] = MOST_PIXELS
     """Images whose header claims more pixels count as undecodable. They are replaced."""
     exif: Exif = "ignore"
@@ -127,7 +129,7 @@ class TrainLoader:
         """
         self.order, self.streams, self.views, self.config = order, streams, views, config
         self.micro, self.start, self.pin_memory = micro, start, pin_memory
-        remote = not files.is_local(order.index.url)
+        remote = not files.is_local(order.index.folder)
         cache = None
         if remote and config.cache:
             cache = ShardCache(order.index, config.cache, config.cache_gb, report)

@@ -148,6 +148,6 @@ def rank_streams(streams: int, rank: int, world: int) -> range:
     """
     if world > streams:
         raise InputError(
-            f"{world} ranks but data.streams is {streams}: use at most {streams} ranks"
+            f"{world} processes but data.streams is {streams}: start at most {streams} processes"
         )
     return range(rank * streams // world, (rank + 1) * streams // world)

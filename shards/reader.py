@@ -14,8 +14,9 @@ from shards.cache import ShardCache
 from shards.decode import DEFAULT_RULES, PixelRules, decode
 from shards.errors import InputError
 from shards.index import Index
+from shards.samples import Block
 from shards.storage import files, retries
-from shards.tar import Block, TarError
+from shards.tar import TarError
 
 
 class DamagedBlock(InputError):
@@ -50,7 +51,7 @@ class BlockReader:
 
         Raises InputError naming the shard when the shard does not hold what the index says.
         """
-        attempts = 1 if files.is_local(self.index.url) else retries.CONTENT_ATTEMPTS
+        attempts = 1 if files.is_local(self.index.folder) else retries.CONTENT_ATTEMPTS
         for attempt in range(1, attempts + 1):
             try:
                 return self._fetch(shard, block, last=attempt == attempts)
@@ -71,9 +72,9 @@ class BlockReader:
         try:
             content = self._read(shard, start, stop)
             self._check_crc(content, shard, block, place, last)
-            found = Block(content)
+            found = Block(content, self.index.layout, self.index.class_numbers)
         except FileNotFoundError:
-            raise InputError(f"{url}: the shard is missing") from None
+            raise InputError(f"{url}: the shard is missing: restore it") from None
         except retries.WrongLength as error:
             raise InputError(f"{error}: the shard is truncated, restore it") from None
         except OSError as error:

@@ -56,7 +56,8 @@ def write(
         images: [N, 3, S, S] normalized. Every file is compared with the encoder on them.
         say: Is called with a line about each file.
 
-    Raises InputError before a file is written that gives other features than the encoder.
+    Raises InputError when a file would give other features than the encoder, which is then not
+    written, and when the encoder's own features are all zero or not finite.
     """
     with torch.no_grad():
         features = encoder(images)
@@ -90,13 +91,16 @@ def write(
     timm = verify_timm(encoder.state_dict(), source.config, encoder, images)
     if timm is not None:
         say(f"timm's resnet{source.config.depth} with these weights: equal within {timm:.0e}")
-    document = describe(source, encoder, len(images)) | {"files": written, "timm_difference": timm}
+    document = describe(source, encoder, len(images), say)
+    document |= {"files": written, "timm_difference": timm}
     url = files.join(out, CARD)
     files.write(url, json.dumps(document, indent=1).encode())
     say(files.redact(url))
 
 
-def describe(source: Source, encoder: ResNet, compared: int) -> dict[str, Any]:
+def describe(
+    source: Source, encoder: ResNet, compared: int, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Describe the encoder and its input for the users of the files."""
     config = source.config
     return {
@@ -125,14 +129,18 @@ def describe(source: Source, encoder: ResNet, compared: int) -> dict[str, Any]:
         "build": recipe_lines(config),
         "compared_on_images": compared,
         "recipe": source.fields,
-        "metrics": _metrics(source),
+        "metrics": _metrics(source, say),
         "packages": {name: version(name) for name in ("torch", "torchvision", "safetensors")},
     }
 
 
-def _metrics(source: Source) -> dict[str, Any]:
-    """Return the record of this step in the run's log."""
+def _metrics(source: Source, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return the record of this step in the run's log, or nothing where it may not be read."""
     if not source.run:
         return {}
-    records = journal.read(source.run)
+    try:
+        records = journal.read(source.run)
+    except OSError as error:
+        say(f"{CARD} is without the run's metrics: {error}")
+        return {}
     return next((record for record in records if record["step"] == source.step), {})

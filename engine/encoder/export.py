@@ -1,7 +1,8 @@
 """Convert the encoder to files that other software reads without this package.
 
-All files are made from torchvision's network (torchvision_twin.py). A tracer also stores call
-stacks. They are removed, because they have paths of the machine that made the file.
+The files of weights have torchvision's names. The files of programs are traced from torchvision's
+network (torchvision_twin.py) with these weights. A tracer also stores call stacks. They are
+removed, because they have paths of the machine that made the file.
 """
 
 import contextlib

@@ -4,8 +4,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, cast, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
+import torch
 from annotated_types import Interval
 from torch import Generator, Tensor, nn
 
@@ -18,6 +19,7 @@ from engine.state import checkpoint, layout
 from engine.state.checkpoint import Commit
 from shards.decode import DEFAULT_RULES, Exif, PixelRules
 from shards.digest import digest
+from shards.documents import check
 from shards.errors import InputError
 from shards.fields import as_flag, check_bounds
 from shards.storage import files, names
@@ -25,16 +27,17 @@ from shards.storage import files, names
 TRIES = 3  # a training run may remove the checkpoint while it is read
 
 _ENCODER = "model.encoder."
+_ENCODER_FIELDS = get_type_hints(ResNetConfig)
 _PLACES = ("data.train", "data.val")
-_BOUNDS: tuple[tuple[str, Any, float, float], ...] = (  # of fields in a checkpoint's recipe
-    *((_ENCODER + name, hint, 1 / 64, 64) for name, hint in get_type_hints(ResNetConfig).items()),
-    ("views.size", int, 8, 2**14),
-    ("precision", Precision, 0, 0),
-    ("seed", int, 0, 2**62),
-    ("probe.crop", float, 1e-3, 1),
-    ("data.max_pixels", int, 1, 2**32),
-    ("data.exif", Exif, 0, 0),
-)
+_HINTS: dict[str, Any] = {  # types and bounds of the fields that are used of a stranger's recipe
+    **{_ENCODER + k: v for k, v in get_type_hints(ResNetConfig, include_extras=True).items()},
+    "views.size": Annotated[int, Interval(ge=8, le=2**14)],
+    "precision": Precision,
+    "seed": Annotated[int, Interval(ge=0, le=2**62)],
+    "probe.crop": Annotated[float, Interval(ge=1e-3, le=1)],
+    "data.max_pixels": Annotated[int, Interval(ge=1, le=2**32)],
+    "data.exif": Exif,
+}
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,9 @@ class EncoderConfig:
     """The network that is taken: online or target. For comparison, untrained is the run's
     encoder before the first step, and pixels is the image itself, which cannot be exported."""
     prefix: str | None = None
-    """Name prefix of the encoder's tensors in a third-party file. By default it is
-    detected. Give it only when the file holds several encoders."""
+    """What stands before conv1.weight in the encoder's tensor names in a third-party file, as a
+    whole. Where names mean nothing it is the name of the encoder's first tensor. It is needed only
+    when the file holds several encoders, and the error message then lists all of them."""
     size: Annotated[int | None, Interval(ge=8, le=2**14)] = None
     """Side of the network's input in pixels. By default it is the run's, and 224 for a third-party
     file."""
@@ -59,8 +63,8 @@ class EncoderConfig:
     """Orientation in the EXIF data of images: ignore takes the pixels as they are stored, and apply
     turns them upright. By default it is the run's, and ignore for a third-party file."""
     precision: Precision | None = None
-    """Number format of the forward passes. By default it is the run's, and fp32 for a third-party
-    file."""
+    """Number format of an evaluation's forward passes. By default it is the run's, and fp32 for a
+    third-party file. An export does not depend on it, because exported files are in fp32."""
 
     def check(self) -> None:
         """Raise InputError when a field has a value that it cannot have."""
@@ -99,7 +103,7 @@ class Source:
     def data_url(self, name: Literal["data.train", "data.val"]) -> str:
         """Return the URL of the run's data set; "" when the run has none.
 
-        Raises InputError when it is a URL that a file that others made must not lead to.
+        Raises InputError when it is of a kind that is never opened on the word of a file.
         """
         if not self.run:
             return ""
@@ -124,37 +128,51 @@ Network = ResNet | Pixels
 def open_encoder(
     url: str, config: EncoderConfig, world: World, report: Callable[[str], None]
 ) -> tuple[Source, Network]:
-    """Load a network in evaluation mode, on the CPU in float32, and describe its source.
+    """Load a network, on the CPU in float32, and describe its source.
 
-    All processes call it together. Raises InputError when there is no sound checkpoint.
+    The caller puts it into evaluation mode. All processes call it together. Raises InputError when
+    there is no sound checkpoint.
     """
     config.check()
     files.check(url, "CHECKPOINT")
     kind = world.on_main(lambda: _kind(url))
     if kind == "file":
-        return _foreign(url, config)
+        return world.on_all(partial(_foreign, url, config))
     if config.prefix is not None:
         raise InputError(f"--prefix is for files that others made: {files.redact(url)} is a run")
     for attempt in range(1, TRIES + 1):
-        there = world.on_main(partial(checkpoint.steps, url))
+        there = world.on_main(partial(_steps, url))
         try:
             return _own(_find(url, config, world, report), config, world)
         except (InputError, OSError):
-            changed = world.on_main(partial(checkpoint.steps, url)) != there
+            changed = world.on_main(partial(_steps, url)) != there
             if not changed or attempt == TRIES or config.checkpoint != "latest":
                 raise
             report(f"{files.redact(url)}: the run went on meanwhile; taking a newer checkpoint")
     raise AssertionError("unreachable")
 
 
+def _steps(url: str) -> list[str]:
+    """List the checkpoints of a run. The list is empty where folders may not be listed."""
+    try:
+        return checkpoint.steps(url)
+    except PermissionError:
+        return []
+
+
 def _kind(url: str) -> Literal["folder", "file"]:
-    if files.list_names(url):
-        return "folder"
+    try:
+        if files.list_names(url):
+            return "folder"
+    except PermissionError:  # Single objects may be readable all the same.
+        return "file" if files.exists(url) else "folder"
     if not files.exists(url):
         raise InputError(
             f"CHECKPOINT {files.redact(url)}: nothing there; give the URL of a run, of one of "
-            "its checkpoints, or of a checkpoint file"
+            f"its checkpoints, or of a checkpoint file{checkpoint.hint(url)}"
         )
+    if url.endswith((".json", ".jsonl", ".distcp")):
+        raise InputError(f"CHECKPOINT {files.redact(url)}: is no checkpoint{checkpoint.hint(url)}")
     return "file"
 
 
@@ -169,8 +187,7 @@ def _step_url(run: str, step: int) -> str:
     if wanted not in there:
         known = ", ".join(str(int(url[-8:])) for url in there) or "none"
         raise InputError(
-            f"CHECKPOINT {files.redact(run)}: no run with a checkpoint of step {step}; there "
-            f"are: {known}"
+            f"CHECKPOINT {files.redact(run)}: no checkpoint of step {step}; there are: {known}"
         )
     return wanted
 
@@ -180,24 +197,24 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
     above, _, _ = commit.url.rstrip("/").rpartition("/")
     home, _, folder = above.rpartition("/")
     home = (home or ".") if folder == layout.CHECKPOINTS else ""
-    fields = layout.read_recipe(home) if home else {}
+    fields = world.on_main(partial(layout.read_recipe, home)) if home else {}
     # The commit decides the method. Only recipe.json says where the data is.
     fields |= {name: value for name, value in commit.method.items() if name not in _PLACES}
+    remedy = "use the version of this engine that wrote it"
     try:
-        resnet = ResNetConfig(
-            **{
-                name.removeprefix(_ENCODER): value
-                for name, value in fields.items()
-                if name.startswith(_ENCODER)
-            }
-        )
+        fields |= {k: check(hint, fields[k], k) for k, hint in _HINTS.items() if k in fields}
+        encoder = {n.removeprefix(_ENCODER): v for n, v in fields.items() if n.startswith(_ENCODER)}
+        resnet = ResNetConfig(**encoder)
         size, precision, seed = fields["views.size"], fields["precision"], fields["seed"]
-    except (KeyError, TypeError):
-        raise InputError(f"{place}: its recipe lacks fields that this version knows") from None
-    for name, hint, low, high in _BOUNDS:
-        if name in fields and not _is_sound(fields[name], hint, low, high):
-            shown = ascii(fields[name])[:80]
-            raise InputError(f"{place}: its recipe is damaged, {name} is {shown}")
+    except InputError as error:
+        raise InputError(f"{place}: its recipe is damaged: {error}") from None
+    except KeyError as missing:
+        raise InputError(f"{place}: its recipe has no field {missing.args[0]}: {remedy}") from None
+    except TypeError:
+        unknown = ", ".join(sorted(ascii(n)[:80] for n in encoder.keys() - _ENCODER_FIELDS))
+        told = f"{place}: model.encoder has unknown fields ({unknown}): {remedy}"
+        raise InputError(told) from None
+    _check_weight(resnet, commit)
     size = config.size or size
     network: Network = ResNet(resnet, views=1)
     if config.network == "pixels":
@@ -225,14 +242,16 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
     ), network
 
 
-def _is_sound(value: object, hint: Any, low: float, high: float) -> bool:
-    """Return whether a recipe's field can have this value, which was read from JSON."""
-    if choices := get_args(hint):
-        return any(type(value) is type(choice) and value == choice for choice in choices)
-    if hint is bool:
-        return type(value) is bool
-    numbers: tuple[type, ...] = (int,) if hint is int else (int, float)
-    return type(value) in numbers and low <= cast(float, value) <= high
+def _check_weight(config: ResNetConfig, commit: Commit) -> None:
+    """Raise InputError when the network needs more memory than the checkpoint's files can fill."""
+    with torch.device("meta"):
+        needed = sum(value.nbytes for value in ResNet(config, views=1).parameters())
+    there = sum(length for length, _ in commit.files.values())
+    if needed > there:
+        raise InputError(
+            f"{files.redact(commit.url)}: its recipe is damaged: the encoder has {needed:,} bytes, "
+            f"and all files of the checkpoint have {there:,}"
+        )
 
 
 def _foreign(url: str, config: EncoderConfig) -> tuple[Source, Network]:

@@ -1,8 +1,13 @@
-"""Measure the features during training, by kNN and the online head on held-out images."""
+"""Measure the features during training, by kNN and the online head on held-out images.
 
+The online head is the online network's linear classifier (`Online.classifier`), which trains along.
+"""
+
+import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +24,12 @@ from engine.method.resnet import ResNet, ResNetConfig
 from engine.processes.world import World
 from shards.center_crops import CropReader
 from shards.decode import PixelRules
+from shards.errors import InputError
 from shards.fields import Operation
 from shards.index import Index
+from shards.storage import files, retries
+
+FAILED = "evaluation_failed"  # key of the log's records for the reason of a failed evaluation
 
 
 @dataclass(frozen=True)
@@ -89,19 +98,53 @@ class Probe:
             report: Takes warnings about the data.
         """
         self.config, self.online, self.train, self.val = config, online, train, val
-        self.world, self.precision = world, precision
+        self.world, self.precision, self._report = world, precision, report
+        self.failures = 0
+        """The number of evaluations that have failed."""
+        self._kinds: set[str] = set()  # of failures that were reported
         part = world.rank, world.size
         self.crops = CropReader(size, config.crop, threads, corrupt, report, part, rules)
         self.encoder = ResNet(encoder, VIEWS).to(world.device, parameter_dtype(precision)).eval()
 
-    def evaluate(self, leave: Callable[[], bool] = lambda: False) -> dict[str, float]:
+    def check_val(self) -> None:
+        """Look whether every shard of data.val is there and whole.
+
+        All processes call it together. On a local disk the index has looked already.
+
+        Raises InputError on all processes when a shard is missing or truncated.
+        """
+        if not files.is_local(self.val.folder):
+            self.world.on_main(lambda: _check_ends(self.val))
+
+    def attempt(self, leave: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """Evaluate as `evaluate` does. If that fails, report it and return only the reason.
+
+        The data of an evaluation may be damaged or vanish while a run trains for days. Training
+        does not need it, so it goes on. Each kind of failure is reported once.
+        """
+        try:
+            return self.evaluate(leave)
+        except (InputError, OSError) as error:  # all processes get this error
+            reason = str(error)
+        self.failures += 1
+        kind = re.sub(r"\S*/\S*|\d+", "", reason)  # without its places and numbers
+        if self.world.main and kind not in self._kinds:
+            self._kinds.add(kind)
+            self._report(
+                f"an evaluation failed: {reason}; training goes on, and metrics.jsonl has "
+                f"{FAILED} at each step where this happens"
+            )
+        return {FAILED: reason}
+
+    def evaluate(self, leave: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """Measure the accuracy of kNN and of the online head on data.val, and the features' rank.
 
-        Accuracies are fractions. Raises Stopped on all processes when `leave` returns True on one.
+        Accuracies are fractions. Raises Stopped on all processes when `leave` returns True on one,
+        and InputError on all when one cannot read its images.
         """
         queries = self.extract(self.val, leave=leave)
         bank = self.extract(self.train, self.config.bank, leave=leave)
-        found = {"knn_top1": self.measure_knn(bank, queries)}
+        found: dict[str, Any] = {"knn_top1": self.measure_knn(bank, queries)}
         head = self.online.classifier
         if head is not None:
             with torch.no_grad():
@@ -131,16 +174,25 @@ class Probe:
             limit: Approximate number of images to read. By default all of them are read.
             pixels: Return the pixels as features.
 
-        Raises Stopped on all processes when `leave` returns True on one.
+        Raises Stopped on all processes when `leave` returns True on one, and InputError on all
+        when one cannot read its images.
         """
         if not pixels:
             self._take_weights()
         network = nn.Flatten() if pixels else self.encoder
         encode = encoding(network, self.precision, self.world.device)
-        crops = self.crops.read(index, limit=limit)
-        found = extract(encode, crops, self.world.device, leave=leave)
-        if self.world.all_reduce(torch.tensor(int(leave()))) > 0:
+        found, fault = None, ""
+        try:
+            crops = self.crops.read(index, limit=limit)
+            found = extract(encode, crops, self.world.device, leave=leave)
+        except (InputError, OSError) as error:  # what is missing may be another process's part
+            fault = str(error)
+        votes = self.world.all_gather_object((leave(), fault))
+        if any(left for left, _ in votes):
             raise Stopped
+        if faults := [theirs for _, theirs in votes if theirs]:
+            raise InputError(faults[0])
+        assert found is not None
         return found
 
     def measure_knn(self, bank: Features, queries: Features) -> float:
@@ -158,3 +210,28 @@ class Probe:
         own = self.encoder.state_dict()
         for name, value in self.online.encoder.state_dict().items():
             own[name].copy_(whole(value))
+
+
+def _check_ends(index: Index) -> None:
+    """Raise InputError unless the last byte of every shard can be read."""
+
+    def check(shard: int) -> None:
+        url, size = index.shard_url(shard), index.shards[shard].bytes
+        try:
+            files.read(url, max(0, size - 1), size)
+        except FileNotFoundError:
+            fault = "is missing"
+        except retries.WrongLength:
+            fault = f"is truncated: it has less than {size} bytes"
+        except OSError as error:
+            fault = f"cannot be read ({error})"
+        else:
+            return
+        place = f"data.val {files.redact(index.url)}: shard {index.shards[shard].name}"
+        raise InputError(
+            f"{place} {fault}; restore it, pack the data set again, or train with --probe.every 0 "
+            "--probe.no-baseline"
+        )
+
+    with ThreadPoolExecutor(16, thread_name_prefix="check") as threads:
+        list(threads.map(check, range(len(index.shards))))

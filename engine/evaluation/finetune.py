@@ -62,7 +62,7 @@ class FinetuneConfig(SupervisedConfig):
     falls to 0 along a cosine."""
 
 
-class Labels(NamedTuple):
+class Split(NamedTuple):
     """The images to learn from, and the held-out images to choose the best training on."""
 
     source: Index  # the data set to learn from
@@ -71,20 +71,20 @@ class Labels(NamedTuple):
     chosen_on: NDArray[np.int64]  # their ids in `chosen_in`, rising
 
 
-def take_all_labels(evaluation: Evaluation, config: FinetuneConfig) -> Labels:
+def take_all_labels(evaluation: Evaluation, config: FinetuneConfig) -> Split:
     """Learn from the whole training set except the held-out images, and choose on those."""
     index = evaluation.train
     held, ids = hold_out(index.samples, config.holdout, config.seed), np.arange(index.samples)
-    return Labels(index, held, index, ids[held(ids)])
+    return Split(index, held, index, ids[held(ids)])
 
 
-def evaluate(evaluation: Evaluation, config: FinetuneConfig, labels: Labels) -> Result | None:
+def evaluate(evaluation: Evaluation, config: FinetuneConfig, split: Split) -> Result | None:
     """Train with each combination of learning rate and length, and measure the best one.
 
     Return None when a signal stopped the training. Raises InputError when every training diverged.
     """
-    training = Finetuning(evaluation, config, labels)
-    check_labels(evaluation, *labels)
+    training = Finetuning(evaluation, config, split)
+    check_labels(evaluation, *split)
     if not train(training, training.batches, evaluation, config.save_every):
         return None
     if training.scores.max() < 0:
@@ -128,18 +128,18 @@ class Finetuning:
     `step` counts the steps of all trainings together.
     """
 
-    def __init__(self, evaluation: Evaluation, config: FinetuneConfig, labels: Labels) -> None:
+    def __init__(self, evaluation: Evaluation, config: FinetuneConfig, split: Split) -> None:
         """Raises InputError for --network pixels, for fp16, and when there are too few images."""
         network, source = evaluation.network, evaluation.source
         if not isinstance(network, ResNet):
             raise InputError("--network pixels has nothing to fine-tune: measure it by linear")
         if source.precision == "fp16":
             raise InputError("fine-tuning in fp16 is not supported: give --precision bf16 or fp32")
-        check_held_out(len(labels.chosen_on))
-        self.evaluation, self.config, self.labels = evaluation, config, labels
+        check_held_out(len(split.chosen_on))
+        self.evaluation, self.config, self.split = evaluation, config, split
         self.world = evaluation.world
         self.choices = list(product(config.lr, config.epochs))
-        self._steps = [total_steps(labels.source, e, config.batch) for _, e in self.choices]
+        self._steps = [total_steps(split.source, e, config.batch) for _, e in self.choices]
         self.step, self.total_steps = 0, sum(self._steps)
         self.model = Classifier(network, evaluation.classes)
         initialize(self.model.fc, RandomNumbers().manual_seed(config.seed))
@@ -185,8 +185,8 @@ class Finetuning:
 
     def batches(self, start: int) -> Generator[Examples, None, None]:
         """Yield the batches from step `start` on. Every training begins with the same batch."""
-        config, index = self.config, self.labels.source
-        source = load_crops(self.evaluation, index, config.batch, config.seed, self.labels.held)
+        config, index = self.config, self.split.source
+        source = load_crops(self.evaluation, index, config.batch, config.seed, self.split.held)
         first, place = self._place(start)
         for choice in range(first, len(self.choices)):
             with closing(source(place)) as rows:
@@ -242,7 +242,7 @@ class Finetuning:
     def _finish(self, choice: int) -> None:
         if not all(value.isfinite().all() for value in self.model.parameters()):
             return  # the training has diverged, so it keeps the score -1 and is never chosen
-        score = self.measure(self.labels.chosen_in, self.labels.chosen_on, "data.train").top1
+        score = self.measure(self.split.chosen_in, self.split.chosen_on, "data.train").top1
         if score > self.scores.max():
             for name, value in self.model.state_dict().items():
                 self.best[name].copy_(value)

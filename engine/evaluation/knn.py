@@ -22,7 +22,7 @@ from shards.errors import InputError
 
 QUERIES = 1024  # looked up at a time, over all processes
 KEYS = 1 << 15  # features that a process compares them with at a time: 0.25 GB of cosines
-STEPS = 2**26  # steps from 0 to 1 to which the coordinates of a direction are rounded
+UNIT = 2**26  # the whole number that stands for 1 in a normalized feature vector
 
 
 class Neighbours(NamedTuple):
@@ -80,16 +80,16 @@ def find_nearest(bank: Features, queries: Tensor, k: int, world: World) -> Neigh
 
 
 def _normalize(features: Tensor) -> Tensor:
-    """Normalize rows [N, F] to length 1 and round them to steps of 2**-26.
+    """Normalize rows [N, F] to length 1 and round them to multiples of 1 / UNIT.
 
-    The result is int32, from -STEPS to STEPS. The rounding makes cosines exact: products of such
+    The result is int32, from -UNIT to UNIT. The rounding makes cosines exact: products of such
     numbers are whole numbers, and every sum of them within a cosine is at most 2**52, which float64
     holds exactly. So a matrix product gives the same cosines in whatever order it adds, and equal
     images are equally near. The rounding changes a cosine by about 1e-8, which is less than float32
     does.
     """
     parts = [
-        (F.normalize(part.double(), dim=1) * STEPS).round().int() for part in features.split(KEYS)
+        (F.normalize(part.double(), dim=1) * UNIT).round().int() for part in features.split(KEYS)
     ]
     return torch.cat(parts)
 
@@ -100,10 +100,10 @@ def _find_nearest_here(keys: Features, queries: Tensor, k: int) -> Neighbours:
     When the part has fewer than k images, the rest is filled with id -1 and similarity -inf.
 
     Args:
-        keys: This process's part of the bank, ordered by id, with features from `_directions`.
-        queries: [N, F], from `_directions`.
+        keys: This process's part of the bank, ordered by id, with features from `_normalize`.
+        queries: [N, F] int32, from `_normalize`.
     """
-    asked = queries.double() / STEPS**2  # exact, because STEPS is a power of 2
+    asked = queries.double() / UNIT**2  # exact, because UNIT is a power of 2
     shape = (len(queries), k)
     best = Neighbours(
         asked.new_full(shape, -torch.inf),

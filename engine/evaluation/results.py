@@ -1,16 +1,27 @@
 """The result of an evaluation: read it from a file and print it."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple
 
+from annotated_types import MinLen
 from rich.console import Console
 from rich.table import Table
 
 from engine.evaluation.features import Accuracy
-from shards.errors import printable
+from shards.documents import build
+from shards.errors import InputError, printable
 from shards.storage import files
 
 Row = dict[str, str | int | float]
+
+
+@dataclass(frozen=True)
+class _Document:
+    """What is read again of a result's file."""
+
+    metrics: dict[str, float]
+    table: Annotated[list[dict[str, str | int | float]], MinLen(1)]
 
 
 class Result(NamedTuple):
@@ -29,7 +40,7 @@ def show(result: Result, console: Console) -> None:
     """Print the result's table."""
     table = Table(box=None, pad_edge=False)
     for name, value in result.table[0].items():
-        table.add_column(name, justify="left" if isinstance(value, str) else "right")
+        table.add_column(printable(name), justify="left" if isinstance(value, str) else "right")
     for row in result.table:
         table.add_row(*map(_format, row.values()))
     console.print(table)
@@ -38,15 +49,12 @@ def show(result: Result, console: Console) -> None:
 def read_result(url: str, report: Callable[[str], None]) -> Result | None:
     """Read a result. Return None when there is none, or when it is damaged, which is reported."""
     try:
-        document = files.read_json(url)
-        result = Result(dict(document["metrics"]), [dict(row) for row in document["table"]])
-        if not result.table:
-            raise ValueError
-        return result
+        found = build(_Document, files.read_json(url))
+        return Result(found.metrics, found.table)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
-        report(f"{files.redact(url)} is damaged; measured again")
+    except (ValueError, InputError) as error:
+        report(f"{files.redact(url)} is damaged ({error}); measured again")
         return None
 
 

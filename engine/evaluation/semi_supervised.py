@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 from annotated_types import Interval
 
-from engine.evaluation.finetune import FinetuneConfig, Labels
+from engine.evaluation.finetune import FinetuneConfig, Split
 from engine.evaluation.session import Evaluation
 from engine.evaluation.supervised import check_held_out, hold_out, hold_out_nothing
 from shards import index as indexes
@@ -60,7 +60,7 @@ class SemiSupervisedConfig:
 
 def take_labels(
     evaluation: Evaluation, config: SemiSupervisedConfig, finetune: FinetuneConfig
-) -> Labels:
+) -> Split:
     """Choose the images that have labels, and copy them to shards beside the results.
 
     The learning rate is chosen on other, held-out images. These are copied too: otherwise every
@@ -89,7 +89,7 @@ def take_labels(
     evaluation.terminal.say(
         f"{learned.samples:,} of {index.samples:,} images have labels: {files.redact(some)}"
     )
-    return Labels(learned, hold_out_nothing, chosen_in, np.arange(chosen_in.samples))
+    return Split(learned, hold_out_nothing, chosen_in, np.arange(chosen_in.samples))
 
 
 def _choose(places: subset.Places, index: Index, config: SemiSupervisedConfig) -> subset.Ids:

@@ -53,8 +53,8 @@ class EvaluationDataConfig:
     val: str = ""
     """URL of the shards that the accuracy is measured on. By default they are the run's."""
     corrupt: UnitInterval = 0.01
-    """Fraction of the images that may be undecodable before the evaluation stops. 10 images always
-    may."""
+    """Fraction of the images that each process may find undecodable before the evaluation stops. It
+    may always find 10."""
     max_pixels: Annotated[int | None, Interval(ge=1, le=2**32)] = None
     """Images whose header claims more pixels count as undecodable. By default it is the run's
     data.max_pixels, and 89,478,485 for a third-party file."""
@@ -168,8 +168,8 @@ class Evaluation:
             found = any(bool((batch.labels >= 0).any()) for batch in crops)
         if not self.world.all_reduce(torch.tensor(int(found))):
             raise InputError(
-                f"no image {images} has a label and can be decoded, so that nothing could be "
-                f"{use}: label more images"
+                f"no image {images} has a label and can be decoded, so nothing could be {use}: "
+                "label more images, or repair them"
             )
 
     def _show_progress(self, batches: Iterable[EvalBatch], total: int) -> Iterator[EvalBatch]:
@@ -251,7 +251,8 @@ class Evaluation:
     def _own_data(self) -> bool:
         """Whether the data are the run's own, even if they were moved.
 
-        It is always true for a third-party checkpoint file.
+        It is also true when there is nothing to compare with: for a third-party checkpoint file,
+        and for a run without data.val.
         """
         if not self.source.run or not self.source.fields.get("data.val"):
             return True

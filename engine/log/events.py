@@ -22,8 +22,10 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from engine.log.journal import pause
+from shards.errors import printable
 from shards.png import encode_png
 from shards.storage import files
+from shards.storage.space import naming_space
 
 TENSORBOARD = "tensorboard"
 
@@ -31,9 +33,9 @@ TENSORBOARD = "tensorboard"
 class EventLog:
     """Write the event files of one process to `folder`.
 
-    The files make tensorboard drop what earlier processes logged after step `start`. Nothing is
-    written before `flush`, which may run in another thread. When `flush` raises OSError the events
-    are kept, and the next call writes them.
+    The first of them makes tensorboard drop what earlier processes logged after step `start`,
+    because training makes those steps again. Nothing is written before `flush`, which may run in
+    another thread. When `flush` raises OSError the events are kept, and the next call writes them.
     """
 
     def __init__(self, folder: str, start: int | None) -> None:
@@ -88,7 +90,9 @@ class EventLog:
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Add one point at `step` for each name."""
-        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        points = [
+            Summary.Value(tag=printable(name), simple_value=value) for name, value in values.items()
+        ]
         again = step <= self.reached
         self.reached = max(self.reached, step)
         if points:
@@ -136,7 +140,10 @@ class EventLog:
         """Append to the local file, after removing what a failed attempt may have left there."""
         path = files.open_filesystem(url)[1]
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "r+b" if self._size else "wb") as file:
+        with (
+            naming_space(path, lambda: len(content), path),
+            open(path, "r+b" if self._size else "wb") as file,
+        ):
             file.truncate(self._size)
             file.seek(self._size)
             file.write(content)

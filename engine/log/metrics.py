@@ -78,12 +78,12 @@ class MetricsLog:
         self,
         run: str,
         start: int,
-        total: int,
+        stop: int,
         terminal: Terminal,
     ) -> None:
         """Open the log, and drop later steps that an earlier process left. Raises OSError.
 
-        The progress bar ends at step `total`.
+        The progress bar ends at step `stop`.
         """
         self.console = terminal.console
         self._run = run
@@ -93,16 +93,16 @@ class MetricsLog:
         self._storing: Future[None] | None = None
         self._failing = False
         self._progress = Progress(
-            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.completed}/{task.total}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("left", markup=False),
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
         )
-        self._task = self._progress.add_task("train", total=total, completed=start, status="")
+        self._task = self._progress.add_task("train", total=stop, completed=start, status="")
         if self.console.is_terminal:
             self._progress.start()
         for record in self._journal.after(self._events.reached):
@@ -204,8 +204,10 @@ class MetricsLog:
             self._failing = False
 
     def _show(self, record: Record) -> None:
-        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
-        status = f"loss {loss}  {record['images_per_second']:,.0f} images/s"
+        status = ""
+        if "loss" in record:  # a step that is only evaluated has none
+            loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+            status = f"loss {loss}  {record.get('images_per_second') or 0:,.0f} images/s"
         if "knn_top1" in record:
             status += f"  kNN {record['knn_top1']:.1%}"
         if "online_top1" in record:

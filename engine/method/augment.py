@@ -1,7 +1,7 @@
 """Augment views on the device, a whole batch at once, each sample with its own parameters.
 
-Images are RGB in [0, 1]. All rows take the same path. An operation that is not for a row gets
-neutral parameters there, or its result is not selected. So there are no branches and no host
+Images are RGB in [0, 1]. All rows take the same path. Where a row is to be spared an operation, it
+gets neutral parameters, or the result is dropped. So there are no branches and no host
 synchronization, and `torch.compile(fullgraph=True)` makes one graph. Autocast and TF32 change no
 operation used here.
 
@@ -19,7 +19,7 @@ STD = (0.229, 0.224, 0.225)
 LUMA = (0.2989, 0.5870, 0.1140)
 # These are plain numbers, because torch.compile of torch 2.11 cannot trace a loop over an Enum.
 OPERATIONS = tuple(operation.value for operation in ColorOperation)
-CPU_PIXELS = 1 << 18  # in the rows that a CPU processes at once
+CPU_PIXELS = 1 << 18  # pixels that a CPU processes at once: 5 images of 224 x 224
 
 
 def augment(images: Tensor, params: Tensor, *, blur: bool = True) -> Tensor:

@@ -136,17 +136,17 @@ def pair_parameters(target: Target, online: Online) -> tuple[list[Tensor], list[
 
 
 @torch.no_grad()
-def update_target(target: list[Tensor], online: list[Tensor], step: Tensor) -> None:
-    """Move the target in place: target += step * (online - target) for every parameter.
+def update_target(target: list[Tensor], online: list[Tensor], fraction: Tensor) -> None:
+    """Move the target in place: target += fraction * (online - target) for every parameter.
 
-    It is equation 1 of the paper with step = 1 - tau. The running statistics are not averaged,
+    It is equation 1 of the paper with fraction = 1 - tau. The running statistics are not averaged,
     because the target keeps those of its own forward passes.
 
     Args:
         target: The parameters to move.
         online: The parameters of the online network, in the same order.
-        step: [] on the parameters' device, 0 when the step of the online network was skipped.
+        fraction: [] on the parameters' device, 0 when the online network's step was skipped.
     """
     difference = torch._foreach_sub(online, target)
-    torch._foreach_mul_(difference, step)
+    torch._foreach_mul_(difference, fraction)
     torch._foreach_add_(target, difference)

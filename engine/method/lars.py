@@ -143,7 +143,8 @@ class LARSConfig:
     """Strength of the weight decay. Biases and norm parameters have none."""
 
     trust_coefficient: Annotated[float, Interval(gt=0, le=1e9)] = 1e-3
-    """Length of a weight's update, before momentum, as a fraction of the weight's own length."""
+    """Length of a weight's update, before momentum and the learning rate, as a fraction of the
+    weight's own length."""
 
     slots: ClassVar[int] = 1  # tensors of state for each parameter
 

@@ -8,8 +8,7 @@ A forward pass leaves its statistics in `batch_statistics`. `RunningStatistics` 
 running statistics after the backward pass. So recomputing a forward pass changes nothing, and a
 skipped step leaves no trace.
 
-Source: the official implementation of BYOL (arXiv 2006.07733), one forward for each view; merging
-of moments: Chan et al., "Algorithms for computing the sample variance" (1983).
+Source: the official implementation of BYOL (arXiv 2006.07733), which has one forward for each view.
 """
 
 from collections.abc import Iterable

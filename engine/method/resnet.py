@@ -175,14 +175,14 @@ class ResNet(nn.Module):
         At width 1, the imagenet stem maps [N, 3, H, W] to [N, 64, H/4, W/4], and the cifar stem
         maps it to [N, 64, H, W].
         """
-        x = torch.relu(self.bn1(self.conv1(x)))  # [N, 64, H/2, W/2]
+        x = torch.relu(self.bn1(self.conv1(x)))  # [N, 64, H/2, W/2] with the imagenet stem
         pooled: Tensor = self.maxpool(x)
         return pooled
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        x = self.layer1(x)  # [N, 64 or 256, H/4, W/4]
+        x = self.stem(x)  # [N, C, h, w]
+        x = self.layer1(x)  # [N, C or 4C, h, w]
         x = self.layer2(x)
         x = self.layer3(x)
-        x = self.layer4(x)  # [N, feature_dim, H/32, W/32]
+        x = self.layer4(x)  # [N, feature_dim, h/8, w/8]
         return x.mean(dim=(2, 3))

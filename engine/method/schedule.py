@@ -36,11 +36,12 @@ class ScheduleConfig:
     base_lr * paper_batch / 256, whatever batch.size is."""
 
     tau_rule: Literal["fixed", "power"] = "fixed"
-    """fixed uses tau as it is. power uses tau ** (batch.size / paper_batch), so that the target
-    averages over as many images as it would with paper_batch (arXiv 2307.13813)."""
+    """fixed uses the averaging rate as it is. power raises it to batch.size / paper_batch, so that
+    the target averages over as many images as it would with paper_batch (arXiv 2307.13813)."""
 
     paper_batch: Annotated[int, Interval(ge=1, le=2**31)] = 4096
-    """The batch size that base_tau is meant for, and base_lr when lr_rule is fixed."""
+    """Batch size that base_tau is meant for when tau_rule is power, and base_lr when lr_rule is
+    fixed. Otherwise it has no effect."""
 
     def total_steps(self, samples: int, batch: int) -> int:
         """Return the number of updates of the whole training, by `steps_of`."""
@@ -86,7 +87,7 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
 def tau(step: int, base: float, total: int, power: float = 1.0) -> float:
     """Return the target's averaging rate at a step.
 
-    It rises along a cosine from `base` at step 0 to 1 at step `total`, and is then raised to
+    A cosine rises from `base` at step 0 to 1 at step `total`. The rate is this cosine raised to
     `power`. When a batch is kappa times as large, tau**kappa makes the target average over as many
     images as before. Source: Busbridge et al., "How to scale your EMA" (arXiv 2307.13813),
     definition 1.2.

@@ -21,8 +21,8 @@ def report_failure(error: BaseException) -> None:
     if not dist.is_initialized():
         if read_variable("LOCAL_RANK", 0) != 0 and known:
             # Most likely all processes found the error, before they connected. Then the first
-            # process of the machine prints it, and its end ends them all. A process that is still
-            # alive after this wait is the only one that failed, so it prints the error itself.
+            # process of the machine prints it and ends, and torchrun ends the others. A process
+            # that is still alive after this wait is the only one that failed, so it prints it.
             time.sleep(30)
     elif not _is_first_failure(patience=1.0 if known and rank() != 0 else 0.0):
         return

@@ -36,9 +36,10 @@ class ParallelConfig:
     """Configure how a step is spread over processes. No choice changes more than the rounding."""
 
     strategy: Operation[Literal["auto", "ddp", "fsdp", "hsdp"]] = "auto"
-    """How parameters are spread. ddp gives every process all of them; fsdp spreads them over all
-    processes; hsdp spreads them over the processes of a group, and groups are replicas. auto takes
-    ddp unless the networks and the optimizer need more than half of a GPU's memory."""
+    """How parameters are spread. ddp gives every process all of them. fsdp spreads them over all
+    processes. hsdp spreads them over the processes of a group, and every group has all of them.
+    auto takes ddp. If networks and optimizer need more than half of a GPU's memory, auto takes
+    hsdp when there are several machines with several GPUs each, and fsdp otherwise."""
 
     shard: Operation[Annotated[int, Interval(ge=0, le=2**20)]] = 0
     """Number of processes in a group of hsdp. 0 takes those of one machine."""
@@ -81,12 +82,12 @@ def state_bytes(online: Online, target: Target, slots: int) -> int:
 
 
 def choose(
-    config: ParallelConfig, world: World, state_bytes: int, report: Callable[[str], None]
+    config: ParallelConfig, world: World, needed: int, report: Callable[[str], None]
 ) -> Strategy:
     """Choose the strategy of a run.
 
     Args:
-        state_bytes: Bytes of the parameters, gradients and optimizer state.
+        needed: `state_bytes` of the networks.
         report: Called with a line about the choice that auto makes.
 
     Raises InputError when the processes do not allow the strategy of the recipe.
@@ -99,9 +100,9 @@ def choose(
     if config.strategy == "auto":
         chosen = "none"
         if world.size > 1:
-            chosen = _fitting(world, state_bytes)
+            chosen = _fitting(world, needed)
             report(
-                f"strategy {chosen}: networks and optimizer take {state_bytes / 2**30:.2f} GiB"
+                f"strategy {chosen}: networks and optimizer take {needed / 2**30:.2f} GiB"
                 + (f" of {_memory(world) / 2**30:.0f}" if world.device.type == "cuda" else "")
             )
         return chosen
@@ -111,14 +112,14 @@ def choose(
         fit = [n for n in range(2, world.size) if world.size % n == 0]
         mend = f"use --parallel.shard {fit[-1]}" if fit else "use --parallel.strategy fsdp"
         raise InputError(
-            f"parallel.strategy hsdp: {world.size} processes in groups of {shard} are no replicas "
-            f"of a sharded copy: {mend}"
+            f"parallel.strategy hsdp: {world.size} processes cannot form two or more groups of "
+            f"{shard}, with at least two processes in each: {mend}"
         )
     return chosen
 
 
-def _fitting(world: World, state_bytes: int) -> Strategy:
-    if world.device.type != "cuda" or state_bytes <= _memory(world) / 2:
+def _fitting(world: World, needed: int) -> Strategy:
+    if world.device.type != "cuda" or needed <= _memory(world) / 2:
         return "ddp"
     return "hsdp" if 1 < world.local_size < world.size else "fsdp"
 
@@ -169,7 +170,8 @@ def parallelize(
     for network in (online, target):
         for block in network.encoder.blocks():
             fully_shard(block, mesh=mesh)
-        # The target has no backward pass, which would free its outermost parameters again.
+        # The backward pass frees the online network's outermost parameters again. The target
+        # has none, so its forward pass has to.
         fully_shard(network, mesh=mesh, reshard_after_forward=True if network is target else None)
     groups = mesh.get_all_groups()
     return Parallel(strategy, online, groups[-1], groups, online)

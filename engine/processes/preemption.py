@@ -1,4 +1,4 @@
-"""Stop early: a signal sets a flag, and all processes agree on a step, save and exit with 0."""
+"""Stop early: a signal sets a flag, and all processes agree on the step to stop after."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ class Preemption:
     """
 
     def __init__(self, world: World, grace: float) -> None:
-        """Allow the process `grace` seconds after a signal; then it exits with an error."""
+        """Allow the process `grace` seconds after a signal; then it exits with status 1."""
         self._world, self._grace = world, grace
         self.told = threading.Event()  # set when a signal told this process to stop
         self._over = threading.Event()
@@ -86,9 +86,10 @@ class Preemption:
 
     @property
     def only_elsewhere(self) -> bool:
-        """Return whether another machine was told to stop and this process was not.
+        """Return whether a stop, once agreed on, is another machine's and not this process's.
 
-        torchrun can then continue the run here. A run on one machine always ends as a whole.
+        torchrun can then continue the run here. A run on one machine always ends as a whole. While
+        nobody was told to stop, the value means nothing.
         """
         return not self.told.is_set() and self._world.size > self._world.local_size
 
@@ -123,7 +124,10 @@ class Preemption:
     def _end(self) -> None:
         if self._over.wait(self._grace):
             return
-        text = f"error: {self.reason}: not saved within checkpoint.grace ({self._grace:g} s)\n"
+        text = (
+            f"error: {self.reason}: the state was not saved within {self._grace:g} s "
+            "(checkpoint.grace of a training): the same command continues from the last saved one\n"
+        )
         sys.stderr.write(text)
         sys.stderr.flush()
         os._exit(1)

@@ -64,7 +64,7 @@ class World:
         return replace(self, group=cast(ProcessGroup, group))
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Sum a CPU tensor over all processes, in place."""
+        """Sum a tensor, of the CPU or of the device, over all processes, in place."""
         if self.distributed:
             dist.all_reduce(values, group=self.group)
         return values
@@ -106,6 +106,23 @@ class World:
         found: list[_T | None] = [None] * self.size
         dist.all_gather_object(found, own, group=self.group)
         return found  # type: ignore[return-value]
+
+    def on_all(self, make: Callable[[], _T]) -> _T:
+        """Call `make` on every process; return its own result, or raise the same error, on all.
+
+        A process that raised alone would leave the others waiting for it. Only InputError and
+        OSError are raised on all processes, and an InputError before others.
+        """
+        made: list[_T] = []
+        fault: InputError | OSError | None = None
+        try:
+            made.append(make())
+        except (InputError, OSError) as error:
+            fault = error
+        faults = [one for one in self.all_gather_object(fault) if one is not None]
+        for one in sorted(faults, key=lambda one: not isinstance(one, InputError)):
+            raise one
+        return made[0]
 
     def all_gather(self, rows: Tensor) -> Tensor:
         """Gather the rows [n, ...] of all processes, in the order of their ranks; n may differ."""

@@ -9,7 +9,6 @@ All processes of a run call the functions that take a `world` together, each wit
 The other functions are called by one process.
 """
 
-import itertools
 import json
 import re
 import warnings
@@ -27,11 +26,12 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from engine.processes.world import World
 from engine.state import dcp_metadata
 from engine.state.dcp_files import Reader, Writer, verify_file
-from engine.state.layout import CHECKPOINTS
+from engine.state.layout import CHECKPOINTS, RECIPE
 from shards.digest import digest
+from shards.documents import Natural, Sum32, build, shown
 from shards.errors import InputError
 from shards.fields import Operation
-from shards.storage import files, names
+from shards.storage import files, misplaced, names
 
 FORMAT = 3
 COMMIT = "commit.json"
@@ -51,7 +51,8 @@ class CheckpointConfig:
     keep_every: Operation[Annotated[int, Interval(ge=0)]] = 0
     """Checkpoints whose step is a multiple of this stay too. 0 keeps no others."""
     background: Operation[bool] = True
-    """Go on training while a checkpoint is written. The step waits only for a copy of the state."""
+    """Go on training while a checkpoint is written. Training waits only while the state is copied,
+    and before that until the checkpoint before this one is written."""
     grace: Operation[Annotated[float, Interval(ge=0, le=1e6)]] = 25
     """Seconds that a process has after a signal that stops it to end its step and save; then it
     exits at once. Choose less than the time after which the
@@ -76,6 +77,18 @@ class Commit:
     method: dict[str, Any]  # the recipe's method fields by dotted names
     index_digest: str
     files: Sums
+
+
+@dataclass(frozen=True)
+class _Document:
+    """The content of commit.json."""
+
+    format: int
+    digest: str
+    step: Annotated[int, Interval(ge=0, lt=10**8)]  # the name of its folder has eight digits
+    method: dict[str, Any]
+    index_digest: str
+    files: dict[str, tuple[Natural, Sum32]]
 
 
 def step_url(run: str, step: int) -> str:
@@ -173,56 +186,67 @@ def find(
     """
     if world.on_main(lambda: files.exists(files.join(url, COMMIT))):
         return verify(url, world)
-    found = latest(url, world, report)
+    try:
+        found = latest(url, world, report)
+    except PermissionError as error:
+        example = files.redact(step_url(url, 100))
+        raise InputError(
+            f"{name} {error}; without that, give the URL of one checkpoint, such as {example}"
+        ) from None
     if found is None:
-        raise InputError(f"{name} {files.redact(url)}: no committed checkpoint there")
+        raise InputError(f"{name} {files.redact(url)}: no committed checkpoint there{hint(url)}")
     return found
+
+
+def hint(url: str) -> str:
+    """Return the end of a message that no checkpoint is at `url`, which says where one is near."""
+    near = misplaced.find_near(url, COMMIT)[-1:] or misplaced.find_near(url, RECIPE)
+    return f"; give {files.redact(near[0])}" if near else ""
 
 
 def verify(url: str, world: World) -> Commit:
     """Check a checkpoint's commit, its metadata, and the length and CRC32 of its files.
 
     Each process checks some of the files. The metadata may only name what a checkpoint of this
-    engine holds. Raises InputError, the same on all processes, when anything is wrong.
+    engine holds. Raises the same on all processes: InputError when anything is wrong, and OSError
+    when a process cannot read its files.
     """
     commit = world.on_main(lambda: _read_commit(url))
-    fault = ""
-    for name in sorted(commit.files)[world.rank :: world.size]:
-        try:
+
+    def verify_own() -> None:
+        for name in sorted(commit.files)[world.rank :: world.size]:
             if name == dcp_metadata.NAME:
                 Reader(url, commit.files).metadata()
             else:
                 verify_file(files.join(url, name), *commit.files[name])
-        except InputError as error:
-            fault = fault or str(error)
-    if faults := [found for found in world.all_gather_object(fault) if found]:
-        raise InputError(faults[0])
+
+    world.on_all(verify_own)
     return commit
 
 
 def _read_commit(url: str) -> Commit:
     place = files.redact(url)
-    damaged = InputError(f"{place}: {COMMIT} is damaged")
     try:
         document = files.read_json(files.join(url, COMMIT))
-        found = document["format"], document["digest"]
-        step, method, index_digest = (document[key] for key in ("step", "method", "index_digest"))
-        sums = {name: (length, crc) for name, (length, crc) in document["files"].items()}
     except FileNotFoundError:
         raise InputError(f"{place}: not committed, its save was cut off") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise damaged from None
-    if found[0] != FORMAT:
-        raise InputError(f"{place}: format {found[0]}, not {FORMAT}")
-    if found[1] != _digest(document):
-        raise damaged
-    numbers = [step, *itertools.chain(*sums.values())]
-    typed = isinstance(method, dict) and isinstance(index_digest, str)
-    if not typed or any(type(n) is not int or not 0 <= n < 2**62 for n in numbers):
-        raise damaged
-    for name in sums:
+    except ValueError as error:
+        raise InputError(f"{place}: {COMMIT} is damaged, no JSON: {error}") from None
+    there = document.get("format", FORMAT) if isinstance(document, dict) else FORMAT
+    if there != FORMAT:
+        raise InputError(f"{place}: format {shown(there)}, not {FORMAT}")
+    try:
+        content = build(_Document, document)
+        if content.digest != _digest(document):
+            raise InputError("its digest is that of another content")
+        named = re.fullmatch(r"step_([0-9]{8})", url.rstrip("/").rpartition("/")[2])
+        if named and int(named[1]) != content.step:
+            raise InputError(f"step is {content.step}, not that of the folder's name")
+    except InputError as error:
+        raise InputError(f"{place}: {COMMIT} is damaged: {error}") from None
+    for name in content.files:
         names.check_name(name, f"{place}: {COMMIT}", "take another checkpoint")
-    return Commit(url, step, method, index_digest, sums)
+    return Commit(url, content.step, content.method, content.index_digest, content.files)
 
 
 def _digest(document: dict[str, Any]) -> str:
@@ -238,7 +262,7 @@ def prune(
     keep_every: int = 0,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Remove all committed checkpoints except the newest `keep`.
+    """Remove the committed checkpoints except the newest `keep` and those of `keep_every`.
 
     The commit of each is removed first. If the store refuses that, the checkpoint stays whole.
 
@@ -266,7 +290,7 @@ def steps(run: str) -> list[str]:
     """
     folder = files.join(run, CHECKPOINTS)
     found = files.list_names(folder)
-    return [files.join(folder, name) for name in found if re.fullmatch(r"step_\d{8}", name)]
+    return [files.join(folder, name) for name in found if re.fullmatch(r"step_[0-9]{8}", name)]
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Make sure that only one job at a time trains in a run directory.
 
 The lease is the file RUN/lease/00000001.json, later 00000002.json and so on. Only the file with the
-highest number counts. The job that created it holds the run; when several try, only one succeeds.
+highest number counts. The job that created it holds the run; when several try, only one succeeds,
+but for stores without exclusive create (`files.create`), where the others notice at the next beat.
 The holder shows that it is alive by rewriting the file with a rising `beat`. When another job finds
 the file unchanged for two periods, it takes the holder for dead and creates the next number. A
 holder that sees a number above its own has lost the run. A released lease stays until there is a
@@ -19,10 +20,14 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Annotated
+
+from annotated_types import Interval, MaxLen
 
 from engine.processes.identity import identity, is_dead
 from engine.state.layout import LEASE
+from shards.documents import Natural, build, parse_json
 from shards.errors import InputError
 from shards.storage import files
 
@@ -38,11 +43,11 @@ class _Record:
 
     number: int
     owner: str = ""  # a text that no other lease has
-    host: str = "an unknown host"
+    host: Annotated[str, MaxLen(255)] = "an unknown host"
     process: str = ""  # identity of the process that writes the beats
     agents: tuple[str, ...] = ()  # identities of the launchers of all processes of the job
-    period: float = PERIOD
-    beat: int = 0
+    period: Annotated[float, Interval(gt=0, le=LONGEST_PERIOD)] = PERIOD
+    beat: Natural = 0
     released: bool = False
 
     def content(self) -> bytes:
@@ -57,6 +62,9 @@ class _Record:
         return all(is_dead(identity) for identity in (self.process, *self.agents))
 
 
+_FIELDS = {field.name for field in fields(_Record)} - {"number"}
+
+
 class Lease:
     """The right of this job to train in a run directory, as `acquire` returns it."""
 
@@ -67,13 +75,20 @@ class Lease:
         self._record = record
         self._taker = ""  # host of the job that has taken the run
         self._stop = threading.Event()
+        self._beating, self._beaten = False, time.monotonic()
         self._thread = threading.Thread(target=self._hold, name="lease", daemon=True)
 
     def check(self) -> None:
         """Raise InputError when another job is known to have taken the run.
 
-        This does not read the storage, as `confirm` does. It knows what the last beat has found.
+        This knows what the last beat has found. It reads the storage, as `confirm` does, only when
+        no beat was tried for two periods. Then this machine was frozen, and another job may have
+        taken the run meanwhile.
         """
+        if not self._beating and time.monotonic() - self._beaten > 2 * self._record.period:
+            self._beaten = time.monotonic()
+            with contextlib.suppress(OSError):  # the next beat will tell
+                self._look()
         if self.lost:
             raise InputError(
                 f"{files.redact(self._run)} was taken over by another job ({self._taker}) while "
@@ -129,11 +144,13 @@ class Lease:
         self._write(replace(self._record, released=True))
 
     def _write(self, record: _Record) -> None:
+        self._beating = True
         with contextlib.suppress(OSError):  # a storage outage must not end the job
             self._look()
             if not self.lost:
                 self._record = record
                 files.write(_url(self._run, record.number), record.content())
+        self._beating, self._beaten = False, time.monotonic()
 
 
 def acquire(run: str, agents: Sequence[str], period: float, report: Callable[[str], None]) -> Lease:
@@ -149,8 +166,14 @@ def acquire(run: str, agents: Sequence[str], period: float, report: Callable[[st
         period: Seconds between beats.
         report: Is called with lines about the waiting and about files that cannot be removed.
 
-    Raises InputError when another job holds it.
+    Raises InputError when another job holds it, and OSError when the store has no exclusive create.
     """
+    if not files.is_local(run) and not files.is_exclusive():
+        report(
+            f"{files.redact(run)} is held without exclusive create ({files.EXCLUSIVE}=no): two "
+            f"jobs that start at the same moment may both train there for up to {period:g} s, "
+            "until one notices the other and ends"
+        )
     newest = _newest(run)
     if newest is not None and not (
         newest.released or set(newest.agents) & set(agents) or newest.is_dead()
@@ -220,26 +243,17 @@ def _newest(run: str) -> _Record | None:
     number, content = max(numbers), b""
     try:
         content = files.read(_url(run, number))
-        there = json.loads(content)
-        if not 0 < there["period"] <= LONGEST_PERIOD:
-            raise ValueError
-        return _Record(
-            number=number,
-            owner=str(there["owner"]),
-            host=str(there["host"]),
-            process=str(there["process"]),
-            agents=tuple(map(str, there["agents"])),
-            period=float(there["period"]),
-            beat=int(there["beat"]),
-            released=bool(there["released"]),
-        )
-    except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return _Record(number, beat=zlib.crc32(content))  # a damaged lease can still be watched
+        there = parse_json(content)
+        if isinstance(there, dict) and there.keys() >= _FIELDS:
+            return build(_Record, there | {"number": number})
+    except (FileNotFoundError, ValueError, InputError):
+        pass
+    return _Record(number, beat=zlib.crc32(content))  # a damaged lease can still be watched
 
 
 def _numbers(run: str) -> list[int]:
     names = files.list_names(files.join(run, LEASE))
-    return [int(name[:-5]) for name in names if re.fullmatch(r"\d{8,}\.json", name)]
+    return [int(name[:-5]) for name in names if re.fullmatch(r"[0-9]{8,}\.json", name)]
 
 
 def _url(run: str, number: int) -> str:

@@ -6,10 +6,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
+from torch.utils._pytree import tree_leaves
 
 from engine.processes.world import World
 from shards.errors import InputError
+from shards.storage.space import format_size
 
 ATTEMPTS = 3
 BACKOFF = 2.0  # seconds before the second attempt, twice that before the third
@@ -21,7 +24,8 @@ class Saver:
     """Write one checkpoint at a time, on a process group of its own.
 
     All processes call its methods together. A save is tried up to ATTEMPTS times. Every failure is
-    reported. When all attempts fail, training continues without this checkpoint.
+    reported. When all attempts fail, training continues without this checkpoint. Only `finish`
+    raises, when the last one failed.
     """
 
     def __init__(self, world: World, background: bool, report: Callable[[str], None]) -> None:
@@ -59,7 +63,10 @@ class Saver:
     def finish(self) -> None:
         """Wait for the last save. Raises OSError when it was not committed."""
         if not self.wait():
-            raise OSError(f"the state of step {self._step} could not be saved, see above")
+            raise OSError(
+                f"the state of step {self._step} could not be saved, see above: mend that, and the "
+                "same command continues from the last checkpoint that was saved"
+            )
 
     def __enter__(self) -> "Saver":
         return self
@@ -95,9 +102,16 @@ class Saver:
                 write(state, self._world)
                 return True
             except OSError as error:  # all processes get this error, so all try again
-                text = f"the checkpoint of step {step} failed ({attempt} of {ATTEMPTS}): {error}"
+                what = f"step {step} ({format_size(_count_bytes(state))} of tensors)"
+                text = f"the checkpoint of {what} failed ({attempt} of {ATTEMPTS}): {error}"
             if self._world.main:
                 self._report(text)
             if attempt < ATTEMPTS:
                 time.sleep(BACKOFF * 2 ** (attempt - 1))
         return False
+
+
+def _count_bytes(state: State) -> int:
+    """Return the size of a whole state, of which other processes may hold parts."""
+    tensors = (leaf for leaf in tree_leaves(state) if isinstance(leaf, Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

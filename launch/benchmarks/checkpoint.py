@@ -48,10 +48,10 @@ def bench_checkpoint(
 ) -> None:
     """Measure how long training waits for a checkpoint, and how long a start takes.
 
-    Ours saves once in the background and once while training waits. Stock is torch.save to a local
-    file, which fsspec then uploads. After that a training of the quickstart's networks resumes from
-    a checkpoint. The time from the process's start to its first step is measured beside the imports
-    that any training would need.
+    Ours saves once in the background and once while training waits. Stock, the usual way, is
+    torch.save to a local file, which fsspec then uploads. After that a training of the quickstart's
+    networks resumes from a checkpoint. The time from the process's start to its first step is
+    measured beside the imports that any training would need.
 
     Args:
         url: Folder in an object store, measured beside a local disk. A folder in it is written and

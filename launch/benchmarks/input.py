@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import cache, partial
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -38,8 +37,10 @@ from shards.errors import InputError
 from shards.index import Index
 from shards.loader import DataConfig, TrainLoader
 from shards.making import pack, scan
+from shards.making.tars import find_tars
 from shards.order import Order, rank_streams
 from shards.reader import BlockReader
+from shards.samples import Layout
 from shards.storage import files
 from shards.views import ViewConfig, ViewsConfig
 
@@ -57,10 +58,10 @@ def bench_input(
 ) -> None:
     """Measure this project's input pipeline beside DataLoader, PIL and torchvision.
 
-    Both sides turn images into two views. Ours cuts and resizes the two crops in threads and leaves
-    colors and blur to the device. Stock does everything in worker processes, one image at a time.
-    So there are two comparisons: the host's work when a GPU does the rest and, without a GPU, all
-    of the work on the host.
+    Ours and stock, the usual way, turn images into two views. Ours cuts and resizes the two crops
+    in threads and leaves colors and blur to the device. Stock does everything in worker processes,
+    one image at a time. So there are two comparisons: the host's work when a GPU does the rest and,
+    without a GPU, all of the work on the host.
 
     Both sides get the same images in the same order. Stock finds their bytes in memory, while ours
     reads its shards.
@@ -239,31 +240,22 @@ def _find_index(data: str, folder: str, batch: int) -> Index:
     elif files.exists(files.join(data, indexes.NAME)):
         index = indexes.load(data, "--data")
     else:
-        _link_tars(data, folder)
-        index = scan.index_tars(folder, classes=None, threads=4, report=lambda _: None)
+        found = scan.index_tars(
+            find_tars([data]),
+            out=folder,
+            layout=Layout(),
+            classes=None,
+            skip_damaged=False,
+            threads=4,
+            report=lambda _: None,
+        )
+        scan.save(found, report=lambda _: None)
+        index = found.made
     if index.samples < batch:
         raise InputError(
             f"--data {files.redact(data)}: {index.samples} images, fewer than --batch {batch}"
         )
     return index
-
-
-def _link_tars(data: str, folder: str) -> None:
-    if not files.is_local(data):
-        raise InputError(
-            f"--data {files.redact(data)}: no {indexes.NAME} there; index the tars with "
-            "`python launch/pack.py --index-only`"
-        )
-    path = Path(files.open_filesystem(data)[1])
-    if not path.exists():
-        raise InputError(f"--data {files.redact(data)}: no such file or folder")
-    tars = [path] if path.is_file() else sorted(path.glob("*.tar"))
-    if not tars:
-        raise InputError(
-            f"--data {files.redact(data)}: no tars there; pack images with `python launch/pack.py`"
-        )
-    for tar in tars:
-        (Path(folder) / tar.name).symlink_to(tar.resolve())
 
 
 def _draw_photos(url: str, count: int) -> Index:

@@ -58,11 +58,13 @@ def alternate(sides: Mapping[str, Callable[[], _T]], rounds: int) -> dict[str, l
 
 
 def show(name: str, costs: list[Cost]) -> None:
+    """Print the median images per second and per core-second."""
     speeds = [1 / median(values) for values in _walls_and_cpus(costs)]
     row(name, *(f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}" for speed in speeds))
 
 
 def show_ratio(name: str, ours: list[Cost], stock: list[Cost]) -> None:
+    """Print how many times as fast ours is as stock, by wall time and by core time."""
     pairs = zip(_walls_and_cpus(ours), _walls_and_cpus(stock), strict=True)
     row(name, *(ratio(theirs, own) for own, theirs in pairs))
 

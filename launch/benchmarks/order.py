@@ -29,8 +29,9 @@ from launch.benchmarks.measuring import (
     row,
 )
 from shards import index as indexes
+from shards.blocks import Blocks, checksum
 from shards.errors import InputError
-from shards.index import BLOCK_BYTES, Blocks, Index, Shard
+from shards.index import BLOCK_BYTES, Index, Shard
 from shards.order import Order, rank_streams
 from shards.storage import files
 
@@ -96,9 +97,9 @@ def bench_order(
     index and the sidecars are real. The shards are files of the right length without content. All
     of them are in a temporary folder, by default 200,000 files, and in the page cache.
 
-    Stock is a DistributedSampler under a BatchSampler that skips to the step. It reads nothing and
-    loads no image of a skipped batch. It permutes all samples in memory, at about 48 bytes each. So
-    the two are compared on a smaller data set, with as many samples in a shard.
+    Stock, the usual way, is a DistributedSampler under a BatchSampler that skips to the step. It
+    reads nothing and loads no image of a skipped batch. It permutes all samples in memory, at about
+    48 bytes each. So the two are compared on a smaller data set, with as many samples in a shard.
 
     Both sides run on one core. Memory is the growth of fresh processes.
 
@@ -247,7 +248,7 @@ def write_data_set(setting: Setting, shards: int) -> None:
     for i, samples in enumerate(sizes):
         blocks, name = kinds[samples], f"shard-{i:06d}.tar"
         length = samples * SAMPLE_BYTES
-        entries.append(Shard(name, samples, length, blocks, indexes.checksum(blocks)))
+        entries.append(Shard(name, samples, length, blocks, checksum(blocks)))
         # Equal shards share a sidecar, because 100,000 sidecars would fill 800 MB.
         os.symlink(f"{samples}.json", f"{setting.url}/{indexes.sidecar(name)}")
         with open(f"{setting.url}/{name}", "wb") as file:

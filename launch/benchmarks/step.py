@@ -75,11 +75,12 @@ def bench_step(
     """Measure a training step of this project beside eager PyTorch as it is usually written.
 
     A step is the forward passes of both networks, the backward pass, the optimizer and the moving
-    average. Stock passes each view forward by itself and uses torch's batch norm, contiguous NCHW
-    images and, where it has the recipe's, torchvision's ResNet. Its LARS and moving average are
-    Python loops over the tensors, and cuDNN may choose kernels by timing them. Both sides start
-    from the same weights and see the same images, which were augmented before. The augmentation is
-    timed by itself. So is our training from the loader, with the time that it waits for data.
+    average. Stock, the usual way, passes each view forward by itself and uses torch's batch norm,
+    contiguous NCHW images and, where it has the recipe's, torchvision's ResNet. Its LARS and moving
+    average are Python loops over the tensors, and cuDNN may choose kernels by timing them. Both
+    start from the same weights and see the same images, which were augmented before. The
+    augmentation is timed by itself. So is our training from the loader, with the time that it waits
+    for data.
 
     Under torchrun both sides are distributed. Stock uses DDP and, on GPUs, torch's synchronized
     norm. Figures are for the global batch, with the slowest process's time and the CPU time of all.
@@ -260,7 +261,7 @@ class _Sides:
         steady = {side: self.batch * _wall(costs[side]) for side in costs}
         own = max(0.0, self.first["ours"] - steady["ours"] - steady["augmentation"])
         theirs = max(0.0, self.first["stock"] - steady["stock"])
-        print(f"first step less a steady one: ours {own:.1f} s, stock {theirs:.1f} s")
+        print(f"first step, beyond a usual one: ours {own:.1f} s, stock {theirs:.1f} s")
         peaks = (max(cost.memory for cost in costs[side]) / 2**30 for side in ("ours", "stock"))
         both = "" if CUDA else " (one process holds both sides)"
         print("peak memory: ours {:.2f} GiB, stock {:.2f} GiB".format(*peaks) + both)

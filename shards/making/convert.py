@@ -35,7 +35,7 @@ from shards.making.undecodable import name_format
 from shards.making.window import Window, apply_window, explain_window, find_range
 from shards.orientation import image_orientation, make_exif
 from shards.png import undo_scaling
-from shards.tar import IMAGE_FIELDS
+from shards.samples import PACKED_FIELDS
 
 JPEG_QUALITY = 95
 
@@ -117,7 +117,7 @@ def _encode_anew(path: str, content: bytes, options: PixelOptions, wide: bool) -
 def packed_extension(path: str, content: bytes) -> str:
     """Return the extension under which a file is packed as it is."""
     suffix = path.rpartition(".")[2].lower()
-    if suffix in IMAGE_FIELDS:
+    if suffix in PACKED_FIELDS:
         return suffix
     return {"JPEG": "jpg", "WebP": "webp"}.get(name_format(content), "png")
 

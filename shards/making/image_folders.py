@@ -1,16 +1,21 @@
 """Find the images, classes and splits in a folder, and say what is left out and why."""
 
+import os
 import re
 from typing import NamedTuple
 
 from shards.errors import InputError
+from shards.making.left_out import Reasons, explain, leave_out
 from shards.making.pack import Image, ImageSet
-from shards.storage import files
+from shards.storage import files, local_files, misplaced
 
 EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jfif", "avif"),
     *("jpe", "dib", "pbm", "pnm", "pfm", "jp2", "j2k", "qoi", "tga"),
 )
+
+ARCHIVES = ("zip", "parquet", "7z", "rar", "gz")
+PATTERN_HINT = " (a * or ? is part of a name: name the folder, or let the shell expand it)"
 
 # The names that people give to splits, in small letters and without what `_DECORATION` matches.
 _SPLITS = {
@@ -23,80 +28,98 @@ _DECORATION = re.compile(r"[ _-]|[ _-]?(set|data|dataset|images|split)$")
 _ORDER = ("train", "val", "valid", "validation", "test")
 # Folders that file managers, archivers and disks make beside the user's own.
 _JUNK = {"@eadir", "__macosx", "#recycle", "$recycle.bin", "lost+found"}
-
-
-class LeftOut(NamedTuple):
-    """The files that are left out for one reason."""
-
-    number: int
-    example: str  # path of one of them, relative to the source
+_JUNK_FILES = "hidden files and files of file managers"
 
 
 class Found(NamedTuple):
     """The data sets in a folder of images."""
 
     sets: list[ImageSet]
-    left_out: dict[str, LeftOut]  # the reason, such as ".txt files": what is left out
+    left_out: Reasons  # by reason, such as ".txt files"
     warnings: list[str]  # each of one line
 
 
-def find_images(source: str) -> Found:
+def find_images(source: str, *, follow_links: bool = False) -> Found:
     """Find the data sets in a folder of images.
 
     The first folder below a data set names the class. Images that are in no such folder have no
     class. When all folders of the source are splits, in one of the spellings that people use, each
-    is a data set. Hidden files and the folders of file managers hold no images.
+    is a data set. Hidden files and the folders of file managers hold no images. An empty folder
+    in the place of a class is a class without images.
 
-    Raises InputError when there are no images, when several splits stand among other folders, and
+    There are no data sets when there are tars and no images. Raises InputError when there is
+    neither, when several splits stand among other folders, and
     when two folders are the same split.
     """
     found: list[tuple[str, int]] = []
-    left_out: dict[str, LeftOut] = {}
-    for path, size in files.walk(source):
+    left_out: Reasons = {}
+    empty: list[str] = []
+
+    def note(reason: str, path: str) -> None:
+        if is_junk(path):
+            leave_out(left_out, _JUNK_FILES, path)
+        elif reason == local_files.EMPTY:
+            empty.append(path)
+        else:
+            leave_out(left_out, reason, path)
+
+    for path, size in files.walk(source, follow_links=follow_links, leave_out=note):
         if reason := _reason_against(path):
             leave_out(left_out, reason, path)
         else:
             found.append((path, size))
     place = files.redact(source)
     if not found and not files.exists(source):
-        raise InputError(f"SOURCE {place}: no such folder")
+        hint = PATTERN_HINT if set(source) & set("*?") else ""
+        raise InputError(f"SOURCE {place}: no such folder{hint}")
     if not found:
-        hint = "; it holds tars: use --index-only" if ".tar files" in left_out else ""
-        raise InputError(f"SOURCE {place}: no {', '.join(EXTENSIONS)} files there{hint}")
+        if ".tar files" in left_out:
+            return Found([], left_out, [])
+        raise InputError(f"SOURCE {place}: no images there{_hint(source, left_out)}")
     found.sort()
     splits = _find_splits(found, place)
+    # An empty folder counts as if there were a file in it.
+    paths = [*(path for path, _ in found), *(f"{path}/." for path in empty)]
     if not splits:
-        sets = [_image_set("", "", found, _class_names(found, ""))]
-        return Found(sets, left_out, _doubts(sets[0].classes))
-    classes = sorted({name for folder in splits for name in _class_names(found, folder)})
+        sets = [_image_set("", "", found, _class_names(paths, ""))]
+        return Found(sets, left_out, _doubts(sets[0].classes, sets))
+    classes = sorted({name for folder in splits for name in _class_names(paths, folder)})
     sets = [_image_set(name, folder, found, classes) for folder, name in splits.items()]
     for path, _ in found:
         if path.split("/", 1)[0] not in splits:
             leave_out(left_out, f"images outside of {', '.join(splits)}", path)
-    return Found(sets, left_out, _doubts(classes))
+    return Found(sets, left_out, _doubts(classes, sets))
+
+
+def is_junk(path: str) -> bool:
+    """Return whether a file is hidden, or lies in a folder that a file manager made."""
+    return any(part.startswith(".") or part.lower() in _JUNK for part in path.split("/"))
+
+
+def _hint(source: str, left_out: Reasons) -> str:
+    """Return the end of a message that no images are in `source`: what is there instead."""
+    suffix = misplaced.last_name(source).rpartition(".")[2].lower()
+    if suffix in ARCHIVES:
+        return "; extract them to a folder, and give that"
+    if suffix in (*EXTENSIONS, "json"):
+        return f"; give the folder {files.redact(misplaced.folder_of(source))}"
+    return explain(left_out) or f", of {', '.join(EXTENSIONS)}"
 
 
 def _reason_against(path: str) -> str:
     """Return why a file is no image of a data set; "" when it is one."""
-    parts = path.split("/")
-    if any(part.startswith(".") or part.lower() in _JUNK for part in parts):
-        return "hidden files and files of file managers"
-    stem, dot, extension = parts[-1].rpartition(".")
+    if is_junk(path):
+        return _JUNK_FILES
+    stem, dot, extension = path.rpartition("/")[2].rpartition(".")
     if extension.lower() in EXTENSIONS and dot:
         return ""
     return f".{extension.lower()} files" if dot and stem else "files without an extension"
 
 
-def leave_out(left_out: dict[str, LeftOut], reason: str, path: str) -> None:
-    """Count a file under the reason why it is left out."""
-    known = left_out.get(reason, LeftOut(0, path))
-    left_out[reason] = known._replace(number=known.number + 1)
-
-
 def _find_splits(found: list[tuple[str, int]], place: str) -> dict[str, str]:
     """Return the folders that are splits, with the split's name; empty when they are classes."""
     folders = sorted({path.split("/", 1)[0] for path, _ in found if "/" in path})
-    splits = {folder: name for folder in folders if (name := _split_name(folder))}
+    splits = {folder: name for folder in folders if (name := split_name(folder))}
     if len(splits) > 1 and len(folders) > len(splits):
         rest = ", ".join([folder for folder in folders if folder not in splits][:3])
         raise InputError(
@@ -112,29 +135,41 @@ def _find_splits(found: list[tuple[str, int]], place: str) -> dict[str, str]:
     return dict(sorted(splits.items(), key=lambda item: _ORDER.index(item[1])))
 
 
-def _split_name(folder: str) -> str | None:
+def split_name(folder: str) -> str | None:
+    """Return the split that a folder of this name holds, or None when it is no split."""
     return _SPLITS.get(_DECORATION.sub("", folder.lower()))
 
 
-def _doubts(classes: list[str]) -> list[str]:
-    """Warn of classes that are probably no classes."""
+def _doubts(classes: list[str], sets: list[ImageSet]) -> list[str]:
+    """Warn of classes that are probably no classes, and of those without images."""
+    doubts = []
     if len(classes) == 1:
-        return [f"there is one class only, {classes[0]}: is SOURCE one folder too high?"]
-    if splits := [name for name in classes if _split_name(name)]:
-        return [f"{' and '.join(splits)} became a class, but the name is that of a split"]
-    return []
+        doubts.append(f"there is one class only, {classes[0]}: is SOURCE one folder too high?")
+    elif splits := [name for name in classes if split_name(name)]:
+        doubts.append(f"{' and '.join(splits)} became a class, but the name is that of a split")
+    for part in sets:
+        used = {image.label for image in part.images}
+        if part.classes and (bare := [name for i, name in enumerate(classes) if i not in used]):
+            more = f" and {len(bare) - 3:,} more" if len(bare) > 3 else ""
+            where = f" in {part.name}" if part.name else ""
+            doubts.append(f"classes without an image{where}: {', '.join(bare[:3])}{more}")
+    return doubts
 
 
-def _class_names(found: list[tuple[str, int]], split: str) -> list[str]:
-    return sorted({name for path, _ in found if (name := _class_name(path, split))})
+def _class_names(paths: list[str], split: str) -> list[str]:
+    """Return the names of the classes of a split, or of the source when `split` is ""."""
+    return sorted({name for path in paths if (name := _class_name(path, split))})
 
 
 def _class_name(path: str, split: str) -> str | None:
-    """Return the class of a file: "" when it has none, None when it is outside the split."""
+    """Return the class of a file: "" when it has none, None when it is outside the split.
+
+    Bytes of a folder's name that are no UTF-8 become escapes such as `\\xe9`.
+    """
     if split and not path.startswith(f"{split}/"):
         return None
     folder, _, rest = path[len(split) :].lstrip("/").partition("/")
-    return folder if rest else ""
+    return os.fsencode(folder).decode(errors="backslashreplace") if rest else ""
 
 
 def _image_set(

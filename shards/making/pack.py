@@ -26,12 +26,14 @@ from numpy.typing import NDArray
 from webdataset.writer import TarWriter
 
 from shards import index
+from shards.blocks import Blocks, checksum
 from shards.digest import digest
 from shards.errors import InputError
-from shards.index import Blocks, Index, Shard
+from shards.index import Index, Shard
 from shards.philox import Domain, permutation
+from shards.samples import Sample, read_samples
 from shards.storage import files, upload
-from shards.tar import BLOCK, Sample, read_samples
+from shards.tar import BLOCK
 
 STEM_LENGTH = 60
 
@@ -186,7 +188,7 @@ def write_shards(
             return shard
 
         shards = run_in_threads(write_shard, range(len(plan.cuts) - 1), threads)
-    result = Index(url, shards, plan.classes, plan.digest, plan.pixels)
+    result = Index(url, shards, plan.classes, plan.digest, pixels=plan.pixels)
     result.save()
     files.discard(files.join(url, _WORK), url, report)
     return result, True
@@ -240,7 +242,7 @@ def _find_written(url: str, name: str, record_url: str) -> Shard | None:
         blocks = np.array(record["blocks"], np.int64).reshape(-1, 2)
         whole = blocks[:, 1].sum() == record["samples"] and len(record["crcs"]) == len(blocks)
         if whole and files.size(files.join(url, name)) == record["bytes"]:
-            found = Shard(name, record["samples"], record["bytes"], blocks, index.checksum(blocks))
+            found = Shard(name, record["samples"], record["bytes"], blocks, checksum(blocks))
             found.crcs = record["crcs"]
             return found
     return None
@@ -283,7 +285,7 @@ def describe(name: str, samples: Iterable[Sample], size: int) -> Shard:
     if len(starts):
         cuts = np.array(_even_cuts(np.append(starts[1:], size), index.BLOCK_BYTES))
         blocks = np.stack((starts[cuts[:-1]], np.diff(cuts)), axis=1)
-    return Shard(name, len(starts), size, blocks, index.checksum(blocks))
+    return Shard(name, len(starts), size, blocks, checksum(blocks))
 
 
 def run_in_threads(call: Callable[[_T], _R], items: Iterable[_T], threads: int) -> list[_R]:

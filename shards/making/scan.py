@@ -1,162 +1,311 @@
-"""Make an index for tars that others made, by reading their headers once."""
+"""Make an index for tars that others made, by reading their headers and labels once."""
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from braceexpand import braceexpand
 from numpy.typing import NDArray
 
 from shards import index
+from shards.blocks import checksum
 from shards.errors import InputError
 from shards.index import Index, Shard
-from shards.making.image_folders import LeftOut, leave_out
+from shards.making.image_folders import PATTERN_HINT
+from shards.making.labels import Labels, number_labels
+from shards.making.left_out import LeftOut, Reasons, explain, leave_out, merge
 from shards.making.pack import describe, run_in_threads
+from shards.making.tars import Tars
+from shards.samples import Layout, Sample, group_samples, match_name
 from shards.storage import files
-from shards.tar import IMAGE_FIELDS, LABEL_FIELD, Sample, TarError, parse_label, read_samples
+from shards.storage.skim import open_skim
+from shards.tar import Member, TarError, read_members
 
-MOST_CLASSES = 1 << 20
+REMOTE_THREADS = 4  # Times as many tars are scanned at once, because each waits for its answers.
+
+_WORK = ".index"  # This folder holds what was found so far, for the next call to go on from.
+_REPACK = "`python launch/pack.py SOURCE OUT` repacks them"
+NOT_THERE = "not there"
+
+
+class Damaged(NamedTuple):
+    """A tar that cannot be read to its end."""
+
+    url: str
+    reason: str
+    samples: int  # that were found before the damage
+
+
+class Scan(NamedTuple):
+    """What a tar holds."""
+
+    shard: Shard
+    labels: list[str]  # the text of each sample's label, "" without one
+    left_out: Reasons
+    fields: list[str]  # of its first sample
+
+
+class Indexed(NamedTuple):
+    """The index that was made of tars, and what it leaves out."""
+
+    made: Index
+    left_out: Reasons
+    warnings: list[str]  # each of one line
 
 
 def index_tars(
-    source: str,
+    tars: Tars,
     *,
+    out: str,
+    layout: Layout,
     classes: list[str] | None,
+    skip_damaged: bool,
     threads: int,
     report: Callable[[str], None],
     advance: Callable[[int], None] = lambda _: None,
-) -> Index:
-    """Write the index of tars that others made, in their folder, and return it.
+) -> Indexed:
+    """Scan tars that others made, and return their index, which is not saved yet.
 
-    Samples without an image do not count. Raises InputError naming the tar that is damaged or
-    missing.
+    What was found in each tar is kept at `out`, so that a call that was stopped continues. Raises
+    InputError when nothing can be taken, and when tars are damaged unless `skip_damaged`.
 
     Args:
-        source: A folder or a brace pattern.
-        classes: Names of the class indices that the `.cls` files hold. Without them, the names of
-            an existing index are kept if there are enough of them.
-        report: Takes warnings, each of one line.
+        out: URL of the folder that the index belongs to.
+        layout: How members make samples. `named` is found out.
+        classes: Names of the classes. Without them, those of an existing index are kept if there
+            are enough of them.
+        report: Takes a line for each damaged tar.
         advance: Is called with the size in bytes of each tar that is done.
     """
-    urls = list(_tar_urls(source))
-    folder = urls[0].rpartition("/")[0] or "."
-    if any((url.rpartition("/")[0] or ".") != folder for url in urls):
-        raise InputError(
-            f"SOURCE {files.redact(source)}: the tars must all lie in one folder, "
-            f"for one {index.NAME}"
-        )
+    _check_writable(out)
 
-    def scan(url: str) -> _Scan:
-        found = _scan(url)
-        advance(found.shard.bytes)
+    def scan(name: str) -> Scan | Damaged:
+        found = _scan_once(tars.folder, name, layout, out)
+        advance(0 if isinstance(found, Damaged) else found.shard.bytes)
         return found
 
-    scanned = run_in_threads(scan, urls, threads)
-    left_out: dict[str, LeftOut] = {}
-    for found in scanned:
-        for reason, left in found.left_out.items():
-            so_far = left_out.get(reason, LeftOut(0, left.example))
-            left_out[reason] = so_far._replace(number=so_far.number + left.number)
-    for reason, left in left_out.items():
-        samples = "sample" if left.number == 1 else "samples"
-        report(f"{left.number:,} {samples} {reason}, such as {left.example}")
-    shards = [found.shard for found in scanned if found.shard.samples]
-    if not shards:
+    if not files.is_local(tars.folder):
+        threads *= REMOTE_THREADS
+    results = run_in_threads(scan, tars.names, threads)
+    damaged = [found for found in results if isinstance(found, Damaged)]
+    left_out = dict(tars.left_out)
+    _tell_damaged(damaged, len(results), skip_damaged, left_out, report)
+    scans = [found for found in results if isinstance(found, Scan)]
+    for found in scans:
+        merge(left_out, found.left_out)
+        if not found.shard.samples and not found.left_out:
+            leave_out(left_out, "tars without any sample", found.shard.name)
+    scans = [found for found in scans if found.shard.samples]
+    place = f"SOURCE {files.redact(tars.folder)}"
+    if not scans:
+        raise InputError(f"{place}: no images in the tars there{explain(left_out)}")
+    labels = number_labels(
+        [text for found in scans for text in found.labels],
+        classes,
+        _known_classes(out),
+        place,
+    )
+    base = "" if _same_place(out, tars.folder) else _absolute(tars.folder)
+    made = Index(out, [found.shard for found in scans], labels.classes, base=base)
+    made.layout = replace(layout, named=labels.named)
+    made.pixels = _known_pixels(tars.folder)
+    return Indexed(made, left_out, labels.warnings + _doubts(labels, scans))
+
+
+def save(indexed: Indexed, report: Callable[[str], None]) -> None:
+    """Write the index, and remove what was kept for it."""
+    indexed.made.save()
+    url = indexed.made.url
+    files.discard(files.join(url, _WORK), url, report)
+
+
+def _check_writable(out: str) -> None:
+    place = f"SOURCE {files.redact(out)}"
+    hint = f"write {index.NAME} elsewhere with --out URL"
+    if out.startswith(("http://", "https://")):
+        raise InputError(f"{place}: nothing can be written over http: {hint}")
+    try:
+        files.write(files.join(out, _WORK, "begun"), b"")
+    except OSError as error:
+        raise InputError(f"{error}; {hint}") from None
+
+
+def _tell_damaged(
+    damaged: list[Damaged],
+    number: int,
+    skip: bool,
+    left_out: Reasons,
+    report: Callable[[str], None],
+) -> None:
+    """Report all damaged tars. Raise InputError unless they may be skipped and others are left."""
+    if not damaged:
+        return
+    for tar in damaged if skip or len(damaged) > 1 else []:
+        report(f"{tar.url}: {tar.reason} ({tar.samples:,} samples before that)")
+    if not skip or len(damaged) == number:
+        skippable = "" if len(damaged) == number else ", or leave them out with --skip-damaged"
         raise InputError(
-            f"SOURCE {files.redact(source)}: no images in the tars there: a sample needs a field "
-            f"{', '.join(IMAGE_FIELDS)}"
+            f"SOURCE {damaged[0].url}: {damaged[0].reason}: {len(damaged):,} of {number:,} tars "
+            f"are damaged or missing: restore them{skippable}"
         )
-    labels = np.concatenate([found.labels for found in scanned])
-    unlabeled = int((labels < 0).sum())
-    if 0 < unlabeled < len(labels):
-        report(f"{unlabeled:,} of {len(labels):,} samples have no label")
-    count = int(labels.max()) + 1
-    if count > MOST_CLASSES:
-        raise InputError(f"SOURCE {files.redact(source)}: .cls {count - 1} is no class index")
-    if classes is not None and len(classes) < count:
-        raise InputError(f"--classes names {len(classes)} classes, but .cls goes up to {count - 1}")
-    if classes is None:
-        known = _known_classes(folder)
-        classes = known if len(known) >= count > 0 else [str(i) for i in range(count)]
-    if _looks_sorted(labels):
-        report(
+    lost = sum(tar.samples for tar in damaged)
+    reason = f"damaged or missing tars, with at least {lost:,} samples"
+    leave_out(left_out, reason, damaged[0].url.rpartition("/")[2], len(damaged))
+
+
+def _scan_once(folder: str, name: str, layout: Layout, out: str) -> Scan | Damaged:
+    """Scan a tar, unless a call before this one has done it."""
+    url, record = files.join(folder, name), files.join(out, _WORK, f"{name}.json")
+    # A damaged record counts as no record, and the tar is scanned again.
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
+        return _from_record(files.read_json(record), files.size(url), name, layout)
+    place = files.redact(url)
+    samples: list[Sample] = []
+    try:
+        with open_skim(url) as file:
+            found = _scan(file, name, layout, samples)
+    except FileNotFoundError:
+        return Damaged(place, NOT_THERE + PATTERN_HINT * bool(set(name) & set("*?")), 0)
+    except TarError as error:
+        return Damaged(place, f"damaged: {error}", sum(1 for sample in samples if sample.image))
+    files.write(record, json.dumps(_record(found, layout)).encode())
+    return found
+
+
+def _scan(file: Any, name: str, layout: Layout, samples: list[Sample]) -> Scan:
+    """Read the headers and labels of a tar, and append its samples to `samples`."""
+    labels: list[str] = []
+    keys: set[str] = set()
+    left_out: Reasons = {}
+    first: list[str] = []
+
+    def note(member: Member) -> Member:
+        if match_name(member.name, layout) is None:
+            leave_out(left_out, "members without a field in their name", f"{name}: {member.name}")
+        return member
+
+    for sample in group_samples(map(note, read_members(file, whole=True)), layout):
+        if not sample.image:
+            samples.append(sample)
+            continue
+        text = ""
+        if sample.label is not None:
+            file.seek(sample.label[0])
+            text = layout.read_label(file.read(sample.label[1]))
+        first = first or list(sample.fields)
+        keys.add(sample.key)
+        samples.append(sample)
+        labels.append(text)
+    for sample in samples:
+        if not sample.image:
+            leave_out(left_out, _reason_against(sample, layout, keys), f"{name}: {sample.key}")
+    size = file.seek(0, io.SEEK_END)
+    return Scan(describe(name, samples, size), labels, left_out, first)
+
+
+def _reason_against(sample: Sample, layout: Layout, keys: set[str]) -> str:
+    """Return why a sample without an image is left out, and what would mend that."""
+    fields = sorted([*sample.fields, *sample.empty])
+    shown = ", ".join(fields[:5]) + ", ..." * (len(fields) > 5)
+    if sample.empty and layout.image_field(fields):
+        return f"samples whose image is a link or no plain file ({_REPACK})"
+    if sample.key in keys:
+        return f"samples whose image stands elsewhere in the tar, with fields {shown} ({_REPACK})"
+    if len(layout.image_fields(fields)) > 1:
+        return (
+            "samples with several images and dots in their names (use --dotted if the dots belong "
+            "to the names, or name the image's field with --image)"
+        )
+    if set(fields) <= {"tar"}:
+        return "tars inside of a tar (extract them, or repack with --classes-from tars)"
+    return f"samples without an image, with fields {shown} (name the image's field with --image)"
+
+
+def _record(found: Scan, layout: Layout) -> dict[str, Any]:
+    shard = found.shard
+    assert shard.blocks is not None
+    texts = sorted(set(found.labels))
+    places = {text: i for i, text in enumerate(texts)}
+    return {
+        "layout": asdict(layout),
+        "bytes": shard.bytes,
+        "blocks": shard.blocks.tolist(),
+        "texts": texts,
+        "labels": [places[text] for text in found.labels],
+        "left_out": found.left_out,
+        "fields": found.fields,
+    }
+
+
+def _from_record(record: dict[str, Any], size: int, name: str, layout: Layout) -> Scan:
+    """Return what an earlier call found in a tar. Raises ValueError when the tar has changed."""
+    if record["layout"] != asdict(layout) or record["bytes"] != size:
+        raise ValueError(name)
+    blocks = np.array(record["blocks"], np.int64).reshape(-1, 2)
+    labels = [str(record["texts"][i]) for i in record["labels"]]
+    if len(labels) != blocks[:, 1].sum():
+        raise ValueError(name)
+    shard = Shard(name, len(labels), size, blocks, checksum(blocks))
+    left_out = {why: LeftOut(int(n), str(what)) for why, (n, what) in record["left_out"].items()}
+    return Scan(shard, labels, left_out, [str(field) for field in record["fields"]])
+
+
+def _known_classes(url: str) -> list[str]:
+    with contextlib.suppress(FileNotFoundError, InputError):
+        return index.class_names(index.read_document(url))
+    return []
+
+
+def _known_pixels(url: str) -> dict[str, Any]:
+    """Return the options by which packing converted the images, if there is an index of them."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, InputError):
+        document = index.read_document(url)
+        found = document.get("pixels") if isinstance(document, dict) else None
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _same_place(out: str, folder: str) -> bool:
+    return _absolute(out) == _absolute(folder)
+
+
+def _absolute(url: str) -> str:
+    """Return a URL that means the same from any working directory."""
+    return os.path.abspath(url) if "://" not in url else url.rstrip("/")
+
+
+def _doubts(labels: Labels, scans: list[Scan]) -> list[str]:
+    """Warn of labels that are missing, and of an order by class."""
+    numbers = labels.numbers
+    missing = int((numbers < 0).sum())
+    if missing == len(numbers):
+        return [_hint_at_labels(scans)]
+    doubts = [f"{missing:,} of {len(numbers):,} samples have no label"] if missing else []
+    if _looks_sorted(numbers):
+        doubts.append(
             "the samples look sorted by class. Training reads blocks of about "
             f"{index.BLOCK_BYTES >> 20} MB of consecutive samples, so a batch would hold few "
             "classes: repack the images with `python launch/pack.py SOURCE OUT`, which shuffles"
         )
-    result = Index(folder, shards, classes, pixels=_known_pixels(folder))
-    result.save()
-    return result
+    return doubts
 
 
-def _tar_urls(source: str) -> Iterator[str]:
-    if source.endswith(".tar"):
-        try:
-            yield from braceexpand(source, escape=False)  # Backslashes stand for themselves.
-        except ValueError as error:
-            raise InputError(
-                f"SOURCE {files.redact(source)}: not a brace pattern: {error}"
-            ) from None
-        return
-    names = [name for name in files.list_names(source) if name.endswith(".tar")]
-    if not names:
-        raise InputError(f"SOURCE {files.redact(source)}: no .tar files there")
-    for name in names:
-        yield files.join(source, name)
-
-
-class _Scan(NamedTuple):
-    """What a tar holds."""
-
-    shard: Shard
-    labels: NDArray[np.int64]  # [samples], -1 without a label
-    left_out: dict[str, LeftOut]
-
-
-def _scan(url: str) -> _Scan:
-    """Read the headers and labels of a tar."""
-    left_out: dict[str, LeftOut] = {}
-    tar = url.rpartition("/")[2]
-    place = f"SOURCE {files.redact(url)}"
-    try:
-        with files.open_reader(url) as file:
-            samples = []
-            for sample in read_samples(file, whole=True):
-                if sample.image:
-                    samples.append(sample)
-                else:
-                    leave_out(left_out, _reason_against(sample), f"{tar}: {sample.key}")
-            labels = np.full(len(samples), -1, np.int64)
-            for i, sample in enumerate(samples):
-                if sample.label is not None:
-                    offset, size = sample.label
-                    file.seek(offset)
-                    labels[i] = parse_label(file.read(size))
-                    if labels[i] < 0:
-                        reason = f"without a label, as .{LABEL_FIELD} is no class index"
-                        leave_out(left_out, reason, f"{tar}: {sample.key}")
-            size = file.seek(0, io.SEEK_END)
-    except FileNotFoundError:
-        raise InputError(f"{place}: not there") from None
-    except TarError as error:
-        raise InputError(f"{place}: damaged: {error}") from None
-    return _Scan(describe(tar, samples, size), labels, left_out)
-
-
-def _reason_against(sample: Sample) -> str:
-    """Return why a sample without an image field is left out."""
-    kinds = sorted({name.rpartition(".")[2] for name in sample.fields})
-    if set(kinds) & set(IMAGE_FIELDS):
-        return "left out, because a field is all that follows the first dot: take dots out of names"
-    return f"left out, whose only fields are {', '.join(kinds[:5])}{', ...' * (len(kinds) > 5)}"
-
-
-def _known_classes(url: str) -> list[str]:
-    with contextlib.suppress(FileNotFoundError, InputError, KeyError, TypeError):
-        return index.class_names(index.read_document(url))
-    return []
+def _hint_at_labels(scans: list[Scan]) -> str:
+    """Say that no sample has a label, and where labels may be."""
+    others = Counter(name for found in scans for name in found.fields)
+    where = [
+        f"the field {name} may hold them (--label {name}{':KEY' * (name == 'json')})"
+        for name in others
+        if name.rpartition(".")[2] in ("json", "txt", "text", "label", "class", "cls", "caption")
+    ]
+    if len(scans) > 1:
+        where.append("the tars may be one for each class (repack with --classes-from tars)")
+    return "the samples have no labels" + "".join(f"; {hint}" for hint in where)
 
 
 def _looks_sorted(labels: NDArray[np.int64]) -> bool:
@@ -167,10 +316,3 @@ def _looks_sorted(labels: NDArray[np.int64]) -> bool:
     shuffled = float(((np.bincount(labels) / len(labels)) ** 2).sum())
     found = float((labels[1:] == labels[:-1]).mean())
     return shuffled < 1 and found > (1 + shuffled) / 2
-
-
-def _known_pixels(url: str) -> dict[str, Any]:
-    """Return the options by which packing converted the images, from an index that stands there."""
-    with contextlib.suppress(FileNotFoundError, InputError, KeyError, TypeError):
-        return dict(index.read_document(url)["pixels"])
-    return {}

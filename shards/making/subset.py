@@ -17,8 +17,8 @@ from shards.index import Index
 from shards.making.pack import Image, ImageSet, plain_stem, plan_shards, write_shards
 from shards.philox import Domain, permutation
 from shards.reader import BlockReader, read_blocks
+from shards.samples import Block
 from shards.storage import files
-from shards.tar import Block
 
 Ids = NDArray[np.int64]
 AHEAD = 16  # This many blocks are fetched ahead.
@@ -78,8 +78,7 @@ def _read_images(block: Block) -> Iterator[tuple[int, int, str]]:
     for sample in block.samples:
         span = sample.image
         assert span is not None  # A Block keeps only samples with an image.
-        extension = next(name for name, place in sample.fields.items() if place == span)
-        yield *span, f"{sample.key.rsplit('/', 1)[-1]}.{extension}"
+        yield *span, f"{sample.key.rsplit('/', 1)[-1]}.{sample.image_field}"
 
 
 def choose(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:

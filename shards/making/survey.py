@@ -1,8 +1,8 @@
 """Look for images of more than 8 bits before packing, and find the window that they need."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,13 @@ from shards.png import undo_scaling
 MEASURED = 64  # The values of so many images are looked at.
 _VALUES = 100_000  # So many values of each are kept for percentiles.
 
-# Reads the bytes [start, stop) of an image, which are in it.
-ReadPart = Callable[[Image, int, int], bytes]
+
+class ReadImage(Protocol):
+    """Reads the content of an image, or the bytes [start, stop) of it."""
+
+    def __call__(
+        self, image: Image, start: int | None = None, stop: int | None = None
+    ) -> bytes: ...
 
 
 class _Measured(NamedTuple):
@@ -31,7 +36,7 @@ class _Measured(NamedTuple):
 
 def choose_window(
     images: Iterable[Image],
-    read: ReadPart,
+    read: ReadImage,
     percentiles: tuple[float, float] | None,
     *,
     place: str,
@@ -75,7 +80,7 @@ def choose_window(
     return low, high
 
 
-def _find_wide(images: Iterable[Image], read: ReadPart, threads: int) -> list[Image]:
+def _find_wide(images: Iterable[Image], read: ReadImage, threads: int) -> list[Image]:
     """Return the images whose headers announce more than 8 bits per channel, sorted by path."""
     candidates = [image for image in images if image.path.rpartition(".")[2].lower() in MAY_BE_WIDE]
 
@@ -90,7 +95,7 @@ def _find_wide(images: Iterable[Image], read: ReadPart, threads: int) -> list[Im
     return sorted(i for i, depth in zip(candidates, depths, strict=True) if depth > 8)
 
 
-def _measure(image: Image, read: ReadPart, most: int) -> _Measured | None:
+def _measure(image: Image, read: ReadImage, most: int) -> _Measured | None:
     """Measure an image. Return None for a damaged one, which packing reports."""
     content, suffix = read(image, 0, image.size), image.path.rpartition(".")[2].lower()
 

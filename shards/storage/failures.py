@@ -5,21 +5,68 @@ import re
 import socket
 from typing import Any, NamedTuple
 
+from shards.storage import space
+
 LONGEST = 400  # A reason is cut to this many characters.
 
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 _REGION = "the bucket is in another region: set AWS_DEFAULT_REGION"
+_ACCEPTED = f"the credentials are not accepted: {_CREDENTIALS}"
+_LOGIN = "log in again, as with `aws sso login`"
 _MENDS = {  # The keys are error codes of S3 answers and names of botocore exceptions.
     "NoSuchBucket": "create the bucket, or correct the URL",
     "PermanentRedirect": _REGION,
     "AuthorizationHeaderMalformed": _REGION,
-    "RequestTimeTooSkewed": "set this machine's clock",
+    "InvalidAccessKeyId": _ACCEPTED,
+    "SignatureDoesNotMatch": _ACCEPTED,
     "NoCredentialsError": f"{_CREDENTIALS}, or FSSPEC_S3_ANON=true for a public bucket",
     "PartialCredentialsError": _CREDENTIALS,
     "ProfileNotFound": "correct AWS_PROFILE",
     "EndpointConnectionError": "is AWS_ENDPOINT_URL right, and does a server answer there?",
+    "SSOTokenLoadError": _LOGIN,
+    "UnauthorizedSSOTokenError": _LOGIN,
+    "TokenRetrievalError": _LOGIN,
 }
-_DENIED = f"the credentials are not accepted or do not allow this: {_CREDENTIALS}"
+_PERMISSIONS = {  # by botocore's name of the request
+    # Where listing is not allowed, AWS answers so for objects that are not there, too.
+    **dict.fromkeys(("GetObject", "HeadObject"), "s3:GetObject (or s3:ListBucket)"),
+    **dict.fromkeys(("ListObjectsV2", "HeadBucket"), "s3:ListBucket"),
+    "DeleteObject": "s3:DeleteObject",
+    "AbortMultipartUpload": "s3:AbortMultipartUpload",
+    **dict.fromkeys(
+        ("PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"),
+        "s3:PutObject",
+    ),
+}
+EXPIRED = {  # error codes of credentials that were good
+    *("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"),
+}
+_SKEWED = {"RequestTimeTooSkewed", "RequestInTheFuture", "InvalidSignatureTime"}
+_RENEW = (
+    "the credentials have expired: renew them; those of a profile or a role are read again "
+    "at the next try, and those in AWS_ variables only at the next start"
+)
+_PAGE = (
+    "no store answers there, but a web page, as of a proxy or of a network's login: is "
+    "AWS_ENDPOINT_URL right, and is NO_PROXY set where it has to be?"
+)
+_NO_CHECKSUMS = (
+    "this store does not know the checksums in requests: set "
+    "AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
+)
+_FULL = "the store is full or its quota is used up: remove something there, or get more space"
+
+# How stores tell that they lack the checksums of requests or conditional ones, and that they are
+# full. Their codes and their HTTP statuses differ.
+_ABOUT_CHECKSUMS = re.compile(
+    r"x-amz-(sdk-)?checksum|x-amz-trailer|aws-chunked|streaming-(unsigned|aws4)", re.IGNORECASE
+)
+_ABOUT_CONDITIONS = re.compile(r"if-?none-?match|condition", re.IGNORECASE)
+_ABOUT_SPACE = re.compile(
+    r"quota|storage ?(is )?full|insufficient ?storage|(storage|transaction) cap|no space|"
+    r"minimum free drive",
+    re.IGNORECASE,
+)
 
 # These S3 error codes come with a 4xx status, but the same request may succeed later.
 _PASSING = {
@@ -34,19 +81,25 @@ _PASSING_KINDS = {
     *("CredentialRetrievalError", "MetadataRetrievalError", "FlexibleChecksumError"),
 }
 _MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError)
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # With these, every way of writing fails.
+FULL = {*space.FULL, errno.EROFS}  # With these, every way of writing fails.
 _FINAL = (
     *(FileNotFoundError, FileExistsError, PermissionError),
     *(IsADirectoryError, NotADirectoryError),
 )
 
 
-# Something like the beginning of a URL, but without "://", then a user and a password, or a query.
+# Something like the beginning of a URL, but without "://": a scheme and a wrong mark, or any word
+# with a colon and a slash. After a known scheme, the weak marks may also belong to a path.
+_KNOWN = r"(?:s3a?|gcs?|gs|r2|minio|oss|abfss?|az|adl|wasbs?|https?|s?ftp|ssh|hdfs|memory)"
+_COLON = r"(?:[:;\uff1a]|%3A)"
+_STRONG = rf"(?:{_COLON}[\s:/\\]*|[^\w\s/\\]{{0,2}}\s*[/\\]{{2,}}\s*)"
 _MISTYPED = re.compile(
-    r"(?P<scheme>\s*(?:s3a?|gcs?|gs|abfss?|az|https?|ftp|memory)[:;.,/\\]+)"
-    r"(?:[^@]*:[^@]*@)?(?P<place>.*)$",
+    rf"(?P<scheme>\s*(?:(?P<known>{_KNOWN})(?:(?P<strong>{_STRONG})|[.,/\\]+)|"
+    rf"[a-z][a-z0-9+.-]*(?P<slash>{_COLON}+\s*[/\\][\s/\\]*)))(?P<rest>.*)$",
     re.IGNORECASE | re.DOTALL,
 )
+# It is refused as the value of a field, and so is any word with a colon and slashes.
+SLIP = re.compile(rf"\s*(?:({_KNOWN}){_STRONG}|([a-z][a-z0-9+.-]+){_COLON}\s*[/\\])", re.IGNORECASE)
 
 
 class Failure(NamedTuple):
@@ -55,6 +108,11 @@ class Failure(NamedTuple):
     reason: str  # one line, without the secrets of any URL
     hopeless: bool  # True when the same call would fail again
     kind: type[OSError]  # the exception class that the caller raises
+    brief: bool = False  # True when a few tries tell whether it passes
+
+
+class NoStore(OSError):
+    """An answer came that is not a store's."""
 
 
 def redact(url: str) -> str:
@@ -67,9 +125,29 @@ def redact(url: str) -> str:
     if mark:
         return f"{scheme}://{_split(url)[1]}"
     if mistyped := _MISTYPED.match(url):
-        place = mistyped["place"]
-        return mistyped["scheme"] + (place.partition("?")[0] if has_query(place) else place)
+        strong = bool(mistyped["strong"] or mistyped["slash"])
+        s3 = (mistyped["known"] or "").lower() in ("s3", "s3a")
+        return mistyped["scheme"] + _strip_mistyped(mistyped["rest"], strong, s3)
     return url
+
+
+def _strip_mistyped(rest: str, strong: bool, s3: bool) -> str:
+    """Return what follows the scheme of a mistyped URL without user, password and query.
+
+    Args:
+        strong: Whether this is hardly a path.
+        s3: Whether a `?` may belong to a name.
+    """
+    user, mark, place = rest.rpartition("@")
+    if mark and (_has_colon(user) or (strong and not re.search(r"[/\\]", user))):
+        rest = place
+    elif strong and (encoded := re.match(r"[^/]*(?::|%3A)[^@]*%40", rest, re.IGNORECASE)):
+        rest = rest[encoded.end() :]
+    return rest.partition("?")[0] if has_query(rest) or (strong and not s3) else rest
+
+
+def _has_colon(text: str) -> bool:
+    return ":" in text or "%3a" in text.lower()
 
 
 def user_info(url: str) -> str:
@@ -91,8 +169,11 @@ def _split(url: str) -> tuple[str, str, str]:
     query = ""
     if scheme not in ("s3", "s3a") or has_query(rest):
         rest, _, query = rest.partition("?")
-    if re.match(r"/+[^/@]*:[^@]*@", rest) and scheme not in ("file", "local"):
+    if re.match(r"/+([^/@]*:[^@]*|[^/@]*)@", rest) and scheme not in ("file", "local", "memory"):
         rest = rest.lstrip("/")  # mistyped, as in s3:///USER:PASSWORD@bucket
+    if "@" not in rest and scheme not in ("file", "local", "memory"):
+        # Some write the @ as it would stand in a password, too.
+        rest = re.sub(r"^([^/]*(?::|%3A)[^/]*)%40", r"\1@", rest, flags=re.IGNORECASE)
     authority, slash, path = rest.partition("/")
     if "@" in authority:
         user, _, authority = authority.rpartition("@")
@@ -107,38 +188,104 @@ def _split(url: str) -> tuple[str, str, str]:
 def explain(error: Exception, url: str) -> Failure:
     """Describe an exception that a storage library raised for `url`."""
     kind = next((kind for kind in _FINAL if isinstance(error, kind)), OSError)
-    code, status, message = _answer(error)
-    if not status:
+    answer = _answer(error)
+    if answer is None:
         return _without_answer(error, url, kind)
+    code, status, message, request, page = answer
     text = f"{message.rstrip('.')} ({code})"
-    if status in (401, 403):
-        text, kind = f"access denied: {text}: {_MENDS.get(code, _DENIED)}", PermissionError
+    passing = status >= 500 or code in _PASSING or status in _PASSING_STATUSES
+    brief = False
+    if page:
+        text, kind, brief = f"{_PAGE} (HTTP status {status})", OSError, status < 500
+    elif code in EXPIRED:
+        text, kind, brief = f"{_RENEW}: {text}", PermissionError, True
+    elif code in _SKEWED:
+        text, kind = f"this machine's clock is wrong: set it: {text}", PermissionError
+    elif status == 507 or (status not in (429, 503) and _ABOUT_SPACE.search(text)):
+        text, kind, brief = f"{_FULL}: {text}", OSError, True
+    elif status in (400, 403, 501) and _ABOUT_CHECKSUMS.search(text):
+        text, kind = f"{_NO_CHECKSUMS}: {text}", OSError
+    elif status in (401, 403):
+        text, kind = f"access denied: {text}: {_permit(code, request)}", PermissionError
     elif status == 412:
         # An exclusive create found an object. s3fs recognizes this only in AWS's own wording.
         kind = FileExistsError
     elif code in _MENDS:  # A missing bucket must not look like a missing file.
         text, kind = f"{text}: {_MENDS[code]}", OSError
-    passing = status >= 500 or code in _PASSING or status in _PASSING_STATUSES
-    return Failure(_line(text, url), not passing or status == 501, kind)
+    elif status == 501:
+        text = f"this store lacks something that {request or 'the request'} needs: {text}"
+        if request in ("PutObject", "UploadPart"):
+            text += "; if it is checksums, set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
+    hopeless = status == 501 or not (passing or brief)
+    return Failure(_line(text, url), hopeless, kind, brief)
+
+
+def _permit(code: str, request: str) -> str:
+    """Return what mends a refused access."""
+    if code in _MENDS:
+        return _MENDS[code]
+    if permission := _PERMISSIONS.get(request):
+        return f"these credentials may lack {permission}: grant it, or {_CREDENTIALS}"
+    return f"the credentials are not accepted or do not allow this: {_CREDENTIALS}"
 
 
 def is_beyond_end(error: Exception) -> bool:
     """Return whether S3 refused a range because the object ends before it."""
-    return _answer(error)[1] == 416
+    return http_status(error) == 416
 
 
-def _answer(error: Exception) -> tuple[str, int, str]:
-    """Return the error code, HTTP status and message of S3's answer.
+def http_status(error: Exception) -> int:
+    """Return the HTTP status of S3's answer, or 0 when S3 gave no answer."""
+    answer = _answer(error)
+    return answer.status if answer else 0
 
-    The status is 0 when S3 gave no answer.
-    """
+
+def is_refused_listing(error: Exception) -> bool:
+    """Return whether S3 did not allow a folder to be listed."""
+    answer = _answer(error)
+    return answer is not None and answer.status == 403 and answer.request == "ListObjectsV2"
+
+
+def is_refused_condition(error: Exception) -> bool:
+    """Return whether S3 did not understand the condition of an exclusive create."""
+    answer = _answer(error)
+    if answer is None or _ABOUT_CHECKSUMS.search(answer.message):
+        return False
+    return answer.status == 501 or (
+        answer.status == 400 and _ABOUT_CONDITIONS.search(answer.message) is not None
+    )
+
+
+def is_page(headers: dict[str, str]) -> bool:
+    """Return whether an answer with these HTTP headers is a web page."""
+    return headers.get("content-type", "").lower().startswith("text/html")
+
+
+class _Answer(NamedTuple):
+    """What S3, or something in its place, answered to a request that failed."""
+
+    code: str
+    status: int
+    message: str
+    request: str  # botocore's name of it
+    page: bool  # whether the answer is a web page
+
+
+def _answer(error: Exception) -> _Answer | None:
+    """Return S3's answer, or None when S3 gave none."""
     for candidate in (error, error.__cause__):
         response: Any = getattr(candidate, "response", None)
         if isinstance(response, dict) and "Error" in response:
             told, head = response["Error"], response.get("ResponseMetadata", {})
-            status = int(head.get("HTTPStatusCode", 0))
-            return str(told.get("Code", "")), status, str(told.get("Message", error))
-    return "", 0, ""
+            if status := int(head.get("HTTPStatusCode", 0)):
+                return _Answer(
+                    str(told.get("Code", "")),
+                    status,
+                    str(told.get("Message", error)),
+                    str(getattr(candidate, "operation_name", "")),
+                    is_page(head.get("HTTPHeaders", {})),
+                )
+    return None
 
 
 def _without_answer(error: Exception, url: str, kind: type[OSError]) -> Failure:
@@ -149,8 +296,10 @@ def _without_answer(error: Exception, url: str, kind: type[OSError]) -> Failure:
     """
     names = {entry.__name__ for entry in type(error).__mro__}
     name, text = type(error).__name__, str(error)
-    hopeless = kind is not OSError
-    if (unknown := _unknown_host(error)) is not None:
+    hopeless, brief = kind is not OSError, False
+    if isinstance(error, NoStore) or "ResponseParserError" in names:
+        text, brief = f"{_PAGE} ({text[:80]})", True
+    elif (unknown := _unknown_host(error)) is not None:
         text, hopeless = f"{text}: {unknown.strerror}: correct AWS_ENDPOINT_URL", True
     elif "CERTIFICATE_VERIFY_FAILED" in text:
         text, hopeless = f"{text}: set AWS_CA_BUNDLE to the certificates to trust", True
@@ -163,7 +312,7 @@ def _without_answer(error: Exception, url: str, kind: type[OSError]) -> Failure:
         hopeless = hopeless or error.errno in FULL
     else:
         text, hopeless = f"{name} {text}", isinstance(error, _MISTAKES)
-    return Failure(_line(text or name, url), hopeless, kind)
+    return Failure(_line(text or name, url), hopeless, kind, brief)
 
 
 def _unknown_host(error: BaseException | None) -> socket.gaierror | None:

@@ -6,28 +6,38 @@ the named object, or what lies below it, is read, replaced or removed.
 
 import contextlib
 import io
-import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, cast
 
 import fsspec
 
+from shards.documents import parse_json
 from shards.errors import InputError
 from shards.storage import local_files
-from shards.storage.failures import has_query, is_beyond_end, user_info
+from shards.storage.failures import (
+    SLIP,
+    has_query,
+    is_beyond_end,
+    is_refused_condition,
+    is_refused_listing,
+)
 from shards.storage.failures import redact as redact
 from shards.storage.local_files import is_local as is_local
 from shards.storage.retries import WrongLength, retry
+from shards.storage.s3 import is_s3 as is_s3
+from shards.storage.s3 import open_s3
+from shards.storage.space import naming_space
 
-# "s3:/bucket" and the like, which would otherwise be taken for a local path.
-_SLIP = re.compile(r"\s*(?:([a-z][a-z0-9+.-]+):/|(s3a?|gs|abfss?|https?)[;.,]?//)", re.IGNORECASE)
 READ_BLOCK = 4 << 20  # `open_reader` asks an object store for this many bytes at a time.
 PART = 16 << 20  # Large objects are sent and copied in parts of this many bytes.
+ONE_PUT = 5 << 30  # S3 takes no more bytes than these in one request.
 SECONDS = 60.0  # One try of a read may take this long, and one second more for each MB.
-CONNECTIONS = 64  # All threads of a process share this many connections to a store.
+EXCLUSIVE = "BYOL_EXCLUSIVE_CREATE"  # A variable for stores without exclusive create.
+SETTLE = 1.0  # Seconds after which a store without it is asked whose object is there.
 DELETIONS = 32  # This many objects are deleted at once.
 
 
@@ -36,16 +46,12 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
     Raises InputError when no filesystem is known for the URL.
     """
-    return _open(url, {})
-
-
-def _open(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     # fsspec's own url_to_fs is not used, because it reads `::` as a chain of file systems.
     protocol = "file" if is_local(url) else url.partition("://")[0]
     try:
         kind = fsspec.get_filesystem_class(protocol)
-        if not is_s3(url):  # s3fs would read parts of some names as queries.
-            options = kind._get_kwargs_from_urls(url) | options
+        # s3fs would read parts of some names as queries.
+        options = {} if is_s3(url) else kind._get_kwargs_from_urls(url)
         filesystem, path = fsspec.filesystem(protocol, **options), kind._strip_protocol(url)
     except (ImportError, ValueError, TypeError, OSError) as error:
         raise InputError(f"{redact(url)}: no storage for this URL: {error}") from None
@@ -54,46 +60,8 @@ def _open(url: str, options: dict[str, Any]) -> tuple[Any, str]:
 
 
 def client(url: str) -> tuple[Any, str]:
-    """Return what `open_filesystem` returns, with the libraries' own retries turned off.
-
-    `retry` does the retrying. botocore sends a request five times, and s3fs repeats that five
-    times, and twice as often for reads. Together with `retry`, a dead server would be reported
-    only after an hour. Raises InputError for an s3 URL that holds credentials or no valid name.
-    """
-    if not is_s3(url):
-        return open_filesystem(url)
-    if user_info(url):
-        raise InputError(
-            f"{redact(url)}: credentials are not read from a URL: take them out and set "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-        )
-    if "?versionId=" in url or "\0" in url or not _is_unicode(url):
-        place = ascii(redact(url))[1:-1]
-        raise InputError(f"{place}: no name on S3, where names are UTF-8 without ?versionId=")
-    once = {"mode": "standard", "total_max_attempts": 1}
-    given = fsspec.config.apply_config(fsspec.get_filesystem_class("s3"), {})
-    config = {"max_pool_connections": CONNECTIONS, "retries": once}
-    # A cached listing would hide what another process writes later.
-    options = {
-        "use_listings_cache": False,
-        "config_kwargs": config | given.get("config_kwargs", {}),
-    }
-    filesystem, path = _open(url, options)
-    filesystem.retries = 1
-    filesystem.max_concurrency = 1  # Otherwise every read of a whole object begins with a HEAD.
-    return filesystem, path
-
-
-def _is_unicode(url: str) -> bool:
-    try:
-        url.encode()
-    except UnicodeEncodeError:  # Names of local files need not be UTF-8.
-        return False
-    return True
-
-
-def is_s3(url: str) -> bool:
-    return url.startswith(("s3://", "s3a://"))
+    """Return what `open_filesystem` returns, but for S3 what `open_s3` does."""
+    return open_s3(url) if is_s3(url) else open_filesystem(url)
 
 
 def join(url: str, *names: str) -> str:
@@ -129,12 +97,10 @@ def read(url: str, start: int | None = None, stop: int | None = None) -> bytes:
 def read_json(url: str) -> Any:
     """Read the JSON document in an object.
 
-    Raises ValueError when the content is not JSON, and what `read` raises.
+    Raises ValueError when the content is not JSON that this project writes, as `parse_json` does,
+    and what `read` raises.
     """
-    try:
-        return json.loads(read(url))
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    return parse_json(read(url))
 
 
 def check(url: str, name: str) -> None:
@@ -149,7 +115,7 @@ def check(url: str, name: str) -> None:
     if mark and scheme != scheme.strip().lower():
         meant = scheme.strip().lower()
         raise InputError(f"{name} {redact(url)}: a URL begins with small letters: {meant}://...")
-    if not mark and (slip := _SLIP.match(url)):
+    if not mark and (slip := SLIP.match(url)):
         meant = (slip[1] or slip[2]).lower()
         raise InputError(f"{name} {redact(url)}: a URL has two slashes: {meant}://...")
     if is_s3(url) and has_query(place):
@@ -161,7 +127,7 @@ def download(url: str, size: int, path: str) -> None:
 
     Raises what `read` raises.
     """
-    with local_files.new_file(path) as (file, name):
+    with naming_space(path, lambda: size), local_files.new_file(path) as (file, name):
         for start in range(0, size, PART):
             file.write(read(url, start, min(start + PART, size)))
         file.close()
@@ -210,33 +176,89 @@ def write(url: str, content: bytes) -> None:
         retry(url, lambda: local_files.write(open_filesystem(url)[1], content))
         return
     filesystem, path = client(url)
-    retry(url, lambda: filesystem.pipe_file(path, content))
+    options = {"chunksize": ONE_PUT} if is_s3(url) else {}
+    retry(url, lambda: filesystem.pipe_file(path, content, **options))
 
 
 def create(url: str, content: bytes) -> bool:
     """Write an object that does not exist yet. Return False, and write nothing, if it exists.
 
     When several callers try at once, one succeeds. Every caller's `content` must be different:
-    when an answer gets lost, the content shows whether this call wrote the object.
+    when an answer gets lost, the content shows whether this call wrote the object. Where
+    `is_exclusive` is False, the last of them succeeds, if they are less than SETTLE seconds apart.
+
+    Raises OSError when a store refuses or ignores the condition, which is noticed by a second try.
     """
     filesystem, path = client(url)
+    if not is_local(url) and not is_exclusive():
+        return _create_and_look(url, content)
 
-    def put() -> None:
-        if not is_local(url):
+    def put() -> bool:
+        if is_local(url):
+            local_files.create(path, content)
+            return True
+        try:
             filesystem.pipe_file(path, content, mode="create")
-            return
-        local_files.create(path, content)
+        except Exception as error:
+            if is_refused_condition(error):
+                return False
+            raise
+        return True
 
     try:
-        retry(url, put)
+        taken = retry(url, put)
     except FileExistsError:
         return read(url) == content
-    return True
+    if is_local(url):
+        return True
+    if taken:
+        try:
+            retry(url, put)
+        except FileExistsError:
+            return True
+        with contextlib.suppress(OSError):  # The user must see the error below.
+            remove(url)
+    raise OSError(
+        f"{redact(url)}: the store {'ignores' if taken else 'refuses'} exclusive create "
+        f"(If-None-Match): take one that honors it, or set {EXCLUSIVE}=no, and never start two "
+        "jobs for one run at the same moment"
+    )
+
+
+def _create_and_look(url: str, content: bytes) -> bool:
+    if exists(url):
+        return False
+    write(url, content)
+    time.sleep(SETTLE)
+    return read(url) == content
+
+
+def is_exclusive() -> bool:
+    """Return whether `create` relies on the store's exclusive create.
+
+    Raises InputError when the variable EXCLUSIVE says neither yes nor no.
+    """
+    value = os.environ.get(EXCLUSIVE, "yes")
+    if value not in ("yes", "no"):
+        raise InputError(f"{EXCLUSIVE} must be yes or no, not {value!r}")
+    return value == "yes"
 
 
 def exists(url: str) -> bool:
+    """Return whether there is such an object, or such a folder as far as folders may be listed."""
     filesystem, path = client(url)
-    return bool(retry(url, lambda: filesystem.exists(path)))
+
+    def look() -> bool:
+        try:
+            return bool(filesystem.exists(path))
+        except PermissionError as error:
+            if is_refused_listing(
+                error
+            ):  # This comes after the store said that no object is there.
+                return False
+            raise
+
+    return retry(url, look)
 
 
 def size(url: str) -> int:
@@ -251,22 +273,27 @@ def list_names(url: str) -> list[str]:
     filesystem.invalidate_cache()
     try:
         found = retry(url, lambda: filesystem.ls(path, detail=False))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     # A file is listed as if it lay in itself, and so is a folder's own marker on some servers.
     below = (entry.rstrip("/") for entry in found)
     return sorted(entry.rpartition("/")[2] for entry in below if entry != path.rstrip("/"))
 
 
-def walk(url: str) -> Iterator[tuple[str, int]]:
+def walk(
+    url: str,
+    *,
+    follow_links: bool = True,
+    leave_out: Callable[[str, str], None] = lambda _reason, _path: None,
+) -> Iterator[tuple[str, int]]:
     """Yield (path relative to the folder, size in bytes) of all files below a folder.
 
-    The order is arbitrary. Local links are followed. Raises InputError for a local folder that may
-    not be read.
+    The order is arbitrary. Raises InputError for a local folder that may not be read. For the
+    arguments, see `local_files.walk`.
     """
     filesystem, path = client(url)
     if is_local(url):
-        yield from local_files.walk(path)
+        yield from local_files.walk(path, follow_links=follow_links, leave_out=leave_out)
         return
     filesystem.invalidate_cache()
     for file, info in retry(url, lambda: filesystem.find(path, detail=True)).items():

@@ -9,11 +9,14 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from shards.errors import InputError
 from shards.storage.failures import FULL
+from shards.storage.space import naming_space
+
+EMPTY = "empty folders"
 
 
 def is_local(url: str) -> bool:
@@ -38,10 +41,16 @@ def new_file(path: str) -> Iterator[tuple[BinaryIO, str]]:
 
 def write(path: str, content: bytes) -> None:
     """Write a file and rename it to `path`, replacing what was there. Raises OSError."""
-    with new_file(path) as (file, name):
+    with naming_space(path, lambda: len(content)), new_file(path) as (file, name):
         file.write(content)
         file.close()
         os.replace(name, path)
+
+
+def append(path: str, content: bytes) -> None:
+    """Append to a file, which is created if it is missing. Raises OSError that names the file."""
+    with naming_space(path, lambda: len(content), path), open(path, "ab") as file:
+        file.write(content)
 
 
 def create(path: str, content: bytes) -> None:
@@ -50,7 +59,7 @@ def create(path: str, content: bytes) -> None:
     exFAT, SMB and FUSE have no hard links. There, others may see the file before it is complete.
     Raises FileExistsError when the file exists, and OSError.
     """
-    with new_file(path) as (file, name):
+    with naming_space(path, lambda: len(content)), new_file(path) as (file, name):
         file.write(content)
         file.close()
         try:
@@ -78,18 +87,60 @@ def _fill(file: BinaryIO, content: bytes) -> None:
     file.flush()  # This makes a full disk raise here.
 
 
-def walk(path: str) -> Iterator[tuple[str, int]]:
+def walk(
+    path: str,
+    *,
+    follow_links: bool = True,
+    leave_out: Callable[[str, str], None] = lambda _reason, _path: None,
+) -> Iterator[tuple[str, int]]:
     """Yield (path relative to the folder, size in bytes) of all files below a folder.
 
-    The order is arbitrary. Links are followed. Raises InputError for a folder that may not be
-    read.
+    The order is arbitrary. Raises InputError for a folder that may not be read.
+
+    Args:
+        follow_links: Also take files and folders outside of the folder that links in it lead to.
+        leave_out: Is called with the reason and the path of what is no file to take, and with
+            EMPTY and the path of an empty folder.
     """
-    # fsspec's own listing takes twice as long and does not follow links to folders.
-    for folder, _, names in os.walk(path, followlinks=True, onerror=_raise_unreadable):
-        below = folder[len(path) :].lstrip("/")
-        for name in names:
-            size = os.stat(f"{folder}/{name}").st_size
-            yield f"{below}/{name}" if below else name, size
+    root = os.path.realpath(path)
+    # A folder to read: its path, its path relative to the root, its real path.
+    folders = [(path, "", root)]
+    while folders:
+        folder, below, real = folders.pop()
+        entries = _list(folder)
+        if not entries and below:
+            leave_out(EMPTY, below.rstrip("/"))
+        for entry in entries:
+            name = below + entry.name
+            target = os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
+            if entry.is_symlink() and (fault := _find_fault(target, root, real, follow_links)):
+                leave_out(fault, name)
+            elif entry.is_dir():
+                folders.append((entry.path, f"{name}/", target))
+            elif entry.is_file():
+                yield name, entry.stat().st_size
+            else:
+                leave_out("pipes, sockets and devices", name)
+
+
+def _list(folder: str) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        _raise_unreadable(error)
+        return []
+
+
+def _find_fault(target: str, root: str, real: str, follow_links: bool) -> str:
+    """Return why a link to `target` in the folder `real` is not followed; "" when it is."""
+    if not os.path.exists(target):
+        return "links that lead nowhere"
+    if f"{real}/".startswith(f"{target}/"):
+        return "links to a folder that they lie in"
+    if not follow_links and not target.startswith(f"{root}/"):
+        return "links to files outside of SOURCE (--follow-links takes them)"
+    return ""
 
 
 def _raise_unreadable(error: OSError) -> None:

@@ -65,6 +65,16 @@ def check_name(name: object, file: str, mend: str) -> str:
     return name
 
 
+def check_path(path: object, file: str, mend: str) -> str:
+    """Return `path` if it names a file in the folder of `file` or below it.
+
+    Raises InputError when any of its parts is no plain name; see `check_name`.
+    """
+    for part in path.split("/") if isinstance(path, str) else [path]:
+        check_name(part, file, mend)
+    return str(path)
+
+
 def _can_be_encoded(name: str) -> bool:
     try:
         os.fsencode(name)

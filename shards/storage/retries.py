@@ -12,6 +12,7 @@ _T = TypeVar("_T")
 
 ATTEMPTS = 8
 CONTENT_ATTEMPTS = 4  # This many tries are made when an answer comes but has wrong content.
+BRIEF_ATTEMPTS = 4  # This many are made of what hardly passes, such as expired credentials.
 BACKOFF = 0.2  # Seconds before the first retry, with jitter. The wait doubles each time.
 LONGEST_WAIT = 10.0  # The most seconds between two tries, before jitter.
 TRY_FOR = 120.0  # No new try begins after this many seconds.
@@ -25,10 +26,11 @@ def retry(url: str, call: Callable[[], _T]) -> _T:
     """Call `call` until it succeeds, and return its result.
 
     Raises OSError, or a subclass, naming `url`, at once when a retry can't help, and otherwise
-    after ATTEMPTS tries, after CONTENT_ATTEMPTS wrong lengths, or when TRY_FOR seconds are over.
-    On a local disk, errors such as FileNotFoundError are raised unchanged.
+    after ATTEMPTS tries, after CONTENT_ATTEMPTS wrong lengths, after BRIEF_ATTEMPTS failures that
+    hardly pass, or when TRY_FOR seconds are over. On a local disk, errors such as FileNotFoundError
+    are raised unchanged.
     """
-    begun, wrong = time.monotonic(), 0
+    begun, wrong, brief = time.monotonic(), 0, 0
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return call()
@@ -37,10 +39,11 @@ def retry(url: str, call: Callable[[], _T]) -> _T:
             if is_local(url) and failure.kind is not OSError:
                 raise
             short = isinstance(error, WrongLength)
-            wrong += short
+            wrong, brief = wrong + short, brief + failure.brief
             kind = WrongLength if short else failure.kind
             spent = time.monotonic() - begun
-            last = attempt == ATTEMPTS or wrong == CONTENT_ATTEMPTS or spent > TRY_FOR
+            last = attempt == ATTEMPTS or spent > TRY_FOR
+            last = last or wrong == CONTENT_ATTEMPTS or brief == BRIEF_ATTEMPTS
             if failure.hopeless or (short and is_local(url)):
                 raise kind(f"{redact(url)}: {failure.reason}") from None
             if last:

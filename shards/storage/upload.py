@@ -9,10 +9,12 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from shards.storage import files, local_files
-from shards.storage.failures import explain
+from shards.storage.failures import explain, http_status
 from shards.storage.retries import retry
+from shards.storage.space import naming_space
 
 PARALLEL = 4  # This many parts are sent at once. With the one being filled they take 80 MiB.
+WHOLE = 1 << 30  # Where a store takes no parts, objects up to this many bytes go in one request.
 GROWTH = 1000  # Parts double in size after this many. S3 takes 10,000; 9,000 hold 8 TiB.
 
 _Content = bytes | bytearray | memoryview
@@ -29,11 +31,16 @@ class Stream:
         self._write = write
         self.length = 0
         self.crc = 0
+        self.failure: OSError | None = None
 
     def write(self, content: _Content) -> int:
         """Write some bytes. Bytes that are not sent at once are copied. Raises OSError."""
         view = memoryview(content).cast("B")
-        self._write(view)
+        try:
+            self._write(view)
+        except OSError as error:
+            self.failure = error
+            raise
         self.length += len(view)
         self.crc = zlib.crc32(view, self.crc)
         return len(view)
@@ -64,7 +71,13 @@ def open_writer(url: str, part: int = files.PART) -> Iterator[Stream]:
     Raises OSError naming the URL, after a bounded number of tries.
     """
     with _target(url, part) as write:
-        yield Stream(write)
+        stream = Stream(write)
+        try:
+            yield stream
+        except Exception:
+            if stream.failure is not None:  # torch.save replaces it by an error of its own
+                raise stream.failure from stream.failure.__cause__
+            raise
 
 
 def _target(url: str, part: int) -> AbstractContextManager[_Write]:
@@ -75,11 +88,18 @@ def _target(url: str, part: int) -> AbstractContextManager[_Write]:
 
 @contextmanager
 def _local(url: str) -> Iterator[_Write]:
-    path = files.open_filesystem(url)[1]
-    with contextlib.ExitStack() as stack:
+    path, needed = files.open_filesystem(url)[1], 0
+
+    @_named(url)
+    def write(view: memoryview) -> None:
+        nonlocal needed
+        needed += len(view)
+        file.write(view)
+
+    with naming_space(path, lambda: needed, path), contextlib.ExitStack() as stack:
         with _named(url):
             file, name = stack.enter_context(local_files.new_file(path))
-        yield _named(url)(file.write)
+        yield write
         with _named(url):
             local_files.sync(file)
             os.replace(name, path)
@@ -113,7 +133,10 @@ def _s3(url: str, part: int) -> Iterator[_Write]:
 
 
 class _Upload:
-    """An upload to S3: one PUT if the object is smaller than a part, else a multipart upload."""
+    """An upload to S3: one PUT if the object is smaller than a part, else a multipart upload.
+
+    A store without multipart uploads gets one PUT in any case, of at most WHOLE bytes.
+    """
 
     def __init__(self, url: str, part: int) -> None:
         self._url, self._part = url, part
@@ -126,10 +149,11 @@ class _Upload:
         self._sent: set[Future[dict[str, Any]]] = set()
         self._parts: list[dict[str, Any]] = []  # The parts that have arrived.
         self._number = 0
+        self._in_parts = True
 
     def write(self, view: memoryview) -> None:
         while len(view):
-            size = self._part << self._number // GROWTH
+            size = self._part << self._number // GROWTH if self._in_parts else WHOLE
             taken = view[: size - len(self._buffer)]
             self._buffer += taken
             self._length += len(taken)
@@ -159,12 +183,28 @@ class _Upload:
                 self._call("abort_multipart_upload")
 
     def _send(self) -> None:
-        if "UploadId" not in self._object:
-            self._object["UploadId"] = self._call("create_multipart_upload")["UploadId"]
+        if "UploadId" not in self._object and not self._begin():
+            return
         self._await(PARALLEL - 1)
         self._number += 1
         self._sent.add(self._threads.submit(self._put, self._number, self._buffer))
         self._buffer = bytearray()
+
+    def _begin(self) -> bool:
+        """Begin a multipart upload. Return False when the store has none and WHOLE is not reached.
+
+        Raises OSError when the store has none and the object is longer.
+        """
+        if not self._in_parts:
+            raise OSError(
+                f"{files.redact(self._url)}: the store has no multipart uploads, which an object "
+                f"of more than {WHOLE >> 20} MiB needs: take a store that has them"
+            )
+        upload = self._call("create_multipart_upload", optional=True)
+        self._in_parts = upload is not None
+        if upload is not None:
+            self._object["UploadId"] = upload["UploadId"]
+        return self._in_parts
 
     def _put(self, number: int, content: bytearray) -> dict[str, Any]:
         answer = self._call("upload_part", content, PartNumber=number)
@@ -188,16 +228,30 @@ class _Upload:
             if self._call("head_object")["ContentLength"] != self._length:
                 raise
 
-    def _call(self, method: str, content: bytearray | None = None, **options: Any) -> Any:
-        """Send one request for the object.
+    def _call(
+        self,
+        method: str,
+        content: bytearray | None = None,
+        optional: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Send one request for the object. Return None if it is optional and the store lacks it.
 
         s3fs drops options that the method does not accept, such as the upload's ID for a HEAD.
         """
         seconds = 600.0  # A store may take minutes to join the parts.
         if content is not None:
             options["Body"], seconds = content, 60 + len(content) / 1e6
-        call = self._filesystem.call_s3
-        return retry(self._url, lambda: call(method, timeout=seconds, **self._object, **options))
+
+        def call() -> Any:
+            try:
+                return self._filesystem.call_s3(method, timeout=seconds, **self._object, **options)
+            except OSError as error:
+                if optional and http_status(error) in (405, 501):
+                    return None
+                raise
+
+        return retry(self._url, call)
 
 
 @contextmanager

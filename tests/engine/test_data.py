@@ -1,5 +1,6 @@
-"""The data of a run are compared before it starts."""
+"""Data sets are checked against the recipe before anything expensive begins."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,13 +8,31 @@ import torch
 
 from engine.data import open_data
 from engine.processes.world import World
+from shards.errors import InputError
 from shards.index import Index
 from shards.loader import DataConfig
 from shards.making import pack
+from shards.order import BatchConfig
 from tests.conftest import draw_photo
 from tests.helpers import tiny
+from tests.helpers.training import open_trainer
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("micro", "remedy"),
+    [(8, "use --data.streams 2"), (3, "use a --batch.micro that divides batch.size 16")],
+)
+def test_a_remedy_for_micro_batches_that_do_not_fit(
+    tiny_data: DataConfig, tmp_path: Path, micro: int, remedy: str
+) -> None:
+    recipe = tiny.recipe(tiny_data, tmp_path, batch=BatchConfig(size=16, micro=micro))
+    with pytest.raises(InputError, match=f"batch.micro {micro} does not divide .*: {remedy}$"):
+        open_trainer(recipe)
+    if micro == 8:
+        mended = dataclasses.replace(recipe, data=dataclasses.replace(tiny_data, streams=2))
+        assert open_trainer(mended).step == 0
 
 
 def write(url: Path, window: list[float] | None) -> Index:

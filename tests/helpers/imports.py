@@ -18,6 +18,7 @@ PACKAGES = ("shards", "engine", "recipes", "launch")
 LAYERS: list[tuple[str, ...]] = [
     ("shards.errors",),
     ("shards.fields", "shards.philox"),
+    ("shards.documents",),
     ("shards.storage",),
     ("shards",),
     ("shards.making",),

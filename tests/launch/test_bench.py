@@ -111,9 +111,9 @@ def test_input_on_tars_without_an_index(
 @pytest.mark.parametrize(
     ("command", "error"),
     [
-        ("input --data NONE/such", "no such file or folder"),
-        ("input --data memory://bench/tars", "pack.py --index-only"),
-        ("input --data tests", "no tars there"),
+        ("input --data NONE/such", "NONE/such: no such folder"),
+        ("input --data memory://bench/tars", "memory://bench/tars: no such folder"),
+        ("input --data tests", "no .tar files there"),
         ("input --threads 0", "--threads must be at least 1"),
         ("step --steps 0", "--steps must be at least 1"),
         ("step --recipe NONE.py", "no such recipe file"),
@@ -126,7 +126,7 @@ def test_input_on_tars_without_an_index(
         ("order --shards 2000000000", "--shards 2000000000 is more than --samples 1000000000"),
         ("plan --recipe NONE.py", "no such recipe file"),
         ("plan --processes 64 1", "--processes must be at least 2, not 1"),
-        ("plan --processes 64 513", "513 ranks but data.streams is 512"),
+        ("plan --processes 64 513", "513 processes but data.streams is 512"),
         ("plan --processes 64 --shard 7", "--shard 7: hsdp divides 64 processes into two or more"),
         ("plan --processes 8 --shard 8", "--shard 8: hsdp divides 8 processes into two or more"),
         ("plan --shard 0", "--shard must be at least 1"),
@@ -171,7 +171,7 @@ def test_order_plans_on_a_sound_data_set(tmp_path: Path) -> None:
 STEP_ROWS = (
     "ours: training from the loader",
     "ours / stock",
-    "first step less a steady one: ours",
+    "first step, beyond a usual one: ours",
     "peak memory: ours",
     "data wait",
     "model FLOPs utilization",

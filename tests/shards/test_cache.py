@@ -196,6 +196,21 @@ def test_a_full_disk_ends_caching_only(
     assert len(copies(tmp_path)) == 1
 
 
+def test_a_folder_that_a_full_disk_does_not_take_ends_caching_only(
+    remote: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    reports: list[str] = []
+    cache = ShardCache(remote, str(tmp_path), 1, reports.append)
+    for _ in range(2):
+        assert cache.read(0, 0, 512) == files.read(remote.shard_url(0), 0, 512)
+    (line,) = reports
+    assert "Disk quota exceeded; no more shards are kept there" in line
+
+
 def test_a_missing_shard_is_missing(remote: Index, tmp_path: Path) -> None:
     files.remove(remote.shard_url(1))
     reports: list[str] = []

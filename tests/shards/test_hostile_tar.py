@@ -10,10 +10,10 @@ import pytest
 
 from shards import index
 from shards.loader import DataConfig, TrainLoader
-from shards.making import scan
 from shards.order import Order
 from shards.views import ViewsConfig
 from tests.conftest import draw_photo
+from tests.helpers.tars import make_index
 
 LINKS = {"a": tarfile.SYMTYPE, "b": tarfile.LNKTYPE}
 DEVICES = {"c": tarfile.CHRTYPE, "d": tarfile.BLKTYPE, "e": tarfile.FIFOTYPE}
@@ -63,7 +63,7 @@ def test_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(here)
     write_tar(tmp_path / "evil.tar", tmp_path / "planted")
     before = tree(tmp_path)
-    found = scan.index_tars(str(tmp_path), classes=None, threads=1, report=print)
+    found = make_index(str(tmp_path))
     assert found.samples == 4
     loader = TrainLoader(
         Order(index.load(str(tmp_path), "data.train"), 0, 1, 4),

@@ -52,9 +52,13 @@ def test_sidecars(packed: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(found.blocks(1), packed.blocks(1))
 
     sidecar = Path(packed.url) / index.sidecar(found.shards[2].name)
-    sidecar.write_text("[[0, 1]]")
+    sidecar.write_text(f"[[0, {found.shards[2].samples}]]")
     with pytest.raises(InputError, match=r"shard-000002.tar.blocks.json: does not match"):
         found.blocks(2)
+    for text in ('{"0": 1}', "[[0, true]]", "[[0, 1e400]]", "[[0]]", "[" * 10**5, "[[-1, 15]]"):
+        sidecar.write_text(text)
+        with pytest.raises(InputError, match=r"blocks.json: (is damaged|not valid JSON)"):
+            found.blocks(2)
     sidecar.unlink()
     with pytest.raises(InputError, match=r"shard-000002.tar.blocks.json: missing.*--index-only"):
         found.blocks(2)
@@ -94,6 +98,53 @@ def test_damaged_index(packed: Index, change: str, value: object, text: str) -> 
     edit(packed, change, value)
     with pytest.raises(InputError, match=text):
         index.load(packed.url, "data.train")
+
+
+HUGE = 10**25
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"samples": 91}, "samples must be 90, as the shards say, not 91"),
+        ({"samples": True}, "samples must be a whole number, not true or false"),
+        ({"samples": HUGE}, "samples must be a number of 64 bits"),
+        ({"classes": None}, "classes must be a list, not null"),
+        ({"classes": ["a", 1, "b"]}, r"classes\[1\] must be a text, not a whole number \(1\)"),
+        ({"plan": 1.5}, "plan must be a text, not a number"),
+        ({"version": HUGE}, "index version a number of more than 64 bits, not 1"),
+        ({"version": [1]}, "index version a list of 1, not 1"),
+        ({"digest": None}, "digest must be a text"),
+        ({"shards": {}}, "shards must be a list, not an object"),
+        ({"shards": [3]}, r"shards\[0\] must be an object, not a whole number"),
+        ({"name": "../x.tar"}, "which is no plain name of a file in its folder"),
+        ({"name": 3}, r"shards\[1\].name must be a text"),
+        ({"bytes": -1}, r"shards\[1\].bytes must be at least 0"),
+        ({"bytes": 1e400}, r"shards\[1\].bytes must be a whole number, not a number \(inf\)"),
+        ({"bytes": 2048}, r"shards\[1\].(samples must fit|blocks must begin)"),
+        ({"checksum": "0" * 16}, r"shards\[1\].checksum is not that of its blocks"),
+        ({"crcs": [1]}, r"shards\[1\].crcs must be one for each block"),
+        ({"crcs": [2**32] * 4}, r"shards\[1\].crcs\[0\] must be at least 0 and less than"),
+        ({"blocks": None}, r"shards\[1\].crcs must be absent where"),
+        ({"blocks": [[512, 1], [0, 1]]}, r"shards\[1\].blocks must begin one after another"),
+        ({"blocks": [[0, 1], [0, 1]]}, r"shards\[1\].blocks must begin one after another"),
+        ({"blocks": [[0, 2**40]]}, r"shards\[1\].blocks must have from 1 to as many"),
+        ({"blocks": [[0, 1], [512, -1]]}, r"shards\[1\].blocks\[1\]\[1\] must be at least 0"),
+        ({"blocks": [[0, 1]]}, r"shards\[1\].blocks must hold the shard's"),
+        ({"blocks": [[0, True]]}, r"blocks\[0\]\[1\] must be a whole number, not true or false"),
+    ],
+)
+def test_every_field_is_checked(packed: Index, changes: dict[str, object], text: str) -> None:
+    """Also where the digest was made to fit."""
+    path = Path(packed.url) / index.NAME
+    document = json.loads(path.read_text())
+    for name, value in changes.items():
+        (document if name in document else document["shards"][1])[name] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=text) as caught:
+        index.load(packed.url, "data.train")
+    assert str(caught.value).startswith(f"data.train {packed.url}: index")
+    assert len(str(caught.value)) < 500
 
 
 def test_no_json_and_no_object(packed: Index) -> None:

@@ -283,7 +283,9 @@ def test_a_block_without_any_good_sample(pack_files: PackFiles, tmp_path: Path) 
     found = pack_files(str(tmp_path / "bad"), {f"a/{i}.jpg": b"text" for i in range(4)})
     with (
         loading(Order(found, SEED, 1, 4)) as loader,
-        pytest.raises(InputError, match="no sample of its block can be decoded"),
+        pytest.raises(
+            InputError, match=r"none of the 4 samples of a block can be decoded, .*: restore"
+        ),
     ):
         next(loader)
 
@@ -304,7 +306,7 @@ def test_damaged_shards_are_named(packed: Index) -> None:
     assert "not the tar that the index describes" in failure(order)
 
     path.unlink()
-    assert failure(order).endswith("shard-000002.tar: the shard is missing")
+    assert failure(order).endswith("shard-000002.tar: the shard is missing: restore it")
 
 
 def test_an_index_that_disagrees_with_its_shard(packed: Index) -> None:

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards import index
+from shards.blocks import checksum
 from shards.errors import InputError
 from shards.index import Index, Shard
 from shards.order import Order, Segment, rank_streams
@@ -36,7 +37,7 @@ def make_index(shape: Shape) -> Index:
         offsets = 1024 * (np.cumsum(samples) - samples)
         blocks = np.stack((offsets, samples), axis=1).astype(np.int64)
         size = 1024 * sum(samples)
-        shards.append(Shard(f"{i}.tar", sum(samples), size, blocks, index.checksum(blocks)))
+        shards.append(Shard(f"{i}.tar", sum(samples), size, blocks, checksum(blocks)))
     return Index("memory://order", shards)
 
 
@@ -198,7 +199,7 @@ def test_impossible_settings() -> None:
         Order(found, 0, 0, 48)
     with pytest.raises(InputError, match=r"420 samples, fewer than batch\.size 512"):
         Order(found, 0, 4, 512)
-    with pytest.raises(InputError, match=r"5 ranks but data\.streams is 4: use at most 4"):
+    with pytest.raises(InputError, match=r"5 processes but data\.streams is 4: start at most 4"):
         rank_streams(4, 0, 5)
 
 

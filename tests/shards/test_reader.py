@@ -13,8 +13,8 @@ from shards.center_crops import CropReader
 from shards.index import Index
 from shards.making import synthetic
 from shards.reader import BlockReader
+from shards.samples import Block
 from shards.storage import files, retries
-from shards.tar import Block
 
 
 @pytest.fixture(params=["local", "remote"])

@@ -8,7 +8,8 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.tar import Block, TarError, parse_label, read_samples
+from shards.samples import Block, Layout, parse_index, read_samples
+from shards.tar import TarError, read_members
 
 MEMBERS = [
     ("README", b"first"),
@@ -102,8 +103,83 @@ def test_block_keeps_samples_with_an_image() -> None:
 
 
 def test_labels() -> None:
-    texts = [b"7", b" 12\n", b"-1", b"cat", b"", b"1.5"]
-    assert [parse_label(text) for text in texts] == [7, 12, -1, -1, -1, -1]
+    texts = ["7", "012", "3.0", "-1", "", "cat", "1.5", "1_0", "nan", "1e3", "9" * 30]
+    numbers = [7, 12, 3, -1, -1, *[None] * 6]
+    assert [parse_index(text) for text in texts] == numbers
+
+
+@pytest.mark.parametrize(
+    ("label", "content", "text"),
+    [
+        ("", b" 12\n", "12"),
+        ("", b"\xff\xfe", ""),
+        ("txt", b"ant\n", "ant"),
+        ("json:a.b", b'{"a": {"b": "bee"}}', "bee"),
+        ("json:a", b'{"a": 3}', "3"),
+        ("json:a", b'{"a": [3]}', ""),
+        ("json:a", b'{"a": true}', ""),
+        ("json:a", b'{"b": 3}', ""),
+        ("json:a", b"[" * 100_000, ""),
+        ("json:a", b"no json", ""),
+    ],
+)
+def test_label_fields(label: str, content: bytes, text: str) -> None:
+    assert Layout(label=label).read_label(content) == text
+
+
+@pytest.mark.parametrize(
+    ("layout", "names", "image", "label"),
+    [
+        (Layout(), "a.jpg a.cls", "a.jpg", "a.cls"),
+        (Layout(), "a.input.jpg a.cls", "a.input.jpg", "a.cls"),
+        (Layout(), "a.5.jpg a.5.cls a.txt", "a.5.jpg", "a.5.cls"),
+        (Layout(), "a.input.jpg a.mask.png a.cls", None, None),
+        (Layout(image="mask.png"), "a.input.jpg a.mask.png a.cls", "a.mask.png", "a.cls"),
+        (Layout(image="img"), "a.img a.cls", "a.img", "a.cls"),
+        (Layout(), "a.img a.cls", None, None),
+        (Layout(label="txt"), "a.jpg a.cls a.txt", "a.jpg", "a.txt"),
+        (Layout(label="json:x"), "a.jpg a.json", "a.jpg", "a.json"),
+        (Layout(dotted=True), "v1.0.7.jpg v1.0.7.cls", "v1.0.7.jpg", "v1.0.7.cls"),
+        (Layout(), "a.jpg a.jfif", "a.jpg", None),
+    ],
+)
+def test_layouts(layout: Layout, names: str, image: str | None, label: str | None) -> None:
+    content = make_tar([(name, name.encode()) for name in names.split()])
+    (sample,) = read_samples(io.BytesIO(content), layout)
+    for span, name in ((sample.image, image), (sample.label, label)):
+        found = None if span is None else content[span[0] : sum(span)].decode()
+        assert found == name
+
+
+def test_dots_that_belong_to_names() -> None:
+    names = [f"22.{i}.{name}" for i in range(3) for name in ("jpg", "cls")]
+    content = make_tar([(name, b"1") for name in names])
+    assert [s.image for s in read_samples(io.BytesIO(content))] == [None]
+    found = read_samples(io.BytesIO(content), Layout(dotted=True))
+    assert [s.key for s in found] == ["22.0", "22.1", "22.2"]
+
+
+def test_links_and_special_members() -> None:
+    """Each kind as the standard library sees it: only files and sizes of files take room."""
+    buffer = io.BytesIO()
+    kinds = [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for i, kind in enumerate(kinds):
+            info = tarfile.TarInfo(f"long{'x' * 120}/{i}.jpg")
+            info.type, info.linkname, info.size = kind, "to/" * 50 + "0.jpg", 700 * (i % 2)
+            archive.addfile(info)
+        info = tarfile.TarInfo("after.jpg")
+        info.size = 3
+        archive.addfile(info, io.BytesIO(b"end"))
+    members = list(read_members(io.BytesIO(buffer.getvalue()), whole=True))
+    buffer.seek(0)
+    with tarfile.open(fileobj=buffer) as archive:
+        theirs = [(m.name, m.linkname if m.islnk() or m.issym() else "") for m in archive]
+    assert [(m.name, m.link) for m in members] == theirs
+    assert [m.special for m in members] == [False, False, True, True, False]
+    assert buffer.getvalue()[members[-1].content :][:3] == b"end"
+    (sample,) = [s for s in read_samples(buffer) if s.image]
+    assert sample.key == "after"
 
 
 def test_duplicate_field() -> None:

@@ -172,8 +172,10 @@ def unsynchronized_norm(trainer: Trainer) -> None:
 def average_before_step(trainer: Trainer) -> None:
     before: list[list[torch.Tensor]] = []
 
-    def late(target: list[torch.Tensor], online: list[torch.Tensor], step: torch.Tensor) -> None:
-        update_target(target, before[-1] if before else online, step)
+    def late(
+        target: list[torch.Tensor], online: list[torch.Tensor], fraction: torch.Tensor
+    ) -> None:
+        update_target(target, before[-1] if before else online, fraction)
         before.append([p.detach().clone() for p in online])
 
     trainer.update_target = late

@@ -318,7 +318,7 @@ def test_a_shard_deleted_meanwhile(remote: str) -> None:
         files.remove(f"{remote}/shard-000002.tar")
         with pytest.raises(InputError) as caught:
             drain(loader)
-    assert str(caught.value) == f"{remote}/shard-000002.tar: the shard is missing"
+    assert str(caught.value) == f"{remote}/shard-000002.tar: the shard is missing: restore it"
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -352,7 +352,7 @@ NOT_FOUND = "no ResNet found (of depth 10, 18, 34, 50, 101, 152, 200), neither b
         (lambda: on_meta("vit_b_32"), NOT_FOUND),
         (
             lambda: several("a.", "remains.", "ema."),
-            "several networks may be the online one: choose with --prefix PREFIX, of 'a.', "
+            "several networks may be the online one: give --prefix PREFIX, one of 'a.', "
             "'remains.', 'ema.'",
         ),
         (lambda: several("ema.", "teacher."), "several networks may be the online one: "),
@@ -372,10 +372,12 @@ def test_no_match(tensors: Callable[[], State], expected: str) -> None:
 def test_no_target_and_no_such_prefix() -> None:
     for tensors in (several("a."), numbered(small())):
         told = message(partial(match, tensors, "target", "file"))
-        assert told.startswith("file: cannot tell a target network: target, momentum, teacher, ema")
-        assert told.endswith(": choose with --prefix PREFIX")
+        assert told.startswith("file: no network is named as a target network is (target, ")
+        assert ": give --prefix PREFIX, one of '" in told
     told = message(lambda: match(several("a.", "b."), "online", "file", "c."))
-    assert told == "file: no ResNet under --prefix c.: there is 'a.', 'b.'"
+    assert told == "file: --prefix c. is of no ResNet: give one of 'a.', 'b.'"
+    told = message(lambda: match(named(), "online", "file", "c."))
+    assert told == "file: --prefix c. is of no ResNet: leave it out, there is one only"
 
 
 def test_a_network_that_stands_there_twice() -> None:

@@ -40,11 +40,14 @@ def script() -> bytes:
     ("content", "expected"),
     [
         (lambda: b"", "is empty"),
-        (lambda: b"<!DOCTYPE html>", "is no file of torch.save or safetensors: it begins with b'<"),
-        (lambda: file(small())[:-100], "is no whole file of torch.save"),
-        (lambda: file(small(), **OLD)[:-100], "is no whole file of torch.save"),
-        (lambda: pickle.dumps({"a": [1, 2]}), "is no whole file of torch.save"),
-        (lambda: safetensors.torch.save(small())[:-5], "is no whole safetensors file: "),
+        (
+            lambda: b"<!DOCTYPE html>",
+            "neither by torch.save nor by safetensors: it begins with b'<",
+        ),
+        (lambda: file(small())[:-100], "is not a whole file of torch.save"),
+        (lambda: file(small(), **OLD)[:-100], "is not a whole file of torch.save"),
+        (lambda: pickle.dumps({"a": [1, 2]}), "is not a whole file of torch.save"),
+        (lambda: safetensors.torch.save(small())[:-5], "is not a whole safetensors file: "),
         (script, "is a TorchScript archive: save its state dict alone, by torch.save(torch.jit."),
         (lambda: file({"epoch": 1, "state_dict": {}}), "holds no tensors of a network"),
         (lambda: file(torch.zeros(3)), "holds no tensors of a network"),
@@ -54,8 +57,8 @@ def script() -> bytes:
         (lambda: file({"a": torch.zeros(3, device="meta")}), "a is sparse, nested or without"),
         (
             lambda: file({"state_dict": small(), "best": Path("a")}),
-            "holds pathlib.PosixPath, which is not loaded for it could run code: where the file "
-            'was made, save the state dict alone: torch.save(torch.load(...)["state_dict"], ...)',
+            "holds pathlib.PosixPath, which is not loaded, because it could run code: save the "
+            'state dict alone where the file was made, by torch.save(torch.load(...)["state_dict"]',
         ),
         (lambda: file(nn.Linear(2, 2), **OLD), "holds torch.nn.modules.linear.Linear, which is"),
         (deep, "is nested too deeply for a checkpoint"),
@@ -85,7 +88,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     secret = "memory://user:secret@host/a.pth?token=secret"
     assert message(lambda: read_tensors(secret)) == "memory://host/a.pth: no such file"
     told = message(lambda: read(file(small()), f"{URL}.safetensors"))
-    assert told.startswith(f"{URL}.safetensors: is no whole safetensors file: ")
+    assert told.startswith(f"{URL}.safetensors: is not a whole safetensors file: ")
 
 
 def test_damaged_bytes_give_one_line(recwarn: pytest.WarningsRecorder) -> None:

@@ -115,17 +115,29 @@ def test_what_the_run_says_of_its_input(tiny_data: DataConfig, tmp_path: Path) -
     assert (source.step, source.crop) == (1, 0.875)
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"model.encoder.cells": 3}, r"model.encoder has unknown fields \('cells'\): use the"),
+        ({"model.encoder.depth": 10}, "its recipe has no field views.size: use the version"),
+    ],
+)
 def test_a_recipe_of_another_time(
-    tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_data: DataConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: dict[str, int],
+    message: str,
 ) -> None:
     run = str(tmp_path / "run")
     train(tiny.recipe(tiny_data, run, steps=1, probe=tiny.NO_PROBE))
+    files.remove(f"{run}/recipe.json")
     find = encoder_source._find
 
     def older(*arguments: object) -> checkpoint.Commit:
         commit = find(*arguments)  # type: ignore[arg-type]
-        return dataclasses.replace(commit, method={"model.encoder.cells": 3})
+        return dataclasses.replace(commit, method=method)
 
     monkeypatch.setattr(encoder_source, "_find", older)
-    with pytest.raises(InputError, match="lacks fields that this version knows"):
+    with pytest.raises(InputError, match=message):
         open_encoder(run, EncoderConfig(), ALONE, ignore)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from engine.encoder.source import EncoderConfig
 from engine.encoder.torchvision_twin import stock_resnet
 from engine.evaluation.features import Accuracy
-from engine.evaluation.finetune import FinetuneConfig, Finetuning, Labels
+from engine.evaluation.finetune import FinetuneConfig, Finetuning, Split
 from engine.evaluation.session import Evaluation, EvaluationDataConfig
 from engine.evaluation.supervised import hold_out
 from engine.processes import world
@@ -57,7 +57,7 @@ def finetuning(run: str, out: str, config: FinetuneConfig = CONFIG) -> Finetunin
     index = evaluation.train
     held = hold_out(index.samples, config.holdout, config.seed)
     ids = np.arange(index.samples)
-    return Finetuning(evaluation, config, Labels(index, held, index, ids[held(ids)]))
+    return Finetuning(evaluation, config, Split(index, held, index, ids[held(ids)]))
 
 
 def learn(run: str, out: str) -> tuple[list[float], dict[str, Any], list[float]]:
@@ -136,7 +136,7 @@ def test_the_best_is_kept(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_images_are_flipped_as_drawn(run: str, tmp_path: Path) -> None:
     """The loader's crops, mirrored where the drawn parameters say so, half of them."""
     ours = finetuning(run, str(tmp_path))
-    index, views = ours.labels.source, crop_and_flip(32)
+    index, views = ours.split.source, crop_and_flip(32)
     order = Order(index, CONFIG.seed, 16, 16)
     loader = TrainLoader(
         order,

@@ -37,7 +37,14 @@ def test_another_job_at_the_same_evaluation(run: str, capsys: pytest.CaptureFixt
     assert evaluate.main(["knn", run, *KNN]) == 0
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"metrics": {}, "table": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"[]", b"{}", b'{"metrics": {}, "table": []}', b"[" * 10**6),
+        *(b'{"metrics": [], "table": [{}]}', b'{"metrics": {}, "table": [{"a": [1]}]}'),
+        b'{"metrics": {"a": "b"}, "table": [{"a": 1}]}',
+    ],
+)
 def test_a_damaged_result_is_measured_again(
     content: bytes, run: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,7 +53,8 @@ def test_a_damaged_result_is_measured_again(
     expected = path.read_bytes()
     path.write_bytes(content)
     assert evaluate.main(["knn", run, *KNN]) == 0
-    assert "result.json is damaged; measured again" in capsys.readouterr().out
+    (line,) = [t for t in capsys.readouterr().out.splitlines() if "result.json is damaged (" in t]
+    assert line.endswith("; measured again")
     assert path.read_bytes() == expected
 
 

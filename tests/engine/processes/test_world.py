@@ -107,7 +107,7 @@ def test_more_ranks_than_streams(ranks: Ranks, tiny_data: DataConfig, tmp_path: 
     few = dataclasses.replace(tiny_data, streams=2)
     with pytest.raises(RankFailure) as failure:
         ranks.run(train, recipe(few, tmp_path), size=3)
-    assert str(failure.value).count("3 ranks but data.streams is 2: use at most 2 ranks") == 3
+    assert str(failure.value).count("3 processes but data.streams is 2: start at most 2") == 3
 
 
 def start_differently(first: Recipe, other: Recipe) -> int:

@@ -1,5 +1,6 @@
 """Leases: one job at a time in a run directory, whoever dies, hangs or comes late."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,10 @@ from shards.storage import files
 from tests.engine.processes.test_identity import identity_of_the_dead
 from tests.helpers.leases import PERIOD, Clock, Jobs, leave, numbers, read, url
 
+SOUND = json.dumps(
+    {"owner": "a", "host": "far", "process": "far:1:2:3", "agents": [], "period": 1.0, "beat": 1}
+    | {"released": False}
+)
 NEVER = 3600.0  # a period in which no beat comes
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -61,6 +66,16 @@ def test_take_beat_release_and_take_again(store: str, jobs: Jobs) -> None:
 
 
 # Who gets it at once ----------------------------------------------------------------------------
+
+
+def test_a_job_that_was_frozen_looks_before_it_goes_on(jobs: Jobs, store: str) -> None:
+    """No beat was due for longer than two periods, so the next check reads the storage."""
+    lease = jobs.acquire(store, "a", period=60)
+    leave(store, 2)
+    lease.check()  # nothing has told it yet
+    lease._beaten -= 121
+    with pytest.raises(InputError, match=r"was taken over by another job \(far\)"):
+        lease.check()
 
 
 def test_a_job_restarted_by_its_launcher(run: str, jobs: Jobs) -> None:
@@ -154,7 +169,18 @@ def test_what_may_happen_in_a_watch(
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"beat": 3}', '{"agents": null}', '{"period": -1}', "[" * 100_000]
+    "content",
+    [
+        *("", "{", "[]", '{"beat": 3}', '{"agents": null}', '{"period": -1}', "[" * 100_000),
+        SOUND.replace("1.0", "NaN"),
+        SOUND.replace("1.0", "1e400"),
+        SOUND.replace("[]", '"a"'),
+        SOUND.replace('"far"', "3"),
+        SOUND.replace("far", "x" * 10**4),
+        SOUND.replace("false", "0"),
+        SOUND.replace('"beat": 1', '"beat": -1'),
+    ],
+    ids=range(14),
 )
 def test_a_damaged_lease_is_watched(
     run: str, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, content: str

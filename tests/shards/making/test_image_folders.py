@@ -1,11 +1,16 @@
 """What a folder of images holds: classes, splits, and what is left out and why."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from shards import index
 from shards.errors import InputError
-from shards.making.image_folders import LeftOut, find_images
+from shards.making.image_folders import find_images
+from shards.making.left_out import LeftOut
+from shards.making.pack import plan_shards, write_shards
+from shards.storage import files
 
 
 def write_files(folder: Path, names: list[str]) -> Path:
@@ -96,20 +101,79 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
         find_images(str(source))
 
 
-def test_linked_folders_are_followed(tmp_path: Path) -> None:
-    write_files(tmp_path / "elsewhere", ["1.jpg"])
+def test_links_and_what_is_no_file(tmp_path: Path) -> None:
+    """What a link leads to outside of the source is packed only when that is asked for."""
+    write_files(tmp_path / "elsewhere", ["1.jpg", "secret"])
     source = write_files(tmp_path / "in", ["a/2.jpg"])
     (source / "b").symlink_to(tmp_path / "elsewhere")
+    (source / "a" / "3.jpg").symlink_to(tmp_path / "elsewhere" / "secret")
+    (source / "a" / "4.jpg").symlink_to("2.jpg")
+    (source / "a" / "5.jpg").symlink_to("nowhere.jpg")
+    (source / "a" / "6.jpg").symlink_to("6.jpg")
+    (source / "a" / "7.jpg").symlink_to("/dev/zero")
+    (source / "a" / "up").symlink_to("..")
+    os.mkfifo(source / "a" / "8.jpg")
+    outside = "links to files outside of SOURCE (--follow-links takes them)"
+    sets, left_out, _ = find_images(str(source))
+    assert [image.path for image in sets[0].images] == ["a/2.jpg", "a/4.jpg"]
+    counts = {
+        outside: 3,
+        "links that lead nowhere": 2,
+        "links to a folder that they lie in": 1,
+        "pipes, sockets and devices": 1,
+    }
+    assert {reason: left.number for reason, left in left_out.items()} == counts
+    sets, left_out, _ = find_images(str(source), follow_links=True)
+    paths = ["a/2.jpg", "a/3.jpg", "a/4.jpg", "b/1.jpg"]
+    assert [image.path for image in sets[0].images] == paths
+    assert outside not in left_out
+    assert left_out["pipes, sockets and devices"].number == 2
+
+
+def test_a_source_that_is_a_link(tmp_path: Path) -> None:
+    write_files(tmp_path / "photos", ["a/1.jpg", "b/2.jpg"])
+    (tmp_path / "in").symlink_to("photos")
+    sets, left_out, _ = find_images(f"{tmp_path}/in")
+    assert (len(sets[0].images), left_out) == (2, {})
+
+
+def test_empty_class_folders_are_classes(tmp_path: Path) -> None:
+    """Otherwise, the labels of a split without one class would mean other classes."""
+    source = write_files(tmp_path / "in", ["val/ant/1.jpg", "val/cat/2.jpg", "train/ant/1.jpg"])
+    for name in ("val/bee", "train/bee", "train/cat"):
+        (source / name).mkdir()
+    sets, left_out, warnings = find_images(str(source))
+    assert [part.classes for part in sets] == [["ant", "bee", "cat"]] * 2
+    assert warnings == [
+        "classes without an image in train: bee, cat",
+        "classes without an image in val: bee",
+    ]
+    alone, _, warnings = find_images(f"{source}/val")
+    assert [image.label for image in alone[0].images] == [0, 2]
+    assert (left_out, warnings) == ({}, ["classes without an image: bee"])
+
+
+def test_names_that_are_no_utf_8(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "in", ["caf\udce9/1.jpg", "th\u00e9/2.jpg"])
     sets, *_ = find_images(str(source))
-    assert [image.path for image in sets[0].images] == ["a/2.jpg", "b/1.jpg"]
+    assert sets[0].classes == ["caf\\xe9", "th\u00e9"]
+    made, _ = write_shards(
+        plan_shards(sets[0], 10**6, 0),
+        f"{tmp_path}/out",
+        lambda image: files.read(f"{source}/{image.path}"),
+        threads=1,
+    )
+    assert index.load(f"{tmp_path}/out", "data.train").classes == made.classes
 
 
 def test_nothing_to_pack(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"SOURCE .*/missing: no such folder$"):
         find_images(str(tmp_path / "missing"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"SOURCE .*no jpg, jpeg, png, webp, .* files there$"):
+    with pytest.raises(InputError, match=r"SOURCE .*no images there, of jpg, jpeg, png, webp, .*"):
         find_images(str(tmp_path / "empty"))
     write_files(tmp_path / "tars", ["shard-0.tar"])
-    with pytest.raises(InputError, match="use --index-only"):
-        find_images(str(tmp_path / "tars"))
+    assert find_images(str(tmp_path / "tars")).sets == []
+    write_files(tmp_path / "others", ["a/1.heic", "b.txt"])
+    with pytest.raises(InputError, match=r"no images there: .*\.heic files \(1\)"):
+        find_images(str(tmp_path / "others"))

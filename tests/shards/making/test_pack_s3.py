@@ -10,12 +10,13 @@ import pytest
 
 from shards import index
 from shards.index import Index
-from shards.making import pack, scan
+from shards.making import pack
 from shards.making.image_folders import find_images
 from shards.storage import files
 from tests.conftest import Files
 from tests.helpers.fault_proxy import FaultProxy
 from tests.helpers.places import ROOT
+from tests.helpers.tars import make_index, write_tar
 
 
 def pack_files(
@@ -88,16 +89,12 @@ def test_index_only(
     proxy: FaultProxy, s3: str, photos: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(index, "BLOCK_BYTES", 12_000)
-    monkeypatch.setattr(files, "READ_BLOCK", 20_000)
     pack_files(photos, f"{tmp_path}/tars", photos.__getitem__)
     files.remove(f"{tmp_path}/tars/{index.NAME}")
     for name, content in contents(f"{tmp_path}/tars").items():
         files.write(f"{s3}/tars/{name}", content)
     proxy.set({"slow_down": 0.1, "drop": 0.1, "truncate": 0.1}, only=r"\.tar")
-    found, local = (
-        scan.index_tars(url, classes=None, threads=2, report=print)
-        for url in (f"{s3}/tars", f"{tmp_path}/tars")
-    )
+    found, local = (make_index(url) for url in (f"{s3}/tars", f"{tmp_path}/tars"))
     assert found.samples == 90
     assert found.document(inline=True) == local.document(inline=True)
     assert index.load(f"{s3}/tars", "data.train").digest == found.digest
@@ -118,3 +115,21 @@ def test_no_bucket_is_told_before_anything_is_read(proxy: FaultProxy, photo_fold
     assert line.endswith("create the bucket, or correct the URL")
     assert "Traceback" not in done.stderr
     assert proxy.requests() == proxy.requests(method="GET") == 1
+
+
+@pytest.mark.parametrize(("size", "share"), [(100_000, 0.2), (2_000, 1.0)])
+def test_indexing_reads_few_of_the_bytes(
+    proxy: FaultProxy, s3: str, tmp_path: Path, size: int, share: float
+) -> None:
+    """Headers and labels come in one pass, and what lies between them stays where it is."""
+    total = 0
+    for k in range(2):
+        members: dict[str, bytes] = {}
+        for i in range(40):
+            members |= {f"{i:04d}.cls": b"%d" % (i % 7), f"{i:04d}.jpg": bytes([i]) * size}
+        content = write_tar(tmp_path / f"{k}.tar", members).read_bytes()
+        files.write(f"{s3}/tars/{k}.tar", content)
+        total += len(content)
+    made = make_index(f"{s3}/tars")
+    assert (made.samples, len(made.classes)) == (80, 7)
+    assert proxy.bytes_sent(r"\.tar$") <= share * total

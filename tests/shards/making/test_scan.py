@@ -1,9 +1,10 @@
 """Tars that others made are indexed where they are."""
 
 import io
+import os
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 import numpy as np
@@ -15,8 +16,14 @@ from shards.errors import InputError
 from shards.index import Index
 from shards.making import scan
 from shards.order import Order
-from shards.tar import Block
+from shards.reader import BlockReader
+from shards.samples import Block, Layout
+from shards.storage.skim import open_skim
+from tests.helpers.ranges import serve
+from tests.helpers.tars import make_index, scan_tars, write_tar
 from tests.shards.making.test_pack import ignore
+
+NO_IMAGE = "samples without an image, with fields {} (name the image's field with --image)"
 
 
 def write_foreign(folder: Path, labels: list[int], per_shard: int = 50) -> str:
@@ -35,12 +42,6 @@ def write_foreign(folder: Path, labels: list[int], per_shard: int = 50) -> str:
     return str(folder)
 
 
-def make_index(
-    source: str, classes: list[str] | None = None, report: Callable[[str], None] = ignore
-) -> Index:
-    return scan.index_tars(source, classes=classes, threads=2, report=report)
-
-
 @pytest.mark.parametrize("name", ["a::b", "a[1]", "a*", "a?b", "${WDS_A}", "a\\b", "a,b", "a#b%41"])
 def test_only_braces_are_a_pattern(tmp_path: Path, name: str) -> None:
     write_foreign(tmp_path / "tars", [0, 1, 0], per_shard=2)
@@ -55,13 +56,13 @@ def test_foreign_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: 
     monkeypatch.setattr(index, "BLOCK_BYTES", 20_000)
     labels = [(7 * i) % 5 for i in range(130)]
     folder = write_foreign(tmp_path / "tars", labels)
-    warnings: list[str] = []
     source = f"{folder}/part-{{0000..0002}}.tar" if pattern else folder
-    made = make_index(source, report=warnings.append)
-    assert warnings == [
-        "3 samples left out, whose only fields are txt, such as part-0000.tar: about0",
-        "2 samples left out, whose only fields are json, such as part-0000.tar: end49",
-    ]
+    left_out = scan_tars(source).left_out
+    assert left_out == {
+        NO_IMAGE.format("txt"): (3, "part-0000.tar: about0"),
+        NO_IMAGE.format("json"): (2, "part-0000.tar: end49"),
+    }
+    made = make_index(source)
     found = index.load(folder, "data.train")
     assert found.digest == made.digest
     assert [shard.samples for shard in found.shards] == [50, 50, 30]
@@ -85,50 +86,169 @@ def test_foreign_tars_in_an_object_store(tmp_path: Path) -> None:
 
 
 def test_tars_sorted_by_class_are_warned_about(tmp_path: Path) -> None:
-    warnings: list[str] = []
-
-    def note(text: str) -> None:
-        if "left out" not in text:
-            warnings.append(text)
-
-    make_index(write_foreign(tmp_path / "sorted", [i // 25 for i in range(100)]), report=note)
-    assert len(warnings) == 1
-    assert "sorted by class" in warnings[0]
-    assert "repack" in warnings[0]
-    rng = np.random.default_rng(0)
-    make_index(
-        write_foreign(tmp_path / "mostly", (rng.random(100) < 0.1).astype(int).tolist()),
-        report=note,
-    )
-    make_index(write_foreign(tmp_path / "one", [0] * 100), report=note)
-    assert len(warnings) == 1
+    (warning,) = scan_tars(
+        write_foreign(tmp_path / "sorted", [i // 25 for i in range(100)])
+    ).warnings
+    assert "sorted by class" in warning
+    assert "repack" in warning
+    mostly = (np.random.default_rng(0).random(100) < 0.1).astype(int).tolist()
+    for name, labels in {"mostly": mostly, "one": [0] * 100}.items():
+        assert scan_tars(write_foreign(tmp_path / name, labels)).warnings == []
 
 
 def test_what_is_left_out_of_tars_is_told(tmp_path: Path) -> None:
     names = [
         *("a.jpg", "a.cls", "b.jpg", "b.cls", "c.jpg"),  # b's label is a name, c has none
-        *("2.0.jpg", "2.0.cls", "2.1.jpg"),  # one sample "2" for WebDataset
-        *("d.cls", "e.input.img", "f.img", "f.json"),
+        *("d.cls", "e.1.jpg", "e.2.jpg", "f.img", "f.json", "c.cls"),
+        *("README", ".hidden.jpg", "._a.jpg"),
     ]
-    (tmp_path / "tars").mkdir()
-    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as archive:
-        for name in names:
-            content = b"1" if name == "a.cls" else b"bee"
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    told: list[str] = []
-    made = make_index(str(tmp_path / "tars"), report=told.append)
-    assert made.samples == 3
-    assert told == [
-        "1 sample left out, because a field is all that follows the first dot: take dots out of "
-        "names, such as 0.tar: 2",
-        "1 sample left out, whose only fields are cls, such as 0.tar: d",
-        "1 sample left out, whose only fields are img, such as 0.tar: e",
-        "1 sample left out, whose only fields are img, json, such as 0.tar: f",
-        "1 sample without a label, as .cls is no class index, such as 0.tar: b",
+    contents = {name: b"1" if name == "a.cls" else b"bee" for name in names}
+    write_tar(tmp_path / "tars" / "0.tar", contents, {"g.jpg": "a.jpg"})
+    indexed = scan_tars(str(tmp_path / "tars"))
+    assert indexed.made.samples == 3
+    assert indexed.left_out == {
+        "members without a field in their name": (3, "0.tar: README"),
+        NO_IMAGE.format("cls"): (1, "0.tar: d"),
+        "samples with several images and dots in their names (use --dotted if the dots belong to "
+        "the names, or name the image's field with --image)": (1, "0.tar: e"),
+        NO_IMAGE.format("img, json"): (1, "0.tar: f"),
+        "samples whose image stands elsewhere in the tar, with fields cls "
+        "(`python launch/pack.py SOURCE OUT` repacks them)": (1, "0.tar: c"),
+        "samples whose image is a link or no plain file "
+        "(`python launch/pack.py SOURCE OUT` repacks them)": (1, "0.tar: g"),
+    }
+    assert indexed.warnings == [
+        "1 labels are no class indices as the others are, such as 'bee'",
         "2 of 3 samples have no label",
     ]
+
+
+def samples_of(made: Index) -> list[tuple[str, int]]:
+    """All samples with their labels, as training reads them."""
+    reader = BlockReader(index.load(made.url, "data.train"))
+    blocks = [
+        reader.fetch(shard, number)
+        for shard in range(len(made.shards))
+        for number in range(len(made.blocks(shard)))
+    ]
+    return [(s.key, block.label(row)) for block in blocks for row, s in enumerate(block.samples)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "members", "samples", "classes"),
+    [
+        (Layout(), {"a.cls": "bee", "b.cls": "ant"}, [("a", 1), ("b", 0)], ["ant", "bee"]),
+        (Layout(), {"a.cls": "1.0", "b.cls": "-1"}, [("a", 1), ("b", -1)], ["0", "1"]),
+        (Layout(label="txt"), {"a.txt": "1", "b.txt": "0"}, [("a", 1), ("b", 0)], ["0", "1"]),
+        (
+            Layout(label="json:of.kind"),
+            {"a.json": '{"of": {"kind": "bee"}}', "b.json": "{}"},
+            [("a", 0), ("b", -1)],
+            ["bee"],
+        ),
+        (Layout(), {"a.txt": "x", "b.txt": "y"}, [("a", -1), ("b", -1)], []),
+    ],
+)
+def test_labels_of_all_kinds_reach_training(
+    tmp_path: Path,
+    layout: Layout,
+    members: dict[str, str],
+    samples: list[tuple[str, int]],
+    classes: list[str],
+) -> None:
+    contents = {name: text.encode() for name, text in members.items()}
+    contents |= {f"{name.partition('.')[0]}.jpg": b"photo" for name in members}
+    write_tar(tmp_path / "0.tar", dict(sorted(contents.items())))
+    indexed = scan_tars(str(tmp_path), layout=layout)
+    scan.save(indexed, ignore)
+    assert indexed.made.classes == classes
+    assert samples_of(indexed.made) == samples
+
+
+def test_missing_labels_are_told_with_the_fields_that_may_hold_them(tmp_path: Path) -> None:
+    for i in range(2):
+        write_tar(tmp_path / f"{i}.tar", {"a.jpg": b"x", "a.json": b"{}", "a.txt": b"a cat"})
+    (warning,) = scan_tars(str(tmp_path)).warnings
+    for part in ("no labels", "--label json:KEY", "--label txt", "--classes-from tars"):
+        assert part in warning
+
+
+def test_names_of_classes_are_added_without_another_digest(tmp_path: Path) -> None:
+    """A run goes on when its classes get names. Names that are labels decide what they mean."""
+    folder = write_foreign(tmp_path / "tars", [0, 2, 1, 0])
+    assert make_index(folder).digest == make_index(folder, ["ant", "bee", "cat"]).digest
+    assert (
+        make_index(folder, ["ant", "bee", "cat", "dog"]).digest
+        != make_index(folder, ["a", "b", "c"]).digest
+    )
+    write_tar(tmp_path / "named" / "0.tar", {"a.jpg": b"x", "a.cls": b"ant"})
+    named = [make_index(f"{tmp_path}/named", classes) for classes in (["ant", "b"], ["b", "ant"])]
+    assert named[0].digest != named[1].digest
+
+
+def test_tars_of_nested_folders_and_any_case(tmp_path: Path) -> None:
+    one = {"a.jpg": b"x"}
+    for name in ("b/2.TAR", "1.tar", "b/._2.tar", "@eaDir/3.tar", "z.tar.gz", "notes.txt"):
+        write_tar(tmp_path / name, one)
+    indexed = scan_tars(str(tmp_path))
+    assert [shard.name for shard in indexed.made.shards] == ["1.tar", "b/2.TAR"]
+    assert {reason: left.number for reason, left in indexed.left_out.items()} == {
+        "hidden files and files of file managers": 2,
+        "compressed tars, which `python launch/pack.py SOURCE OUT` repacks": 1,
+        ".txt files": 1,
+    }
+    scan.save(indexed, ignore)
+    assert len(samples_of(indexed.made)) == 2
+    both = scan_tars(f"{tmp_path}/b/2.TAR", f"{tmp_path}/1.tar").made
+    assert (both.url, [s.name for s in both.shards]) == (str(tmp_path), ["b/2.TAR", "1.tar"])
+    write_tar(tmp_path / "split" / "train" / "1.tar", one)
+    write_tar(tmp_path / "split" / "Val" / "1.tar", one)
+    with pytest.raises(InputError, match="holds Val and train: index each alone"):
+        scan_tars(f"{tmp_path}/split")
+
+
+def test_an_index_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_foreign(Path("tars"), [0, 1, 2])
+    before = sorted(os.listdir("tars"))
+    indexed = scan_tars("tars", out="out")
+    scan.save(indexed, ignore)
+    assert sorted(os.listdir("tars")) == before
+    assert os.listdir("out") == [index.NAME]
+    monkeypatch.chdir("/")
+    assert len(samples_of(index.load(f"{tmp_path}/out", "data.train"))) == 3
+
+
+def test_tars_over_http(tmp_path: Path) -> None:
+    write_foreign(tmp_path / "tars", [0, 1, 2], per_shard=2)
+    with serve(tmp_path) as url:
+        with pytest.raises(InputError, match=r"nothing can be written over http: .* --out URL"):
+            scan_tars(f"{url}/tars/part-{{0000..0001}}.tar")
+        with pytest.raises(InputError, match="can't be listed over http"):
+            scan_tars(f"{url}/tars")
+        indexed = scan_tars(f"{url}/tars/part-{{0000..0001}}.tar", out=f"{tmp_path}/out")
+        scan.save(indexed, ignore)
+        assert [label for _, label in samples_of(indexed.made)] == [0, 1, 2]
+
+
+def test_a_call_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_foreign(tmp_path / "tars", [0, 1, 2], per_shard=1)
+    whole = Path(folder, "part-0001.tar").read_bytes()
+    Path(folder, "part-0001.tar").write_bytes(whole[:600])
+    with pytest.raises(InputError):
+        scan_tars(folder)
+    Path(folder, "part-0001.tar").write_bytes(whole)
+    opened: list[str] = []
+
+    def note(url: str) -> BinaryIO:
+        opened.append(url)
+        return open_skim(url)
+
+    monkeypatch.setattr(scan, "open_skim", note)
+    made = make_index(folder)
+    assert [url.rpartition("/")[2] for url in opened] == ["part-0001.tar"]
+    assert made.digest == make_index(folder).digest
+    assert len(opened) == 4  # After the index was saved, nothing is left to go on from.
 
 
 def test_class_names(tmp_path: Path) -> None:
@@ -166,21 +286,46 @@ def test_damaged_tars_are_named(tmp_path: Path) -> None:
         make_index(folder)
 
 
+def test_all_damaged_tars_are_told_and_may_be_skipped(tmp_path: Path) -> None:
+    folder = write_foreign(tmp_path / "tars", [0, 1] * 5, per_shard=2)
+    for name in ("part-0001.tar", "part-0003.tar"):
+        path = Path(folder, name)
+        path.write_bytes(path.read_bytes()[:5700])
+    Path(folder, "part-0002.tar").unlink()
+    source = f"{folder}/part-{{0000..0004}}.tar"
+    told: list[str] = []
+    with pytest.raises(InputError, match=r"3 of 5 tars are damaged.* --skip-damaged"):
+        scan_tars(source, report=told.append)
+    assert [line.partition(": ")[2].partition(":")[0] for line in told] == [
+        "damaged",
+        "not there (0 samples before that)",
+        "damaged",
+    ]
+    indexed = scan_tars(source, skip_damaged=True)
+    assert [shard.name for shard in indexed.made.shards] == ["part-0000.tar", "part-0004.tar"]
+    assert indexed.left_out["damaged or missing tars, with at least 2 samples"].number == 3
+    with pytest.raises(InputError, match=r"1 of 1 tars are damaged or missing: restore them$"):
+        scan_tars(f"{folder}/part-0001.tar", skip_damaged=True)
+
+
 def test_tars_that_do_not_fit(tmp_path: Path) -> None:
     folder = write_foreign(tmp_path / "a", [0, 1])
-    write_foreign(tmp_path / "b", [0, 1])
-    with pytest.raises(InputError, match="must all lie in one folder"):
-        make_index(f"{tmp_path}/{{a,b}}/part-0000.tar")
-    with pytest.raises(InputError, match=r"part-0009\.tar: not there"):
-        make_index(f"{folder}/part-0009.tar")
-    with pytest.raises(InputError, match=r"no \.tar files there"):
-        make_index(str(tmp_path))
-    warnings: list[str] = []
-    with tarfile.open(f"{folder}/other.tar", "w") as archive:
-        archive.addfile(tarfile.TarInfo("notes.txt"), io.BytesIO())
-    assert len(make_index(folder, report=warnings.append).shards) == 1
-    assert warnings == [
-        "2 samples left out, whose only fields are txt, such as other.tar: notes",
-    ]
-    with pytest.raises(InputError, match="no images in the tars"):
+    for url in (f"{folder}/part-0009.tar", f"{folder}/part-000*.tar"):
+        with pytest.raises(InputError, match=r"part-000.\.tar: not there"):
+            make_index(url)
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match=r"none: no \.tar files there$"):
+        make_index(f"{tmp_path}/none")
+    for name in ("a.tar.zst", "a.tgz", "a.zip", "a.parquet"):
+        with pytest.raises(InputError, match=r"is compressed, .*repack|file is not read: extract"):
+            make_index(f"{tmp_path}/{name}")
+    with pytest.raises(InputError, match="is named twice"):
+        scan_tars(f"{folder}/part-0000.tar", f"{folder}/part-0000.tar")
+    with pytest.raises(InputError, match="must lie in one bucket"):
+        scan_tars("s3://a/1.tar", "s3://b/1.tar")
+    write_tar(Path(folder) / "other.tar", {"notes.txt": b""})
+    indexed = scan_tars(folder)
+    assert len(indexed.made.shards) == 1
+    assert indexed.left_out[NO_IMAGE.format("txt")] == (2, "other.tar: notes")
+    with pytest.raises(InputError, match="no images in the tars there: samples without an image"):
         make_index(f"{folder}/other.tar")

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image as PillowImage
 
 from launch import pack as pack_command
+from launch import packing
 from shards import index
 from shards.center_crops import CropReader
 from shards.errors import InputError
@@ -34,7 +35,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def pack(source: Path, out: Path, **options: object) -> index.Index:
-    pack_command.main(str(source), str(out), threads=2, **options)  # type: ignore[arg-type]
+    pack_command.main((str(source), str(out)), threads=2, **options)  # type: ignore[arg-type]
     return index.load(str(out), "data.train")
 
 
@@ -62,7 +63,7 @@ def test_a_window_is_applied_and_recorded(source: Path, tmp_path: Path) -> None:
     half = pack(source, tmp_path / "half", window=(0.0, 2040.0))
     assert levels(half)[:6] == [129] * 6
     assert len({wide.digest, half.digest}) == len({wide.plan, half.plan}) == 2
-    pack_command.main(str(tmp_path / "wide"), index_only=True)
+    pack_command.main((str(tmp_path / "wide"),), index_only=True)
     assert index.load(str(tmp_path / "wide"), "data.train").digest == wide.digest
     document = json.loads((tmp_path / "wide" / index.NAME).read_text())
     assert document["pixels"] == {"window": [0.0, 4080.0]}
@@ -152,13 +153,13 @@ def test_impossible_options(
 def test_index_only_has_no_pixels_to_convert(source: Path) -> None:
     for options in ({"window": (0.0, 9.0)}, {"max_side": 9}, {"max_pixels": 9}):
         with pytest.raises(InputError, match="--index-only copies no images: leave"):
-            pack_command.main(str(source), index_only=True, **options)
+            pack_command.main((str(source),), index_only=True, **options)
 
 
 def test_what_training_has_to_admit_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pack_command, "MOST_PIXELS", 5000)
+    monkeypatch.setattr(packing, "MOST_PIXELS", 5000)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "0.png").write_bytes(draw_photo(2, 100, 51, "PNG"))
     pack(tmp_path / "in", tmp_path / "out")

@@ -44,7 +44,7 @@ def test_packing_names_each_reason_once(tmp_path: Path, capsys: pytest.CaptureFi
         (tmp_path / "in" / "ant" / f"{i}.jpg").write_bytes(draw_photo(i, 16, 16))
     for i, content in enumerate((BAD["HTML"], BAD["HTML"], BAD["empty"])):
         (tmp_path / "in" / "ant" / f"bad{i}.jpg").write_bytes(content)
-    pack_command.main(str(tmp_path / "in"), str(tmp_path / "out"), threads=2)
+    pack_command.main((str(tmp_path / "in"), str(tmp_path / "out")), threads=2)
     out, err = capsys.readouterr()
     text = " ".join(err.split())
     assert "cannot be decoded: 2 of 11 images (an HTML or XML page), such as ant/bad" in text

@@ -330,5 +330,5 @@ def test_names_are_no_markup_where_they_are_told(
     photos = tmp_path / "photos[/b]"
     photos.mkdir(parents=True)
     (photos / "0.jpg").write_bytes(draw_photo(0, 20, 20))
-    pack_command.main(str(photos), f"{tmp_path}/packed[red][/b]", threads=1)
+    pack_command.main((str(photos), f"{tmp_path}/packed[red][/b]"), threads=1)
     assert f"{tmp_path}/packed[red][/b]/index.json" in capsys.readouterr().out

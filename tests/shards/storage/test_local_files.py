@@ -181,12 +181,12 @@ def test_packing_stops_at_what_may_not_be_read(
         closed.chmod(0)
         source, out = str(folder / "photos"), str(folder / "out" / closed.name)
         with as_a_user(), pytest.raises((InputError, OSError), match=str(closed)):
-            pack_command.main(source, out, threads=1)
+            pack_command.main((source, out), threads=1)
         assert not (folder / "out" / closed.name / "index.json").exists()
         assert "samples" not in capsys.readouterr().out
         closed.chmod(0o755)
     with as_a_user():
-        pack_command.main(str(folder / "photos"), str(folder / "out" / "all"), threads=1)
+        pack_command.main((str(folder / "photos"), str(folder / "out" / "all")), threads=1)
     assert "12 samples, 3 classes" in capsys.readouterr().out
 
 

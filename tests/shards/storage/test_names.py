@@ -35,8 +35,9 @@ FOREIGN = [
     *("filecache::https://h/a", "zip://a::s3://b/a.zip", "memory://a", "ftp://h/a", "data:,a"),
     *("github://o:r@/a", "S3://b/a", "dir::a", "tar://x", "ssh://h/a", "git://a", "s3://b/\0"),
 ]
+FOLDER = "a/b"  # A shard may lie below the folder of its index.
 OUTSIDE = [
-    *("../outside.tar", "/etc/passwd", "a/../../b", "", ".", "..", "a\0b", "a/b", "a\\..\\b"),
+    *("../outside.tar", "/etc/passwd", "a/../../b", "", ".", "..", "a\0b", "a\\..\\b", FOLDER),
     *("\ud800", "s3://b/a", "file:///a"),
 ]
 OTHER_TYPES = [7, None, ["a.tar"], {"a": 1}, 1.5, True]
@@ -87,7 +88,9 @@ def test_other_names_are_refused(name: object) -> None:
 # Where they are read -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*OUTSIDE, *OTHER_TYPES])
+@pytest.mark.parametrize(
+    "name", [*(n for n in OUTSIDE if n != FOLDER), "a/../b", "a//b", "./a", *OTHER_TYPES]
+)
 def test_an_index_with_a_shard_elsewhere(
     packed: Index, name: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +146,8 @@ def test_a_commit_with_a_file_elsewhere(run: Path, name: str) -> None:
         *product(["files"], [[], 7, {"a": 1}, {"a": [1, "2"]}, {"a": [1, -1]}]),
         *product(["step"], ["1", -1, 1.5, True, None]),
         *product(["method"], [[], "a", None]),
+        *product(["files"], [{"a": [1, 2**32]}, {"a": [1e400, 1]}, {"a": [True, 1]}, {"a": [1]}]),
+        *product(["step"], [10**8, 10**30, 1e400, "../1"]),
         ("index_digest", 7),
     ],
 )
@@ -152,7 +157,25 @@ def test_a_commit_of_other_types_is_damaged(run: Path, key: str, value: object) 
     document = json.loads(path.read_text()) | {key: value}
     document["digest"] = checkpoint._digest(document)
     path.write_text(json.dumps(document))
-    with pytest.raises(InputError, match=r"commit\.json is damaged$"):
+    with pytest.raises(InputError, match=rf"commit\.json is damaged: {key}.* must be "):
+        checkpoint.verify(url, ALONE)
+
+
+def test_a_commit_of_another_step(run: Path) -> None:
+    url = checkpoint.step_url(str(run), 1)
+    other = checkpoint.step_url(str(run), 2)
+    Path(url).rename(other)
+    with pytest.raises(InputError, match=r"is damaged: step is 1, not that of the folder's name$"):
+        checkpoint.verify(other, ALONE)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 10**6, b'{"a": 1, "a": 2}', b"\xff", b"[]", b"1" * 9999]
+)
+def test_a_commit_that_is_no_document(run: Path, content: bytes) -> None:
+    url = checkpoint.step_url(str(run), 1)
+    Path(url, checkpoint.COMMIT).write_bytes(content)
+    with pytest.raises(InputError, match=r"commit\.json is damaged"):
         checkpoint.verify(url, ALONE)
 
 
@@ -204,7 +227,8 @@ def test_a_url_given_by_hand_takes_the_place_of_a_foreign_one(
         *product(["precision"], ["fp8", 7, None, ["fp32"]]),
         *product(["views.size"], ["32", 0, 10**9, None, 8.5, True]),
         *product(["model.encoder.depth"], [51, "18", None]),
-        *product(["model.encoder.width"], ["1", 1e9, -1, None]),
+        *product(["model.encoder.width"], ["1", 1e9, -1, None, float("nan")]),
+        *product(["probe.crop"], [0, float("nan"), [0.5]]),
         ("seed", -1),
     ],
 )
@@ -218,4 +242,19 @@ def test_a_method_of_other_types_is_damaged(
     path.write_text(json.dumps(document))
     assert evaluate.main(["knn", str(run), "--threads", "1"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"its recipe is damaged, {name} is " in line
+    assert f"its recipe is damaged: {name} must be " in line
+
+
+@pytest.mark.parametrize("network", ["online", "untrained"])
+def test_an_encoder_larger_than_its_files_is_not_built(
+    run: Path, network: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Within the bounds of a recipe, this one would take 400 GB."""
+    path = Path(checkpoint.step_url(str(run), 1), checkpoint.COMMIT)
+    document = json.loads(path.read_text())
+    document["method"] |= {"model.encoder.width": 64.0, "model.encoder.depth": 200}
+    document["digest"] = checkpoint._digest(document)
+    path.write_text(json.dumps(document))
+    assert evaluate.main(["knn", str(run), "--threads", "1", "--network", network]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "its recipe is damaged: the encoder has 1,0" in line

@@ -1,0 +1,81 @@
+"""Turn the texts of labels into class indices."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.errors import InputError
+from shards.index import MOST_CLASSES
+from shards.samples import parse_index
+
+
+class Labels(NamedTuple):
+    """The labels of a data set."""
+
+    numbers: NDArray[np.int64]  # [N] class indices, -1 without a label
+    classes: list[str]
+    named: bool  # whether the texts are names of classes
+    warnings: list[str]  # each of one line
+
+
+def number_labels(
+    texts: list[str], classes: list[str] | None, known: list[str], place: str
+) -> Labels:
+    """Number the classes of a data set.
+
+    The texts are class indices if any of them is one. Otherwise they are names, which are numbered
+    in the order of `classes`, or else of the alphabet. Raises InputError when `classes` does not
+    fit.
+
+    Args:
+        texts: [N] The text of each sample's label, "" without one.
+        classes: The names that the user gives, or None.
+        known: The names in an index that stands there, which are kept if there are enough of them.
+        place: What holds the data set, for messages.
+    """
+    distinct = sorted(set(texts))
+    indices = {text: parse_index(text) for text in distinct}
+    names = [text for text in distinct if indices[text] is None]
+    if names and not any(number is not None and number >= 0 for number in indices.values()):
+        return _number_names(texts, names, classes, place)
+    numbers = np.array([_or_none(indices[text]) for text in texts], np.int64)
+    count = int(numbers.max(initial=-1)) + 1
+    if count > MOST_CLASSES:
+        raise InputError(f"{place}: .cls {count - 1} is no class index")
+    if classes is not None and len(classes) < count:
+        raise InputError(f"--classes names {len(classes)} classes, but .cls goes up to {count - 1}")
+    if classes is None:
+        classes = known if len(known) >= count > 0 else [str(i) for i in range(count)]
+    return Labels(numbers, classes if count else [], False, _odd_labels(texts, names))
+
+
+def _number_names(
+    texts: list[str], names: list[str], classes: list[str] | None, place: str
+) -> Labels:
+    if len(names) > MOST_CLASSES:
+        raise InputError(f"{place}: {len(names):,} different labels are no classes")
+    if classes is not None and (odd := sorted(set(names) - set(classes))):
+        raise InputError(f"--classes does not name {odd[0]!r}, which is the label of a sample")
+    classes = names if classes is None else classes
+    places = {name: i for i, name in enumerate(classes)}
+    numbers = np.array([places.get(text, -1) for text in texts], np.int64)
+    warnings = []
+    if len(names) > max(1000, len(texts) // 2):
+        warnings.append(
+            f"{len(names):,} different labels, such as {names[0]!r}: are they captions?"
+        )
+    return Labels(numbers, classes, True, warnings)
+
+
+def _or_none(number: int | None) -> int:
+    return -1 if number is None else number
+
+
+def _odd_labels(texts: list[str], names: list[str]) -> list[str]:
+    """Warn of texts among class indices that are no class indices."""
+    odd = set(names)
+    count = sum(text in odd for text in texts) if odd else 0
+    if not count:
+        return []
+    return [f"{count:,} labels are no class indices as the others are, such as {names[0]!r}"]

@@ -1,0 +1,42 @@
+"""Count what is left out of a data set, by reason and with an example."""
+
+from typing import NamedTuple
+
+
+class LeftOut(NamedTuple):
+    """The files or samples that are left out for one reason."""
+
+    number: int
+    example: str  # the name of one of them, relative to the source
+
+
+Reasons = dict[str, LeftOut]
+
+
+def leave_out(reasons: Reasons, reason: str, example: str, number: int = 1) -> None:
+    """Count a file or sample under the reason why it is left out."""
+    known = reasons.get(reason, LeftOut(0, example))
+    reasons[reason] = known._replace(number=known.number + number)
+
+
+def merge(reasons: Reasons, others: Reasons) -> None:
+    """Add what was left out elsewhere."""
+    for reason, left in others.items():
+        leave_out(reasons, reason, left.example, left.number)
+
+
+def explain(reasons: Reasons) -> str:
+    """Return the first reasons as the end of a message, or "" when there are none."""
+    parts = [f"{reason} ({left.number:,})" for reason, left in reasons.items()]
+    return f": {'; '.join(parts[:3])}" if parts else ""
+
+
+def tabulate(taken: dict[str, int], left_out: Reasons) -> list[str]:
+    """Return a table of what was taken and what was left out, one line each."""
+    rows = [(number, what) for what, number in taken.items()]
+    rows += [
+        (left.number, f"left out: {reason}, such as {left.example}")
+        for reason, left in left_out.items()
+    ]
+    width = max(len(f"{number:,}") for number, _ in rows)
+    return [f"{number:>{width},} {what}" for number, what in rows]

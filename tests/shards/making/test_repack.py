@@ -1,0 +1,131 @@
+"""Tars of any kind are packed anew: what is in them, by which label, and how often."""
+
+import bz2
+import gzip
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import pack as pack_command
+from shards import index
+from shards.errors import InputError
+from shards.making.repack import ClassesFrom, Repacking, find_packed_images
+from shards.making.tars import find_tars
+from shards.reader import BlockReader
+from shards.samples import Layout
+from tests.conftest import draw_photo
+from tests.helpers.tars import write_tar
+
+
+def find(tmp_path: Path, *sources: str, **options: Any) -> Repacking:
+    (tmp_path / "scratch").mkdir(exist_ok=True)
+    plain: dict[str, Any] = {"layout": Layout(), "classes_from": "labels", "classes": None}
+    return find_packed_images(
+        find_tars(list(sources), compressed=True),
+        **(plain | {"skip_damaged": False} | options),
+        threads=2,
+        scratch=f"{tmp_path}/scratch",
+        report=lambda _: None,
+    )
+
+
+def contents(found: Repacking) -> dict[str, tuple[bytes, int]]:
+    return {image.path: (found.read(image), image.label) for image in found.images.images}
+
+
+def test_links_and_fields_that_stand_apart(tmp_path: Path) -> None:
+    members = {"d/a.jpg": b"A", "d/b.jpg": b"B", "c.jpg": b"C", "d/b.cls": b"1", "d/a.cls": b"0"}
+    links = {"d/e.jpg": "a.jpg", "f.jpg": "d/e.jpg", "g.jpg": "g.jpg", "h.jpg": "../x.jpg"}
+    write_tar(tmp_path / "0.tar", members, links)
+    found = find(tmp_path, f"{tmp_path}/0.tar")
+    assert contents(found) == {
+        "0.tar/c.jpg": (b"C", -1),
+        "0.tar/d/a.jpg": (b"A", 0),
+        "0.tar/d/b.jpg": (b"B", 1),
+        "0.tar/d/e.jpg": (b"A", -1),
+        "0.tar/f.jpg": (b"A", -1),
+    }
+    assert found.left_out == {"samples without an image, with fields jpg": (2, "0.tar: g")}
+
+
+@pytest.mark.parametrize(
+    ("classes_from", "labels"), [("tars", [0, 1, 1]), ("folders", [1, 0, 2]), ("labels", [-1] * 3)]
+)
+def test_classes_of_tars_inside_of_a_tar(
+    tmp_path: Path, classes_from: ClassesFrom, labels: list[int]
+) -> None:
+    inner = [
+        write_tar(tmp_path / "n1.tar", {"bee/a.jpg": b"A"}),
+        write_tar(tmp_path / "n2.tar", {"ant/b.JPEG": b"B", "x/cat/c.jpg": b"C"}),
+    ]
+    outer = {path.name: path.read_bytes() for path in inner}
+    write_tar(tmp_path / "out" / "train.tar", outer | {"notes.txt": b""})
+    found = find(tmp_path, f"{tmp_path}/out", classes_from=classes_from)
+    names = ["n1.tar/bee/a.jpg", "n2.tar/ant/b.jpeg", "n2.tar/x/cat/c.jpg"]
+    assert contents(found) == {
+        f"train.tar/{name}": (content, label)
+        for name, content, label in zip(names, (b"A", b"B", b"C"), labels, strict=True)
+    }
+    assert found.left_out == {"samples without an image, with fields txt": (1, "train.tar: notes")}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [
+        (".tar.gz", gzip.compress),
+        (".tgz", gzip.compress),
+        (".TAR.BZ2", bz2.compress),
+        (".tar.xz", lzma.compress),
+        (".tar.gz", bytes),  # not compressed, in spite of its name
+    ],
+)
+def test_compressed_tars(tmp_path: Path, suffix: str, compress: Any) -> None:
+    plain = write_tar(tmp_path / "p", {"a.jpg": b"A" * 5000, "a.cls": b"1"}).read_bytes()
+    whole = compress(plain)
+    path = tmp_path / f"in{suffix}"
+    path.write_bytes(whole)
+    found = find(tmp_path, str(path))
+    assert list(contents(found).values()) == [(b"A" * 5000, 1)]
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="damaged: "):
+        find(tmp_path, str(path))
+
+
+def test_damaged_and_missing_tars(tmp_path: Path) -> None:
+    for i in range(3):
+        write_tar(tmp_path / "in" / f"{i}.tar", {"a.jpg": b"A"})
+    (tmp_path / "in" / "1.tar").write_bytes(b"<html>")
+    source = f"{tmp_path}/in/{{0..3}}.tar"
+    with pytest.raises(InputError, match=r"1\.tar: damaged.*2 of 4 tars are.* --skip-damaged"):
+        find(tmp_path, source)
+    found = find(tmp_path, source, skip_damaged=True)
+    assert len(found.images.images) == 2
+    assert found.left_out["damaged or missing tars"].number == 2
+    with pytest.raises(InputError, match=r"no images in the tars there: .*fields gif"):
+        find(tmp_path, str(write_tar(tmp_path / "gif.tar", {"a.gif": b""})))
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = {f"{i}.v1.img": draw_photo(i, 16, 16) for i in range(6)}
+    labels = {f"{i}.v1.txt": b"ant" if i % 2 else b"bee" for i in range(6)}
+    write_tar(tmp_path / "in" / "a.tar", photos | labels)
+    write_tar(tmp_path / "in" / "b.tar", {"x.txt": b""})
+    out = f"{tmp_path}/out"
+
+    def run(**options: Any) -> None:
+        pack_command.main((f"{tmp_path}/in", out), image="v1.img", label="v1.txt", **options)
+
+    with pytest.raises(InputError, match=r"--strict: 1 were left out, see the table; nothing was"):
+        run(strict=True)
+    assert not Path(out).exists()
+    run()
+    printed = capsys.readouterr()
+    assert "6 images taken" in printed.err
+    assert "1 left out: samples without an image, with fields txt, such as b.tar: x" in printed.err
+    assert printed.out.startswith("6 samples, 2 classes")
+    made = index.load(out, "data.train")
+    block = BlockReader(made).fetch(0, 0)
+    names = {s.key[9:]: made.classes[block.label(row)] for row, s in enumerate(block.samples)}
+    assert names == {f"{i}_v1_img": ("ant" if i % 2 else "bee") for i in range(6)}
