@@ -107,6 +107,11 @@ def test_only_some_are_measured(
     (source / "ant" / "0.png").write_bytes(b"\x89PNG")
     with pytest.raises(InputError, match=r"5 of its images \(in 2 of them\), such as ant/1.png"):
         pack(source, tmp_path / "out")
+    monkeypatch.setattr(survey, "LOOKED_AT", 4)
+    with pytest.raises(
+        InputError, match=r": [1-4] of 4 of its images .*such as .*, have more than"
+    ):
+        pack(source, tmp_path / "out")
 
 
 def test_images_of_eight_bits_need_none(source: Path, tmp_path: Path) -> None:
