@@ -19,14 +19,13 @@ import fsspec
 from shards.errors import InputError
 from shards.storage import local_files
 from shards.storage.failures import (
-    SLIP,
-    has_query,
     is_beyond_end,
     is_refused_condition,
     is_refused_listing,
 )
-from shards.storage.failures import redact as redact
 from shards.storage.local_files import is_local as is_local
+from shards.storage.redaction import SLIP, has_query
+from shards.storage.redaction import redact as redact
 from shards.storage.retries import WrongLength, retry
 from shards.storage.s3 import is_s3 as is_s3
 from shards.storage.s3 import open_s3
