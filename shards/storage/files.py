@@ -52,7 +52,9 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         options = {} if is_s3(url) else kind._get_kwargs_from_urls(url)
         filesystem, path = fsspec.filesystem(protocol, **options), kind._strip_protocol(url)
     except (ImportError, ValueError, TypeError, OSError) as error:
-        raise InputError(f"{redact(url)}: no storage for this URL: {error}") from None
+        known = re.fullmatch(r"[\w+.-]+", protocol)  # What is no word may hold a secret.
+        reason = error if known else "its scheme is not known"
+        raise InputError(f"{redact(url)}: no storage for this URL: {reason}") from None
     # fsspec's memory filesystem strips the leading slash, but only from names that contain `::`.
     return filesystem, f"/{path.lstrip('/')}" if protocol == "memory" and path else path
 
@@ -110,6 +112,8 @@ def check(url: str, name: str) -> None:
         name: Name of the field or argument that gave the URL, for the message.
     """
     scheme, mark, place = url.partition("://")
+    if not re.fullmatch(r"\s*[\w+.-]*\s*", scheme):
+        mark = ""  # It stands somewhere inside of a path, or of a password.
     if mark and not place.strip("/"):
         raise InputError(f"{name} {redact(url)}: names no bucket or folder")
     if mark and scheme != scheme.strip().lower():

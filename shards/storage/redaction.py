@@ -30,9 +30,11 @@ def redact(url: str) -> str:
     left out too. Other paths are returned unchanged.
     """
     scheme, mark, _ = url.partition("://")
-    if mark:
+    mistyped = _MISTYPED.match(url)
+    # A password may hold "://", too.
+    if mark and not (mistyped and mistyped.end("scheme") <= len(scheme)):
         return f"{scheme}://{split(url)[1]}"
-    if mistyped := _MISTYPED.match(url):
+    if mistyped:
         strong = bool(mistyped["strong"] or mistyped["slash"])
         known = (mistyped["known"] or "http").lower()
         return mistyped["scheme"] + _split(mistyped["rest"], known, strong)[1]

@@ -114,6 +114,7 @@ def test_no_message_shows_a_secret(url: str) -> None:
     told = ""
     try:
         files.check(url, "run")
+        files.open_filesystem(url)
     except InputError as error:
         told = str(error)
     assert CANARY not in told
