@@ -40,7 +40,8 @@ from shards.storage import files, misplaced
 
 def main(
     paths: Annotated[
-        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE [SOURCE ...] OUT")
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="SOURCE [SOURCE ...] OUT", help_behavior_hint=""),
     ],
     *,
     shard_mb: float = 64,

@@ -20,6 +20,7 @@ from shards.making.survey import ReadImage, choose_window
 from shards.storage import files
 
 MB = 1_000_000
+_SINGULAR = {"samples": "sample", "classes": "class", "shards": "shard"}
 
 console = Console(stderr=True, markup=False, emoji=False)
 
@@ -158,11 +159,9 @@ def summarize(name: str, index: Index, note: str) -> None:
     size = sum(shard.bytes for shard in index.shards) / MB
     option = "--data.train" if name in ("", "train") else "--data.val"
     url = files.redact(index.url)
-    print(
-        f"{note}{index.samples:,} samples, {len(index.classes)} classes, "
-        f"{len(index.shards)} shard{'s' * (len(index.shards) > 1)}, {size:,.1f} MB: "
-        f"{url}/index.json; use {option} {url}"
-    )
+    counts = {"samples": index.samples, "classes": len(index.classes), "shards": len(index.shards)}
+    held = ", ".join(f"{n:,} {_SINGULAR[what] if n == 1 else what}" for what, n in counts.items())
+    print(f"{note}{held}, {size:,.1f} MB: {url}/index.json; use {option} {url}")
 
 
 def note(text: str) -> None:
