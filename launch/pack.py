@@ -10,10 +10,12 @@ import sys
 from threading import Lock
 from typing import Annotated
 
+from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     check_requirements()
+    prepare_output()
 
 import tyro
 from rich.console import Console
