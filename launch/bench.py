@@ -21,10 +21,12 @@ spin while they wait for each other. Memory and the workers' CPU time are read f
 import sys
 from collections.abc import Callable
 
+from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     check_requirements()
+    prepare_output()
 
 import tyro
 

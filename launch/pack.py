@@ -12,10 +12,12 @@ import sys
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
+from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     check_requirements()
+    prepare_output()
 
 import tyro
 from annotated_types import Interval
