@@ -15,6 +15,8 @@ from shards.tar import Member, TarError, read_members
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "jpe", "jfif")
 LABEL_FIELD = "cls"
+MOST_LABEL_BYTES = 1 << 20  # A field with more than this is not read for a label.
+LONGEST_LABEL = 1000  # A longer text, in characters, is no name of a class.
 
 Span = tuple[int, int]  # offset and size of a member's content, in bytes
 
@@ -70,17 +72,22 @@ class Layout:
 
     def read_label(self, content: bytes) -> str:
         """Return the text of a label: a number, a class name, or "" when there is none."""
-        try:
-            text = content.decode()
-            path = self.label.partition(":")[2]
-            if not path:
-                return text.strip()
-            value = json.loads(text)
-            for name in path.split("."):
-                value = value[name]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        if len(content) > MOST_LABEL_BYTES:
             return ""
-        return str(value).strip() if type(value) in (str, int, float) else ""
+        try:
+            text = content.decode().strip().removeprefix("\ufeff")
+            if path := self.label.partition(":")[2]:
+                text = _find_value(json.loads(text), path)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return ""
+        return text if len(text) <= LONGEST_LABEL else ""
+
+
+def _find_value(value: Any, path: str) -> str:
+    """Return the text or number at a path such as `a.0.b` in a JSON document, or ""."""
+    for name in path.split("."):
+        value = value[int(name)] if isinstance(value, list) else value[name]
+    return str(value).strip() if type(value) in (str, int, float) else ""
 
 
 @dataclass

@@ -1,8 +1,10 @@
 """Find the tars that a user means: in folders, by brace patterns, or one by one."""
 
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 from braceexpand import braceexpand
@@ -11,12 +13,10 @@ from shards import index
 from shards.errors import InputError
 from shards.making.image_folders import is_junk, split_name
 from shards.making.left_out import Reasons, explain, leave_out
-from shards.storage import files
+from shards.storage import files, local_files
+from shards.tar import COMPRESSED, is_tar
 
-COMPRESSED = (
-    *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz"),
-    *(".tar.zst", ".tzst", ".tar.zstd"),
-)
+MOST_TARS = 1_000_000  # A pattern that names more is a slip.
 OWN_FOLDERS = (".index/", ".pack/")  # Indexing and packing keep here what is unfinished.
 
 
@@ -31,11 +31,6 @@ class Tars(NamedTuple):
         return [files.join(self.folder, name) for name in self.names]
 
 
-def is_tar(name: str, *, compressed: bool = False) -> bool:
-    """Return whether a file's name is that of a tar; a compressed one counts if `compressed`."""
-    return name.lower().endswith((".tar", *COMPRESSED) if compressed else ".tar")
-
-
 def find_tars(sources: list[str], *, compressed: bool = False) -> Tars:
     """Find the tars in folders and below them, those of brace patterns, and single ones.
 
@@ -48,27 +43,68 @@ def find_tars(sources: list[str], *, compressed: bool = False) -> Tars:
     urls: list[str] = []
     left_out: Reasons = {}
     for source in sources:
-        if is_tar(source, compressed=compressed):
+        _check_query(source)
+        if is_tar(source, compressed=compressed) and not _is_folder(source):
             urls += _expand(source)
         else:
             _check_suffix(source)
             urls += _walk(source, left_out, compressed)
-    for url, number in Counter(urls).items():
-        if number > 1:
+    places = Counter(_place(url) for url in urls)
+    for url in urls:
+        if places[_place(url)] > 1:
             raise InputError(f"SOURCE {files.redact(url)}: is named twice")
     if not urls:
         missing = [source for source in sources if not left_out and not files.exists(source)]
         if missing:
             raise InputError(f"SOURCE {files.redact(missing[0])}: no such folder")
         raise InputError(f"SOURCE {_names(sources)}: no .tar files there{explain(left_out)}")
+    if any(".." in url.split("/") for url in urls):
+        urls = [_place(url) for url in urls]
     prefix = _common_folder(urls, sources)
     names = [url[len(prefix) :].lstrip("/") for url in urls]
     return Tars(prefix or ("/" if urls[0].startswith("/") else "."), names, left_out)
 
 
+def _is_folder(source: str) -> bool:
+    return files.is_local(source) and os.path.isdir(files.open_filesystem(source)[1])
+
+
+def _place(url: str) -> str:
+    """Return one spelling for all that name the same local file. A link is a file of its own."""
+    if not files.is_local(url):
+        return url
+    folder, name = os.path.split(files.open_filesystem(url)[1])
+    return os.path.join(os.path.realpath(folder), name)
+
+
+def _check_query(source: str) -> None:
+    """Raise InputError for a signed URL, because index.json would hold its signature."""
+    address = source.partition("?")[0]
+    if source.startswith(("http://", "https://")) and address != source:
+        raise InputError(
+            f"SOURCE {files.redact(source)}: a URL with a query (?) is not read, because "
+            f"{index.NAME} would tell what it holds: download the tar"
+        )
+
+
 def _expand(source: str) -> list[str]:
+    """Return the names that a brace pattern stands for, or the one of a file of just this name."""
+    if "{" in source and files.exists(source):
+        return [source]
+    # braceexpand takes the numbers of a range all at once.
+    ranges = re.findall(r"\{(-?\d{1,30})\.\.(-?\d{1,30})", source)
     try:
-        return list(braceexpand(source, escape=False))  # Backslashes stand for themselves.
+        # Backslashes stand for themselves.
+        names = (
+            []
+            if any(abs(int(a) - int(b)) > MOST_TARS for a, b in ranges)
+            else list(islice(braceexpand(source, escape=False), MOST_TARS + 1))
+        )
+        if not 0 < len(names) <= MOST_TARS:
+            raise InputError(
+                f"SOURCE {files.redact(source)}: stands for more than {MOST_TARS:,} tars"
+            )
+        return names
     except ValueError as error:
         raise InputError(f"SOURCE {files.redact(source)}: not a brace pattern: {error}") from None
 
@@ -96,7 +132,12 @@ def _walk(source: str, left_out: Reasons, compressed: bool) -> list[str]:
             'such as "https://host/tars/part-{0000..0146}.tar"'
         )
     found = []
-    for path, _ in files.walk(source):
+
+    def note(reason: str, path: str) -> None:
+        if reason != local_files.EMPTY:
+            leave_out(left_out, reason, path)
+
+    for path, _ in files.walk(source, leave_out=note):
         name = path.rpartition("/")[2]
         if path.startswith(OWN_FOLDERS):
             continue
@@ -111,12 +152,26 @@ def _walk(source: str, left_out: Reasons, compressed: bool) -> list[str]:
             _, dot, extension = name.rpartition(".")
             kind = f".{extension.lower()} files" if dot else "files without an extension"
             leave_out(left_out, kind, path)
+    _check_splits(source, found)
+    return [files.join(source, path) for path in sorted(found)]
+
+
+def _check_splits(source: str, found: list[str]) -> None:
+    """Raise InputError when the names of folders or tars are those of several splits."""
+    place = f"SOURCE {files.redact(source)}"
     folders = {path.partition("/")[0] for path in found if "/" in path}
     if len(splits := sorted(name for name in folders if split_name(name))) > 1:
+        raise InputError(f"{place}: holds {' and '.join(splits)}: index each alone")
+    kinds: dict[str, str] = {}
+    for path in sorted(found):
+        words = re.split("[^A-Za-z]+", path.rpartition("/")[2].partition(".")[0])
+        if len(names := {name for word in words if (name := split_name(word))}) == 1:
+            kinds.setdefault(names.pop(), path)
+    if len(kinds) > 1:
         raise InputError(
-            f"SOURCE {files.redact(source)}: holds {' and '.join(splits)}: index each alone"
+            f"{place}: holds tars of several splits, such as {' and '.join(kinds.values())}: name "
+            'those of one, such as "FOLDER/train-{000..146}.tar"'
         )
-    return [files.join(source, path) for path in sorted(found)]
 
 
 def _common_folder(urls: list[str], sources: list[str]) -> str:
