@@ -12,9 +12,14 @@ class LeftOut(NamedTuple):
 
 Reasons = dict[str, LeftOut]
 
+_MOST_REASONS = 50  # Names of fields and extensions are a stranger's, and any number may differ.
+_OTHER = "other reasons"
+
 
 def leave_out(reasons: Reasons, reason: str, example: str, number: int = 1) -> None:
     """Count a file or sample under the reason why it is left out."""
+    if reason not in reasons and len(reasons) >= _MOST_REASONS:
+        reason = _OTHER
     known = reasons.get(reason, LeftOut(0, example))
     reasons[reason] = known._replace(number=known.number + number)
 
