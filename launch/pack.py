@@ -29,12 +29,14 @@ from shards.errors import InputError, printable
 from shards.index import Index
 from shards.making import pack, scan
 from shards.making.image_folders import find_images
+from shards.making.labels import read_class_names
 from shards.making.left_out import Reasons, leave_out, tabulate
 from shards.making.repack import ClassesFrom, find_packed_images
-from shards.making.tars import find_tars, is_tar
+from shards.making.tars import find_tars
 from shards.making.undecodable import find_fault
 from shards.samples import Layout
 from shards.storage import files
+from shards.tar import is_tar
 
 MB = 1_000_000
 
@@ -98,7 +100,8 @@ def main(
         raise InputError("--shard-mb must be positive and below 1,000,000")
     if not paths:
         raise InputError("SOURCE and OUT are missing: give pack.py SOURCE OUT")
-    layout = Layout(image.lower(), label, dotted)
+    field, colon, key = label.partition(":")
+    layout = Layout(image.lower().lstrip("."), field.lower().lstrip(".") + colon + key, dotted)
     if index_only:
         if classes_from != "labels":
             raise InputError(
@@ -116,7 +119,7 @@ def main(
     plain = layout == Layout() and not classes and classes_from == "labels"
     folder = plain and len(sources) == 1 and not is_tar(sources[0], compressed=True)
     if not (folder and _pack_folder(sources[0], follow_links, strict, write)):
-        names = _class_names(classes)
+        names = read_class_names(classes) if classes else None
         _repack(sources, layout, classes_from, names, skip_damaged, threads, strict, write)
 
 
@@ -156,8 +159,10 @@ def _repack(
                 scratch=scratch,
                 report=_note,
             )
-        _tell({"images taken": len(found.images.images)}, found.left_out, found.warnings, strict)
-        write(found.images, found.read)
+        number = sum(len(part.images) for part in found.sets)
+        _tell({"images taken": number}, found.left_out, found.warnings, strict)
+        for part in found.sets:
+            write(part, found.read)
 
 
 def _write(
@@ -199,7 +204,10 @@ def _tell(taken: dict[str, int], left_out: Reasons, warnings: list[str], strict:
         _warn(warning)
     if strict and left_out:
         number = sum(left.number for left in left_out.values())
-        raise InputError(f"--strict: {number:,} were left out, see the table; nothing was written")
+        raise InputError(
+            f"--strict: {number:,} {'was' if number == 1 else 'were'} left out, see the table: no "
+            "shards and no index were written"
+        )
 
 
 class _Contents:
@@ -226,34 +234,24 @@ def _index(
     strict: bool,
     skip_damaged: bool,
 ) -> None:
-    names = _class_names(classes)
+    names = read_class_names(classes) if classes else None
     tars = find_tars(sources)
-    with _Bar("indexing", None, len(tars.names)) as bar:
-        indexed = scan.index_tars(
-            tars,
-            out=out or tars.folder,
-            layout=layout,
-            classes=names,
-            skip_damaged=skip_damaged,
-            threads=threads,
-            report=_note,
-            advance=bar.advance,
-        )
-    _tell({"samples taken": indexed.made.samples}, indexed.left_out, indexed.warnings, strict)
+    place = out or tars.folder
+    with scan.telling_what_stays(place, _note):
+        with _Bar("indexing", None, len(tars.names)) as bar:
+            indexed = scan.index_tars(
+                tars,
+                out=place,
+                layout=layout,
+                classes=names,
+                skip_damaged=skip_damaged,
+                threads=threads,
+                report=_note,
+                advance=bar.advance,
+            )
+        _tell({"samples taken": indexed.made.samples}, indexed.left_out, indexed.warnings, strict)
     scan.save(indexed, _warn)
     _summarize("", indexed.made, "")
-
-
-def _class_names(url: str) -> list[str] | None:
-    """Return the lines of a file of class names, or None when there is no such file."""
-    if not url:
-        return None
-    try:
-        return files.read(url).decode().splitlines()
-    except FileNotFoundError:
-        raise InputError(f"--classes {files.redact(url)}: no such file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"--classes {files.redact(url)}: is no text in UTF-8") from None
 
 
 def _note(text: str) -> None:

@@ -112,14 +112,15 @@ def test_what_is_left_out_of_tars_is_told(tmp_path: Path) -> None:
         "samples with several images and dots in their names (use --dotted if the dots belong to "
         "the names, or name the image's field with --image)": (1, "0.tar: e"),
         NO_IMAGE.format("img, json"): (1, "0.tar: f"),
-        "samples whose image stands elsewhere in the tar, with fields cls "
+        "samples whose image stands elsewhere in the tar "
         "(`python launch/pack.py SOURCE OUT` repacks them)": (1, "0.tar: c"),
         "samples whose image is a link or no plain file "
         "(`python launch/pack.py SOURCE OUT` repacks them)": (1, "0.tar: g"),
     }
     assert indexed.warnings == [
-        "1 labels are no class indices as the others are, such as 'bee'",
+        "1 label is no class index as the others are, such as 'bee'",
         "2 of 3 samples have no label",
+        "the labels begin at 1, and class 0 has no sample: are they counted from 1?",
     ]
 
 
