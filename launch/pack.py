@@ -32,7 +32,7 @@ from shards.making.image_folders import find_images
 from shards.making.labels import read_class_names
 from shards.making.left_out import Reasons, leave_out, tabulate
 from shards.making.repack import ClassesFrom, find_packed_images
-from shards.making.tars import find_tars
+from shards.making.tars import check_suffix, find_tars
 from shards.making.undecodable import find_fault
 from shards.samples import Layout
 from shards.storage import files
@@ -125,6 +125,7 @@ def main(
 
 def _pack_folder(source: str, follow_links: bool, strict: bool, write: Callable[..., None]) -> bool:
     """Pack the images of a folder. Return False, and do nothing, if it holds tars instead."""
+    check_suffix(source)
     with _console.status(Text(f"listing {files.redact(source)}")):
         found = find_images(source, follow_links=follow_links)
     if not found.sets:
@@ -291,7 +292,8 @@ def _summarize(name: str, index: Index, note: str) -> None:
     option = "--data.train" if name in ("", "train") else "--data.val"
     url = files.redact(index.url)
     print(
-        f"{note}{index.samples:,} samples, {len(index.classes)} classes, "
+        f"{note}{index.samples:,} sample{'s' * (index.samples != 1)}, "
+        f"{len(index.classes)} class{'es' * (len(index.classes) != 1)}, "
         f"{len(index.shards)} shard{'s' * (len(index.shards) > 1)}, {size:,.1f} MB: "
         f"{url}/index.json; use {option} {url}"
     )

@@ -72,6 +72,8 @@ def find_images(source: str, *, follow_links: bool = False) -> Found:
     if not found:
         if tars:
             return Found([], left_out, [])
+        if files.is_local(source) and os.path.isfile(files.open_filesystem(source)[1]):
+            raise InputError(f"SOURCE {place}: is a file: give a folder of images, or tars")
         wanted = ", ".join(EXTENSIONS)
         raise InputError(f"SOURCE {place}: no {wanted} files there{explain(left_out)}")
     found.sort()

@@ -11,6 +11,8 @@ from shards.index import MOST_CLASSES
 from shards.samples import parse_index
 from shards.storage import files
 
+_MANY = 20  # More different labels than these are doubted when they are half of all.
+
 
 class Labels(NamedTuple):
     """The labels of a data set."""
@@ -71,7 +73,7 @@ def _number_names(
     places = {name: i for i, name in enumerate(classes)}
     numbers = np.array([places.get(text, -1) for text in texts], np.int64)
     warnings = []
-    if len(names) > max(1000, len(texts) // 2):
+    if len(names) > max(_MANY, len(texts) // 2):
         warnings.append(
             f"{len(names):,} different labels, such as {names[0]!r}: are they captions?"
         )

@@ -14,11 +14,11 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 from shards.errors import InputError
 from shards.making.image_folders import split_name
 from shards.making.labels import number_labels
-from shards.making.left_out import Reasons, explain, leave_out, merge
+from shards.making.left_out import Reasons, explain, leave_out, merge, tell_each
 from shards.making.pack import Image, ImageSet, run_in_threads
 from shards.making.scan import NOT_THERE, PATTERN_HINT
 from shards.making.scan_tar import NO_FIELD, explain_absence, read_label
-from shards.making.tars import Tars
+from shards.making.tars import Tars, check_is_file
 from shards.making.unpack import is_compressed, unpack
 from shards.samples import IMAGE_FIELDS, Layout, Sample, group_samples, match_name
 from shards.storage import files
@@ -84,6 +84,7 @@ def find_packed_images(
         url = files.join(tars.folder, name)
         shown = files.redact(url)
         try:
+            check_is_file(url)
             with open_skim(url) as file:
                 packed = is_compressed(file)
             if packed:
@@ -99,15 +100,16 @@ def find_packed_images(
 
     results = run_in_threads(list_tar, range(len(tars.names)), threads)
     damaged = [found for found in results if isinstance(found, str)]
-    for line in damaged if skip_damaged or len(damaged) > 1 else []:
-        report(line)
+    if skip_damaged or len(damaged) > 1:
+        tell_each(damaged, report)
     if damaged and not skip_damaged:
         raise InputError(
-            f"SOURCE {damaged[0]}: {len(damaged):,} of {len(tars.names):,} tars are damaged or "
-            "missing: restore them, or leave them out with --skip-damaged"
+            f"SOURCE {damaged[0]}: {len(damaged):,} of {len(tars.names):,} tars "
+            f"{'is' if len(damaged) == 1 else 'are'} damaged or missing: restore "
+            f"{'it' if len(damaged) == 1 else 'them'}, or use --skip-damaged"
         )
-    for line in damaged:
-        leave_out(left_out, "damaged or missing tars", line)
+    if damaged:
+        leave_out(left_out, "damaged or missing tars", damaged[0], len(damaged))
     found: list[_Found] = []
     for result in results:
         if not isinstance(result, str):

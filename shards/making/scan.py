@@ -18,11 +18,11 @@ from shards.errors import InputError
 from shards.index import Index, Shard
 from shards.making.image_folders import split_name
 from shards.making.labels import Labels, number_labels
-from shards.making.left_out import LeftOut, Reasons, explain, leave_out, merge
+from shards.making.left_out import LeftOut, Reasons, explain, leave_out, merge, tell_each
 from shards.making.pack import run_in_threads
 from shards.making.scan_tar import Scan, scan_tar
-from shards.making.tars import Tars
-from shards.samples import Layout
+from shards.making.tars import Tars, check_is_file
+from shards.samples import FieldTwice, Layout
 from shards.storage import files, names
 from shards.storage.failures import user_info
 from shards.storage.retries import retry
@@ -203,13 +203,17 @@ def _tell_damaged(
     """Report all damaged tars. Raise InputError unless they may be skipped and others are left."""
     if not damaged:
         return
-    for tar in damaged if skip or len(damaged) > 1 else []:
-        report(f"{tar.url}: {tar.reason} ({tar.samples:,} samples before that)")
+    if skip or len(damaged) > 1:
+        tell_each(
+            [f"{tar.url}: {tar.reason} ({tar.samples:,} samples before that)" for tar in damaged],
+            report,
+        )
     if not skip or len(damaged) == number:
-        skippable = "" if len(damaged) == number else ", or leave them out with --skip-damaged"
+        skippable = "" if len(damaged) == number else ", or use --skip-damaged"
         raise InputError(
             f"SOURCE {damaged[0].url}: {damaged[0].reason}: {len(damaged):,} of {number:,} tars "
-            f"are damaged or missing: restore them{skippable}"
+            f"{'is' if len(damaged) == 1 else 'are'} damaged or missing: restore "
+            f"{'it' if len(damaged) == 1 else 'them'}{skippable}"
         )
     lost = sum(tar.samples for tar in damaged)
     reason = f"damaged or missing tars, with at least {lost:,} samples"
@@ -229,7 +233,9 @@ def _scan_once(folder: str, name: str, layout: Layout, out: str) -> Scan | Damag
     except FileNotFoundError:
         return Damaged(place, NOT_THERE + PATTERN_HINT * bool(set(name) & set("*?")), 0)
     except TarError as error:
-        return Damaged(place, f"damaged: {error}", len(starts))
+        hint = " (`python launch/pack.py SOURCE OUT` takes the last of them)"
+        hint *= isinstance(error, FieldTwice)
+        return Damaged(place, f"damaged: {error}{hint}", len(starts))
     content = json.dumps(_record(found, layout, version)).encode()
     files.write(_record_url(out, name), content)
     return found
@@ -242,8 +248,7 @@ def _version(url: str) -> list[str]:
     """
     filesystem, path = files.client(url)
     info = retry(url, lambda: filesystem.info(path))
-    if files.is_local(url) and not os.path.isfile(path):
-        raise TarError("it is no file")
+    check_is_file(url)
     if info.get("size") is None:
         raise OSError(f"{files.redact(url)}: the server does not tell the length: download it")
     return [str(info.get(key, "")) for key in ("size", *_VERSIONS)]
@@ -277,6 +282,7 @@ def _record(found: Scan, layout: Layout, version: list[str]) -> dict[str, Any]:
         "left_out": found.left_out,
         "fields": found.fields,
         "folders": found.folders,
+        "twice": found.twice,
     }
 
 
@@ -292,7 +298,7 @@ def _from_record(record: dict[str, Any], name: str, version: list[str], layout: 
     shard = Shard(name, len(labels), int(record["bytes"]), blocks, index.checksum(blocks))
     left_out = {why: LeftOut(int(n), str(what)) for why, (n, what) in record["left_out"].items()}
     fields, folders = ([str(name) for name in record[key]] for key in ("fields", "folders"))
-    return Scan(shard, labels, left_out, fields, folders)
+    return Scan(shard, labels, left_out, fields, folders, int(record["twice"]))
 
 
 def _known_classes(url: str) -> list[str]:
@@ -318,7 +324,7 @@ def _doubts(labels: Labels, scans: list[Scan]) -> list[str]:
     numbers = labels.numbers
     missing = int((numbers < 0).sum())
     if missing == len(numbers):
-        return [_hint_at_labels(scans), *_doubts_about_bytes(scans)]
+        return [_hint_at_labels(scans), *_doubts_about_tars(scans)]
     doubts = [f"{missing:,} of {len(numbers):,} samples have no label"] if missing else []
     if not labels.named and numbers[numbers >= 0].min() == 1:
         doubts.append("the labels begin at 1, and class 0 has no sample: are they counted from 1?")
@@ -328,11 +334,11 @@ def _doubts(labels: Labels, scans: list[Scan]) -> list[str]:
             f"{index.BLOCK_BYTES >> 20} MB of consecutive samples, so a batch would hold few "
             "classes: repack the images with `python launch/pack.py SOURCE OUT`, which shuffles"
         )
-    return doubts + _doubts_about_bytes(scans)
+    return doubts + _doubts_about_tars(scans)
 
 
-def _doubts_about_bytes(scans: list[Scan]) -> list[str]:
-    """Warn of splits that lie together, and of samples that are too large to be read in blocks."""
+def _doubts_about_tars(scans: list[Scan]) -> list[str]:
+    """Warn of splits that lie together, of repeated names, and of blocks that are too large."""
     doubts = []
     folders = sorted({folder for found in scans for folder in found.folders})
     if len({split_name(folder) for folder in folders} - {None}) > 1:
@@ -340,6 +346,12 @@ def _doubts_about_bytes(scans: list[Scan]) -> list[str]:
         doubts.append(
             f"the folders {names} in the tars look like splits, and would be one data set: "
             "`python launch/pack.py SOURCE OUT` packs each alone"
+        )
+    if repeated := sum(found.twice for found in scans):
+        example = next(found.shard.name for found in scans if found.twice)
+        doubts.append(
+            f"samples whose name comes again in their tar, as after `tar --append`: {repeated:,}, "
+            f"such as in {example} (`python launch/pack.py SOURCE OUT` takes the last of them)"
         )
     largest = max(scans, key=lambda found: found.largest)
     if largest.largest > _LARGE:

@@ -12,7 +12,7 @@ from shards.index import MOST_CLASSES, Shard
 from shards.making.left_out import Reasons, leave_out
 from shards.making.pack import describe_starts
 from shards.samples import MOST_LABEL_BYTES, Layout, Sample, group_samples, match_name
-from shards.tar import Member, read_members
+from shards.tar import Member, is_tar, read_members
 
 _REPACK = "`python launch/pack.py SOURCE OUT` repacks them"
 _ELSEWHERE = f"samples whose image stands elsewhere in the tar ({_REPACK})"
@@ -32,6 +32,7 @@ class Scan(NamedTuple):
     left_out: Reasons
     fields: list[str]  # of its first sample
     folders: list[str]  # the first two folders in the samples' names, some of them
+    twice: int  # samples whose name comes again
 
     @property
     def largest(self) -> int:
@@ -73,7 +74,8 @@ def scan_tar(file: BinaryIO, name: str, layout: Layout, starts: "array[int]") ->
         found.tell(reason, keys, name, left_out)
     size = file.seek(0, io.SEEK_END)
     shard = describe_starts(name, np.array(starts, np.int64), size)
-    return Scan(shard, labels, left_out, first, sorted(folders))
+    twice = len(keys) - len(np.unique(keys))
+    return Scan(shard, labels, left_out, first, sorted(folders), twice)
 
 
 class _Without(NamedTuple):
@@ -134,6 +136,6 @@ def explain_absence(sample: Sample, layout: Layout) -> str:
             "samples with several images and dots in their names (use --dotted if the dots belong "
             "to the names, or name the image's field with --image)"
         )
-    if set(fields) <= {"tar"}:
+    if all(is_tar(f".{name}") for name in fields):
         return "tars inside of a tar (extract them, or repack with --classes-from tars)"
     return f"samples without an image, with fields {shown} (name the image's field with --image)"

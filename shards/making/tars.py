@@ -14,7 +14,7 @@ from shards.errors import InputError
 from shards.making.image_folders import is_junk, split_name
 from shards.making.left_out import Reasons, explain, leave_out
 from shards.storage import files, local_files
-from shards.tar import COMPRESSED, is_tar
+from shards.tar import COMPRESSED, TarError, is_tar
 
 MOST_TARS = 1_000_000  # A pattern that names more is a slip.
 OWN_FOLDERS = (".index/", ".pack/")  # Indexing and packing keep here what is unfinished.
@@ -42,13 +42,19 @@ def find_tars(sources: list[str], *, compressed: bool = False) -> Tars:
     """
     urls: list[str] = []
     left_out: Reasons = {}
+    taken: list[str] = []  # in folders or one by one, perhaps by a pattern of the shell
     for source in sources:
         _check_query(source)
         if is_tar(source, compressed=compressed) and not _is_folder(source):
-            urls += _expand(source)
+            expanded = _expand(source)
+            taken += expanded if len(sources) > 1 else []
+            urls += expanded
         else:
-            _check_suffix(source)
-            urls += _walk(source, left_out, compressed)
+            check_suffix(source)
+            found = _walk(source, left_out, compressed)
+            taken += found
+            urls += found
+    _check_names(taken, sources)
     places = Counter(_place(url) for url in urls)
     for url in urls:
         if places[_place(url)] > 1:
@@ -63,6 +69,13 @@ def find_tars(sources: list[str], *, compressed: bool = False) -> Tars:
     prefix = _common_folder(urls, sources)
     names = [url[len(prefix) :].lstrip("/") for url in urls]
     return Tars(prefix or ("/" if urls[0].startswith("/") else "."), names, left_out)
+
+
+def check_is_file(url: str) -> None:
+    """Raise TarError for a local folder or pipe, which can't be read as a tar."""
+    path = files.open_filesystem(url)[1]
+    if files.is_local(url) and os.path.exists(path) and not os.path.isfile(path):
+        raise TarError("it is no file")
 
 
 def _is_folder(source: str) -> bool:
@@ -109,7 +122,7 @@ def _expand(source: str) -> list[str]:
         raise InputError(f"SOURCE {files.redact(source)}: not a brace pattern: {error}") from None
 
 
-def _check_suffix(source: str) -> None:
+def check_suffix(source: str) -> None:
     """Raise InputError for a file that is no tar."""
     name = source.lower()
     if name.endswith(COMPRESSED):
@@ -162,15 +175,21 @@ def _check_splits(source: str, found: list[str]) -> None:
     folders = {path.partition("/")[0] for path in found if "/" in path}
     if len(splits := sorted(name for name in folders if split_name(name))) > 1:
         raise InputError(f"{place}: holds {' and '.join(splits)}: index each alone")
+
+
+def _check_names(urls: list[str], sources: list[str]) -> None:
+    """Raise InputError when the tars are called like several splits."""
     kinds: dict[str, str] = {}
-    for path in sorted(found):
-        words = re.split("[^A-Za-z]+", path.rpartition("/")[2].partition(".")[0])
-        if len(names := {name for word in words if (name := split_name(word))}) == 1:
-            kinds.setdefault(names.pop(), path)
+    for name in sorted(url.rpartition("/")[2] for url in urls):
+        words = re.split("[^A-Za-z]+", name.partition(".")[0])
+        if len(splits := {split for word in words if (split := split_name(word))}) == 1:
+            kinds.setdefault(splits.pop(), name)
     if len(kinds) > 1:
         raise InputError(
-            f"{place}: holds tars of several splits, such as {' and '.join(kinds.values())}: name "
-            'those of one, such as "FOLDER/train-{000..146}.tar"'
+            f"SOURCE {_names(sources)}: holds tars of several splits, such as "
+            f"{' and '.join(kinds.values())}: name those of one by a pattern in quotes, such as "
+            '"FOLDER/train-{000..146}.tar"; one such as "FOLDER/{train,val}-{000..146}.tar" takes '
+            "both"
         )
 
 
@@ -190,4 +209,5 @@ def _common_folder(urls: list[str], sources: list[str]) -> str:
 
 
 def _names(sources: Iterable[str]) -> str:
-    return " ".join(files.redact(source) for source in sources)
+    first = [files.redact(source) for source in islice(sources, 4)]
+    return " ".join(first[:3]) + " ..." * (len(first) > 3)

@@ -305,7 +305,7 @@ def test_all_damaged_tars_are_told_and_may_be_skipped(tmp_path: Path) -> None:
     indexed = scan_tars(source, skip_damaged=True)
     assert [shard.name for shard in indexed.made.shards] == ["part-0000.tar", "part-0004.tar"]
     assert indexed.left_out["damaged or missing tars, with at least 2 samples"].number == 3
-    with pytest.raises(InputError, match=r"1 of 1 tars are damaged or missing: restore them$"):
+    with pytest.raises(InputError, match=r"1 of 1 tars is damaged or missing: restore it$"):
         scan_tars(f"{folder}/part-0001.tar", skip_damaged=True)
 
 
