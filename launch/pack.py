@@ -27,7 +27,7 @@ from rich.text import Text
 from launch.plain_errors import plain_errors
 from shards.errors import InputError, printable
 from shards.index import Index
-from shards.making import pack, scan
+from shards.making import kept_scans, pack, scan
 from shards.making.image_folders import find_images
 from shards.making.labels import read_class_names
 from shards.making.left_out import Reasons, leave_out, tabulate
@@ -238,7 +238,7 @@ def _index(
     names = read_class_names(classes) if classes else None
     tars = find_tars(sources)
     place = out or tars.folder
-    with scan.telling_what_stays(place, _note):
+    with kept_scans.telling_what_stays(place, _note):
         with _Bar("indexing", None, len(tars.names)) as bar:
             indexed = scan.index_tars(
                 tars,

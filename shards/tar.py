@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 BLOCK = 512  # A header has this many bytes, and contents are padded to a multiple of it.
-LONGEST_EXTENSION = 16 << 20  # A name and attributes need less. More than this is not read.
+LONGEST_EXTENSION = 4 << 20  # A name and attributes need less. More than this is not read.
 
 COMPRESSED = (
     *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz"),
@@ -23,7 +23,7 @@ _FILES, _LINKS, _FOLDER, _EXTENSIONS = b"0\x007", b"12", b"5", b"xXLKg"
 _OLD_FILE, _SPARSE = b"\0", b"S"
 _WITHOUT_CONTENT = b"123456"
 _ADLER = 65521  # The lower half of Adler-32 is one more than the sum of the bytes, modulo this.
-_PIECE = 1 << 20  # Zeros are read in pieces of this many bytes.
+_ZEROS = bytes(1 << 20)
 
 
 class TarError(ValueError):
@@ -127,11 +127,11 @@ def _skip_zeros(file: BinaryIO, offset: int, end: int) -> int:
     """Return the offset of the first block from `offset` on that is not all zeros, or `end`."""
     while offset < end:
         file.seek(offset)
-        piece = file.read(min(_PIECE, end - offset))
+        piece = file.read(min(len(_ZEROS), end - offset))
         if not piece:
             raise TarError(f"it ended at byte {offset} while it was read")
-        if rest := piece.lstrip(b"\0"):
-            return offset + (len(piece) - len(rest)) // BLOCK * BLOCK
+        if piece != _ZEROS[: len(piece)]:
+            return offset + (len(piece) - len(piece.lstrip(b"\0"))) // BLOCK * BLOCK
         offset += len(piece)
     return end
 

@@ -1,42 +1,39 @@
 """Make an index for tars that others made, by reading their headers and labels once."""
 
 import contextlib
-import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards import index
-from shards.digest import digest
 from shards.errors import InputError
-from shards.index import Index, Shard
+from shards.index import Index
+from shards.making import kept_scans
 from shards.making.image_folders import split_name
 from shards.making.labels import Labels, number_labels
-from shards.making.left_out import LeftOut, Reasons, explain, leave_out, merge, tell_each
+from shards.making.left_out import Reasons, explain, leave_out, merge, tell_each
 from shards.making.pack import run_in_threads
 from shards.making.scan_tar import Scan, scan_tar
 from shards.making.tars import Tars, check_is_file
+from shards.making.undecodable import find_fault
+from shards.making.unpack import is_compressed
 from shards.samples import FieldTwice, Layout
 from shards.storage import files, names
 from shards.storage.failures import user_info
-from shards.storage.retries import retry
 from shards.storage.skim import open_skim
-from shards.tar import TarError
+from shards.tar import BLOCK, TarError
 
 REMOTE_THREADS = 4  # Times as many tars are scanned at once, because each waits for its answers.
 
-_WORK = ".index"  # This folder holds what was found so far, for the next call to go on from.
-_BEGUN = "begun"
+_REPACKS = "`python launch/pack.py SOURCE OUT` repacks"
 _LARGE = 64 << 20  # A block of more bytes than these is warned about.
 _ELSEWHERE = f"write {index.NAME} elsewhere with --out URL"
-# What storage libraries call the time or the tag of an object's content.
-_VERSIONS = ("mtime", "ino", "ETag", "etag", "LastModified", "Last-Modified", "md5Hash", "updated")
 NOT_THERE = "not there"
 PATTERN_HINT = " (a * or ? is part of a name: name the folder, or let the shell expand it)"
 
@@ -117,31 +114,7 @@ def index_tars(
 def save(indexed: Indexed, report: Callable[[str], None]) -> None:
     """Write the index, and remove what was kept for it."""
     indexed.made.save()
-    url = indexed.made.url
-    files.discard(files.join(url, _WORK), url, report)
-
-
-@contextlib.contextmanager
-def telling_what_stays(out: str, report: Callable[[str], None]) -> Iterator[None]:
-    """When the block fails, tell what stays at `out` for the next call, or remove it if it is none.
-
-    What an index is made of takes long to find, so it is kept.
-    """
-    try:
-        yield
-    except InputError:
-        if not files.exists(files.join(out, _WORK, _BEGUN)):
-            raise  # Nothing could be written.
-        work = files.join(out, _WORK)
-        if number := sum(name != _BEGUN for name in files.list_names(work)):
-            of = f"{number:,} tar{'s' * (number > 1)}"
-            report(
-                f"{files.redact(work)} keeps what was found in {of}: the next call goes on from "
-                "it, and without one you may remove it"
-            )
-        else:
-            files.discard(work, out, report)
-        raise
+    kept_scans.forget(indexed.made.url, report)
 
 
 def _check_places(tars: Tars, out: str) -> str:
@@ -188,7 +161,7 @@ def _check_standing(out: str, base: str) -> None:
 
 def _check_writable(out: str) -> None:
     try:
-        files.write(files.join(out, _WORK, _BEGUN), b"")
+        kept_scans.begin(out)
     except OSError as error:
         raise InputError(f"{error}; {_ELSEWHERE}") from None
 
@@ -225,80 +198,35 @@ def _scan_once(folder: str, name: str, layout: Layout, out: str) -> Scan | Damag
     url, place = files.join(folder, name), files.redact(files.join(folder, name))
     starts = array("q")
     try:
-        version = _version(url)
-        if known := _kept(name, version, layout, out):
+        check_is_file(url)
+        version = kept_scans.read_version(url)
+        if known := kept_scans.find_kept(name, version, layout, out):
             return known
         with open_skim(url) as file:
-            found = scan_tar(file, name, layout, starts)
+            found = _scan(file, name, layout, starts)
     except FileNotFoundError:
         return Damaged(place, NOT_THERE + PATTERN_HINT * bool(set(name) & set("*?")), 0)
     except TarError as error:
         hint = " (`python launch/pack.py SOURCE OUT` takes the last of them)"
         hint *= isinstance(error, FieldTwice)
         return Damaged(place, f"damaged: {error}{hint}", len(starts))
-    content = json.dumps(_record(found, layout, version)).encode()
-    files.write(_record_url(out, name), content)
+    kept_scans.keep(found, layout, version, out)
     return found
 
 
-def _version(url: str) -> list[str]:
-    """Return what changes when a file is replaced: its size, and its time or tag.
-
-    Raises FileNotFoundError, and TarError for what is no file.
-    """
-    filesystem, path = files.client(url)
-    info = retry(url, lambda: filesystem.info(path))
-    check_is_file(url)
-    if info.get("size") is None:
-        raise OSError(f"{files.redact(url)}: the server does not tell the length: download it")
-    return [str(info.get(key, "")) for key in ("size", *_VERSIONS)]
-
-
-def _record_url(out: str, name: str) -> str:
-    return files.join(out, _WORK, f"{digest(name)}.json")
-
-
-def _kept(name: str, version: list[str], layout: Layout, out: str) -> Scan | None:
-    """Return what an earlier call found in this version of a tar, if it is kept."""
-    # A damaged record counts as no record, and the tar is scanned again.
-    with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError, OverflowError):
-        return _from_record(files.read_json(_record_url(out, name)), name, version, layout)
-    return None
-
-
-def _record(found: Scan, layout: Layout, version: list[str]) -> dict[str, Any]:
-    shard = found.shard
-    assert shard.blocks is not None
-    texts = sorted(set(found.labels))
-    places = {text: i for i, text in enumerate(texts)}
-    return {
-        "name": shard.name,
-        "layout": asdict(layout),
-        "version": version,
-        "bytes": shard.bytes,
-        "blocks": shard.blocks.tolist(),
-        "texts": texts,
-        "labels": [places[text] for text in found.labels],
-        "left_out": found.left_out,
-        "fields": found.fields,
-        "folders": found.folders,
-        "twice": found.twice,
-    }
-
-
-def _from_record(record: dict[str, Any], name: str, version: list[str], layout: Layout) -> Scan:
-    """Return what an earlier call found in a tar. Raises ValueError when the tar has changed."""
-    told = [record["name"], record["layout"], record["version"]]
-    if told != [name, asdict(layout), version]:
-        raise ValueError(name)
-    blocks = np.array(record["blocks"], np.int64).reshape(-1, 2)
-    labels = [str(record["texts"][i]) for i in record["labels"]]
-    if len(labels) != blocks[:, 1].sum():
-        raise ValueError(name)
-    shard = Shard(name, len(labels), int(record["bytes"]), blocks, index.checksum(blocks))
-    left_out = {why: LeftOut(int(n), str(what)) for why, (n, what) in record["left_out"].items()}
-    fields, folders = ([str(name) for name in record[key]] for key in ("fields", "folders"))
-    return Scan(shard, labels, left_out, fields, folders, int(record["twice"]))
+def _scan(file: BinaryIO, name: str, layout: Layout, starts: "array[int]") -> Scan:
+    """Do what `scan_tar` does. When it raises TarError, say what stands in the place of a tar."""
+    try:
+        return scan_tar(file, name, layout, starts)
+    except TarError as error:
+        file.seek(0)
+        if is_compressed(file):
+            raise TarError(f"it is compressed, and {_REPACKS} it") from None
+        file.seek(0)
+        fault = find_fault(file.read(BLOCK))
+        if fault.startswith(("a ", "an ")) and not starts:
+            raise TarError(f"{error}, it is {fault}") from None
+        raise
 
 
 def _known_classes(url: str) -> list[str]:
@@ -345,7 +273,7 @@ def _doubts_about_tars(scans: list[Scan]) -> list[str]:
         names = " and ".join(folder for folder in folders if split_name(folder))
         doubts.append(
             f"the folders {names} in the tars look like splits, and would be one data set: "
-            "`python launch/pack.py SOURCE OUT` packs each alone"
+            f"{_REPACKS} each alone"
         )
     if repeated := sum(found.twice for found in scans):
         example = next(found.shard.name for found in scans if found.twice)

@@ -102,7 +102,8 @@ def _check_query(source: str) -> None:
 
 def _expand(source: str) -> list[str]:
     """Return the names that a brace pattern stands for, or the one of a file of just this name."""
-    if "{" in source and files.exists(source):
+    http = source.startswith(("http://", "https://"))  # Some servers answer to any name.
+    if "{" in source and not http and files.exists(source):
         return [source]
     # braceexpand takes the numbers of a range all at once.
     ranges = re.findall(r"\{(-?\d{1,30})\.\.(-?\d{1,30})", source)
