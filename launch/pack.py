@@ -29,15 +29,17 @@ from launch.plain_errors import plain_errors
 from shards.dimensions import MOST_PIXELS
 from shards.errors import InputError, printable
 from shards.fields import check_range
-from shards.making import pack, scan
+from shards.making import kept_scans, pack, scan
 from shards.making.convert import PixelOptions
 from shards.making.image_folders import find_images
+from shards.making.labels import read_class_names
 from shards.making.left_out import Reasons, tabulate
 from shards.making.repack import ClassesFrom, find_packed_images
-from shards.making.tars import find_tars, is_tar
+from shards.making.tars import check_suffix, find_tars
 from shards.making.window import check_window
 from shards.samples import Layout
 from shards.storage import files, misplaced
+from shards.tar import is_tar
 
 
 def main(
@@ -110,7 +112,8 @@ def main(
         raise InputError("--shard-mb must be positive and below 1,000,000")
     if not paths:
         raise InputError("SOURCE and OUT are missing: give pack.py SOURCE OUT")
-    layout = Layout(image.lower(), label, dotted)
+    field, colon, key = label.partition(":")
+    layout = Layout(image.lower().lstrip("."), field.lower().lstrip(".") + colon + key, dotted)
     options = PixelOptions(max_pixels, max_side, window)
     if index_only:
         if classes_from != "labels" or options.facts() or window_percentiles:
@@ -130,7 +133,8 @@ def main(
     plain = layout == Layout() and not classes and classes_from == "labels"
     folder = plain and len(sources) == 1 and not is_tar(sources[0], compressed=True)
     if not (folder and _pack_folder(sources[0], follow_links, packing)):
-        _repack(sources, layout, classes_from, _class_names(classes), skip_damaged, packing)
+        names = read_class_names(classes) if classes else None
+        _repack(sources, layout, classes_from, names, skip_damaged, packing)
 
 
 def _check_pixels(options: PixelOptions, percentiles: tuple[float, float] | None) -> None:
@@ -154,6 +158,7 @@ def _check_out(url: str) -> None:
 
 def _pack_folder(source: str, follow_links: bool, packing: Packing) -> bool:
     """Pack the images of a folder. Return False, and do nothing, if it holds tars instead."""
+    check_suffix(source)
     with console.status(Text(f"listing {files.redact(source)}")):
         found = find_images(source, follow_links=follow_links)
     if not found.sets:
@@ -189,9 +194,9 @@ def _repack(
                 scratch=scratch,
                 report=note,
             )
-        number = len(found.images.images)
+        number = sum(len(part.images) for part in found.sets)
         _tell({"images taken": number}, found.left_out, found.warnings, packing.strict)
-        packing.write([found.images], found.read, sources[0])
+        packing.write(found.sets, found.read, sources[0])
 
 
 def _tell(taken: dict[str, int], left_out: Reasons, warnings: list[str], strict: bool) -> None:
@@ -203,7 +208,10 @@ def _tell(taken: dict[str, int], left_out: Reasons, warnings: list[str], strict:
         warn(warning)
     if strict and left_out:
         number = sum(left.number for left in left_out.values())
-        raise InputError(f"--strict: {number:,} were left out, see the table; nothing was written")
+        raise InputError(
+            f"--strict: {number:,} {'was' if number == 1 else 'were'} left out, see the table: no "
+            "shards and no index were written"
+        )
 
 
 def _index(
@@ -215,34 +223,24 @@ def _index(
     strict: bool,
     skip_damaged: bool,
 ) -> None:
-    names = _class_names(classes)
+    names = read_class_names(classes) if classes else None
     tars = find_tars(sources)
-    with Bar("indexing", None, len(tars.names)) as bar:
-        indexed = scan.index_tars(
-            tars,
-            out=out or tars.folder,
-            layout=layout,
-            classes=names,
-            skip_damaged=skip_damaged,
-            threads=threads,
-            report=note,
-            advance=bar.advance,
-        )
-    _tell({"samples taken": indexed.made.samples}, indexed.left_out, indexed.warnings, strict)
+    place = out or tars.folder
+    with kept_scans.telling_what_stays(place, note):
+        with Bar("indexing", None, len(tars.names)) as bar:
+            indexed = scan.index_tars(
+                tars,
+                out=place,
+                layout=layout,
+                classes=names,
+                skip_damaged=skip_damaged,
+                threads=threads,
+                report=note,
+                advance=bar.advance,
+            )
+        _tell({"samples taken": indexed.made.samples}, indexed.left_out, indexed.warnings, strict)
     scan.save(indexed, warn)
     summarize("", indexed.made, "")
-
-
-def _class_names(url: str) -> list[str] | None:
-    """Return the lines of a file of class names, or None when there is no such file."""
-    if not url:
-        return None
-    try:
-        return files.read(url).decode().splitlines()
-    except FileNotFoundError:
-        raise InputError(f"--classes {files.redact(url)}: no such file") from None
-    except UnicodeDecodeError:
-        raise InputError(f"--classes {files.redact(url)}: is no text in UTF-8") from None
 
 
 if __name__ == "__main__":

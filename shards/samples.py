@@ -16,6 +16,13 @@ from shards.tar import Member, TarError, read_members
 PACKED_FIELDS = ("jpg", "jpeg", "png", "webp")  # Packing writes images to these.
 IMAGE_FIELDS = (*PACKED_FIELDS, "jpe", "jfif")
 LABEL_FIELD = "cls"
+MOST_LABEL_BYTES = 1 << 20  # A field with more than this is not read for a label.
+LONGEST_LABEL = 1000  # A longer text, in characters, is no name of a class.
+
+
+class FieldTwice(TarError):
+    """A sample has the same field twice."""
+
 
 Span = tuple[int, int]  # offset and size of a member's content, in bytes
 
@@ -71,17 +78,22 @@ class Layout:
 
     def read_label(self, content: bytes) -> str:
         """Return the text of a label: a number, a class name, or "" when there is none."""
-        try:
-            text = content.decode()
-            path = self.label.partition(":")[2]
-            if not path:
-                return text.strip()
-            value = json.loads(text)
-            for name in path.split("."):
-                value = value[name]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        if len(content) > MOST_LABEL_BYTES:
             return ""
-        return str(value).strip() if type(value) in (str, int, float) else ""
+        try:
+            text = content.decode().strip().removeprefix("\ufeff")
+            if path := self.label.partition(":")[2]:
+                text = _find_value(json.loads(text), path)
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return ""
+        return text if len(text) <= LONGEST_LABEL else ""
+
+
+def _find_value(value: Any, path: str) -> str:
+    """Return the text or number at a path such as `a.0.b` in a JSON document, or ""."""
+    for name in path.split("."):
+        value = value[int(name)] if isinstance(value, list) else value[name]
+    return str(value).strip() if type(value) in (str, int, float) else ""
 
 
 @dataclass
@@ -107,7 +119,7 @@ def read_samples(
 ) -> Iterator[Sample]:
     """Yield the samples of a tar, or of a piece that begins at a sample's start, in file order.
 
-    Raises TarError when `read_members` does, and when a sample has the same field twice.
+    Raises TarError when `read_members` does, and FieldTwice when a sample has the same field twice.
     """
     return group_samples(read_members(file, whole=whole), layout or Layout())
 
@@ -115,24 +127,36 @@ def read_samples(
 def group_samples(members: Iterable[Member], layout: Layout) -> Iterator[Sample]:
     """Group members into samples. Members whose name has no field belong to none.
 
-    Raises TarError when a sample has the same field twice.
+    Raises FieldTwice when a sample has the same field twice.
     """
     sample: Sample | None = None
+    links: Sample | None = None  # The links of another key, which do not end the sample.
     for member in members:
         match = match_name(member.name, layout)
         if match is None:
             continue
         key, name = match
+        if member.link or member.special:
+            if sample is not None and sample.key == key:
+                sample.empty[name] = member
+                continue
+            if links is None or links.key != key:
+                if links is not None:
+                    yield links
+                links = Sample(key, member.start)
+            links.empty[name] = member
+            continue
         if sample is None or sample.key != key:
             if sample is not None:
                 yield _find_parts(sample, layout)
             sample = Sample(key, member.start)
-        if name in sample.fields or name in sample.empty:
-            raise TarError(f"member {member.name!r} stands twice in one sample")
-        if member.link or member.special:
-            sample.empty[name] = member
-        else:
-            sample.fields[name] = (member.content, member.size)
+            if links is not None and links.key == key:
+                sample.empty, links = links.empty, None
+        if name in sample.fields:
+            raise FieldTwice(f"member {member.name!r} stands twice in one sample")
+        sample.fields[name] = (member.content, member.size)
+    if links is not None:
+        yield links
     if sample is not None:
         yield _find_parts(sample, layout)
 

@@ -6,14 +6,24 @@ to the time it takes to decode and crop a 32-pixel image.
 """
 
 import io
+import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 BLOCK = 512  # A header has this many bytes, and contents are padded to a multiple of it.
+LONGEST_EXTENSION = 4 << 20  # A name and attributes need less. More than this is not read.
+
+COMPRESSED = (
+    *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz"),
+    *(".tar.zst", ".tzst", ".tar.zstd"),
+)
 
 # The types of members, each one byte. The last name those that only have a header.
-_FILES, _LINKS, _FOLDER, _EXTENSIONS = b"0\x007", b"12", b"5", b"xLKg"
+_FILES, _LINKS, _FOLDER, _EXTENSIONS = b"0\x007", b"12", b"5", b"xXLKg"
+_OLD_FILE, _SPARSE = b"\0", b"S"
 _WITHOUT_CONTENT = b"123456"
+_ADLER = 65521  # The lower half of Adler-32 is one more than the sum of the bytes, modulo this.
+_ZEROS = bytes(1 << 20)
 
 
 class TarError(ValueError):
@@ -29,6 +39,12 @@ class Member(NamedTuple):
     size: int  # length of its content in bytes
     link: str = ""  # For a hard or symbolic link: the name that it gives.
     special: bool = False  # Its content is not that of a file: a device, a pipe, a sparse file.
+    beyond: bool = False  # It stands after an end mark, as where several tars are one file.
+
+
+def is_tar(name: str, *, compressed: bool = False) -> bool:
+    """Return whether a file's name is that of a tar; a compressed one counts if `compressed`."""
+    return name.lower().endswith((".tar", *COMPRESSED) if compressed else ".tar")
 
 
 def read_members(file: BinaryIO, *, whole: bool = False) -> Iterator[Member]:
@@ -39,22 +55,37 @@ def read_members(file: BinaryIO, *, whole: bool = False) -> Iterator[Member]:
     ends inside a member.
 
     Args:
-        whole: Also raise TarError when the file ends without the end mark of a tar.
+        whole: Also yield what stands after the end mark of a tar; bytes that are no members become
+            one without a name. Also raise TarError when the file ends without an end mark.
     """
     end = file.seek(0, io.SEEK_END)
     offset = start = 0
     # An extended header describes the next member. These hold what it says until then.
     said: dict[str, str] = {}
+    marked = beyond = False  # Did an end mark come just before, or anywhere?
     while offset < end:
         file.seek(offset)
         header = file.read(BLOCK)
         if not any(header):
-            return
+            if not whole:
+                return
+            marked = beyond = True
+            offset = start = _skip_zeros(file, offset, end)
+            continue
         kind = header[156:157]
-        length = _header_size(header, offset)
-        if "size" in said and kind not in _EXTENSIONS:
+        try:
+            length = _header_size(header, offset)
+        except TarError:
+            if not marked:
+                raise
+            yield Member("", offset, offset, end - offset, special=True, beyond=True)
+            return
+        marked = False
+        if said and "size" in said and kind not in _EXTENSIONS:
             length = _pax_size(said["size"], offset)
         content = offset + BLOCK
+        if kind == _SPARSE:
+            content = _skip_sparse_map(file, header, content)
         # Links may give the size of their target, which does not follow.
         padded = 0 if kind in _WITHOUT_CONTENT else -(-length // BLOCK) * BLOCK
         if content + padded > end:
@@ -63,28 +94,74 @@ def read_members(file: BinaryIO, *, whole: bool = False) -> Iterator[Member]:
         if kind in _EXTENSIONS:
             said |= _read_extension(kind, file, length, header_at)
             continue
-        if kind != _FOLDER:
-            name = said.get("path") or _header_name(header)
-            link = said.get("linkpath") or _text(header[157:257]) if kind in _LINKS else ""
-            special = kind not in _FILES + _LINKS or any("GNU.sparse" in key for key in said)
-            yield Member(name, start, content, 0 if link else length, link, special)
+        name = said.get("path") if said else None
+        name = name or _header_name(header)
+        if kind in _FILES and not said:
+            if kind != _OLD_FILE or not name.endswith("/"):  # A slash made it a folder once.
+                yield Member(name, start, content, length, "", False, beyond)
+        elif kind != _FOLDER:
+            yield _describe(kind, name, header, said, (start, content, length))._replace(
+                beyond=beyond
+            )
         start, said = offset, {}
-    if whole:
+    if whole and not marked:
         raise TarError(f"it ends at byte {end}, without the end mark of a tar")
+
+
+def _describe(
+    kind: bytes, name: str, header: bytes, said: dict[str, str], place: tuple[int, int, int]
+) -> Member:
+    """Return a member that is a link, a special file, or described by an extended header.
+
+    Args:
+        place: The offsets of its first header and of its content, and the length of its content.
+    """
+    start, content, length = place
+    link = said.get("linkpath") or _text(header[157:257]) if kind in _LINKS else ""
+    special = kind not in _FILES + _LINKS or any("GNU.sparse" in key for key in said)
+    name = said.get("GNU.sparse.name", name)
+    return Member(name, start, content, 0 if link else length, link, special)
+
+
+def _skip_zeros(file: BinaryIO, offset: int, end: int) -> int:
+    """Return the offset of the first block from `offset` on that is not all zeros, or `end`."""
+    while offset < end:
+        file.seek(offset)
+        piece = file.read(min(len(_ZEROS), end - offset))
+        if not piece:
+            raise TarError(f"it ended at byte {offset} while it was read")
+        if piece != _ZEROS[: len(piece)]:
+            return offset + (len(piece) - len(piece.lstrip(b"\0"))) // BLOCK * BLOCK
+        offset += len(piece)
+    return end
+
+
+def _skip_sparse_map(file: BinaryIO, header: bytes, offset: int) -> int:
+    """Return where the content of an old GNU sparse file begins, behind the rest of its map."""
+    more = header[482]
+    while more:
+        file.seek(offset)
+        block = file.read(BLOCK)
+        more = len(block) == BLOCK and block[504]
+        offset += BLOCK
+    return offset
 
 
 def _read_extension(kind: bytes, file: BinaryIO, length: int, offset: int) -> dict[str, str]:
     """Return what an extended header says about the next member."""
     if kind == b"g":  # It speaks of all members, and so of none's name or size.
         return {}
+    if length > LONGEST_EXTENSION:
+        raise TarError(f"the header at byte {offset} claims {length:,} bytes for a name")
     content = file.read(length)
-    if kind == b"x":
+    if kind in b"xX":
         return _pax_records(content, offset)
     return {"path" if kind == b"L" else "linkpath": _text(content)}
 
 
 def _text(content: bytes) -> str:
-    return content.split(b"\0", 1)[0].decode(errors="replace")
+    """Decode up to the first NUL. Bytes that are no UTF-8 become escapes such as `\\xe9`."""
+    return content.split(b"\0", 1)[0].decode(errors="backslashreplace")
 
 
 def _header_size(header: bytes, offset: int) -> int:
@@ -93,14 +170,23 @@ def _header_size(header: bytes, offset: int) -> int:
     Raises TarError when the header's checksum, which covers all bytes but its own, is wrong.
     """
     try:
-        total = int(header[148:156].rstrip(b" \0"), 8)
-        if len(header) < BLOCK or total != sum(header) - sum(header[148:156]) + 8 * 32:
-            raise ValueError
+        told = header[148:156]
+        total = int(told.rstrip(b" \0"), 8)
+        rest = total + sum(told) - 8 * 32  # This is the sum of all bytes if they are right.
+        # Adler-32 adds bytes in a twentieth of the time that `sum` takes.
+        if len(header) < BLOCK or zlib.adler32(header) & 0xFFFF != (1 + rest) % _ADLER:
+            _check_signed(header, rest)
         if header[124] & 0x80:  # Sizes of 8 GiB and more are in base 256.
             return int.from_bytes(header[125:136], "big")
-        return _natural(header[124:136].rstrip(b" \0") or b"0", 8)
+        return _natural(header[124:136].split(b"\0", 1)[0].strip() or b"0", 8)
     except ValueError:
         raise TarError(f"no tar header at byte {offset}") from None
+
+
+def _check_signed(header: bytes, total: int) -> None:
+    """Raise ValueError unless `total` is the sum of the bytes as some old programs took it."""
+    if len(header) < BLOCK or total != sum(header) - 256 * sum(byte > 127 for byte in header):
+        raise ValueError(total)
 
 
 def _natural(text: bytes | str, base: int) -> int:
@@ -129,10 +215,10 @@ def _pax_records(content: bytes, offset: int) -> dict[str, str]:
     """Parse lines of the form `LENGTH KEY=VALUE`, where LENGTH counts the bytes of the line."""
     records, position = {}, 0
     try:
-        while position < len(content):
+        while position < len(content) and content[position]:  # Some programs fill up with NULs.
             length = int(content[position : content.index(b" ", position)])
-            line = content[position : position + length].decode(errors="replace")
-            key, _, value = line.split(" ", 1)[1].rstrip("\n").partition("=")
+            line = content[position : position + length].decode(errors="backslashreplace")
+            key, _, value = line.split(" ", 1)[1].removesuffix("\n").partition("=")
             records[key] = value
             position += max(1, length)
     except (ValueError, IndexError):

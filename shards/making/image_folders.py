@@ -8,6 +8,7 @@ from shards.errors import InputError
 from shards.making.left_out import Reasons, explain, leave_out
 from shards.making.pack import Image, ImageSet
 from shards.storage import files, local_files, misplaced
+from shards.tar import is_tar
 
 EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jfif", "avif"),
@@ -54,6 +55,7 @@ def find_images(source: str, *, follow_links: bool = False) -> Found:
     found: list[tuple[str, int]] = []
     left_out: Reasons = {}
     empty: list[str] = []
+    tars: list[str] = []
 
     def note(reason: str, path: str) -> None:
         if is_junk(path):
@@ -66,6 +68,8 @@ def find_images(source: str, *, follow_links: bool = False) -> Found:
     for path, size in files.walk(source, follow_links=follow_links, leave_out=note):
         if reason := _reason_against(path):
             leave_out(left_out, reason, path)
+            if reason != _JUNK_FILES and is_tar(path, compressed=True):
+                tars.append(path)
         else:
             found.append((path, size))
     place = files.redact(source)
@@ -73,7 +77,7 @@ def find_images(source: str, *, follow_links: bool = False) -> Found:
         hint = PATTERN_HINT if set(source) & set("*?") else ""
         raise InputError(f"SOURCE {place}: no such folder{hint}")
     if not found:
-        if ".tar files" in left_out:
+        if tars:
             return Found([], left_out, [])
         raise InputError(f"SOURCE {place}: no images there{_hint(source, left_out)}")
     found.sort()
@@ -82,13 +86,13 @@ def find_images(source: str, *, follow_links: bool = False) -> Found:
     paths = [*(path for path, _ in found), *(f"{path}/." for path in empty)]
     if not splits:
         sets = [_image_set("", "", found, _class_names(paths, ""))]
-        return Found(sets, left_out, _doubts(sets[0].classes, sets))
+        return Found(sets, left_out, _doubts(sets[0].classes, sets, tars))
     classes = sorted({name for folder in splits for name in _class_names(paths, folder)})
     sets = [_image_set(name, folder, found, classes) for folder, name in splits.items()]
     for path, _ in found:
         if path.split("/", 1)[0] not in splits:
             leave_out(left_out, f"images outside of {', '.join(splits)}", path)
-    return Found(sets, left_out, _doubts(classes, sets))
+    return Found(sets, left_out, _doubts(classes, sets, tars))
 
 
 def is_junk(path: str) -> bool:
@@ -140,9 +144,16 @@ def split_name(folder: str) -> str | None:
     return _SPLITS.get(_DECORATION.sub("", folder.lower()))
 
 
-def _doubts(classes: list[str], sets: list[ImageSet]) -> list[str]:
-    """Warn of classes that are probably no classes, and of those without images."""
+def _doubts(classes: list[str], sets: list[ImageSet], tars: list[str]) -> list[str]:
+    """Warn of tars, of classes that are probably no classes, and of those without images."""
     doubts = []
+    if tars:
+        hold = (
+            f"{min(tars)} is a tar, whose images are"
+            if len(tars) == 1
+            else (f"{len(tars):,} files, such as {min(tars)}, are tars, whose images are")
+        )
+        doubts.append(f"{hold} not taken: give the tars themselves as SOURCE to pack those")
     if len(classes) == 1:
         doubts.append(f"there is one class only, {classes[0]}: is SOURCE one folder too high?")
     elif splits := [name for name in classes if split_name(name)]:

@@ -1,5 +1,6 @@
 """Turn the texts of labels into class indices."""
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +9,9 @@ from numpy.typing import NDArray
 from shards.errors import InputError
 from shards.index import MOST_CLASSES
 from shards.samples import parse_index
+from shards.storage import files
+
+_MANY = 20  # More different labels than these are doubted when they are half of all.
 
 
 class Labels(NamedTuple):
@@ -20,7 +24,12 @@ class Labels(NamedTuple):
 
 
 def number_labels(
-    texts: list[str], classes: list[str] | None, known: list[str], place: str
+    texts: list[str],
+    classes: list[str] | None,
+    known: list[str],
+    place: str,
+    *,
+    as_names: bool = False,
 ) -> Labels:
     """Number the classes of a data set.
 
@@ -33,7 +42,10 @@ def number_labels(
         classes: The names that the user gives, or None.
         known: The names in an index that stands there, which are kept if there are enough of them.
         place: What holds the data set, for messages.
+        as_names: The texts are names, even those that look like class indices.
     """
+    if as_names:
+        return _number_names(texts, sorted(set(texts) - {""}), classes, place)
     distinct = sorted(set(texts))
     indices = {text: parse_index(text) for text in distinct}
     names = [text for text in distinct if indices[text] is None]
@@ -55,17 +67,45 @@ def _number_names(
 ) -> Labels:
     if len(names) > MOST_CLASSES:
         raise InputError(f"{place}: {len(names):,} different labels are no classes")
-    if classes is not None and (odd := sorted(set(names) - set(classes))):
-        raise InputError(f"--classes does not name {odd[0]!r}, which is the label of a sample")
+    if classes is not None:
+        _check_names(names, classes)
     classes = names if classes is None else classes
     places = {name: i for i, name in enumerate(classes)}
     numbers = np.array([places.get(text, -1) for text in texts], np.int64)
     warnings = []
-    if len(names) > max(1000, len(texts) // 2):
+    if len(names) > max(_MANY, len(texts) // 2):
         warnings.append(
             f"{len(names):,} different labels, such as {names[0]!r}: are they captions?"
         )
     return Labels(numbers, classes, True, warnings)
+
+
+def _check_names(names: list[str], classes: list[str]) -> None:
+    """Raise InputError unless the user's `classes` give each of the names one number."""
+    if odd := sorted(set(names) - set(classes)):
+        raise InputError(f"--classes does not name {odd[0]!r}, which is the label of a sample")
+    if twice := [name for name, number in Counter(classes).items() if number > 1 and name in names]:
+        raise InputError(f"--classes names {twice[0]!r} twice, so its labels have no one number")
+
+
+def read_class_names(url: str) -> list[str]:
+    """Read a file with the name of each class, one a line.
+
+    Raises InputError when there is no such file, when it is no text, and when a line before the
+    last name is empty, because all names after it would get a wrong number.
+    """
+    place = f"--classes {files.redact(url)}"
+    try:
+        text = files.read(url).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{place}: no such file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{place}: is no text in UTF-8") from None
+    lines = text.rstrip().replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    names = [line.strip() for line in lines]
+    if "" in names:
+        raise InputError(f"{place}: line {names.index('') + 1} is empty, but each names a class")
+    return names
 
 
 def _or_none(number: int | None) -> int:
@@ -78,4 +118,5 @@ def _odd_labels(texts: list[str], names: list[str]) -> list[str]:
     count = sum(text in odd for text in texts) if odd else 0
     if not count:
         return []
-    return [f"{count:,} labels are no class indices as the others are, such as {names[0]!r}"]
+    are = "label is no class index" if count == 1 else "labels are no class indices"
+    return [f"{count:,} {are} as the others are, such as {names[0]!r}"]

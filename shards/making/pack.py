@@ -308,7 +308,12 @@ def describe(name: str, samples: Iterable[Sample], size: int) -> Shard:
     Args:
         size: The tar's length in bytes.
     """
-    starts = np.array([sample.start for sample in samples if sample.image], np.int64)
+    starts = [sample.start for sample in samples if sample.image]
+    return describe_starts(name, np.array(starts, np.int64), size)
+
+
+def describe_starts(name: str, starts: NDArray[np.int64], size: int) -> Shard:
+    """Make a shard's entry in the index from the offsets [N] of its samples with an image."""
     blocks: Blocks = np.empty((0, 2), np.int64)
     if len(starts):
         cuts = np.array(_even_cuts(np.append(starts[1:], size), index.BLOCK_BYTES))

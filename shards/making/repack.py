@@ -8,32 +8,39 @@ class may be the tar or the folder of an image.
 import io
 import posixpath
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from shards.errors import InputError
-from shards.making.image_folders import EXTENSIONS, PATTERN_HINT
+from shards.making.image_folders import EXTENSIONS, PATTERN_HINT, split_name
 from shards.making.labels import number_labels
-from shards.making.left_out import Reasons, explain, leave_out, merge
+from shards.making.left_out import Reasons, explain, leave_out, merge, tell_each
 from shards.making.pack import Image, ImageSet, run_in_threads
 from shards.making.scan import NOT_THERE
+from shards.making.scan_tar import NO_FIELD, explain_absence, read_label
 from shards.making.survey import ReadImage
-from shards.making.tars import Tars, is_tar
-from shards.making.unpack import unpack
+from shards.making.tars import Tars, check_is_file
+from shards.making.unpack import is_compressed, unpack
 from shards.samples import IMAGE_FIELDS, Layout, Sample, Span, group_samples, match_name
 from shards.storage import files
 from shards.storage.skim import open_skim
-from shards.tar import Member, TarError, read_members
+from shards.tar import COMPRESSED, Member, TarError, is_tar, read_members
 
 ClassesFrom = Literal["labels", "tars", "folders"]
 
 _MOST_LINKS = 8  # A chain of more links than this is taken for a loop.
+_MOST_TARS = 8  # Tars inside of so many tars are not read.
+
+
+_LINK = "samples whose image is no plain file, or a link that leads to none in the tar"
+_REPLACED = "members that a later one of the same name replaces"
+_ALIKE = "members whose name another one has in small or capital letters"
 
 
 class Repacking(NamedTuple):
     """The images of tars, ready to be packed."""
 
-    images: ImageSet
+    sets: list[ImageSet]  # one for each split, or one without a name
     read: ReadImage
     left_out: Reasons
     warnings: list[str]  # each of one line
@@ -78,7 +85,10 @@ def find_packed_images(
         url = files.join(tars.folder, name)
         shown = files.redact(url)
         try:
-            if not name.lower().endswith(".tar"):
+            check_is_file(url)
+            with open_skim(url) as file:
+                packed = is_compressed(file)
+            if packed:
                 report(f"unpacking {shown} to {scratch}")
                 unpack(url, f"{scratch}/{number}.tar")
                 url = f"{scratch}/{number}.tar"
@@ -91,29 +101,36 @@ def find_packed_images(
 
     results = run_in_threads(list_tar, range(len(tars.names)), threads)
     damaged = [found for found in results if isinstance(found, str)]
-    for line in damaged if skip_damaged or len(damaged) > 1 else []:
-        report(line)
+    if skip_damaged or len(damaged) > 1:
+        tell_each(damaged, report)
     if damaged and not skip_damaged:
         raise InputError(
-            f"SOURCE {damaged[0]}: {len(damaged):,} of {len(tars.names):,} tars are damaged or "
-            "missing: restore them, or leave them out with --skip-damaged"
+            f"SOURCE {damaged[0]}: {len(damaged):,} of {len(tars.names):,} tars "
+            f"{'is' if len(damaged) == 1 else 'are'} damaged or missing: restore "
+            f"{'it' if len(damaged) == 1 else 'them'}, or use --skip-damaged"
         )
-    for line in damaged:
-        leave_out(left_out, "damaged or missing tars", line)
+    if damaged:
+        leave_out(left_out, "damaged or missing tars", damaged[0], len(damaged))
     found: list[_Found] = []
     for result in results:
         if not isinstance(result, str):
             found += result[0]
             merge(left_out, result[1])
-    return _prepare(sorted(found), classes, left_out, f"SOURCE {files.redact(tars.folder)}")
+    found.sort()
+    return _prepare(found, classes_from, classes, left_out, f"SOURCE {files.redact(tars.folder)}")
 
 
 def _prepare(
-    found: list[_Found], classes: list[str] | None, left_out: Reasons, place: str
+    found: list[_Found],
+    classes_from: ClassesFrom,
+    classes: list[str] | None,
+    left_out: Reasons,
+    place: str,
 ) -> Repacking:
     if not found:
         raise InputError(f"{place}: no images in the tars there{explain(left_out)}")
-    labels = number_labels([image.label for image in found], classes, [], place)
+    texts = [image.label for image in found]
+    labels = number_labels(texts, classes, [], place, as_names=classes_from != "labels")
     at = {image.path: image for image in found}
 
     def read(image: Image, start: int | None = None, stop: int | None = None) -> bytes:
@@ -124,8 +141,38 @@ def _prepare(
     images = [Image(f.path, f.size, number) for f, number in zip(found, numbers, strict=True)]
     warnings = list(labels.warnings)
     if missing := sum(number < 0 for number in numbers):
-        warnings.append(f"{missing:,} of {len(numbers):,} samples have no label")
-    return Repacking(ImageSet("", images, labels.classes), read, left_out, warnings)
+        hint = "; the folders may name the classes (--classes-from folders)"
+        hint = hint * (missing == len(numbers) and all(f.path.count("/") > 1 for f in found))
+        warnings.append(f"{missing:,} of {len(numbers):,} samples have no label{hint}")
+    return Repacking(_part(images, labels.classes, place), read, left_out, warnings)
+
+
+def _part(images: list[Image], classes: list[str], place: str) -> list[ImageSet]:
+    """Part images whose folders or tars are splits. Raise InputError if others are among them."""
+    splits: dict[str, list[Image]] = {}
+    for image in images:
+        splits.setdefault(_split(image.path), []).append(image)
+    if len(splits) - ("" in splits) < 2:
+        return [ImageSet("", images, classes)]
+    if others := splits.get(""):
+        raise InputError(
+            f"{place}: holds images of {' and '.join(name for name in splits if name)}, but also "
+            f"{others[0].path}: extract the tars, and pack each split alone"
+        )
+    return [ImageSet(name, part, classes) for name, part in splits.items()]
+
+
+def _split(path: str) -> str:
+    """Return the split that an image belongs to by the first folder or tar called so, or ""."""
+    parts = (_without_suffix(part) for part in path.replace("\\", "/").split("/")[:-1])
+    return next((name for part in parts if (name := split_name(part))), "")
+
+
+def _without_suffix(tar: str) -> str:
+    for suffix in (".tar", *COMPRESSED):
+        if tar.lower().endswith(suffix):
+            return tar[: -len(suffix)]
+    return tar
 
 
 def _list_images(
@@ -135,26 +182,41 @@ def _list_images(
     layout: Layout,
     classes_from: ClassesFrom,
     left_out: Reasons,
+    depth: int = 0,
 ) -> Iterator[_Found]:
     """Yield the images of a tar and of the tars inside of it."""
-    by_name = {member.name: member for member in read_members(file, whole=True)}
+    by_name: dict[str, Member] = {}
+    for member in read_members(file, whole=True):
+        if not member.name:
+            where = f"{tar}: byte {member.start}"
+            leave_out(left_out, "bytes after the end mark of a tar that are no tar", where)
+            continue
+        if member.name in by_name:
+            leave_out(left_out, _REPLACED, f"{tar}: {member.name}")
+        by_name[member.name] = member
     members = [_follow_link(member, by_name) for member in by_name.values()]
     for member in members:
-        if is_tar(member.name) and member.size:
+        inside = f"{tar}/{member.name}"
+        if is_tar(member.name) and depth == _MOST_TARS:
+            leave_out(left_out, f"tars inside of more than {_MOST_TARS} tars", inside)
+        elif is_tar(member.name) and member.size:
             part = cast(BinaryIO, _Part(file, member.content, member.size))
-            inside = f"{tar}/{member.name}"
-            for found in _list_images(part, url, inside, layout, classes_from, left_out):
-                yield found._replace(start=member.content + found.start)
+            found = _list_images(part, url, inside, layout, classes_from, left_out, depth + 1)
+            try:
+                for inner in found:
+                    yield inner._replace(start=member.content + inner.start)
+            except TarError as error:
+                raise TarError(f"{member.name}: {error}") from None
     for sample in _group(members, layout, tar, left_out):
         if image := _find_image(sample, layout):
-            label = _read_class(file, sample, tar, layout, classes_from)
+            label = _read_class(file, sample, tar, layout, classes_from, left_out)
             path = f"{tar}/{sample.key}.{image[0]}"
             if path.rpartition(".")[2] not in EXTENSIONS:
                 path += f".{IMAGE_FIELDS[0]}"  # Decoders look at the content alone.
             yield _Found(path, url, *image[1], label)
         elif sample.empty or any(not is_tar(f".{name}") for name in sample.fields):
-            fields = ", ".join(sorted([*sample.fields, *sample.empty])[:5])
-            reason = f"samples without an image, with fields {fields}"
+            linked = layout.image_field([*sample.fields, *sample.empty])
+            reason = _LINK if sample.empty and linked else explain_absence(sample, layout)
             leave_out(left_out, reason, f"{tar}: {sample.key}")
 
 
@@ -174,12 +236,11 @@ def _group(members: list[Member], layout: Layout, tar: str, left_out: Reasons) -
 
     Members that stand apart are one sample if that sample has one image.
     """
+    members = list(_without_alike(members, layout, tar, left_out))
     keyed: dict[str, list[Member]] = {}
     for member in members:
         if match := match_name(member.name, layout):
             keyed.setdefault(match[0], []).append(member)
-        else:
-            leave_out(left_out, "members without a field in their name", f"{tar}: {member.name}")
     apart = Counter(sample.key for sample in group_samples(members, layout))
     together: set[str] = set()
     for key, number in apart.items():
@@ -191,18 +252,37 @@ def _group(members: list[Member], layout: Layout, tar: str, left_out: Reasons) -
     yield from (s for s in group_samples(members, layout) if s.key not in together)
 
 
+def _without_alike(
+    members: Iterable[Member], layout: Layout, tar: str, left_out: Reasons
+) -> Iterator[Member]:
+    """Yield the members that have a field, and of those with one key and field only the first."""
+    seen: set[tuple[str, str]] = set()
+    for member in members:
+        match = match_name(member.name, layout)
+        if match is None or match in seen:
+            leave_out(left_out, _ALIKE if match else NO_FIELD, f"{tar}: {member.name}")
+        else:
+            seen.add(match)
+            yield member
+
+
 def _read_class(
-    file: BinaryIO, sample: Sample, tar: str, layout: Layout, classes_from: ClassesFrom
+    file: BinaryIO,
+    sample: Sample,
+    tar: str,
+    layout: Layout,
+    classes_from: ClassesFrom,
+    left_out: Reasons,
 ) -> str:
     """Return the text of a sample's label, or the name of its class."""
     if classes_from == "tars":
-        return tar.rpartition("/")[2].partition(".")[0]
+        return _without_suffix(tar.rpartition("/")[2])
     if classes_from == "folders":
-        return sample.key.rpartition("/")[0].rpartition("/")[2]
-    if sample.label is None:
-        return ""
-    file.seek(sample.label[0])
-    return layout.read_label(file.read(sample.label[1]))
+        # Tars that were made on Windows may have backslashes.
+        folders = sample.key if "/" in sample.key else sample.key.replace("\\", "/")
+        name = folders.rpartition("/")[0].rpartition("/")[2]
+        return "" if name == "." else name
+    return read_label(file, sample, layout, tar, left_out)
 
 
 def _follow_link(member: Member, by_name: dict[str, Member]) -> Member:

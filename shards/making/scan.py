@@ -1,35 +1,39 @@
 """Make an index for tars that others made, by reading their headers and labels once."""
 
 import contextlib
-import io
-import json
 import os
+from array import array
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards import index
-from shards.blocks import checksum
 from shards.errors import InputError
-from shards.index import Index, Shard
-from shards.making.image_folders import PATTERN_HINT
+from shards.index import Index
+from shards.making import kept_scans
+from shards.making.image_folders import PATTERN_HINT, split_name
 from shards.making.labels import Labels, number_labels
-from shards.making.left_out import LeftOut, Reasons, explain, leave_out, merge
-from shards.making.pack import describe, run_in_threads
-from shards.making.tars import Tars
-from shards.samples import Layout, Sample, group_samples, match_name
-from shards.storage import files
+from shards.making.left_out import Reasons, explain, leave_out, merge, tell_each
+from shards.making.pack import run_in_threads
+from shards.making.scan_tar import Scan, scan_tar
+from shards.making.tars import Tars, check_is_file
+from shards.making.undecodable import find_fault
+from shards.making.unpack import is_compressed
+from shards.samples import FieldTwice, Layout
+from shards.storage import files, names
+from shards.storage.redaction import user_info
 from shards.storage.skim import open_skim
-from shards.tar import Member, TarError, read_members
+from shards.tar import BLOCK, TarError
 
 REMOTE_THREADS = 4  # Times as many tars are scanned at once, because each waits for its answers.
 
-_WORK = ".index"  # This folder holds what was found so far, for the next call to go on from.
-_REPACK = "`python launch/pack.py SOURCE OUT` repacks them"
+_REPACKS = "`python launch/pack.py SOURCE OUT` repacks"
+_LARGE = 64 << 20  # A block of more bytes than these is warned about.
+_ELSEWHERE = f"write {index.NAME} elsewhere with --out URL"
 NOT_THERE = "not there"
 
 
@@ -39,15 +43,6 @@ class Damaged(NamedTuple):
     url: str
     reason: str
     samples: int  # that were found before the damage
-
-
-class Scan(NamedTuple):
-    """What a tar holds."""
-
-    shard: Shard
-    labels: list[str]  # the text of each sample's label, "" without one
-    left_out: Reasons
-    fields: list[str]  # of its first sample
 
 
 class Indexed(NamedTuple):
@@ -82,7 +77,7 @@ def index_tars(
         report: Takes a line for each damaged tar.
         advance: Is called with the size in bytes of each tar that is done.
     """
-    _check_writable(out)
+    base = _check_places(tars, out)
 
     def scan(name: str) -> Scan | Damaged:
         found = _scan_once(tars.folder, name, layout, out)
@@ -110,7 +105,6 @@ def index_tars(
         _known_classes(out),
         place,
     )
-    base = "" if _same_place(out, tars.folder) else _absolute(tars.folder)
     made = Index(out, [found.shard for found in scans], labels.classes, base=base)
     made.layout = replace(layout, named=labels.named)
     made.pixels = _known_pixels(tars.folder)
@@ -120,19 +114,56 @@ def index_tars(
 def save(indexed: Indexed, report: Callable[[str], None]) -> None:
     """Write the index, and remove what was kept for it."""
     indexed.made.save()
-    url = indexed.made.url
-    files.discard(files.join(url, _WORK), url, report)
+    kept_scans.forget(indexed.made.url, report)
+
+
+def _check_places(tars: Tars, out: str) -> str:
+    """Check where the tars lie and the index will. Return the index's `base`.
+
+    Raises InputError when the index could not be written or could not be read again.
+    """
+    place = f"SOURCE {files.redact(tars.folder)}"
+    if out.startswith(("http://", "https://")):
+        raise InputError(
+            f"SOURCE {files.redact(out)}: nothing can be written over http: {_ELSEWHERE}"
+        )
+    for name in tars.names:
+        names.check_path(name, place, "rename it")
+    base = "" if _same_place(out, tars.folder) else _absolute(tars.folder)
+    scheme = base.partition("://")[0] if "://" in base else "file"
+    if base and ("::" in base or scheme not in names.SCHEMES):
+        known = ", ".join(names.SCHEMES)
+        raise InputError(
+            f"{place}: an {index.NAME} elsewhere can't name this place, only a path without `::`, "
+            f"or URLs that begin with {known}: leave out --out"
+        )
+    if user_info(base):
+        raise InputError(
+            f"{place}: holds a password, which {index.NAME} would tell: download the tars"
+        )
+    _check_standing(out, base)
+    if base or files.exists(tars.folder):  # No folder is made of a mistyped path.
+        _check_writable(out)
+    return base
+
+
+def _check_standing(out: str, base: str) -> None:
+    """Raise InputError if `out` holds the index of shards that stand there, and not of the tars."""
+    document: Any = None
+    with contextlib.suppress(FileNotFoundError, InputError):
+        document = index.read_document(out)
+    if base and isinstance(document, dict) and not document.get("base"):
+        raise InputError(
+            f"--out {files.redact(out)}: holds the {index.NAME} of the shards that lie there: "
+            "choose another --out, or remove it"
+        )
 
 
 def _check_writable(out: str) -> None:
-    place = f"SOURCE {files.redact(out)}"
-    hint = f"write {index.NAME} elsewhere with --out URL"
-    if out.startswith(("http://", "https://")):
-        raise InputError(f"{place}: nothing can be written over http: {hint}")
     try:
-        files.write(files.join(out, _WORK, "begun"), b"")
+        kept_scans.begin(out)
     except OSError as error:
-        raise InputError(f"{error}; {hint}") from None
+        raise InputError(f"{error}; {_ELSEWHERE}") from None
 
 
 def _tell_damaged(
@@ -145,13 +176,17 @@ def _tell_damaged(
     """Report all damaged tars. Raise InputError unless they may be skipped and others are left."""
     if not damaged:
         return
-    for tar in damaged if skip or len(damaged) > 1 else []:
-        report(f"{tar.url}: {tar.reason} ({tar.samples:,} samples before that)")
+    if skip or len(damaged) > 1:
+        tell_each(
+            [f"{tar.url}: {tar.reason} ({tar.samples:,} samples before that)" for tar in damaged],
+            report,
+        )
     if not skip or len(damaged) == number:
-        skippable = "" if len(damaged) == number else ", or leave them out with --skip-damaged"
+        skippable = "" if len(damaged) == number else ", or use --skip-damaged"
         raise InputError(
             f"SOURCE {damaged[0].url}: {damaged[0].reason}: {len(damaged):,} of {number:,} tars "
-            f"are damaged or missing: restore them{skippable}"
+            f"{'is' if len(damaged) == 1 else 'are'} damaged or missing: restore "
+            f"{'it' if len(damaged) == 1 else 'them'}{skippable}"
         )
     lost = sum(tar.samples for tar in damaged)
     reason = f"damaged or missing tars, with at least {lost:,} samples"
@@ -160,99 +195,38 @@ def _tell_damaged(
 
 def _scan_once(folder: str, name: str, layout: Layout, out: str) -> Scan | Damaged:
     """Scan a tar, unless a call before this one has done it."""
-    url, record = files.join(folder, name), files.join(out, _WORK, f"{name}.json")
-    # A damaged record counts as no record, and the tar is scanned again.
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
-        return _from_record(files.read_json(record), files.size(url), name, layout)
-    place = files.redact(url)
-    samples: list[Sample] = []
+    url, place = files.join(folder, name), files.redact(files.join(folder, name))
+    starts = array("q")
     try:
+        check_is_file(url)
+        version = kept_scans.read_version(url)
+        if known := kept_scans.find_kept(name, version, layout, out):
+            return known
         with open_skim(url) as file:
-            found = _scan(file, name, layout, samples)
+            found = _scan(file, name, layout, starts)
     except FileNotFoundError:
         return Damaged(place, NOT_THERE + PATTERN_HINT * bool(set(name) & set("*?")), 0)
     except TarError as error:
-        return Damaged(place, f"damaged: {error}", sum(1 for sample in samples if sample.image))
-    files.write(record, json.dumps(_record(found, layout)).encode())
+        hint = " (`python launch/pack.py SOURCE OUT` takes the last of them)"
+        hint *= isinstance(error, FieldTwice)
+        return Damaged(place, f"damaged: {error}{hint}", len(starts))
+    kept_scans.keep(found, layout, version, out)
     return found
 
 
-def _scan(file: Any, name: str, layout: Layout, samples: list[Sample]) -> Scan:
-    """Read the headers and labels of a tar, and append its samples to `samples`."""
-    labels: list[str] = []
-    keys: set[str] = set()
-    left_out: Reasons = {}
-    first: list[str] = []
-
-    def note(member: Member) -> Member:
-        if match_name(member.name, layout) is None:
-            leave_out(left_out, "members without a field in their name", f"{name}: {member.name}")
-        return member
-
-    for sample in group_samples(map(note, read_members(file, whole=True)), layout):
-        if not sample.image:
-            samples.append(sample)
-            continue
-        text = ""
-        if sample.label is not None:
-            file.seek(sample.label[0])
-            text = layout.read_label(file.read(sample.label[1]))
-        first = first or list(sample.fields)
-        keys.add(sample.key)
-        samples.append(sample)
-        labels.append(text)
-    for sample in samples:
-        if not sample.image:
-            leave_out(left_out, _reason_against(sample, layout, keys), f"{name}: {sample.key}")
-    size = file.seek(0, io.SEEK_END)
-    return Scan(describe(name, samples, size), labels, left_out, first)
-
-
-def _reason_against(sample: Sample, layout: Layout, keys: set[str]) -> str:
-    """Return why a sample without an image is left out, and what would mend that."""
-    fields = sorted([*sample.fields, *sample.empty])
-    shown = ", ".join(fields[:5]) + ", ..." * (len(fields) > 5)
-    if sample.empty and layout.image_field(fields):
-        return f"samples whose image is a link or no plain file ({_REPACK})"
-    if sample.key in keys:
-        return f"samples whose image stands elsewhere in the tar, with fields {shown} ({_REPACK})"
-    if len(layout.image_fields(fields)) > 1:
-        return (
-            "samples with several images and dots in their names (use --dotted if the dots belong "
-            "to the names, or name the image's field with --image)"
-        )
-    if set(fields) <= {"tar"}:
-        return "tars inside of a tar (extract them, or repack with --classes-from tars)"
-    return f"samples without an image, with fields {shown} (name the image's field with --image)"
-
-
-def _record(found: Scan, layout: Layout) -> dict[str, Any]:
-    shard = found.shard
-    assert shard.blocks is not None
-    texts = sorted(set(found.labels))
-    places = {text: i for i, text in enumerate(texts)}
-    return {
-        "layout": asdict(layout),
-        "bytes": shard.bytes,
-        "blocks": shard.blocks.tolist(),
-        "texts": texts,
-        "labels": [places[text] for text in found.labels],
-        "left_out": found.left_out,
-        "fields": found.fields,
-    }
-
-
-def _from_record(record: dict[str, Any], size: int, name: str, layout: Layout) -> Scan:
-    """Return what an earlier call found in a tar. Raises ValueError when the tar has changed."""
-    if record["layout"] != asdict(layout) or record["bytes"] != size:
-        raise ValueError(name)
-    blocks = np.array(record["blocks"], np.int64).reshape(-1, 2)
-    labels = [str(record["texts"][i]) for i in record["labels"]]
-    if len(labels) != blocks[:, 1].sum():
-        raise ValueError(name)
-    shard = Shard(name, len(labels), size, blocks, checksum(blocks))
-    left_out = {why: LeftOut(int(n), str(what)) for why, (n, what) in record["left_out"].items()}
-    return Scan(shard, labels, left_out, [str(field) for field in record["fields"]])
+def _scan(file: BinaryIO, name: str, layout: Layout, starts: "array[int]") -> Scan:
+    """Do what `scan_tar` does. When it raises TarError, say what stands in the place of a tar."""
+    try:
+        return scan_tar(file, name, layout, starts)
+    except TarError as error:
+        file.seek(0)
+        if is_compressed(file):
+            raise TarError(f"it is compressed, and {_REPACKS} it") from None
+        file.seek(0)
+        fault = find_fault(file.read(BLOCK))
+        if fault.startswith(("a ", "an ")) and not starts:
+            raise TarError(f"{error}, it is {fault}") from None
+        raise
 
 
 def _known_classes(url: str) -> list[str]:
@@ -271,6 +245,9 @@ def _known_pixels(url: str) -> dict[str, Any]:
 
 
 def _same_place(out: str, folder: str) -> bool:
+    if files.is_local(out) and files.is_local(folder):
+        one, other = (files.open_filesystem(url)[1] for url in (out, folder))
+        return os.path.realpath(one) == os.path.realpath(other)
     return _absolute(out) == _absolute(folder)
 
 
@@ -284,13 +261,41 @@ def _doubts(labels: Labels, scans: list[Scan]) -> list[str]:
     numbers = labels.numbers
     missing = int((numbers < 0).sum())
     if missing == len(numbers):
-        return [_hint_at_labels(scans)]
+        return [_hint_at_labels(scans), *_doubts_about_tars(scans)]
     doubts = [f"{missing:,} of {len(numbers):,} samples have no label"] if missing else []
+    if not labels.named and numbers[numbers >= 0].min() == 1:
+        doubts.append("the labels begin at 1, and class 0 has no sample: are they counted from 1?")
     if _looks_sorted(numbers):
         doubts.append(
             "the samples look sorted by class. Training reads blocks of about "
             f"{index.BLOCK_BYTES >> 20} MB of consecutive samples, so a batch would hold few "
             "classes: repack the images with `python launch/pack.py SOURCE OUT`, which shuffles"
+        )
+    return doubts + _doubts_about_tars(scans)
+
+
+def _doubts_about_tars(scans: list[Scan]) -> list[str]:
+    """Warn of splits that lie together, of repeated names, and of blocks that are too large."""
+    doubts = []
+    folders = sorted({folder for found in scans for folder in found.folders})
+    if len({split_name(folder) for folder in folders} - {None}) > 1:
+        names = " and ".join(folder for folder in folders if split_name(folder))
+        doubts.append(
+            f"the folders {names} in the tars look like splits, and would be one data set: "
+            f"{_REPACKS} each alone"
+        )
+    if repeated := sum(found.twice for found in scans):
+        example = next(found.shard.name for found in scans if found.twice)
+        doubts.append(
+            f"samples whose name comes again in their tar, as after `tar --append`: {repeated:,}, "
+            f"such as in {example} (`python launch/pack.py SOURCE OUT` takes the last of them)"
+        )
+    largest = max(scans, key=lambda found: found.largest)
+    if largest.largest > _LARGE:
+        doubts.append(
+            f"{largest.shard.name} has a block of {largest.largest / 1e6:,.0f} MB, and training "
+            "holds several blocks for each stream. If other fields than the images take these "
+            "bytes, `python launch/pack.py SOURCE OUT` leaves them away"
         )
     return doubts
 

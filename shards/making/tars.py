@@ -1,8 +1,10 @@
 """Find the tars that a user means: in folders, by brace patterns, or one by one."""
 
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 from braceexpand import braceexpand
@@ -11,12 +13,10 @@ from shards import index
 from shards.errors import InputError
 from shards.making.image_folders import is_junk, split_name
 from shards.making.left_out import Reasons, explain, leave_out
-from shards.storage import files, misplaced
+from shards.storage import files, local_files, misplaced
+from shards.tar import COMPRESSED, TarError, is_tar
 
-COMPRESSED = (
-    *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz"),
-    *(".tar.zst", ".tzst", ".tar.zstd"),
-)
+MOST_TARS = 1_000_000  # A pattern that names more is a slip.
 OWN_FOLDERS = (".index/", ".pack/")  # Indexing and packing keep here what is unfinished.
 
 
@@ -31,11 +31,6 @@ class Tars(NamedTuple):
         return [files.join(self.folder, name) for name in self.names]
 
 
-def is_tar(name: str, *, compressed: bool = False) -> bool:
-    """Return whether a file's name is that of a tar; a compressed one counts if `compressed`."""
-    return name.lower().endswith((".tar", *COMPRESSED) if compressed else ".tar")
-
-
 def find_tars(sources: list[str], *, compressed: bool = False) -> Tars:
     """Find the tars in folders and below them, those of brace patterns, and single ones.
 
@@ -47,14 +42,22 @@ def find_tars(sources: list[str], *, compressed: bool = False) -> Tars:
     """
     urls: list[str] = []
     left_out: Reasons = {}
+    taken: list[str] = []  # in folders or one by one, perhaps by a pattern of the shell
     for source in sources:
-        if is_tar(source, compressed=compressed):
-            urls += _expand(source)
+        _check_query(source)
+        if is_tar(source, compressed=compressed) and not _is_folder(source):
+            expanded = _expand(source)
+            taken += expanded if len(sources) > 1 else []
+            urls += expanded
         else:
-            _check_suffix(source)
-            urls += _walk(source, left_out, compressed)
-    for url, number in Counter(urls).items():
-        if number > 1:
+            check_suffix(source)
+            found = _walk(source, left_out, compressed)
+            taken += found
+            urls += found
+    _check_names(taken, sources)
+    places = Counter(_place(url) for url in urls)
+    for url in urls:
+        if places[_place(url)] > 1:
             raise InputError(f"SOURCE {files.redact(url)}: is named twice")
     if not urls:
         for source in sources:
@@ -67,19 +70,66 @@ def find_tars(sources: list[str], *, compressed: bool = False) -> Tars:
         if missing:
             raise InputError(f"SOURCE {files.redact(missing[0])}: no such folder")
         raise InputError(f"SOURCE {_names(sources)}: no .tar files there{explain(left_out)}")
+    if any(".." in url.split("/") for url in urls):
+        urls = [_place(url) for url in urls]
     prefix = _common_folder(urls, sources)
     names = [url[len(prefix) :].lstrip("/") for url in urls]
     return Tars(prefix or ("/" if urls[0].startswith("/") else "."), names, left_out)
 
 
+def check_is_file(url: str) -> None:
+    """Raise TarError for a local folder or pipe, which can't be read as a tar."""
+    path = files.open_filesystem(url)[1]
+    if files.is_local(url) and os.path.exists(path) and not os.path.isfile(path):
+        raise TarError("it is no file")
+
+
+def _is_folder(source: str) -> bool:
+    return files.is_local(source) and os.path.isdir(files.open_filesystem(source)[1])
+
+
+def _place(url: str) -> str:
+    """Return one spelling for all that name the same local file. A link is a file of its own."""
+    if not files.is_local(url):
+        return url
+    folder, name = os.path.split(files.open_filesystem(url)[1])
+    return os.path.join(os.path.realpath(folder), name)
+
+
+def _check_query(source: str) -> None:
+    """Raise InputError for a signed URL, because index.json would hold its signature."""
+    address = source.partition("?")[0]
+    if source.startswith(("http://", "https://")) and address != source:
+        raise InputError(
+            f"SOURCE {files.redact(source)}: a URL with a query (?) is not read, because "
+            f"{index.NAME} would tell what it holds: download the tar"
+        )
+
+
 def _expand(source: str) -> list[str]:
+    """Return the names that a brace pattern stands for, or the one of a file of just this name."""
+    http = source.startswith(("http://", "https://"))  # Some servers answer to any name.
+    if "{" in source and not http and files.exists(source):
+        return [source]
+    # braceexpand takes the numbers of a range all at once.
+    ranges = re.findall(r"\{(-?\d{1,30})\.\.(-?\d{1,30})", source)
     try:
-        return list(braceexpand(source, escape=False))  # Backslashes stand for themselves.
+        # Backslashes stand for themselves.
+        names = (
+            []
+            if any(abs(int(a) - int(b)) > MOST_TARS for a, b in ranges)
+            else list(islice(braceexpand(source, escape=False), MOST_TARS + 1))
+        )
+        if not 0 < len(names) <= MOST_TARS:
+            raise InputError(
+                f"SOURCE {files.redact(source)}: stands for more than {MOST_TARS:,} tars"
+            )
+        return names
     except ValueError as error:
         raise InputError(f"SOURCE {files.redact(source)}: not a brace pattern: {error}") from None
 
 
-def _check_suffix(source: str) -> None:
+def check_suffix(source: str) -> None:
     """Raise InputError for a file that is no tar."""
     name = source.lower()
     if name.endswith(COMPRESSED):
@@ -102,7 +152,12 @@ def _walk(source: str, left_out: Reasons, compressed: bool) -> list[str]:
             'such as "https://host/tars/part-{0000..0146}.tar"'
         )
     found = []
-    for path, _ in files.walk(source):
+
+    def note(reason: str, path: str) -> None:
+        if reason != local_files.EMPTY:
+            leave_out(left_out, reason, path)
+
+    for path, _ in files.walk(source, leave_out=note):
         name = path.rpartition("/")[2]
         if path.startswith(OWN_FOLDERS):
             continue
@@ -117,12 +172,32 @@ def _walk(source: str, left_out: Reasons, compressed: bool) -> list[str]:
             _, dot, extension = name.rpartition(".")
             kind = f".{extension.lower()} files" if dot else "files without an extension"
             leave_out(left_out, kind, path)
+    _check_splits(source, found)
+    return [files.join(source, path) for path in sorted(found)]
+
+
+def _check_splits(source: str, found: list[str]) -> None:
+    """Raise InputError when the names of folders or tars are those of several splits."""
+    place = f"SOURCE {files.redact(source)}"
     folders = {path.partition("/")[0] for path in found if "/" in path}
     if len(splits := sorted(name for name in folders if split_name(name))) > 1:
+        raise InputError(f"{place}: holds {' and '.join(splits)}: index each alone")
+
+
+def _check_names(urls: list[str], sources: list[str]) -> None:
+    """Raise InputError when the tars are called like several splits."""
+    kinds: dict[str, str] = {}
+    for name in sorted(url.rpartition("/")[2] for url in urls):
+        words = re.split("[^A-Za-z]+", name.partition(".")[0])
+        if len(splits := {split for word in words if (split := split_name(word))}) == 1:
+            kinds.setdefault(splits.pop(), name)
+    if len(kinds) > 1:
         raise InputError(
-            f"SOURCE {files.redact(source)}: holds {' and '.join(splits)}: index each alone"
+            f"SOURCE {_names(sources)}: holds tars of several splits, such as "
+            f"{' and '.join(kinds.values())}: name those of one by a pattern in quotes, such as "
+            '"FOLDER/train-{000..146}.tar"; one such as "FOLDER/{train,val}-{000..146}.tar" takes '
+            "both"
         )
-    return [files.join(source, path) for path in sorted(found)]
 
 
 def _common_folder(urls: list[str], sources: list[str]) -> str:
@@ -141,4 +216,5 @@ def _common_folder(urls: list[str], sources: list[str]) -> str:
 
 
 def _names(sources: Iterable[str]) -> str:
-    return " ".join(files.redact(source) for source in sources)
+    first = [files.redact(source) for source in islice(sources, 4)]
+    return " ".join(first[:3]) + " ..." * (len(first) > 3)

@@ -5,12 +5,13 @@ import contextlib
 import gzip
 import importlib
 import lzma
-import shutil
+import os
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from shards.errors import InputError
-from shards.storage import files
+from shards.storage import files, space
 from shards.tar import TarError
 
 _OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {
@@ -21,17 +22,48 @@ _OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {
 _ZSTD = b"\x28\xb5\x2f\xfd"
 
 
+def is_compressed(file: BinaryIO) -> bool:
+    """Return whether a file's first bytes are those of a compressed one, whatever its name is."""
+    start = file.read(len(max((*_OPENERS, _ZSTD), key=len)))
+    return start.startswith((*_OPENERS, _ZSTD))
+
+
 def unpack(url: str, path: str) -> None:
     """Unpack a compressed tar to a local file.
 
     Raises FileNotFoundError, TarError when the content is damaged, and InputError when this Python
-    cannot unpack it.
+    cannot unpack it or when the disk is full.
     """
     with files.open_reader(url) as file, _open(file, url) as plain, open(path, "wb") as out:
-        try:
-            shutil.copyfileobj(plain, out, 1 << 20)
-        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, ValueError) as error:
-            raise TarError(f"cannot be unpacked: {error}") from None
+        while piece := _read_piece(plain, url):
+            try:
+                out.write(piece)
+            except OSError as error:
+                if error.errno not in space.FULL:
+                    raise
+                raise InputError(
+                    f"SOURCE {files.redact(url)}: there is no room to unpack it to "
+                    f"{os.path.dirname(path)}: set TMPDIR to a folder with more room"
+                ) from None
+
+
+def _read_piece(plain: Any, url: str) -> bytes:
+    try:
+        piece: bytes = plain.read(1 << 20)
+    except _damages() as error:
+        # A failure of the store names the URL, and the unpackers' own name nothing.
+        if isinstance(error, OSError) and (error.errno or files.redact(url) in str(error)):
+            raise
+        raise TarError(f"cannot be unpacked: {error}") from None
+    return piece
+
+
+def _damages() -> tuple[type[Exception], ...]:
+    """Return what the unpackers raise for content that is damaged."""
+    kinds = [OSError, EOFError, ValueError, lzma.LZMAError, zlib.error]
+    with contextlib.suppress(ImportError):
+        kinds.append(importlib.import_module("compression.zstd").ZstdError)
+    return tuple(kinds)
 
 
 @contextlib.contextmanager

@@ -88,6 +88,8 @@ def read(url: str, start: int | None = None, stop: int | None = None) -> bytes:
             if asked is None or not is_beyond_end(error):
                 raise
             content = b""
+        if asked is not None and len(content) > asked and not is_local(url):
+            raise WrongLength("the server sends all of a file instead of a part: download it")
         if asked is not None and len(content) != asked:
             raise WrongLength(f"bytes {start} to {stop}: {len(content)} of {asked} bytes came")
         return content

@@ -35,7 +35,9 @@ def find(tmp_path: Path, *sources: str, **options: Any) -> Repacking:
 
 
 def contents(found: Repacking) -> dict[str, tuple[bytes, int]]:
-    return {image.path: (found.read(image), image.label) for image in found.images.images}
+    return {
+        image.path: (found.read(image), image.label) for part in found.sets for image in part.images
+    }
 
 
 def test_links_and_fields_that_stand_apart(tmp_path: Path) -> None:
@@ -50,7 +52,12 @@ def test_links_and_fields_that_stand_apart(tmp_path: Path) -> None:
         "0.tar/d/e.jpg": (b"A", -1),
         "0.tar/f.jpg": (b"A", -1),
     }
-    assert found.left_out == {"samples without an image, with fields jpg": (2, "0.tar: g")}
+    assert found.left_out == {
+        "samples whose image is no plain file, or a link that leads to none in the tar": (
+            2,
+            "0.tar: g",
+        )
+    }
 
 
 @pytest.mark.parametrize(
@@ -71,7 +78,8 @@ def test_classes_of_tars_inside_of_a_tar(
         f"train.tar/{name}": (content, label)
         for name, content, label in zip(names, (b"A", b"B", b"C"), labels, strict=True)
     }
-    assert found.left_out == {"samples without an image, with fields txt": (1, "train.tar: notes")}
+    no_image = "samples without an image, with fields txt (name the image's field with --image)"
+    assert found.left_out == {no_image: (1, "train.tar: notes")}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +112,7 @@ def test_damaged_and_missing_tars(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"1\.tar: damaged.*2 of 4 tars are.* --skip-damaged"):
         find(tmp_path, source)
     found = find(tmp_path, source, skip_damaged=True)
-    assert len(found.images.images) == 2
+    assert len(found.sets[0].images) == 2
     assert found.left_out["damaged or missing tars"].number == 2
     with pytest.raises(InputError, match=r"no images in the tars there: .*fields psd"):
         find(tmp_path, str(write_tar(tmp_path / "gif.tar", {"a.psd": b""})))
@@ -137,13 +145,13 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def run(**options: Any) -> None:
         pack_command.main((f"{tmp_path}/in", out), image="v1.img", label="v1.txt", **options)
 
-    with pytest.raises(InputError, match=r"--strict: 1 were left out, see the table; nothing was"):
+    with pytest.raises(InputError, match=r"--strict: 1 was left out, see the table: no shards"):
         run(strict=True)
     assert not Path(out).exists()
     run()
     printed = capsys.readouterr()
     assert "6 images taken" in printed.err
-    assert "1 left out: samples without an image, with fields txt, such as b.tar: x" in printed.err
+    assert "1 left out: samples without an image, with fields txt (name the" in printed.err
     assert printed.out.startswith("6 samples, 2 classes")
     made = index.load(out, "data.train")
     block = BlockReader(made).fetch(0, 0)

@@ -112,14 +112,15 @@ def test_what_is_left_out_of_tars_is_told(tmp_path: Path) -> None:
         "samples with several images and dots in their names (use --dotted if the dots belong to "
         "the names, or name the image's field with --image)": (1, "0.tar: e"),
         NO_IMAGE.format("img, json"): (1, "0.tar: f"),
-        "samples whose image stands elsewhere in the tar, with fields cls "
+        "samples whose image stands elsewhere in the tar "
         "(`python launch/pack.py SOURCE OUT` repacks them)": (1, "0.tar: c"),
         "samples whose image is a link or no plain file "
         "(`python launch/pack.py SOURCE OUT` repacks them)": (1, "0.tar: g"),
     }
     assert indexed.warnings == [
-        "1 labels are no class indices as the others are, such as 'bee'",
+        "1 label is no class index as the others are, such as 'bee'",
         "2 of 3 samples have no label",
+        "the labels begin at 1, and class 0 has no sample: are they counted from 1?",
     ]
 
 
@@ -304,7 +305,7 @@ def test_all_damaged_tars_are_told_and_may_be_skipped(tmp_path: Path) -> None:
     indexed = scan_tars(source, skip_damaged=True)
     assert [shard.name for shard in indexed.made.shards] == ["part-0000.tar", "part-0004.tar"]
     assert indexed.left_out["damaged or missing tars, with at least 2 samples"].number == 3
-    with pytest.raises(InputError, match=r"1 of 1 tars are damaged or missing: restore them$"):
+    with pytest.raises(InputError, match=r"1 of 1 tars is damaged or missing: restore it$"):
         scan_tars(f"{folder}/part-0001.tar", skip_damaged=True)
 
 
