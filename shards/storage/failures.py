@@ -12,6 +12,7 @@ LONGEST = 400  # A reason is cut to this many characters.
 
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 _REGION = "the bucket is in another region: set AWS_DEFAULT_REGION"
+_CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
 _ACCEPTED = f"the credentials are not accepted: {_CREDENTIALS}"
 _LOGIN = "log in again, as with `aws sso login`"
 _MENDS = {  # The keys are error codes of S3 answers and names of botocore exceptions.
@@ -20,6 +21,7 @@ _MENDS = {  # The keys are error codes of S3 answers and names of botocore excep
     "AuthorizationHeaderMalformed": _REGION,
     "InvalidAccessKeyId": _ACCEPTED,
     "SignatureDoesNotMatch": _ACCEPTED,
+    "XAmzContentSHA256Mismatch": f"if it stays, set {_CHECKSUMS}",
     "NoCredentialsError": f"{_CREDENTIALS}, or FSSPEC_S3_ANON=true for a public bucket",
     "PartialCredentialsError": _CREDENTIALS,
     "ProfileNotFound": "correct AWS_PROFILE",
@@ -51,10 +53,8 @@ _PAGE = (
     "no store answers there, but a web page, as of a proxy or of a network's login: is "
     "AWS_ENDPOINT_URL right, and is NO_PROXY set where it has to be?"
 )
-_NO_CHECKSUMS = (
-    "this store does not know the checksums in requests: set "
-    "AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
-)
+_NO_CHECKSUMS = f"this store does not know the checksums in requests: set {_CHECKSUMS}"
+_WITH_CHECKSUMS = ("PutObject", "UploadPart")  # requests whose body goes with a checksum
 _FULL = "the store is full or its quota is used up: remove something there, or get more space"
 
 # How stores tell that they lack the checksums of requests or conditional ones, and that they are
@@ -131,14 +131,16 @@ def explain(error: Exception, url: str) -> Failure:
         text, kind = f"{text}: {_MENDS[code]}", OSError
     elif status == 501:
         text = f"this store lacks something that {request or 'the request'} needs: {text}"
-        if request in ("PutObject", "UploadPart"):
-            text += "; if it is checksums, set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
+        if request in _WITH_CHECKSUMS:
+            text += f"; if it is checksums, set {_CHECKSUMS}"
     hopeless = status == 501 or not (passing or brief)
     return Failure(_line(text, url), hopeless, kind, brief)
 
 
 def _permit(code: str, request: str) -> str:
     """Return what mends a refused access."""
+    if code == "SignatureDoesNotMatch" and request in _WITH_CHECKSUMS:
+        return f"{_MENDS[code]}; if reading works, set {_CHECKSUMS}"  # as with Google's S3 door
     if code in _MENDS:
         return _MENDS[code]
     if permission := _PERMISSIONS.get(request):

@@ -257,10 +257,8 @@ def exists(url: str) -> bool:
         try:
             return bool(filesystem.exists(path))
         except PermissionError as error:
-            if is_refused_listing(
-                error
-            ):  # This comes after the store said that no object is there.
-                return False
+            if is_refused_listing(error):
+                return False  # Before it asked for a list, the store said that no object is there.
             raise
 
     return retry(url, look)
