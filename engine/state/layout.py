@@ -24,6 +24,8 @@ COMPILE = "compile"
 EVALUATIONS = "evaluations"
 DEBUG_STEP = "debug_step"
 
+NAMES = (RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, DEBUG_STEP, JSONL, PARTS, TENSORBOARD)
+
 
 def read_recipe(run: str) -> dict[str, Any]:
     """Return the recipe of the last start in RUN, by dotted names.
