@@ -138,8 +138,8 @@ def _refuse_links(run: str) -> None:
         if target := local_files.link_out(f"{home}/{name}", home):
             raise InputError(
                 f"{files.redact(files.join(run, name))} is a link to {target}, out of the run: "
-                "what lies there would be overwritten and removed: take the link away, or give --run "
-                "where the whole run shall lie"
+                "what lies there would be overwritten and removed: take the link away, or give "
+                "--run where the whole run shall lie"
             )
 
 
