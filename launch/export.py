@@ -23,6 +23,7 @@ from engine.encoder.source import EncoderConfig, Source, open_encoder
 from engine.log.terminal import Terminal
 from engine.method.resnet import ResNet
 from engine.processes.world import World
+from launch.help_texts import join_help_lines
 from launch.plain_errors import plain_errors
 from shards import index as indexes
 from shards.errors import InputError, printable
@@ -88,6 +89,7 @@ def parse(arguments: list[str]) -> Export:
 
     Raises InputError with one line when the arguments are not understood.
     """
+    join_help_lines(Export, arguments)
     try:
         with plain_errors():
             return tyro.cli(Export, prog="export.py", args=arguments)

@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 
 from shards.tar import Member, TarError, read_members
 
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "jpe", "jfif")
+PACKED_FIELDS = ("jpg", "jpeg", "png", "webp")  # Packing writes images to these.
+IMAGE_FIELDS = (*PACKED_FIELDS, "jpe", "jfif")
 LABEL_FIELD = "cls"
 
 Span = tuple[int, int]  # offset and size of a member's content, in bytes

@@ -176,7 +176,8 @@ def _chosen(
         return chosen[0]
     there = _some([shown(name) for name in found], 16)
     if prefix is not None:
-        raise InputError(f"{place}: --prefix {prefix} is of no ResNet: give one of {there}")
+        remedy = f"give one of {there}" if len(found) > 1 else "leave it out, there is one only"
+        raise InputError(f"{place}: --prefix {prefix} is of no ResNet: {remedy}")
     if chosen:
         raise InputError(
             f"{place}: several networks may be the {network} one: give --prefix PREFIX, one of "

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from shards.errors import InputError
+from shards.making.image_folders import PATTERN_HINT
 from shards.making.labels import number_labels
 from shards.making.left_out import Reasons, explain, leave_out, merge
 from shards.making.pack import Image, ImageSet, run_in_threads
-from shards.making.scan import NOT_THERE, PATTERN_HINT
+from shards.making.scan import NOT_THERE
+from shards.making.survey import ReadImage
 from shards.making.tars import Tars, is_tar
 from shards.making.unpack import unpack
 from shards.samples import IMAGE_FIELDS, Layout, Sample, group_samples, match_name
@@ -32,7 +34,7 @@ class Repacking(NamedTuple):
     """The images of tars, ready to be packed."""
 
     images: ImageSet
-    read: Callable[[Image], bytes]
+    read: ReadImage
     left_out: Reasons
     warnings: list[str]  # each of one line
 
@@ -114,9 +116,9 @@ def _prepare(
     labels = number_labels([image.label for image in found], classes, [], place)
     at = {image.path: image for image in found}
 
-    def read(image: Image) -> bytes:
-        url, start, size = at[image.path][1:4]
-        return files.read(url, start, start + size)
+    def read(image: Image, start: int | None = None, stop: int | None = None) -> bytes:
+        url, first, size = at[image.path][1:4]
+        return files.read(url, first + (start or 0), first + (size if stop is None else stop))
 
     numbers = labels.numbers.tolist()
     images = [Image(f.path, f.size, number) for f, number in zip(found, numbers, strict=True)]

@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards import index
+from shards.blocks import checksum
 from shards.errors import InputError
 from shards.index import Index, Shard
+from shards.making.image_folders import PATTERN_HINT
 from shards.making.labels import Labels, number_labels
 from shards.making.left_out import LeftOut, Reasons, explain, leave_out, merge
 from shards.making.pack import describe, run_in_threads
@@ -29,7 +31,6 @@ REMOTE_THREADS = 4  # Times as many tars are scanned at once, because each waits
 _WORK = ".index"  # This folder holds what was found so far, for the next call to go on from.
 _REPACK = "`python launch/pack.py SOURCE OUT` repacks them"
 NOT_THERE = "not there"
-PATTERN_HINT = " (a * or ? is part of a name: name the folder, or let the shell expand it)"
 
 
 class Damaged(NamedTuple):
@@ -248,7 +249,7 @@ def _from_record(record: dict[str, Any], size: int, name: str, layout: Layout) -
     labels = [str(record["texts"][i]) for i in record["labels"]]
     if len(labels) != blocks[:, 1].sum():
         raise ValueError(name)
-    shard = Shard(name, len(labels), size, blocks, index.checksum(blocks))
+    shard = Shard(name, len(labels), size, blocks, checksum(blocks))
     left_out = {why: LeftOut(int(n), str(what)) for why, (n, what) in record["left_out"].items()}
     return Scan(shard, labels, left_out, [str(field) for field in record["fields"]])
 

@@ -11,7 +11,7 @@ from shards import index
 from shards.errors import InputError
 from shards.making.image_folders import is_junk, split_name
 from shards.making.left_out import Reasons, explain, leave_out
-from shards.storage import files
+from shards.storage import files, misplaced
 
 COMPRESSED = (
     *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz"),
@@ -57,6 +57,12 @@ def find_tars(sources: list[str], *, compressed: bool = False) -> Tars:
         if number > 1:
             raise InputError(f"SOURCE {files.redact(url)}: is named twice")
     if not urls:
+        for source in sources:
+            if misplaced.last_name(source).endswith(".json"):
+                folder = files.redact(misplaced.folder_of(source))
+                raise InputError(
+                    f"SOURCE {files.redact(source)}: no .tar files there; give the folder {folder}"
+                )
         missing = [source for source in sources if not left_out and not files.exists(source)]
         if missing:
             raise InputError(f"SOURCE {files.redact(missing[0])}: no such folder")

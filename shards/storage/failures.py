@@ -88,12 +88,18 @@ _FINAL = (
 )
 
 
-# Something like the beginning of a URL, but without "://", then a user and a password, or a query.
+# Something like the beginning of a URL, but without "://": a scheme and a wrong mark, or any word
+# with a colon and a slash. After a known scheme, the weak marks may also belong to a path.
+_KNOWN = r"(?:s3a?|gcs?|gs|r2|minio|oss|abfss?|az|adl|wasbs?|https?|s?ftp|ssh|hdfs|memory)"
+_COLON = r"(?:[:;\uff1a]|%3A)"
+_STRONG = rf"(?:{_COLON}[\s:/\\]*|[^\w\s/\\]{{0,2}}\s*[/\\]{{2,}}\s*)"
 _MISTYPED = re.compile(
-    r"(?P<scheme>\s*(?:s3a?|gcs?|gs|abfss?|az|https?|ftp|memory)[:;.,/\\]+)"
-    r"(?:[^@]*:[^@]*@)?(?P<place>.*)$",
+    rf"(?P<scheme>\s*(?:(?P<known>{_KNOWN})(?:(?P<strong>{_STRONG})|[.,/\\]+)|"
+    rf"[a-z][a-z0-9+.-]*(?P<slash>{_COLON}+\s*[/\\][\s/\\]*)))(?P<rest>.*)$",
     re.IGNORECASE | re.DOTALL,
 )
+# It is refused as the value of a field, and so is any word with a colon and slashes.
+SLIP = re.compile(rf"\s*(?:({_KNOWN}){_STRONG}|([a-z][a-z0-9+.-]+){_COLON}\s*[/\\])", re.IGNORECASE)
 
 
 class Failure(NamedTuple):
@@ -119,9 +125,29 @@ def redact(url: str) -> str:
     if mark:
         return f"{scheme}://{_split(url)[1]}"
     if mistyped := _MISTYPED.match(url):
-        place = mistyped["place"]
-        return mistyped["scheme"] + (place.partition("?")[0] if has_query(place) else place)
+        strong = bool(mistyped["strong"] or mistyped["slash"])
+        s3 = (mistyped["known"] or "").lower() in ("s3", "s3a")
+        return mistyped["scheme"] + _strip_mistyped(mistyped["rest"], strong, s3)
     return url
+
+
+def _strip_mistyped(rest: str, strong: bool, s3: bool) -> str:
+    """Return what follows the scheme of a mistyped URL without user, password and query.
+
+    Args:
+        strong: Whether this is hardly a path.
+        s3: Whether a `?` may belong to a name.
+    """
+    user, mark, place = rest.rpartition("@")
+    if mark and (_has_colon(user) or (strong and not re.search(r"[/\\]", user))):
+        rest = place
+    elif strong and (encoded := re.match(r"[^/]*(?::|%3A)[^@]*%40", rest, re.IGNORECASE)):
+        rest = rest[encoded.end() :]
+    return rest.partition("?")[0] if has_query(rest) or (strong and not s3) else rest
+
+
+def _has_colon(text: str) -> bool:
+    return ":" in text or "%3a" in text.lower()
 
 
 def user_info(url: str) -> str:
@@ -143,8 +169,11 @@ def _split(url: str) -> tuple[str, str, str]:
     query = ""
     if scheme not in ("s3", "s3a") or has_query(rest):
         rest, _, query = rest.partition("?")
-    if re.match(r"/+[^/@]*:[^@]*@", rest) and scheme not in ("file", "local"):
+    if re.match(r"/+([^/@]*:[^@]*|[^/@]*)@", rest) and scheme not in ("file", "local", "memory"):
         rest = rest.lstrip("/")  # mistyped, as in s3:///USER:PASSWORD@bucket
+    if "@" not in rest and scheme not in ("file", "local", "memory"):
+        # Some write the @ as it would stand in a password, too.
+        rest = re.sub(r"^([^/]*(?::|%3A)[^/]*)%40", r"\1@", rest, flags=re.IGNORECASE)
     authority, slash, path = rest.partition("/")
     if "@" in authority:
         user, _, authority = authority.rpartition("@")

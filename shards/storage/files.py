@@ -19,6 +19,7 @@ from shards.documents import parse_json
 from shards.errors import InputError
 from shards.storage import local_files
 from shards.storage.failures import (
+    SLIP,
     has_query,
     is_beyond_end,
     is_refused_condition,
@@ -31,8 +32,6 @@ from shards.storage.s3 import is_s3 as is_s3
 from shards.storage.s3 import open_s3
 from shards.storage.space import naming_space
 
-# "s3:/bucket" and the like, which would otherwise be taken for a local path.
-_SLIP = re.compile(r"\s*(?:([a-z][a-z0-9+.-]+):/|(s3a?|gs|abfss?|https?)[;.,]?//)", re.IGNORECASE)
 READ_BLOCK = 4 << 20  # `open_reader` asks an object store for this many bytes at a time.
 PART = 16 << 20  # Large objects are sent and copied in parts of this many bytes.
 ONE_PUT = 5 << 30  # S3 takes no more bytes than these in one request.
@@ -118,7 +117,7 @@ def check(url: str, name: str) -> None:
     if mark and scheme != scheme.strip().lower():
         meant = scheme.strip().lower()
         raise InputError(f"{name} {redact(url)}: a URL begins with small letters: {meant}://...")
-    if not mark and (slip := _SLIP.match(url)):
+    if not mark and (slip := SLIP.match(url)):
         meant = (slip[1] or slip[2]).lower()
         raise InputError(f"{name} {redact(url)}: a URL has two slashes: {meant}://...")
     if is_s3(url) and has_query(place):
@@ -277,7 +276,7 @@ def list_names(url: str) -> list[str]:
     filesystem.invalidate_cache()
     try:
         found = retry(url, lambda: filesystem.ls(path, detail=False))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     # A file is listed as if it lay in itself, and so is a folder's own marker on some servers.
     below = (entry.rstrip("/") for entry in found)

@@ -1,5 +1,6 @@
 """Files of every kind that strangers give, and ways to damage them."""
 
+import copy
 import io
 import json
 import random
@@ -81,7 +82,7 @@ def damage_json(content: bytes, chance: random.Random) -> bytes:
 def _swap(document: Any, chance: random.Random) -> Any:
     """Replace one value of the document, at any depth, or remove it."""
     if not isinstance(document, dict | list) or not document or chance.random() < 0.1:
-        return chance.choice(VALUES)
+        return copy.deepcopy(chance.choice(VALUES))
     keys = list(document) if isinstance(document, dict) else list(range(len(document)))
     key = chance.choice(keys)
     if chance.random() < 0.1:

@@ -124,7 +124,7 @@ def test_indexing_reads_few_of_the_bytes(
     """Headers and labels come in one pass, and what lies between them stays where it is."""
     total = 0
     for k in range(2):
-        members = {}
+        members: dict[str, bytes] = {}
         for i in range(40):
             members |= {f"{i:04d}.cls": b"%d" % (i % 7), f"{i:04d}.jpg": bytes([i]) * size}
         content = write_tar(tmp_path / f"{k}.tar", members).read_bytes()
