@@ -39,12 +39,8 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
     _check_batches(recipe, data.order)
     if val is not None:
         _check_classes(recipe, train, val)
-        if train.pixels.get("window") != val.pixels.get("window") and world.main:
-            windows = " and ".join(str(part.pixels.get("window", "none")) for part in (train, val))
-            report(
-                f"data.train and data.val were packed with other windows ({windows}): pack both "
-                "with the same --window"
-            )
+        if (doubt := indexes.compare_windows(train, val)) and world.main:
+            report(doubt)
     check_alike(world, {"digest of data.train": train.digest})
     return data
 

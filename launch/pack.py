@@ -124,12 +124,7 @@ def main(
         return
     if len(paths) == 1 or out:
         raise InputError("OUT is missing, the folder for the shards: give pack.py SOURCE OUT")
-    check_range("--max-pixels", max_pixels, Interval(ge=1, le=2**32))
-    check_range("--max-side", max_side, Interval(ge=1, le=2**16))
-    check_window("--window", window, -math.inf, math.inf)
-    check_window("--window-percentiles", window_percentiles, 0, 100)
-    if window and window_percentiles:
-        raise InputError("--window and --window-percentiles exclude each other: give one")
+    _check_pixels(options, window_percentiles)
     packing = Packing(
         paths[-1], int(shard_mb * MB), seed, threads, overwrite, strict, options, window_percentiles
     )
@@ -138,6 +133,16 @@ def main(
     folder = plain and len(sources) == 1 and not is_tar(sources[0], compressed=True)
     if not (folder and _pack_folder(sources[0], follow_links, packing)):
         _repack(sources, layout, classes_from, _class_names(classes), skip_damaged, packing)
+
+
+def _check_pixels(options: PixelOptions, percentiles: tuple[float, float] | None) -> None:
+    """Raise InputError when an option about pixels is out of its bounds."""
+    check_range("--max-pixels", options.max_pixels, Interval(ge=1, le=2**32))
+    check_range("--max-side", options.max_side, Interval(ge=1, le=2**16))
+    check_window("--window", options.window, -math.inf, math.inf)
+    check_window("--window-percentiles", percentiles, 0, 100)
+    if options.window and percentiles:
+        raise InputError("--window and --window-percentiles exclude each other: give one")
 
 
 def _pack_folder(source: str, follow_links: bool, packing: Packing) -> bool:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from shards.dimensions import MOST_PIXELS, image_size
+from shards.dimensions import MOST_PIXELS, image_size, is_animated
 from shards.orientation import image_orientation, turn
 from shards.png import SIGNATURE, decode_png, undo_scaling
 
@@ -47,6 +47,8 @@ def decode(content: bytearray, offset: int, size: int, rules: PixelRules = DEFAU
         raise DecodeError("empty")
     encoded = memoryview(content)[offset : offset + size]
     _check_size(encoded, rules.max_pixels)
+    if is_animated(encoded):
+        raise DecodeError("animated WebP: launch/pack.py SOURCE OUT takes its first frame")
     if encoded[:8] == SIGNATURE:
         image = _decode_png(encoded)
     else:

@@ -275,6 +275,17 @@ def check_same_classes(train: Index, val: Index) -> None:
         )
 
 
+def compare_windows(train: Index, val: Index) -> str:
+    """Return a warning when two data sets were packed with different windows; else ""."""
+    windows = [part.pixels.get("window", "none") for part in (train, val)]
+    if windows[0] == windows[1]:
+        return ""
+    return (
+        f"data.train and data.val were packed with other windows ({windows[0]} and {windows[1]}): "
+        "pack both with the same --window"
+    )
+
+
 def class_names(document: Any) -> list[str]:
     """Return the class names in a document from `read_document`.
 

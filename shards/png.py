@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
+_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 _GRAY, _GRAY_WITH_ALPHA = 0, 4  # color types of PNG
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -35,7 +36,11 @@ def decode_png(content: Bytes) -> NDArray[Any]:
     the file is damaged.
     """
     # This class does not print warnings about the size, as Image.open does.
-    picture = PngImageFile(io.BytesIO(content))
+    try:
+        picture = PngImageFile(io.BytesIO(content))
+    except ValueError:  # Pillow refuses texts and color profiles of more than 1 MB.
+        content = _keep_pixels(content)
+        picture = PngImageFile(io.BytesIO(content))
     if content[24] == 16:
         return _decode_wide(picture, content)
     picture.info.pop("transparency", None)  # Pillow would warn of it.
@@ -47,6 +52,17 @@ def decode_png(content: Bytes) -> NDArray[Any]:
     return (
         values[..., 0] if picture.mode == "LA" else values[..., :3] if values.ndim == 3 else values
     )
+
+
+def _keep_pixels(content: Bytes) -> bytes:
+    """Return a PNG without the chunks that do not change its pixels."""
+    position, kept = len(SIGNATURE), [SIGNATURE]
+    while position + 8 <= len(content):
+        stop = position + 12 + int.from_bytes(bytes(content[position : position + 4]), "big")
+        if bytes(content[position + 4 : position + 8]) in _PIXEL_CHUNKS:
+            kept.append(bytes(content[position:stop]))
+        position = stop
+    return b"".join(kept)
 
 
 def _decode_wide(picture: PngImageFile, content: Bytes) -> NDArray[np.uint16]:

@@ -103,6 +103,8 @@ class Evaluation:
         )
         if labels:
             check_classes(self.train, self.val)
+        if doubt := indexes.compare_windows(self.train, self.val):
+            self.terminal.say(doubt)
         self.rules = self.source.rules
         if data.max_pixels is not None:
             self.rules = replace(self.rules, max_pixels=data.max_pixels)

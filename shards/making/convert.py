@@ -10,8 +10,7 @@ What is converted keeps its pixels as they were stored, and the EXIF orientation
 """
 
 import io
-import threading
-from contextlib import AbstractContextManager, nullcontext
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,6 +30,7 @@ from shards.making.pictures import (
     read_picture,
     read_wide,
 )
+from shards.making.turns import take_turn
 from shards.making.undecodable import name_format
 from shards.making.window import Window, apply_window, explain_window, find_range
 from shards.orientation import image_orientation, make_exif
@@ -38,9 +38,6 @@ from shards.png import undo_scaling
 from shards.samples import PACKED_FIELDS
 
 JPEG_QUALITY = 95
-_LARGE = 16_000_000  # Of images of more pixels, one is converted at a time, to bound the memory.
-
-large_images = threading.Lock()  # It is held while a large image is converted.
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,6 @@ def convert(path: str, content: bytes, options: PixelOptions) -> Converted:
         path: The file's path, for its extension and for messages.
     """
     suffix = path.rpartition(".")[2].lower()
-    name = name_format(content)
     try:
         size = image_size(content)
         if size is not None:
@@ -91,24 +87,30 @@ def convert(path: str, content: bytes, options: PixelOptions) -> Converted:
         shrunk = size is not None and max(size) > (options.max_side or max(size))
         if size is not None and not (wide or shrunk or is_animated(content)):
             return Converted(packed_extension(path, content), content)
-        with _turn_of(*picture_size(content, suffix, options.max_pixels)):
-            if wide:
-                picture = read_wide(content, suffix, options.max_pixels)
-                picture = picture._replace(values=_narrow(picture.values, path, options.window))
-            elif size is not None and not is_animated(content):
-                picture = _decode(content, options.max_pixels)
-            else:
-                picture = read_picture(content, suffix, options.max_pixels)
-            values, shrunk = _shrink(picture.values, options.max_side)
-            form = "JPEG" if name == "JPEG" else "PNG"
-            encoded = _encode(values, picture.orientation, form)
+        pixels = math.prod(picture_size(content, suffix, options.max_pixels))
+        return take_turn(pixels, lambda: _encode_anew(path, content, options, wide))
     except (InputError, UnusableError):
         raise
     except MemoryError:
         raise UnusableError("too large for the memory") from None
     except Exception:  # Pillow raises many kinds for damaged images.
-        raise UnusableError(f"a damaged {name}") from None
-    done = _describe(name, form, wide, shrunk and options.max_side)
+        raise UnusableError(f"a damaged {name_format(content)}") from None
+
+
+def _encode_anew(path: str, content: bytes, options: PixelOptions, wide: bool) -> Converted:
+    """Decode an image, narrow and shrink it as the options say, and encode it."""
+    suffix, name = path.rpartition(".")[2].lower(), name_format(content)
+    if wide:
+        picture = read_wide(content, suffix, options.max_pixels)
+        picture = picture._replace(values=_narrow(picture.values, path, options.window))
+    elif image_size(content) and not is_animated(content):
+        picture = _decode(content, options.max_pixels)
+    else:
+        picture = read_picture(content, suffix, options.max_pixels)
+    values, shrunk = _shrink(picture.values, options.max_side)
+    form = "JPEG" if name == "JPEG" else "PNG"
+    encoded = _encode(values, picture.orientation, form)
+    done = _describe(name, form, wide, options.max_side if shrunk else None)
     return Converted("jpg" if form == "JPEG" else "png", encoded, done)
 
 
@@ -118,11 +120,6 @@ def packed_extension(path: str, content: bytes) -> str:
     if suffix in PACKED_FIELDS:
         return suffix
     return {"JPEG": "jpg", "WebP": "webp"}.get(name_format(content), "png")
-
-
-def _turn_of(width: int, height: int) -> AbstractContextManager[Any]:
-    """Wait until an image of this size may be converted."""
-    return large_images if width * height > _LARGE else nullcontext()
 
 
 def _narrow(values: NDArray[Any], path: str, window: Window | None) -> NDArray[np.uint8]:
@@ -168,7 +165,8 @@ def _encode(values: NDArray[np.uint8], orientation: int, form: str) -> bytes:
     return buffer.getvalue()
 
 
-def _describe(name: str, form: str, wide: bool, side: int | bool | None) -> str:
+def _describe(name: str, form: str, wide: bool, side: int | None) -> str:
+    """Say in a few words what was done to an image."""
     what = f"{name} of more than 8 bits" if wide else name
     if name == "WebP" and not side:  # Others of these are packed as they are.
         what = "animated WebP"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from shards.errors import InputError
-from shards.making.image_folders import PATTERN_HINT
+from shards.making.image_folders import EXTENSIONS, PATTERN_HINT
 from shards.making.labels import number_labels
 from shards.making.left_out import Reasons, explain, leave_out, merge
 from shards.making.pack import Image, ImageSet, run_in_threads
@@ -20,7 +20,7 @@ from shards.making.scan import NOT_THERE
 from shards.making.survey import ReadImage
 from shards.making.tars import Tars, is_tar
 from shards.making.unpack import unpack
-from shards.samples import IMAGE_FIELDS, Layout, Sample, group_samples, match_name
+from shards.samples import IMAGE_FIELDS, Layout, Sample, Span, group_samples, match_name
 from shards.storage import files
 from shards.storage.skim import open_skim
 from shards.tar import Member, TarError, read_members
@@ -146,16 +146,27 @@ def _list_images(
             for found in _list_images(part, url, inside, layout, classes_from, left_out):
                 yield found._replace(start=member.content + found.start)
     for sample in _group(members, layout, tar, left_out):
-        if sample.image is not None:
+        if image := _find_image(sample, layout):
             label = _read_class(file, sample, tar, layout, classes_from)
-            path = f"{tar}/{sample.key}.{sample.image_field}"
-            if path.rpartition(".")[2] not in IMAGE_FIELDS:
+            path = f"{tar}/{sample.key}.{image[0]}"
+            if path.rpartition(".")[2] not in EXTENSIONS:
                 path += f".{IMAGE_FIELDS[0]}"  # Decoders look at the content alone.
-            yield _Found(path, url, *sample.image, label)
+            yield _Found(path, url, *image[1], label)
         elif sample.empty or any(not is_tar(f".{name}") for name in sample.fields):
             fields = ", ".join(sorted([*sample.fields, *sample.empty])[:5])
             reason = f"samples without an image, with fields {fields}"
             leave_out(left_out, reason, f"{tar}: {sample.key}")
+
+
+def _find_image(sample: Sample, layout: Layout) -> tuple[str, Span] | None:
+    """Return the field and the place of a sample's image.
+
+    An image may have a form that training does not decode, because packing converts it.
+    """
+    if sample.image is not None:
+        return sample.image_field, sample.image
+    others = [name for name in sample.fields if name.rpartition(".")[2] in EXTENSIONS]
+    return (others[0], sample.fields[others[0]]) if len(others) == 1 and not layout.image else None
 
 
 def _group(members: list[Member], layout: Layout, tar: str, left_out: Reasons) -> Iterator[Sample]:
@@ -174,7 +185,7 @@ def _group(members: list[Member], layout: Layout, tar: str, left_out: Reasons) -
     for key, number in apart.items():
         if number > 1:
             (sample,) = group_samples(keyed[key], layout)
-            if sample.image is not None:
+            if _find_image(sample, layout):
                 together.add(key)
                 yield sample
     yield from (s for s in group_samples(members, layout) if s.key not in together)

@@ -113,6 +113,7 @@ def index_tars(
     base = "" if _same_place(out, tars.folder) else _absolute(tars.folder)
     made = Index(out, [found.shard for found in scans], labels.classes, base=base)
     made.layout = replace(layout, named=labels.named)
+    made.pixels = _known_pixels(tars.folder)
     return Indexed(made, left_out, labels.warnings + _doubts(labels, scans))
 
 
@@ -258,6 +259,15 @@ def _known_classes(url: str) -> list[str]:
     with contextlib.suppress(FileNotFoundError, InputError):
         return index.class_names(index.read_document(url))
     return []
+
+
+def _known_pixels(url: str) -> dict[str, Any]:
+    """Return the options by which packing converted the images, if there is an index of them."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, InputError):
+        document = index.read_document(url)
+        found = document.get("pixels") if isinstance(document, dict) else None
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _same_place(out: str, folder: str) -> bool:

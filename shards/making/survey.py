@@ -1,5 +1,6 @@
 """Look for images of more than 8 bits before packing, and find the window that they need."""
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
@@ -8,12 +9,13 @@ from numpy.typing import NDArray
 
 from shards.errors import InputError
 from shards.making.bit_depth import MAY_BE_WIDE, find_bit_depth
-from shards.making.convert import large_images
 from shards.making.pack import Image, run_in_threads
-from shards.making.pictures import read_wide
+from shards.making.pictures import picture_size, read_wide
+from shards.making.turns import take_turn
 from shards.making.window import Window, explain_window, find_range
 from shards.png import undo_scaling
 
+LOOKED_AT = 100_000  # The headers of so many images are read, which takes 10 s on a local disk.
 MEASURED = 64  # The values of so many images are looked at.
 _VALUES = 100_000  # So many values of each are kept for percentiles.
 
@@ -44,8 +46,8 @@ def choose_window(
 ) -> Window | None:
     """Return the window for the images of more than 8 bits. Return None when they need none.
 
-    Of all images whose extension allows more than 8 bits, the header is read. Of up to MEASURED of
-    those with more bits, evenly spaced by name, the values are read.
+    Of up to LOOKED_AT images whose extension allows more than 8 bits, the header is read. Of up to
+    MEASURED of those with more bits, the values are read. They are evenly spaced by name.
 
     Raises InputError when a window is needed and no percentiles are given.
 
@@ -54,16 +56,17 @@ def choose_window(
         place: The source, for messages.
         most: The most pixels that an image may have.
     """
-    wide = _find_wide(images, read, threads)
-    count = min(len(wide), MEASURED)
-    chosen = [wide[i * len(wide) // count] for i in range(count)]
+    candidates = sorted(i for i in images if i.path.rpartition(".")[2].lower() in MAY_BE_WIDE)
+    wide = _find_wide(_space(candidates, LOOKED_AT), read, threads)
+    chosen = _space(wide, MEASURED)
     found = [
         one for one in run_in_threads(lambda i: _measure(i, read, most), chosen, threads) if one
     ]
     if not found or (percentiles is None and all(one.scaled for one in found)):
         return None
     low, high = min(one.low for one in found), max(one.high for one in found)
-    number, example = f"{len(wide):,} of its images", wide[0].path
+    which = "its images" if len(candidates) <= LOOKED_AT else f"{LOOKED_AT:,} of its images"
+    number, example = f"{len(wide):,} of {which}", wide[0].path
     if percentiles is None:
         seen = "" if len(found) == len(wide) else f" (in {len(found)} of them)"
         raise InputError(
@@ -79,9 +82,14 @@ def choose_window(
     return low, high
 
 
-def _find_wide(images: Iterable[Image], read: ReadImage, threads: int) -> list[Image]:
-    """Return the images whose headers announce more than 8 bits per channel, sorted by path."""
-    candidates = [image for image in images if image.path.rpartition(".")[2].lower() in MAY_BE_WIDE]
+def _space(images: list[Image], most: int) -> list[Image]:
+    """Return at most that many images, evenly spaced."""
+    count = min(len(images), most)
+    return [images[i * len(images) // count] for i in range(count)]
+
+
+def _find_wide(images: list[Image], read: ReadImage, threads: int) -> list[Image]:
+    """Return the images whose headers announce more than 8 bits per channel."""
 
     def depth_of(image: Image) -> int:
         def part(start: int, stop: int) -> bytes:
@@ -90,19 +98,22 @@ def _find_wide(images: Iterable[Image], read: ReadImage, threads: int) -> list[I
 
         return find_bit_depth(part)
 
-    depths = run_in_threads(depth_of, candidates, 4 * threads)
-    return sorted(i for i, depth in zip(candidates, depths, strict=True) if depth > 8)
+    depths = run_in_threads(depth_of, images, 4 * threads)
+    return [image for image, depth in zip(images, depths, strict=True) if depth > 8]
 
 
 def _measure(image: Image, read: ReadImage, most: int) -> _Measured | None:
     """Measure an image. Return None for a damaged one, which packing reports."""
-    content = read(image, 0, image.size)
+    content, suffix = read(image, 0, image.size), image.path.rpartition(".")[2].lower()
+
+    def measure() -> _Measured:
+        values = read_wide(content, suffix, most).values
+        low, high = find_range(values)
+        scaled = undo_scaling(values) is not None
+        some = values.reshape(-1)[:: max(1, values.size // _VALUES)].astype(np.float64)
+        return _Measured(low, high, scaled, some[np.isfinite(some)])
+
     try:
-        with large_images:
-            values = read_wide(content, image.path.rpartition(".")[2].lower(), most).values
-            low, high = find_range(values)
-            scaled = undo_scaling(values) is not None
-            some = values.reshape(-1)[:: max(1, values.size // _VALUES)].astype(np.float64)
+        return take_turn(math.prod(picture_size(content, suffix, most)), measure)
     except Exception:  # Pillow raises many kinds for damaged images.
         return None
-    return _Measured(low, high, scaled, some[np.isfinite(some)])

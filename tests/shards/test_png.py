@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image as PillowImage
+from PIL.PngImagePlugin import PngInfo
 from torchvision.io import ImageReadMode, decode_image
 
 from shards.decode import DecodeError, decode
@@ -59,6 +60,16 @@ def test_sixteen_bits(channels: int) -> None:
     found = decode_png(encode_by_hand(WIDE[..., :channels], 16))
     assert found.dtype == np.uint16
     assert (found == (WIDE[..., 0] if channels < 3 else WIDE[..., :3])).all()
+
+
+def test_large_texts_and_profiles_do_no_harm() -> None:
+    texts = PngInfo()
+    texts.add_text("Comment", "x" * 3_000_000, zip=True)
+    picture = PillowImage.fromarray(COLORS[..., :3])
+    for content in (save(picture, pnginfo=texts), save(picture, icc_profile=bytes(3_000_000))):
+        with pytest.raises(ValueError, match="too large"):
+            PillowImage.open(io.BytesIO(content)).load()
+        assert (decode_png(content) == COLORS[..., :3]).all()
 
 
 def test_damage_never_ends_the_process() -> None:

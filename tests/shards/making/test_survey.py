@@ -9,6 +9,7 @@ import pytest
 from PIL import Image as PillowImage
 
 from launch import pack as pack_command
+from launch import packing
 from shards import index
 from shards.center_crops import CropReader
 from shards.errors import InputError
@@ -62,6 +63,8 @@ def test_a_window_is_applied_and_recorded(source: Path, tmp_path: Path) -> None:
     half = pack(source, tmp_path / "half", window=(0.0, 2040.0))
     assert levels(half)[:6] == [129] * 6
     assert len({wide.digest, half.digest}) == len({wide.plan, half.plan}) == 2
+    pack_command.main((str(tmp_path / "wide"),), index_only=True)
+    assert index.load(str(tmp_path / "wide"), "data.train").digest == wide.digest
     document = json.loads((tmp_path / "wide" / index.NAME).read_text())
     assert document["pixels"] == {"window": [0.0, 4080.0]}
     document["pixels"] = {"window": [0.0, 1.0]}
@@ -104,6 +107,11 @@ def test_only_some_are_measured(
     (source / "ant" / "0.png").write_bytes(b"\x89PNG")
     with pytest.raises(InputError, match=r"5 of its images \(in 2 of them\), such as ant/1.png"):
         pack(source, tmp_path / "out")
+    monkeypatch.setattr(survey, "LOOKED_AT", 4)
+    with pytest.raises(
+        InputError, match=r": [1-4] of 4 of its images .*such as .*, have more than"
+    ):
+        pack(source, tmp_path / "out")
 
 
 def test_images_of_eight_bits_need_none(source: Path, tmp_path: Path) -> None:
@@ -145,6 +153,23 @@ def test_impossible_options(
 ) -> None:
     with pytest.raises(InputError, match=text):
         pack(source, tmp_path / "out", **options)
+
+
+def test_index_only_has_no_pixels_to_convert(source: Path) -> None:
+    for options in ({"window": (0.0, 9.0)}, {"max_side": 9}, {"max_pixels": 9}):
+        with pytest.raises(InputError, match="--index-only copies no images: leave"):
+            pack_command.main((str(source),), index_only=True, **options)
+
+
+def test_what_training_has_to_admit_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "MOST_PIXELS", 5000)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.png").write_bytes(draw_photo(2, 100, 51, "PNG"))
+    pack(tmp_path / "in", tmp_path / "out")
+    text = " ".join(capsys.readouterr().err.split())
+    assert "0.png has 5,100 pixels: train with --data.max-pixels 5100, or shrink it" in text
 
 
 def test_shrinking_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
