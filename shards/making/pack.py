@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from webdataset.writer import TarWriter
 
 from shards import index
-from shards.blocks import Blocks, checksum
+from shards.blocks import Blocks, check_blocks, checksum
 from shards.digest import digest
+from shards.documents import Natural, Sum32, build
 from shards.errors import InputError
 from shards.index import Index, Shard
 from shards.philox import Domain, permutation
@@ -204,7 +205,7 @@ def _begin(plan: Plan, url: str, report: Callable[[str], None]) -> Index | None:
         if standing.plan == plan.digest:
             files.discard(files.join(url, _WORK), url, report)
             return standing
-    elif claimed and files.read_json(plan_url) == plan.digest:
+    elif claimed and _read_plan(plan_url) == plan.digest:
         return None
     elif not claimed and not any(name.endswith(".tar") for name in names):
         files.write(plan_url, json.dumps(plan.digest).encode())
@@ -214,6 +215,24 @@ def _begin(plan: Plan, url: str, report: Callable[[str], None]) -> Index | None:
         f"OUT {files.redact(url)}: holds other shards{state} (another source, seed, shard "
         "size or pixels): choose another OUT, or replace them with --overwrite"
     )
+
+
+def _read_plan(url: str) -> object:
+    """Return the digest of the plan that was begun; None, which is that of none, if damaged."""
+    try:
+        return files.read_json(url)
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The record of a shard that was written."""
+
+    samples: Natural
+    bytes: Natural
+    blocks: Any
+    crcs: list[Sum32]
 
 
 def _record(shard: Shard) -> dict[str, Any]:
@@ -237,14 +256,12 @@ def _compute_crcs(shard: Shard, content: bytes) -> list[int]:
 def _find_written(url: str, name: str, record_url: str) -> Shard | None:
     """Return the shard that an earlier run wrote, if it is still there with the same size."""
     # A damaged record counts as no record, and the shard is written again.
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
-        record = files.read_json(record_url)
-        blocks = np.array(record["blocks"], np.int64).reshape(-1, 2)
-        whole = blocks[:, 1].sum() == record["samples"] and len(record["crcs"]) == len(blocks)
-        if whole and files.size(files.join(url, name)) == record["bytes"]:
-            found = Shard(name, record["samples"], record["bytes"], blocks, checksum(blocks))
-            found.crcs = record["crcs"]
-            return found
+    with contextlib.suppress(FileNotFoundError, ValueError, InputError):
+        record = build(_Written, files.read_json(record_url))
+        blocks = check_blocks(record.blocks, record.samples, record.bytes, "blocks")
+        size = files.size(files.join(url, name))
+        if size == record.bytes and len(record.crcs) == len(blocks):
+            return Shard(name, record.samples, size, blocks, checksum(blocks), record.crcs)
     return None
 
 

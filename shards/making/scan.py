@@ -6,14 +6,15 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shards import index
-from shards.blocks import checksum
+from shards.blocks import check_blocks, checksum
+from shards.documents import Natural, build
 from shards.errors import InputError
 from shards.index import Index, Shard
 from shards.making.image_folders import PATTERN_HINT
@@ -162,7 +163,7 @@ def _scan_once(folder: str, name: str, layout: Layout, out: str) -> Scan | Damag
     """Scan a tar, unless a call before this one has done it."""
     url, record = files.join(folder, name), files.join(out, _WORK, f"{name}.json")
     # A damaged record counts as no record, and the tar is scanned again.
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
+    with contextlib.suppress(FileNotFoundError, ValueError, InputError):
         return _from_record(files.read_json(record), files.size(url), name, layout)
     place = files.redact(url)
     samples: list[Sample] = []
@@ -242,17 +243,34 @@ def _record(found: Scan, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _from_record(record: dict[str, Any], size: int, name: str, layout: Layout) -> Scan:
-    """Return what an earlier call found in a tar. Raises ValueError when the tar has changed."""
-    if record["layout"] != asdict(layout) or record["bytes"] != size:
+@dataclass(frozen=True)
+class _Record:
+    """What a call writes of a tar that it has scanned."""
+
+    layout: Layout
+    bytes: Natural
+    blocks: Any
+    texts: list[str]
+    labels: list[Natural]
+    left_out: dict[str, tuple[Natural, str]]
+    fields: list[str]
+
+
+def _from_record(document: object, size: int, name: str, layout: Layout) -> Scan:
+    """Return what an earlier call found in a tar.
+
+    Raises ValueError when the tar has changed, and InputError when the record is damaged.
+    """
+    record = build(_Record, document)
+    if record.layout != layout or record.bytes != size:
         raise ValueError(name)
-    blocks = np.array(record["blocks"], np.int64).reshape(-1, 2)
-    labels = [str(record["texts"][i]) for i in record["labels"]]
-    if len(labels) != blocks[:, 1].sum():
+    if any(label >= len(record.texts) for label in record.labels):
         raise ValueError(name)
-    shard = Shard(name, len(labels), size, blocks, checksum(blocks))
-    left_out = {why: LeftOut(int(n), str(what)) for why, (n, what) in record["left_out"].items()}
-    return Scan(shard, labels, left_out, [str(field) for field in record["fields"]])
+    blocks = check_blocks(record.blocks, len(record.labels), size, "blocks")
+    shard = Shard(name, len(record.labels), size, blocks, checksum(blocks))
+    labels = [record.texts[label] for label in record.labels]
+    left_out = {why: LeftOut(*found) for why, found in record.left_out.items()}
+    return Scan(shard, labels, left_out, record.fields)
 
 
 def _known_classes(url: str) -> list[str]:
