@@ -13,10 +13,12 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 
+from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     check_requirements()
+    prepare_output()
 
 import tyro
 

@@ -9,10 +9,12 @@ import sys
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     check_requirements()
+    prepare_output()
 
 import torch
 import tyro

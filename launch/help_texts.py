@@ -1,24 +1,34 @@
-"""Show the docstrings of config fields in --help as running text.
+"""Show the docstrings of options in --help as running text.
 
 By itself tyro keeps their line breaks, because the lines after the first are indented.
 """
 
 import ast
 import inspect
+import re
 import textwrap
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from types import MappingProxyType
 from typing import get_args, get_type_hints
 
 
-def join_help_lines(kind: type, arguments: list[str]) -> None:
-    """Join the lines of what --help says about the fields of a config class and of those in it.
+def join_help_lines(program: type | Callable[..., object], arguments: list[str]) -> None:
+    """Join the lines of what --help says about each option of a program.
 
     Nothing is done unless the arguments ask for help, because reading the source takes a while.
+
+    Args:
+        program: A config class, whose fields and theirs are options, or a function, whose
+            parameters are.
     """
-    if {"-h", "--help"} & set(arguments):
-        _join(kind)
+    if not {"-h", "--help"} & set(arguments):
+        return
+    if isinstance(program, type):
+        _join(program)
+    else:  # In its docstring, only what follows the first line of a parameter is indented so far.
+        program.__doc__ = re.sub(r"\n {8,}", " ", inspect.getdoc(program) or "")
 
 
 def _join(kind: type) -> None:

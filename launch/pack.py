@@ -12,15 +12,18 @@ import sys
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
+from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     check_requirements()
+    prepare_output()
 
 import tyro
 from annotated_types import Interval
 from rich.text import Text
 
+from launch.help_texts import join_help_lines
 from launch.packing import MB, Bar, Packing, console, note, summarize, warn
 from launch.plain_errors import plain_errors
 from shards.dimensions import MOST_PIXELS
@@ -100,12 +103,7 @@ def main(
     """
     for number, path in enumerate([*paths, out]):
         files.check(path, "OUT" if number >= len(paths) - (not index_only) else "SOURCE")
-    target = paths[-1] if paths and not index_only else out
-    if target.rstrip("/").endswith((".tar", ".json")):
-        raise InputError(
-            f"OUT {files.redact(target)}: is the folder to write, which holds such files: give "
-            f"{files.redact(misplaced.folder_of(target))}"
-        )
+    _check_out(paths[-1] if paths and not index_only else out)
     if threads < 1:
         raise InputError("--threads must be at least 1")
     if not 0 < shard_mb < 1e6:  # this also refuses nan
@@ -143,6 +141,15 @@ def _check_pixels(options: PixelOptions, percentiles: tuple[float, float] | None
     check_window("--window-percentiles", percentiles, 0, 100)
     if options.window and percentiles:
         raise InputError("--window and --window-percentiles exclude each other: give one")
+
+
+def _check_out(url: str) -> None:
+    """Raise InputError when OUT is called like a file that the folder will hold."""
+    if url.rstrip("/").endswith((".tar", ".json")):
+        raise InputError(
+            f"OUT {files.redact(url)}: is the folder to write, which holds such files: give "
+            f"{files.redact(misplaced.folder_of(url))}"
+        )
 
 
 def _pack_folder(source: str, follow_links: bool, packing: Packing) -> bool:
@@ -239,6 +246,7 @@ def _class_names(url: str) -> list[str] | None:
 
 
 if __name__ == "__main__":
+    join_help_lines(main, sys.argv)
     try:
         with plain_errors():
             tyro.cli(

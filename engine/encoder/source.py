@@ -160,12 +160,20 @@ def _steps(url: str) -> list[str]:
         return []
 
 
+def _can_read(url: str) -> bool:
+    try:
+        return files.exists(url)
+    except PermissionError:  # AWS answers so where nothing is, if folders may not be listed.
+        return False
+
+
 def _kind(url: str) -> Literal["folder", "file"]:
     try:
         if files.list_names(url):
             return "folder"
     except PermissionError:  # Single objects may be readable all the same.
-        return "file" if files.exists(url) else "folder"
+        folder = _can_read(files.join(url, checkpoint.COMMIT)) or not _can_read(url)
+        return "folder" if folder else "file"
     if not files.exists(url):
         raise InputError(
             f"CHECKPOINT {files.redact(url)}: nothing there; give the URL of a run, of one of "

@@ -226,6 +226,8 @@ class Evaluation:
                 raise InputError(
                     f"{place}: another job is at this evaluation: wait for it, or give --out"
                 ) from None
+            except PermissionError as error:
+                raise PermissionError(f"{error}; or give --out, a folder elsewhere") from None
 
         self.world.on_main(hold)
         try:

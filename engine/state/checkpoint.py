@@ -184,9 +184,9 @@ def find(
     `name` is the field or argument that gave the URL, for the message. Raises InputError when there
     is no checkpoint, or when the one at `url` is damaged.
     """
-    if world.on_main(lambda: files.exists(files.join(url, COMMIT))):
-        return verify(url, world)
     try:
+        if world.on_main(lambda: files.exists(files.join(url, COMMIT))):
+            return verify(url, world)
         found = latest(url, world, report)
     except PermissionError as error:
         example = files.redact(step_url(url, 100))

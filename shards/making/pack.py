@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -154,13 +154,11 @@ def write_shards(
         advance: Is called with the size in bytes of each image that is done.
         report: Takes a message when a store refuses to remove old objects.
     """
+    report = cache(report)  # What a store refuses to remove is said once.
     if overwrite:
-        names = filter(_WRITTEN.fullmatch, files.list_names(url))
-        # The index is removed first, because it must not describe shards that are replaced.
-        for name in sorted(names, key=lambda name: name != index.NAME):
-            files.remove(files.join(url, name))
-    standing = _begin(plan, url, report)
-    if standing is not None:
+        _clear(url, report)
+        _claim(plan, url)
+    elif (standing := _begin(plan, url, report)) is not None:
         return standing, False
     records = set(files.list_names(files.join(url, _WORK)))
 
@@ -195,9 +193,31 @@ def write_shards(
     return result, True
 
 
+def _clear(url: str, report: Callable[[str], None]) -> None:
+    """Remove what an earlier packing wrote. What can't be removed is emptied.
+
+    The index goes first, because it must not describe shards that are replaced.
+    """
+    names = set(filter(_WRITTEN.fullmatch, files.list_names(url)))
+    names |= {f"{_WORK}/{name}" for name in files.list_names(files.join(url, _WORK))}
+
+    def clear(name: str) -> None:
+        files.discard_or_empty(files.join(url, name), url, report)
+
+    if index.NAME in names:
+        clear(index.NAME)
+    run_in_threads(clear, sorted(names - {index.NAME, _WORK}), files.DELETIONS)
+
+
+def _claim(plan: Plan, url: str) -> None:
+    files.write(files.join(url, _WORK, _PLAN), json.dumps(plan.digest).encode())
+
+
 def _begin(plan: Plan, url: str, report: Callable[[str], None]) -> Index | None:
     """Claim `url` for the plan. Return the index if the plan has already been carried out there."""
     names = files.list_names(url)
+    if index.NAME in names and files.size(files.join(url, index.NAME)) == 0:
+        names.remove(index.NAME)  # `_clear` could not remove it.
     plan_url = files.join(url, _WORK, _PLAN)
     claimed = _PLAN in files.list_names(files.join(url, _WORK))
     if index.NAME in names:
@@ -205,10 +225,10 @@ def _begin(plan: Plan, url: str, report: Callable[[str], None]) -> Index | None:
         if standing.plan == plan.digest:
             files.discard(files.join(url, _WORK), url, report)
             return standing
-    elif claimed and _read_plan(plan_url) == plan.digest:
+    elif claimed and _read_claim(plan_url) == plan.digest:
         return None
     elif not claimed and not any(name.endswith(".tar") for name in names):
-        files.write(plan_url, json.dumps(plan.digest).encode())
+        _claim(plan, url)
         return None
     state = "" if index.NAME in names else ", unfinished"
     raise InputError(
@@ -217,10 +237,10 @@ def _begin(plan: Plan, url: str, report: Callable[[str], None]) -> Index | None:
     )
 
 
-def _read_plan(url: str) -> object:
-    """Return the digest of the plan that was begun; None, which is that of none, if damaged."""
+def _read_claim(plan_url: str) -> Any:
+    """Return the digest of the plan that is being carried out; None when the file is damaged."""
     try:
-        return files.read_json(url)
+        return files.read_json(plan_url)
     except ValueError:
         return None
 

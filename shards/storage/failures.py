@@ -6,6 +6,7 @@ import socket
 from typing import Any, NamedTuple
 
 from shards.storage import space
+from shards.storage.redaction import redact, split
 
 LONGEST = 400  # A reason is cut to this many characters.
 
@@ -88,20 +89,6 @@ _FINAL = (
 )
 
 
-# Something like the beginning of a URL, but without "://": a scheme and a wrong mark, or any word
-# with a colon and a slash. After a known scheme, the weak marks may also belong to a path.
-_KNOWN = r"(?:s3a?|gcs?|gs|r2|minio|oss|abfss?|az|adl|wasbs?|https?|s?ftp|ssh|hdfs|memory)"
-_COLON = r"(?:[:;\uff1a]|%3A)"
-_STRONG = rf"(?:{_COLON}[\s:/\\]*|[^\w\s/\\]{{0,2}}\s*[/\\]{{2,}}\s*)"
-_MISTYPED = re.compile(
-    rf"(?P<scheme>\s*(?:(?P<known>{_KNOWN})(?:(?P<strong>{_STRONG})|[.,/\\]+)|"
-    rf"[a-z][a-z0-9+.-]*(?P<slash>{_COLON}+\s*[/\\][\s/\\]*)))(?P<rest>.*)$",
-    re.IGNORECASE | re.DOTALL,
-)
-# It is refused as the value of a field, and so is any word with a colon and slashes.
-SLIP = re.compile(rf"\s*(?:({_KNOWN}){_STRONG}|([a-z][a-z0-9+.-]+){_COLON}\s*[/\\])", re.IGNORECASE)
-
-
 class Failure(NamedTuple):
     """The reason why a call to a storage library failed."""
 
@@ -113,76 +100,6 @@ class Failure(NamedTuple):
 
 class NoStore(OSError):
     """An answer came that is not a store's."""
-
-
-def redact(url: str) -> str:
-    """Return the URL without user, password and query, which may be secret.
-
-    A mistyped URL such as s3:/USER:PASSWORD@bucket is a path to everybody else, but its secrets are
-    left out too. Other paths are returned unchanged.
-    """
-    scheme, mark, _ = url.partition("://")
-    if mark:
-        return f"{scheme}://{_split(url)[1]}"
-    if mistyped := _MISTYPED.match(url):
-        strong = bool(mistyped["strong"] or mistyped["slash"])
-        s3 = (mistyped["known"] or "").lower() in ("s3", "s3a")
-        return mistyped["scheme"] + _strip_mistyped(mistyped["rest"], strong, s3)
-    return url
-
-
-def _strip_mistyped(rest: str, strong: bool, s3: bool) -> str:
-    """Return what follows the scheme of a mistyped URL without user, password and query.
-
-    Args:
-        strong: Whether this is hardly a path.
-        s3: Whether a `?` may belong to a name.
-    """
-    user, mark, place = rest.rpartition("@")
-    if mark and (_has_colon(user) or (strong and not re.search(r"[/\\]", user))):
-        rest = place
-    elif strong and (encoded := re.match(r"[^/]*(?::|%3A)[^@]*%40", rest, re.IGNORECASE)):
-        rest = rest[encoded.end() :]
-    return rest.partition("?")[0] if has_query(rest) or (strong and not s3) else rest
-
-
-def _has_colon(text: str) -> bool:
-    return ":" in text or "%3a" in text.lower()
-
-
-def user_info(url: str) -> str:
-    """Return the user and password that stand before a URL's host, or "" if there are none."""
-    return _split(url)[0] if "://" in url else ""
-
-
-def has_query(place: str) -> bool:
-    """Return whether the part of an s3 URL after `://` has a query, which may be secret.
-
-    A `?` alone does not make a query, because most `?` in s3 URLs belong to object names.
-    """
-    return re.search(r"\?[\w-]+=", place) is not None
-
-
-def _split(url: str) -> tuple[str, str, str]:
-    """Split a URL into user and password, host and path, and query."""
-    scheme, _, rest = url.partition("://")
-    query = ""
-    if scheme not in ("s3", "s3a") or has_query(rest):
-        rest, _, query = rest.partition("?")
-    if re.match(r"/+([^/@]*:[^@]*|[^/@]*)@", rest) and scheme not in ("file", "local", "memory"):
-        rest = rest.lstrip("/")  # mistyped, as in s3:///USER:PASSWORD@bucket
-    if "@" not in rest and scheme not in ("file", "local", "memory"):
-        # Some write the @ as it would stand in a password, too.
-        rest = re.sub(r"^([^/]*(?::|%3A)[^/]*)%40", r"\1@", rest, flags=re.IGNORECASE)
-    authority, slash, path = rest.partition("/")
-    if "@" in authority:
-        user, _, authority = authority.rpartition("@")
-        return user, authority + slash + path, query
-    if "@" in path and re.match(r"(?!arn:)[^:]*:(.*\D.*)?$", authority):
-        # What follows the colon is not a port, so this is a password that contains a slash.
-        user, _, place = rest.partition("@")
-        return user, place, query
-    return "", rest, query
 
 
 def explain(error: Exception, url: str) -> Failure:
@@ -332,7 +249,7 @@ def _unknown_host(error: BaseException | None) -> socket.gaierror | None:
 
 def _line(text: str, url: str) -> str:
     """Return the text as one line, without the secrets of `url` and of the URLs in the text."""
-    user, _, query = _split(url)
+    user, _, query = split(url)
     for secret in filter(None, (user, query) if "://" in url else ()):
         text = text.replace(secret, "...")
     text = re.sub(r"[\w.+-]+://[^\s\"'<>]+", lambda found: redact(found[0]), text)

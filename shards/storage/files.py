@@ -19,14 +19,13 @@ from shards.documents import parse_json
 from shards.errors import InputError
 from shards.storage import local_files
 from shards.storage.failures import (
-    SLIP,
-    has_query,
     is_beyond_end,
     is_refused_condition,
     is_refused_listing,
 )
-from shards.storage.failures import redact as redact
 from shards.storage.local_files import is_local as is_local
+from shards.storage.redaction import SLIP, has_query
+from shards.storage.redaction import redact as redact
 from shards.storage.retries import WrongLength, retry
 from shards.storage.s3 import is_s3 as is_s3
 from shards.storage.s3 import open_s3
@@ -54,7 +53,9 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         options = {} if is_s3(url) else kind._get_kwargs_from_urls(url)
         filesystem, path = fsspec.filesystem(protocol, **options), kind._strip_protocol(url)
     except (ImportError, ValueError, TypeError, OSError) as error:
-        raise InputError(f"{redact(url)}: no storage for this URL: {error}") from None
+        known = re.fullmatch(r"[\w+.-]+", protocol)  # What is no word may hold a secret.
+        reason = error if known else "its scheme is not known"
+        raise InputError(f"{redact(url)}: no storage for this URL: {reason}") from None
     # fsspec's memory filesystem strips the leading slash, but only from names that contain `::`.
     return filesystem, f"/{path.lstrip('/')}" if protocol == "memory" and path else path
 
@@ -112,6 +113,8 @@ def check(url: str, name: str) -> None:
         name: Name of the field or argument that gave the URL, for the message.
     """
     scheme, mark, place = url.partition("://")
+    if not re.fullmatch(r"\s*[\w+.-]*\s*", scheme):
+        mark = ""  # It stands somewhere inside of a path, or of a password.
     if mark and not place.strip("/"):
         raise InputError(f"{name} {redact(url)}: names no bucket or folder")
     if mark and scheme != scheme.strip().lower():

@@ -10,7 +10,7 @@ import pytest
 
 from engine.state import checkpoint, lease, saver
 from engine.state.checkpoint import CheckpointConfig
-from launch import export
+from launch import evaluate, export
 from shards.errors import InputError
 from shards.loader import DataConfig
 from shards.storage import files, retries, s3, upload
@@ -298,7 +298,9 @@ def test_a_bucket_that_can_only_be_read(
         for path in (tmp_path / "data" / part).iterdir():
             files.write(f"{s3}/{part}/{path.name}", path.read_bytes())
     train(tiny.recipe(places, f"{s3}/run", steps=2, probe=tiny.NO_PROBE))
-    proxy.deny(f"{WRITES}|^HEAD |{LISTS}")
+    # Where it allows no lists, AWS also refuses what is not there.
+    nothing = r"^GET [^?]*(step_00000002|run/commit\.json)(\?|$)"
+    proxy.deny(f"{WRITES}|^HEAD |{LISTS}|{nothing}")
     start = CheckpointConfig(resume=f"{s3}/run/checkpoints/step_00000002")
     recipe = tiny.recipe(places, tmp_path / "run", steps=3, probe=tiny.NO_PROBE, checkpoint=start)
     capsys.readouterr()
@@ -308,3 +310,9 @@ def test_a_bucket_that_can_only_be_read(
     assert export.main([start.resume, str(tmp_path / "out"), *options]) == 0
     with pytest.raises(OSError, match=r"s3://.*may lack s3:(PutObject|ListBucket)"):
         train(tiny.recipe(places, f"{s3}/other", steps=3, probe=tiny.NO_PROBE))
+    with pytest.raises(InputError, match="give the URL of one checkpoint"):
+        checkpoint.find(f"{s3}/run", ALONE, print)
+    capsys.readouterr()
+    assert evaluate.main(["knn", start.resume, "--k", "3"]) == 1
+    assert "; or give --out" in capsys.readouterr().err
+    assert evaluate.main(["knn", start.resume, "--k", "3", "--out", str(tmp_path / "out")]) == 0
