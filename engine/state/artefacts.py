@@ -10,6 +10,7 @@ from torch.compiler._cache import CacheArtifactManager
 
 from engine.processes.world import World
 from shards.digest import digest
+from shards.errors import InputError
 from shards.storage import files
 
 _KEY = r"[\w:-][\w.:-]*"
@@ -53,7 +54,7 @@ class Artefacts:
             content = files.read(self._url)
         except FileNotFoundError:
             return
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, InputError, UnicodeDecodeError) as error:
             report(f"compile: {files.redact(self._url)} could not be read: {error}")
             return
         if digest(content, 64) != expected or not _stays_inside(content):

@@ -26,6 +26,8 @@ COMPILE = "compile"
 EVALUATIONS = "evaluations"
 DEBUG_STEP = "debug_step"
 
+NAMES = (RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, DEBUG_STEP, JSONL, PARTS, TENSORBOARD)
+
 
 _FILES = (RECIPE, JSONL, "commit.json", "index.json", ".metadata")
 _INSIDE = re.compile(rf"(.+)/{CHECKPOINTS}/step_\d{{8}}(/.*)?$")

@@ -3,13 +3,12 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
-from shards.blocks import checksum
+from shards.blocks import check_blocks, checksum
 from shards.digest import digest
+from shards.documents import Natural, build
 from shards.errors import InputError
 from shards.index import Shard
 from shards.making.left_out import LeftOut
@@ -78,7 +77,7 @@ def read_version(url: str) -> list[str]:
 def find_kept(name: str, version: list[str], layout: Layout, out: str) -> Scan | None:
     """Return what an earlier call found in this version of a tar, if it is kept."""
     # A damaged record counts as no record, and the tar is scanned again.
-    with contextlib.suppress(FileNotFoundError, ValueError, LookupError, TypeError, OverflowError):
+    with contextlib.suppress(FileNotFoundError, ValueError, InputError):
         return _from_record(files.read_json(_record_url(out, name)), name, version, layout)
     return None
 
@@ -107,16 +106,35 @@ def _record(found: Scan, layout: Layout, version: list[str]) -> dict[str, Any]:
     }
 
 
-def _from_record(record: dict[str, Any], name: str, version: list[str], layout: Layout) -> Scan:
-    """Return what an earlier call found in a tar. Raises ValueError when the tar has changed."""
-    told = [record["name"], record["layout"], record["version"]]
-    if told != [name, asdict(layout), version]:
+@dataclass(frozen=True)
+class _Record:
+    """What a call keeps of a tar that it has scanned."""
+
+    name: str
+    layout: Layout
+    version: list[str]
+    bytes: Natural
+    blocks: Any
+    texts: list[str]
+    labels: list[Natural]
+    left_out: dict[str, tuple[Natural, str]]
+    fields: list[str]
+    folders: list[str]
+    twice: Natural
+
+
+def _from_record(document: object, name: str, version: list[str], layout: Layout) -> Scan:
+    """Return what an earlier call found in a tar.
+
+    Raises ValueError when the tar has changed, and InputError when the record is damaged.
+    """
+    record = build(_Record, document)
+    if (record.name, record.layout, record.version) != (name, layout, version):
         raise ValueError(name)
-    blocks = np.array(record["blocks"], np.int64).reshape(-1, 2)
-    labels = [str(record["texts"][i]) for i in record["labels"]]
-    if len(labels) != blocks[:, 1].sum():
+    if any(label >= len(record.texts) for label in record.labels):
         raise ValueError(name)
-    shard = Shard(name, len(labels), int(record["bytes"]), blocks, checksum(blocks))
-    left_out = {why: LeftOut(int(n), str(what)) for why, (n, what) in record["left_out"].items()}
-    fields, folders = ([str(name) for name in record[key]] for key in ("fields", "folders"))
-    return Scan(shard, labels, left_out, fields, folders, int(record["twice"]))
+    blocks = check_blocks(record.blocks, len(record.labels), record.bytes, "blocks")
+    shard = Shard(name, len(record.labels), record.bytes, blocks, checksum(blocks))
+    labels = [record.texts[label] for label in record.labels]
+    left_out = {why: LeftOut(*found) for why, found in record.left_out.items()}
+    return Scan(shard, labels, left_out, record.fields, record.folders, record.twice)

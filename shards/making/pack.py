@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from webdataset.writer import TarWriter
 
 from shards import index
-from shards.blocks import Blocks, checksum
+from shards.blocks import Blocks, check_blocks, checksum
 from shards.digest import digest
+from shards.documents import Natural, Sum32, build
 from shards.errors import InputError
 from shards.index import Index, Shard
 from shards.philox import Domain, permutation
@@ -244,6 +245,16 @@ def _read_claim(plan_url: str) -> Any:
         return None
 
 
+@dataclass(frozen=True)
+class _Written:
+    """The record of a shard that was written."""
+
+    samples: Natural
+    bytes: Natural
+    blocks: Any
+    crcs: list[Sum32]
+
+
 def _record(shard: Shard) -> dict[str, Any]:
     assert shard.blocks is not None
     blocks = shard.blocks.tolist()
@@ -265,14 +276,12 @@ def _compute_crcs(shard: Shard, content: bytes) -> list[int]:
 def _find_written(url: str, name: str, record_url: str) -> Shard | None:
     """Return the shard that an earlier run wrote, if it is still there with the same size."""
     # A damaged record counts as no record, and the shard is written again.
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError, OverflowError):
-        record = files.read_json(record_url)
-        blocks = np.array(record["blocks"], np.int64).reshape(-1, 2)
-        whole = blocks[:, 1].sum() == record["samples"] and len(record["crcs"]) == len(blocks)
-        if whole and files.size(files.join(url, name)) == record["bytes"]:
-            found = Shard(name, record["samples"], record["bytes"], blocks, checksum(blocks))
-            found.crcs = record["crcs"]
-            return found
+    with contextlib.suppress(FileNotFoundError, ValueError, InputError):
+        record = build(_Written, files.read_json(record_url))
+        blocks = check_blocks(record.blocks, record.samples, record.bytes, "blocks")
+        size = files.size(files.join(url, name))
+        if size == record.bytes and len(record.crcs) == len(blocks):
+            return Shard(name, record.samples, size, blocks, checksum(blocks), record.crcs)
     return None
 
 

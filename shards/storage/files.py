@@ -72,10 +72,12 @@ def join(url: str, *names: str) -> str:
 def read(url: str, start: int | None = None, stop: int | None = None) -> bytes:
     """Read the bytes [start, stop) of an object; by default, read all of it.
 
-    Raises FileNotFoundError at once, WrongLength when the object ends before `stop`, and OSError
-    naming the URL after a bounded number of retries.
+    Raises FileNotFoundError at once, WrongLength when the object ends before `stop`, InputError
+    for a pipe or a device, and OSError naming the URL after a bounded number of retries.
     """
     filesystem, path = client(url)
+    if is_local(url):
+        local_files.check_kind(path)
     asked = None if start is None or stop is None else stop - start
     # A server that sends a few bytes now and then would keep a read without a timeout alive.
     seconds = 10 * SECONDS if asked is None else SECONDS + asked / 1e6
@@ -143,6 +145,7 @@ def open_reader(url: str) -> BinaryIO:
     """Open a seekable file. Remote files are read in large blocks. Raises FileNotFoundError."""
     if is_local(url):
         filesystem, path = open_filesystem(url)
+        local_files.check_kind(path)
         return cast(BinaryIO, filesystem.open(path, "rb"))
     return cast(BinaryIO, io.BufferedReader(_Ranges(url), READ_BLOCK))
 
@@ -346,7 +349,14 @@ def discard(url: str, place: str, report: Callable[[str], None]) -> bool:
 
     The report names `place`, which is the run or folder, instead of the object. So a `report` that
     drops repeated messages says only once per run that old objects stay.
+
+    What a link leads to, outside of `place`, is somebody else's and stays.
     """
+    if is_local(url):
+        path, folder = (open_filesystem(one)[1] for one in (url, place))
+        if not local_files.lies_below(path, folder):
+            report(f"{redact(url)}: is not removed, because a link leads out of {redact(place)}")
+            return False
     try:
         remove(url)
     except OSError as error:

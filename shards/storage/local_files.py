@@ -9,6 +9,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
@@ -159,6 +160,35 @@ def remove(path: str) -> None:
             shutil.rmtree(path)
         else:
             os.unlink(path)
+
+
+def check_kind(path: str) -> None:
+    """Raise InputError for a pipe, a device or a socket, which may never end.
+
+    What is not there, or may not be looked at, is left to the call that reads it.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise InputError(f"{path}: is a pipe, a device or a socket: give a file")
+
+
+def lies_below(path: str, folder: str) -> bool:
+    """Return whether `path` is the folder or in it, when all links on the way are followed.
+
+    The last name of `path` may be a link, because a link is removed and not what it leads to.
+    """
+    parent, home = os.path.realpath(os.path.dirname(path.rstrip("/"))), os.path.realpath(folder)
+    return path == folder or f"{parent}/".startswith(f"{home.rstrip('/')}/")
+
+
+def link_out(path: str, folder: str) -> str:
+    """Return where `path` leads to if it is a link out of the folder, or ""."""
+    target = os.path.realpath(path)
+    inside = f"{target}/".startswith(f"{os.path.realpath(folder).rstrip('/')}/")
+    return target if os.path.islink(path) and not inside else ""
 
 
 def sync(file: BinaryIO) -> None:

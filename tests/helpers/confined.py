@@ -4,6 +4,7 @@ import multiprocessing
 import resource
 import signal
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,5 +54,14 @@ def _outcomes(function: Callable[[Any], Any], inputs: Iterable[Any]) -> list[str
 
 def outcomes(function: Callable[[Any], Any], inputs: Iterable[Any]) -> list[str]:
     """Return the outcome of each input, in a process of its own that may take MEMORY."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_outcomes, (function, list(inputs)))
+    found: list[str] = call_apart(_outcomes, function, list(inputs))
+    return found
+
+
+def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what the function returns in a process of its own.
+
+    Raises BrokenProcessPool when that process dies, as of a fault in a library's C code.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()

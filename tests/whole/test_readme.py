@@ -27,7 +27,7 @@ from launch.command_line import parse_recipe
 from shards.fields import walk
 from tests.helpers.imports import drawn, modules
 from tests.helpers.places import RECIPES, ROOT
-from tests.whole import chaos
+from tests.whole import chaos, fuzz
 
 NAMES = [
     "README.md",
@@ -148,6 +148,8 @@ def helps() -> Iterator[str]:
     yield helped(lambda: export.parse(["--help"]))
     with mock.patch.object(sys, "argv", ["chaos.py"]):
         yield helped(lambda: chaos.main(["--help"]))
+    with mock.patch.object(sys, "argv", ["fuzz.py"]):
+        yield helped(lambda: fuzz.main(["--help"]))
     pairs_off = (tyro.conf.FlagCreatePairsOff,)
     yield helped(lambda: tyro.cli(pack.main, args=["--help"], config=pairs_off))
     for name in ("input", "step", "checkpoint", "order", "plan"):

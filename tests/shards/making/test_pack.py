@@ -1,5 +1,6 @@
 """Packing: what goes in comes out, the same bytes every time, whatever stops it in between."""
 
+import json
 import os
 import runpy
 import subprocess
@@ -214,6 +215,39 @@ def test_a_damaged_shard_of_a_stopped_packing_is_written_again(
     (tmp_path / "out" / "shard-000002.tar").unlink()
     pack_folder(photo_folder, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_damaged_records_of_a_stopped_packing_count_as_none(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever values they have, the shards come out the same."""
+    pack_folder(photo_folder, tmp_path / "whole")
+    out = tmp_path / "out"
+    monkeypatch.setattr(Index, "save", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pack_folder(photo_folder, out)
+    record = out / ".pack" / "shard-000000.tar.json"
+    sound = json.loads(record.read_text())
+    wrong: dict[str, list[object]] = {
+        "samples": [True, 1e400, -1, 2**70, None],
+        "blocks": [[], [[0, 1.5]], [[-512, 1]], {"a": 1}, [[0, 2**60]]],
+        "crcs": [[], None, [-1], ["a"], {}],
+    }
+    for name, value in ((name, value) for name, values in wrong.items() for value in values):
+        record.write_text(json.dumps(sound | {name: value}))
+        with pytest.raises(ZeroDivisionError):
+            pack_folder(photo_folder, out)
+        assert json.loads(record.read_text()) == sound, (name, value)
+    for content in (b"[" * 10**5, b"\xff", b"[]"):
+        record.write_bytes(content)
+        with pytest.raises(ZeroDivisionError):
+            pack_folder(photo_folder, out)
+    monkeypatch.undo()
+    (out / ".pack" / "plan.json").write_bytes(b"[" * 10**5)
+    with pytest.raises(InputError, match="holds other shards, unfinished"):
+        pack_folder(photo_folder, out)
+    pack_folder(photo_folder, out, overwrite=1)
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_local_writes_are_whole_or_not_there(

@@ -1,6 +1,7 @@
 """Tars that others made are indexed where they are."""
 
 import io
+import json
 import os
 import tarfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import webdataset
 
 from shards import index
+from shards.digest import digest
 from shards.errors import InputError
 from shards.index import Index
 from shards.making import scan
@@ -250,6 +252,25 @@ def test_a_call_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert [url.rpartition("/")[2] for url in opened] == ["part-0001.tar"]
     assert made.digest == make_index(folder).digest
     assert len(opened) == 4  # After the index was saved, nothing is left to go on from.
+
+
+def test_damaged_records_of_a_stopped_call_count_as_none(tmp_path: Path) -> None:
+    folder = write_foreign(tmp_path / "tars", [0, 1, 2], per_shard=1)
+    whole = Path(folder, "part-0001.tar").read_bytes()
+    record = Path(folder, ".index", f"{digest('part-0000.tar')}.json")
+    sound: dict[str, object] = {}
+    for name, value in (
+        *(("", None), ("labels", [5]), ("labels", [-1]), ("texts", [1]), ("layout", [])),
+        *(("blocks", [[0, 2**60]]), ("left_out", []), ("left_out", {"a": 1}), ("fields", None)),
+        *(("bytes", True), ("bytes", 1e400)),
+    ):
+        if name:
+            record.write_text(json.dumps(sound | {name: value}))
+        Path(folder, "part-0001.tar").write_bytes(whole[:600])
+        with pytest.raises(InputError, match="part-0001"):
+            scan_tars(folder)
+        sound = sound or json.loads(record.read_text())
+        assert json.loads(record.read_text()) == sound, (name, value)
 
 
 def test_class_names(tmp_path: Path) -> None:
