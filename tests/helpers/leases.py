@@ -1,6 +1,7 @@
 """Take leases as a job does, and write leases as other jobs leave them behind."""
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,10 @@ class Clock:
     def __init__(self, moment: float, event: Callable[[], object]) -> None:
         self._left = moment
         self._events = [event]
+
+    def monotonic(self) -> float:
+        """Return the real clock, by which a lease tells whether it was frozen."""
+        return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
         self._left -= seconds
