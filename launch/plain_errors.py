@@ -1,5 +1,6 @@
 """Report the mistakes in a command line, which tyro finds, in one line each."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +30,9 @@ def _raise_one_line(event: _errors.ParseErrorEvent) -> None:
         case _errors.InvalidChoice(argument=argument, value=value, choices=choices):
             raise InputError(f"{_name(argument)}: {value!r} is not one of {', '.join(choices)}")
         case _errors.InstantiationFailure(argument=argument, message=message):
+            if argument and "\n" in message:  # Of a union, tyro tells how each type failed.
+                given = re.search(r"from (\[.*?\])\.\n", message)
+                message = f"not {given[1]}" if given else message.split("\n", 1)[0]
             raise InputError(f"{_takes(argument)}: {message}" if argument else message)
         case _errors.MissingArgs(missing_arguments=missing):
             names = " and ".join(_name(found.arg) for found in missing)

@@ -21,6 +21,7 @@ class Command:
     betas: tuple[float, float] = (0.9, 0.99)
     rates: tuple[float, ...] = (0.1,)
     precision: Literal["fp32", "bf16"] = "fp32"
+    window: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.size < 0:
@@ -39,6 +40,8 @@ class Command:
         ("a --betas 1 x", "--betas takes FLOAT FLOAT: .*'x'.*"),
         ("a --rates 1 x", r"--rates takes \[FLOAT \[FLOAT ...\]\]: .*'x'.*"),
         ("a --precision fp8", "--precision: 'fp8' is not one of fp32, bf16"),
+        ("a --window 1", r"--window takes {None}\|{FLOAT FLOAT}: not \['1'\]"),
+        ("a --window 1 x", r"--window takes {None}\|{FLOAT FLOAT}: not \['1', 'x'\]"),
         ("a --size -1", "size must not be negative"),
     ],
 )
