@@ -2,7 +2,7 @@
 
 It notices answers that no store gave, such as the login page of a network, which s3fs would take
 for objects and for successes. It opens a new session when credentials have expired, so that a retry
-finds those that a role, a profile or a helper has renewed.
+finds those that a role, a profile or another program has renewed.
 """
 
 import functools
