@@ -132,9 +132,11 @@ def listening(host: Host) -> Iterator[int]:
     )
     command = [*host.enter, sys.executable, "-c", program]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield int(process.stdout.readline())
-        process.kill()
+        try:
+            assert process.stdout is not None
+            yield int(process.stdout.readline())
+        finally:
+            process.kill()
 
 
 def reaches(host: Host, address: str, port: int) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.helpers import object_store
+from tests.helpers.jobs import until
 from tests.whole import hosts, hosts_network
 from tests.whole.hosts import Hosts
 
@@ -40,15 +41,20 @@ def test_links_are_cut_lost_and_slow() -> None:
     with hosts_network.network(2) as net:
         first, second = net.hosts
         with hosts_network.listening(first) as port:
-            assert hosts_network.reaches(second, first.address, port)
+
+            def reached() -> bool:
+                return hosts_network.reaches(second, first.address, port)
+
+            until(reached)
             second.cut()
-            assert not hosts_network.reaches(second, first.address, port)
+            assert not reached()
             second.heal()
-            assert hosts_network.reaches(second, first.address, port)
+            until(reached)  # the kernels need a moment to find each other again
             second.lose(first.address)
-            assert not hosts_network.reaches(second, first.address, port)
+            assert not reached()
             second.find(first.address)
+            until(reached)
             second.slow()
-            assert hosts_network.reaches(second, first.address, port)
+            until(reached)
             assert second.hurry() >= 0
     assert hosts_network.missing() is None
