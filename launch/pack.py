@@ -32,7 +32,7 @@ from shards.making.image_folders import find_images
 from shards.making.labels import read_class_names
 from shards.making.left_out import Reasons, leave_out, tabulate
 from shards.making.repack import ClassesFrom, find_packed_images
-from shards.making.tars import check_suffix, find_tars
+from shards.making.tars import Tars, check_apart, check_suffix, find_tars
 from shards.making.undecodable import find_fault
 from shards.samples import Layout
 from shards.storage import files
@@ -120,7 +120,9 @@ def main(
     folder = plain and len(sources) == 1 and not is_tar(sources[0], compressed=True)
     if not (folder and _pack_folder(sources[0], follow_links, strict, write)):
         names = read_class_names(classes) if classes else None
-        _repack(sources, layout, classes_from, names, skip_damaged, threads, strict, write)
+        tars = find_tars(sources, compressed=True)
+        check_apart(tars, paths[-1])
+        _repack(tars, layout, classes_from, names, skip_damaged, threads, strict, write)
 
 
 def _pack_folder(source: str, follow_links: bool, strict: bool, write: Callable[..., None]) -> bool:
@@ -138,7 +140,7 @@ def _pack_folder(source: str, follow_links: bool, strict: bool, write: Callable[
 
 
 def _repack(
-    sources: list[str],
+    tars: Tars,
     layout: Layout,
     classes_from: ClassesFrom,
     classes: list[str] | None,
@@ -151,7 +153,7 @@ def _repack(
     with TemporaryDirectory() as scratch:
         with _console.status("reading the headers of the tars"):
             found = find_packed_images(
-                find_tars(sources, compressed=True),
+                tars,
                 layout=layout,
                 classes_from=classes_from,
                 classes=classes,
