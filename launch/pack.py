@@ -297,7 +297,7 @@ def _summarize(name: str, index: Index, note: str) -> None:
         f"{note}{index.samples:,} sample{'s' * (index.samples != 1)}, "
         f"{len(index.classes)} class{'es' * (len(index.classes) != 1)}, "
         f"{len(index.shards)} shard{'s' * (len(index.shards) > 1)}, {size:,.1f} MB: "
-        f"{url}/index.json; use {option} {url}"
+        f"{files.join(url, 'index.json')}; use {option} {url}"
     )
 
 

@@ -190,7 +190,7 @@ def _tell_damaged(
             f"{'it' if len(damaged) == 1 else 'them'}{skippable}"
         )
     lost = sum(tar.samples for tar in damaged)
-    reason = f"damaged or missing tars, with at least {lost:,} samples"
+    reason = "damaged or missing tars" + f", with at least {lost:,} samples" * bool(lost)
     leave_out(left_out, reason, damaged[0].url.rpartition("/")[2], len(damaged))
 
 
@@ -272,7 +272,7 @@ def _doubts_about_tars(scans: list[Scan]) -> list[str]:
     if repeated := sum(found.twice for found in scans):
         example = next(found.shard.name for found in scans if found.twice)
         doubts.append(
-            f"samples whose name comes again in their tar, as after `tar --append`: {repeated:,}, "
+            f"samples whose name comes again in their tar, as after `tar -r`: {repeated:,}, "
             f"such as in {example} (`python launch/pack.py SOURCE OUT` takes the last of them)"
         )
     largest = max(scans, key=lambda found: found.largest)

@@ -119,7 +119,7 @@ def test_names_that_come_again_are_warned_about(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "0.tar", {"a.jpg": b"x", "b.jpg": b"x"})
     with tarfile.open(path, "a") as archive:
         archive.addfile(tarfile.TarInfo("a.jpg"))
-    assert "as after `tar --append`: 1," in scan_tars(str(tmp_path)).warnings[-1]
+    assert "as after `tar -r`: 1," in scan_tars(str(tmp_path)).warnings[-1]
 
 
 @pytest.mark.parametrize(
