@@ -39,6 +39,8 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
     _check_batches(recipe, data.order)
     if val is not None:
         _check_classes(recipe, train, val)
+        if (doubt := indexes.compare_windows(train, val)) and world.main:
+            report(doubt)
     check_alike(world, {"digest of data.train": train.digest})
     return data
 

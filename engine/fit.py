@@ -113,6 +113,7 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
     run, step = trainer.run, trainer.step
 
     def write(state: dict[str, Any], world: World) -> None:
+        run.confirm(world)  # a job that was frozen must not touch what the next one writes
         log.flush()  # a resumed run does not log the steps before its checkpoint again
         try:
             run.save(step, state, world)

@@ -22,6 +22,7 @@ from engine.method.lars import LARSConfig
 from engine.method.precision import Precision
 from engine.method.schedule import ScheduleConfig
 from engine.processes.parallel import ParallelConfig
+from engine.state import layout
 from engine.state.checkpoint import CheckpointConfig
 from shards.errors import InputError
 from shards.fields import OPERATION, Operation, check_bounds, check_range, flatten, walk
@@ -60,7 +61,8 @@ class Recipe:
     """Threads of each process, for decoding and for torch on the CPU. By default the
     cores that the job may use are shared out among its processes."""
     compile: Operation[bool] = True
-    """Compile the networks, the optimizer and, on a GPU, the augmentation with torch.compile."""
+    """Compile the networks, LARS, the moving average and, on a GPU, the augmentation with
+    torch.compile. The first step then takes minutes."""
     compile_artefacts: Operation[bool] = True
     """Keep what torch.compile makes in the folder RUN/compile, so that the next start need not
     compile again."""
@@ -101,6 +103,7 @@ class Recipe:
                 raise InputError(f"{name} is not set: give --{name} URL, the {what}")
         for name in ("run", "data.train", "data.val", "data.cache", "checkpoint.resume"):
             files.check(attrgetter(name)(self), name)
+        layout.check_run(self.run)
         if not files.is_local(self.compile_folder):
             raise InputError(
                 f"compile_folder {files.redact(self.compile_folder)}: must be on a local disk, "

@@ -15,7 +15,7 @@ from engine.state.artefacts import Artefacts
 from engine.state.checkpoint import Commit
 from shards.errors import InputError
 from shards.fields import differences, flatten
-from shards.storage import files
+from shards.storage import files, misplaced
 
 DIGEST = "index_digest"
 
@@ -60,6 +60,13 @@ class Run:
         if self._held is not None:
             self._held.check()
 
+    def confirm(self, world: World) -> None:
+        """Read the storage, and raise InputError on all processes when another job has the run.
+
+        Raises OSError on all processes when nobody can tell.
+        """
+        world.on_main(self._look)
+
     def save(self, step: int, state: dict[str, Any], world: World) -> None:
         """Write `state` as the checkpoint of `step`, and commit it if this job still has the run.
 
@@ -69,7 +76,6 @@ class Run:
         the run. Raises InputError when another job has it.
         """
         report = self.terminal.report
-        world.on_main(self._look)  # a frozen job that wakes must not touch the next job's files
         sums = checkpoint.write(self.url, step, state, world, report)
 
         def commit() -> None:
@@ -193,6 +199,11 @@ def _write_recipe(recipe: Recipe, index_digest: str) -> None:
 def _check_recipe(recipe: Recipe, index_digest: str, report: Callable[[str], None]) -> None:
     """Raise InputError when RUN has a run of another recipe or of other data."""
     url = files.join(recipe.run, layout.RECIPE)
+    above = misplaced.folder_of(recipe.run)
+    if misplaced.last_name(recipe.run) == layout.CHECKPOINTS and layout.read_recipe(above):
+        raise InputError(
+            f"run {files.redact(recipe.run)}: is inside of a run: give {files.redact(above)}"
+        )
     try:
         there = files.read_json(url)
         if not isinstance(there, dict):

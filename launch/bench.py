@@ -19,11 +19,14 @@ spin while they wait for each other. Memory and the workers' CPU time are read f
 """
 
 import sys
+from collections.abc import Callable
 
+from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     check_requirements()
+    prepare_output()
 
 import tyro
 
@@ -33,21 +36,26 @@ from launch.benchmarks.input import bench_input
 from launch.benchmarks.order import bench_order
 from launch.benchmarks.plan import bench_plan
 from launch.benchmarks.step import bench_step
+from launch.help_texts import join_help_lines
 from launch.plain_errors import plain_errors
 from shards.errors import InputError
 
+BENCHES: dict[str, Callable[..., None]] = {
+    "input": bench_input,
+    "step": bench_step,
+    "checkpoint": bench_checkpoint,
+    "order": bench_order,
+    "plan": bench_plan,
+}
+
 
 def main(arguments: list[str]) -> int:
+    for bench in BENCHES.values():
+        join_help_lines(bench, arguments)
     try:
         with plain_errors():
             tyro.extras.subcommand_cli_from_dict(
-                {
-                    "input": bench_input,
-                    "step": bench_step,
-                    "checkpoint": bench_checkpoint,
-                    "order": bench_order,
-                    "plan": bench_plan,
-                },
+                BENCHES,
                 prog="python launch/bench.py",
                 description=__doc__,
                 args=arguments,

@@ -5,6 +5,7 @@ import difflib
 import tyro
 
 from engine.recipe import Recipe, load, operation_names
+from launch.help_texts import join_help_lines
 from launch.plain_errors import plain_errors
 from shards.errors import InputError
 from shards.fields import flatten
@@ -26,6 +27,7 @@ def parse_recipe(arguments: list[str]) -> Recipe:
         f"change at every start of a run: {', '.join(operation_names())}. All others decide what "
         "is computed (method fields), and a run continues only with the same ones."
     )
+    join_help_lines(Recipe, arguments)
     with plain_errors():
         recipe, unknown = tyro.cli(
             Recipe,

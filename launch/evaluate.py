@@ -13,10 +13,12 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 
+from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     check_requirements()
+    prepare_output()
 
 import tyro
 
@@ -32,6 +34,7 @@ from engine.evaluation.session import Evaluation, EvaluationDataConfig
 from engine.log.terminal import flush_output
 from engine.processes import world
 from engine.processes.failures import report_failure
+from launch.help_texts import join_help_lines
 from launch.plain_errors import plain_errors
 from shards.errors import InputError
 from shards.fields import as_flag, check_bounds
@@ -176,6 +179,7 @@ def parse(arguments: list[str]) -> Protocol:
         for name, protocol in _PROTOCOLS.items():
             print(f"  {name:<16} {protocol.__doc__}")
         sys.exit(0)
+    join_help_lines(chosen, arguments)
     try:
         with plain_errors():
             given: Protocol = tyro.cli(

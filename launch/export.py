@@ -9,10 +9,12 @@ import sys
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     check_requirements()
+    prepare_output()
 
 import torch
 import tyro
@@ -23,6 +25,7 @@ from engine.encoder.source import EncoderConfig, Source, open_encoder
 from engine.log.terminal import Terminal
 from engine.method.resnet import ResNet
 from engine.processes.world import World
+from launch.help_texts import join_help_lines
 from launch.plain_errors import plain_errors
 from shards import index as indexes
 from shards.errors import InputError, printable
@@ -88,6 +91,7 @@ def parse(arguments: list[str]) -> Export:
 
     Raises InputError with one line when the arguments are not understood.
     """
+    join_help_lines(Export, arguments)
     try:
         with plain_errors():
             return tyro.cli(Export, prog="export.py", args=arguments)

@@ -7,10 +7,12 @@ fields, and says which of them may change at every start.
 import os
 import sys
 
+from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     check_requirements()
+    prepare_output()
 
 from engine.data import open_data
 from engine.debug import debug_step

@@ -5,7 +5,8 @@ Data         python launch/pack.py IMAGENETTE_FOLDER data/imagenette   (its trai
 Command      torchrun launch/train.py recipes/imagenette.py
 Hardware     one GPU of 16 GB or more
 Time         It has not been measured on a GPU yet.
-Expected     about 92.3 top-1 of the online head on val, as reported for the official code
+Expected     about 92.3 top-1 on val, as reported for the official code, of the online head: the
+             linear classifier that learns along with the encoder
 """
 
 from engine.evaluation.during_training import ProbeConfig

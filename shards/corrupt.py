@@ -40,7 +40,7 @@ class Faults:
         if count > self.limit:
             raise InputError(
                 f"{name}: {reason}; {count} samples were left out, more than data.corrupt allows "
-                f"({self.limit}): repair the data set or raise the bound"
+                f"({self.limit}): repair the data set, or raise data.corrupt"
             )
         self.report(f"{name}: {reason}; not used (up to {self.limit} such samples are allowed)")
 

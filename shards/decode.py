@@ -1,18 +1,20 @@
 """Decode image bytes and cut uint8 crops. One decode serves all crops of an image.
 
-This code runs in threads: torchvision's decode and torch's resize release the GIL.
+This code runs in threads: the decoders and torch's resize release the GIL.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from shards.dimensions import MOST_PIXELS, image_size
-from shards.orientation import turn, webp_orientation
+from shards.dimensions import MOST_PIXELS, image_size, is_animated
+from shards.orientation import image_orientation, turn
+from shards.png import SIGNATURE, decode_png, undo_scaling
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 Exif = Literal["ignore", "apply"]
@@ -45,19 +47,43 @@ def decode(content: bytearray, offset: int, size: int, rules: PixelRules = DEFAU
         raise DecodeError("empty")
     encoded = memoryview(content)[offset : offset + size]
     _check_size(encoded, rules.max_pixels)
-    upright = rules.exif == "apply"
+    if is_animated(encoded):
+        raise DecodeError("animated WebP: launch/pack.py SOURCE OUT takes its first frame")
+    if encoded[:8] == SIGNATURE:
+        image = _decode_png(encoded)
+    else:
+        buffer = torch.frombuffer(content, dtype=torch.uint8, count=size, offset=offset)
+        try:
+            image = decode_image(buffer, ImageReadMode.RGB)
+        except RuntimeError as error:
+            raise DecodeError(str(error).splitlines()[0].rsplit(", ", 1)[-1]) from None
+    if rules.exif == "apply":  # torchvision could turn JPEG and PNG images, but not WebP.
+        image = turn(image, image_orientation(encoded))
+    return image
+
+
+def _decode_png(encoded: memoryview) -> Tensor:
+    """Decode a PNG to uint8 [3, H, W].
+
+    Values of 16 bits are taken if they are 8 bits that were scaled up. Others are a DecodeError,
+    because it is not known here which of them become black and white.
+    """
     try:
-        image: Tensor = decode_image(
-            torch.frombuffer(content, dtype=torch.uint8, count=size, offset=offset),
-            ImageReadMode.RGB,
-            apply_exif_orientation=upright,
+        values = decode_png(encoded)
+    except MemoryError:
+        raise DecodeError("too large for the memory") from None
+    except Exception as error:  # Pillow raises many kinds for damaged images.
+        reason = " ".join(f"{error}".split()) or type(error).__name__
+        raise DecodeError(f"damaged PNG: {reason}") from None
+    narrow = undo_scaling(values) if values.dtype == np.uint16 else values
+    if narrow is None:
+        raise DecodeError(
+            "16 bits per channel need a window: pack the images with "
+            "launch/pack.py SOURCE OUT --window LOW HIGH"
         )
-    except RuntimeError as error:
-        raise DecodeError(str(error).splitlines()[0].rsplit(", ", 1)[-1]) from None
-    if image.dtype == torch.uint16:  # The image is a PNG with 16 bits per channel.
-        image = _narrow(image)
-    if upright:  # torchvision turns JPEG and PNG images, but not WebP.
-        image = turn(image, webp_orientation(encoded))
+    if narrow.ndim == 2:
+        narrow = np.repeat(narrow[..., None], 3, axis=2)
+    image: Tensor = torch.from_numpy(narrow).permute(2, 0, 1)
     return image
 
 
@@ -75,24 +101,6 @@ def _check_size(content: memoryview, most: int) -> None:
             f"{width} x {height} pixels, more than data.max_pixels ({most:,}): raise it, or pack "
             "the images smaller with launch/pack.py --max-side"
         )
-
-
-def _narrow(image: Tensor) -> Tensor:
-    """Convert uint16 [3, H, W] to uint8, if it was uint8 that was scaled up.
-
-    Scaled values are v * 257, whose two bytes are equal. Raises DecodeError for others, because
-    which of their values become black and white is not known here. Nothing is copied to a wider
-    type, as such images are large.
-    """
-    rows = image.permute(1, 2, 0).contiguous()  # [H, W, 3], as the decoder laid it out
-    halves = rows.view(torch.uint8).unflatten(-1, (-1, 2))  # [H, W, 3, 2]
-    if not torch.equal(halves[..., 0], halves[..., 1]):
-        raise DecodeError(
-            "16 bits per channel need a window: pack the images with "
-            "launch/pack.py SOURCE OUT --window LOW HIGH"
-        )
-    narrow: Tensor = halves[..., 0].contiguous().permute(2, 0, 1)
-    return narrow
 
 
 def crop_resize(image: Tensor, box: Box, size: int) -> Tensor:

@@ -28,6 +28,13 @@ def image_size(content: bytes | bytearray | memoryview) -> Size | None:
     return None
 
 
+def is_animated(content: bytes | bytearray | memoryview) -> bool:
+    """Return whether the header of a WebP announces an animation."""
+    start = bytes(content[:21])
+    is_extended = start[:4] == b"RIFF" and start[8:16] == b"WEBPVP8X" and len(start) == 21
+    return is_extended and bool(start[20] & 2)
+
+
 def _jpeg_size(content: bytes | bytearray | memoryview) -> Size | None:
     """Read the size from the first frame header.
 

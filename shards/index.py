@@ -6,36 +6,31 @@ of a large data set are in one small file per shard, the sidecar, which is read 
 first needed. The checksums of the block lists are part of the index's digest.
 """
 
-import gc
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import MaxLen
-from numpy.typing import NDArray
 
+from shards.blocks import Blocks, check_blocks, checksum
 from shards.digest import digest
-from shards.documents import Natural, Sum32, build, check, shown
+from shards.documents import Natural, Sum32, build, shown, without_gc
 from shards.errors import InputError
 from shards.samples import Layout
-from shards.storage import files, names
+from shards.storage import files, misplaced, names
+from shards.tar import BLOCK
 
 VERSION = 1
 NAME = "index.json"
 BLOCK_BYTES = 4 << 20
 MOST_CLASSES = 1 << 20  # A linear head has a row for each class.
-_HEADER = 512  # bytes of the header that every sample has at least one of
 INLINE_BLOCKS = 50_000  # If the data set has more blocks than this, they go to sidecars.
 # A process needs one or two sidecars for each of its streams. This many take 35 MB for shards of
 # 1 GB.
 KEPT_SIDECARS = 8192
-
-Blocks = NDArray[np.int64]  # [K, 2] byte offset in the shard, number of samples
 
 
 @dataclass
@@ -63,8 +58,10 @@ class Index:
     `classes` is empty when the data set has no labels. Samples are numbered in file order across
     all shards; these numbers are the sample ids. `plan` is the digest of the packing that made the
     shards, or "" when others made them. `layout` says how the members of the shards make samples.
-    `base` is the folder of the shards, or "" when they lie beside the index. `stored_digest` is the
-    digest in an index of the first release, which covers the names of the classes.
+    `base` is the folder of the shards, or "" when they lie beside the index. `pixels` are the
+    options by which that packing converted images, such as the window of values; it is empty where
+    it had none. `stored_digest` is the digest in an index of the first release, which covers the
+    names of the classes.
     """
 
     url: str
@@ -73,6 +70,7 @@ class Index:
     plan: str = ""
     layout: Layout = field(default_factory=Layout)
     base: str = ""
+    pixels: dict[str, Any] = field(default_factory=dict)
     stored_digest: str = ""
 
     def __post_init__(self) -> None:
@@ -99,9 +97,10 @@ class Index:
     def compute_digest(self, classes: list[str]) -> str:
         """Return the digest that the index has if these names belong to it."""
         facts = [[s.name, s.samples, s.bytes, s.checksum] for s in self.shards]
-        layout = self.layout.document()
-        whole = [VERSION, facts, classes, *([layout] if layout else [])]
-        return digest(json.dumps(whole, separators=(",", ":")))
+        # Two windows of values can make shards of the same sizes.
+        options = [given for given in (self.layout.document(), self.pixels) if given]
+        whole = [VERSION, facts, classes, *options]
+        return digest(json.dumps(whole, separators=(",", ":"), sort_keys=True))
 
     @cached_property
     def class_numbers(self) -> dict[str, int]:
@@ -163,10 +162,8 @@ class Index:
             entries.append(entry)
         head = {"version": VERSION, "digest": self.digest, "samples": self.samples}
         head |= {"plan": self.plan, "classes": self.classes}
-        if layout := self.layout.document():
-            head["layout"] = layout
-        if self.base:
-            head["base"] = self.base
+        options = {"layout": self.layout.document(), "base": self.base, "pixels": self.pixels}
+        head |= {name: given for name, given in options.items() if given}
         return head | {"shards": entries}
 
 
@@ -203,6 +200,7 @@ class _Document(_Names):
     shards: list[_Entry]
     layout: Layout = field(default_factory=Layout)
     base: str = ""
+    pixels: dict[str, Any] = field(default_factory=dict)
 
 
 def sidecar(shard_name: str) -> str:
@@ -222,43 +220,6 @@ def _read_sidecar(url: str, shards: list[Shard], shard: int) -> Blocks:
     return blocks
 
 
-def check_blocks(value: object, samples: int, size: int, name: str) -> Blocks:
-    """Return the blocks of a shard of `samples` and `size` bytes, as an array [K, 2].
-
-    They stand in the file one after another, and no block has more samples than fit. Raises
-    InputError, which names the field `name`, for other values.
-    """
-    if not _are_pairs(value):  # This is seven times as fast as the check that names the fault.
-        value = check(list[tuple[Natural, Natural]], value, name)
-    blocks: Blocks = np.array(value, np.int64).reshape(-1, 2)
-    starts, counts = blocks[:, 0], blocks[:, 1]
-    lengths = np.diff(starts, append=size)
-    if (lengths <= 0).any():
-        raise InputError(
-            f"{name} must begin one after another within the {size} bytes of the shard"
-        )
-    # Every sample has a header of its own. So what a count may ask for is bounded by the file.
-    if (counts < 1).any() or (counts > lengths // _HEADER).any():
-        raise InputError(f"{name} must have from 1 to as many samples as fit into each block")
-    if counts.sum() != samples:
-        raise InputError(f"{name} must hold the shard's {samples} samples, not {counts.sum()}")
-    return blocks
-
-
-def _are_pairs(value: Any) -> bool:
-    return (
-        type(value) is list
-        and {type(pair) for pair in value} <= {list}
-        and {len(pair) for pair in value} <= {2}
-        and {type(number) for pair in value for number in pair} <= {int}
-        and all(0 <= start < 2**62 and 0 <= count < 2**62 for start, count in value)
-    )
-
-
-def checksum(blocks: Blocks) -> str:
-    return digest(blocks.astype("<i8").tobytes())
-
-
 def read_document(url: str) -> Any:
     """Read `index.json` without checking its content.
 
@@ -267,22 +228,7 @@ def read_document(url: str) -> Any:
     return _json(files.join(url, NAME))
 
 
-@contextmanager
-def _without_gc() -> Iterator[None]:
-    """Turn off Python's garbage collector during the block.
-
-    Its search for reference cycles would take most of the time, and there are no cycles.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@_without_gc()
+@without_gc()
 def load(url: str, field_name: str) -> Index:
     """Read the index of the data set at `url`.
 
@@ -295,20 +241,28 @@ def load(url: str, field_name: str) -> Index:
     place = f"{field_name} {files.redact(url)}"
     try:
         document = read_document(url)
-    except FileNotFoundError:
-        raise InputError(
-            f"{place}: no {NAME} there; pack images with `python launch/pack.py`, "
-            "or index existing tars with its --index-only"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"{place}: no {NAME} there; {_hint(url, field_name)}") from None
     except (InputError, OSError) as error:
-        hint = f"; give the folder that holds {NAME}" if url.endswith(NAME) else ""
-        raise InputError(f"{place}: {error}{hint}") from None
+        raise InputError(f"{place}: {error}") from None
     index = _checked(document, url, field_name, place)
     if index.samples == 0:
         raise InputError(f"{place}: the data set is empty")
     if files.is_local(index.folder):
         _check_sizes(index, place)
     return index
+
+
+def _hint(url: str, field_name: str) -> str:
+    """Return what the user may do where there is no index."""
+    near = misplaced.find_near(url, NAME)
+    wanted = field_name.removeprefix("data.")
+    near.sort(key=lambda folder: not misplaced.last_name(folder).startswith(wanted))
+    if near:
+        return f"there is one in {files.redact(near[0])}: give that folder"
+    if any(folder.endswith(".tar") for folder in misplaced.folders_below(url)):
+        return f"index the tars there: python launch/pack.py --index-only {files.redact(url)}"
+    return "pack images with `python launch/pack.py`, or index existing tars with its --index-only"
 
 
 def check_same_classes(train: Index, val: Index) -> None:
@@ -319,6 +273,17 @@ def check_same_classes(train: Index, val: Index) -> None:
             f"data.val has other classes than data.train ({len(val.classes)} and "
             f"{len(train.classes)}, differing in {odd[0]}): pack both with the same class folders"
         )
+
+
+def compare_windows(train: Index, val: Index) -> str:
+    """Return a warning when two data sets were packed with different windows; else ""."""
+    windows = [part.pixels.get("window", "none") for part in (train, val)]
+    if windows[0] == windows[1]:
+        return ""
+    return (
+        f"data.train and data.val were packed with other windows ({windows[0]} and {windows[1]}): "
+        "pack both with the same --window"
+    )
 
 
 def class_names(document: Any) -> list[str]:
@@ -340,6 +305,7 @@ def _checked(document: Any, url: str, field_name: str, place: str) -> Index:
         if sum(shard.bytes for shard in shards) >= 2**62:
             raise InputError("shards must have less than 2**62 bytes together")
         index = Index(url, shards, content.classes, content.plan, content.layout)
+        index.pixels = content.pixels
         if index.digest != content.digest == index.compute_digest(index.classes):
             index.stored_digest = content.digest
         if index.digest == content.digest and index.samples != content.samples:
@@ -358,7 +324,7 @@ def _checked(document: Any, url: str, field_name: str, place: str) -> Index:
 
 def _shard(entry: _Entry, name: str) -> Shard:
     """Make a Shard from an entry of the index. Raises InputError when it is damaged."""
-    if entry.samples > entry.bytes // _HEADER:
+    if entry.samples > entry.bytes // BLOCK:
         raise InputError(f"{name}.samples must fit into {entry.bytes} bytes, not {entry.samples}")
     if entry.blocks is None:
         if entry.crcs is not None:

@@ -1,4 +1,4 @@
-"""Read the EXIF orientation of a WebP image, and turn an image upright by it."""
+"""Read the EXIF orientation of a JPEG, PNG or WebP image, and turn an image upright by it."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -8,21 +8,19 @@ from torch import Tensor
 
 _TAG = 0x0112  # EXIF's number for the orientation
 _UPRIGHT = 1
+_EXIF = b"Exif\0\0"
 
 Bytes = bytes | bytearray | memoryview
 
 
-def webp_orientation(content: Bytes) -> int:
-    """Return the EXIF orientation, from 1 to 8, of a WebP image, and 1 for all other content."""
-    for kind, chunk in _webp_chunks(content):
-        if kind == b"EXIF":
-            return exif_orientation(bytes(chunk))
-    return _UPRIGHT
+def image_orientation(content: Bytes) -> int:
+    """Return the EXIF orientation, from 1 to 8, of an encoded image; 1 when it has none."""
+    return next((exif_orientation(bytes(exif)) for exif in _find_exif(content)), _UPRIGHT)
 
 
 def exif_orientation(exif: bytes) -> int:
     """Return the orientation, from 1 to 8, in EXIF data. Damaged data have the orientation 1."""
-    data = exif.removeprefix(b"Exif\0\0")
+    data = exif.removeprefix(_EXIF)
     order: Literal["little", "big"] = "little" if data[:2] == b"II" else "big"
 
     def number(start: int, size: int) -> int:
@@ -50,12 +48,39 @@ def turn(image: Tensor, orientation: int) -> Tensor:
     return image.flip(flipped) if flipped else image
 
 
-def _webp_chunks(content: Bytes) -> Iterator[tuple[bytes, Bytes]]:
-    """Yield the kind and the content of each chunk; nothing when the content is no WebP."""
-    if bytes(content[:4]) != b"RIFF" or bytes(content[8:12]) != b"WEBP":
-        return
-    position = 12
+def _find_exif(content: Bytes) -> Iterator[Bytes]:
+    """Yield the EXIF data of an encoded image. Decoders take the first ones."""
+    start = bytes(content[:12])
+    if start.startswith(b"\xff\xd8"):
+        return _find_in_jpeg(content)
+    if start.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _find_in_chunks(content, 8, b"eXIf", png=True)
+    if start[:4] == b"RIFF" and start[8:] == b"WEBP":
+        return _find_in_chunks(content, 12, b"EXIF", png=False)
+    return iter(())
+
+
+def _find_in_jpeg(content: Bytes) -> Iterator[Bytes]:
+    """Yield the EXIF data in the segments before the image data."""
+    position = 2
+    while position + 4 <= len(content) and content[position] == 0xFF:
+        marker = content[position + 1]
+        if marker == 0xFF:  # It fills the space between two segments.
+            position += 1
+            continue
+        if marker in (0xD9, 0xDA):
+            return
+        size = int.from_bytes(bytes(content[position + 2 : position + 4]), "big")
+        if marker == 0xE1 and bytes(content[position + 4 : position + 10]) == _EXIF:
+            yield content[position + 10 : position + 2 + size]
+        position += 2 + size
+
+
+def _find_in_chunks(content: Bytes, position: int, wanted: bytes, png: bool) -> Iterator[Bytes]:
+    """Yield the chunks of one kind of a PNG or WebP file, from `position` on."""
     while position + 8 <= len(content):
-        size = int.from_bytes(bytes(content[position + 4 : position + 8]), "little")
-        yield bytes(content[position : position + 4]), content[position + 8 : position + 8 + size]
-        position += 8 + size + size % 2
+        first, second = (bytes(content[position + i : position + i + 4]) for i in (0, 4))
+        size = int.from_bytes(first, "big") if png else int.from_bytes(second, "little")
+        if (second if png else first) == wanted:
+            yield content[position + 8 : position + 8 + size]
+        position += 8 + size + (4 if png else size % 2)  # A CRC, or padding, follows.

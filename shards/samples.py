@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 
 from shards.tar import Member, TarError, read_members
 
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "jpe", "jfif")
+PACKED_FIELDS = ("jpg", "jpeg", "png", "webp")  # Packing writes images to these.
+IMAGE_FIELDS = (*PACKED_FIELDS, "jpe", "jfif")
 LABEL_FIELD = "cls"
 MOST_LABEL_BYTES = 1 << 20  # A field with more than this is not read for a label.
 LONGEST_LABEL = 1000  # A longer text, in characters, is no name of a class.

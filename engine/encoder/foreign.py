@@ -13,6 +13,7 @@ import torch
 from torch import Size, Tensor
 
 from engine.method.resnet import ResNet, ResNetConfig
+from shards.documents import shown
 from shards.errors import InputError
 
 _COUNTER = "num_batches_tracked"
@@ -28,6 +29,11 @@ _NORM = (
     *(("running_mean", "moving_mean", "mean"), ("running_var", "moving_variance", "var")),
     (_COUNTER,),
 )
+# What a stranger's file may hold, so that the search for its network ends.
+MOST_NETWORKS = 64  # networks that are found by name
+MOST_STEMS = 1000  # tensors that may be the first one of a network
+MOST_WIDTHS = 8  # numbers of channels of these; each takes a second
+
 _ROLES = {name: role for role, names in enumerate(_NORM) for name in names}
 
 
@@ -80,7 +86,7 @@ def match(
     damaged.
     """
     plain = {_plain(name): name for name in tensors}
-    trunks = _trunks(plain)
+    trunks = _trunks(plain, place)
     if prefix is None:
         trunks = _distinct(trunks, plain, tensors)
     if trunks:
@@ -98,11 +104,13 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _trunks(names: Collection[str]) -> dict[str, dict[str, str]]:
+def _trunks(names: Collection[str], place: str) -> dict[str, dict[str, str]]:
     """Find the prefixes of all ResNets.
 
     Returns:
         For each prefix a dict of the names below it: torchvision's name to the file's name.
+
+    Raises InputError when there are more than MOST_NETWORKS.
     """
 
     def child(name: str) -> str:
@@ -114,6 +122,13 @@ def _trunks(names: Collection[str]) -> dict[str, dict[str, str]]:
         prefix = stem.removesuffix("conv1.weight").removesuffix("0.weight")
         if prefix == stem or (prefix and not prefix.endswith(".")):
             continue
+        if not any(f"{prefix}{block}.0.conv1.weight" in names for block in ("layer1", "4")):
+            continue
+        if len(found) == MOST_NETWORKS:
+            raise InputError(
+                f"{place}: holds more than {MOST_NETWORKS} networks: save the encoder's state dict "
+                "alone"
+            )
         below = {name[len(prefix) :]: name for name in names if name.startswith(prefix)}
         if "layer1.0.conv1.weight" in below:
             found[prefix] = below
@@ -159,9 +174,10 @@ def _chosen(
         chosen = others[:1]
     if len(chosen) == 1:
         return chosen[0]
-    there = ", ".join(repr(name) for name in found)
+    there = _some([shown(name) for name in found], 16)
     if prefix is not None:
-        raise InputError(f"{place}: --prefix {prefix} is of no ResNet: give one of {there}")
+        remedy = f"give one of {there}" if len(found) > 1 else "leave it out, there is one only"
+        raise InputError(f"{place}: --prefix {prefix} is of no ResNet: {remedy}")
     if chosen:
         raise InputError(
             f"{place}: several networks may be the {network} one: give --prefix PREFIX, one of "
@@ -218,8 +234,9 @@ def _match_order(tensors: Mapping[str, Tensor], place: str) -> dict[str, _Match]
     shapes = [tensors[name].shape for name in names]
     found: dict[str, _Match] = {}
     nearest, told = 5, ""  # the stem's five tensors alone are no sign of a ResNet
-    for start, candidate, order in _attempts(shapes):
-        pairs = zip((candidate.shapes[ours] for ours in order), shapes[start:], strict=False)
+    for start, candidate, order in _attempts(shapes, place):
+        there = shapes[start : start + len(order)]
+        pairs = zip((candidate.shapes[ours] for ours in order), there, strict=False)
         fitting = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         end, first = start + fitting, names[start]
         if fitting == len(order) and shapes[end : end + 1] != [candidate.further]:
@@ -244,13 +261,27 @@ def _match_order(tensors: Mapping[str, Tensor], place: str) -> dict[str, _Match]
     return found
 
 
-def _attempts(shapes: Sequence[Size]) -> Iterator[tuple[int, _Candidate, list[str]]]:
-    """Yield every start, network and order of its tensors that may be in the file."""
-    for start, shape in enumerate(shapes):
-        if len(shape) == 4 and shape[1] == 3:
-            for candidate in _candidates(shape[0]):
-                for order in candidate.orders:
-                    yield start, candidate, order
+def _attempts(shapes: Sequence[Size], place: str) -> Iterator[tuple[int, _Candidate, list[str]]]:
+    """Yield every start, network and order of its tensors that may be in the file.
+
+    A start is a convolution of three channels before the four tensors of its norm. Raises
+    InputError when there are more of them than any checkpoint has.
+    """
+    starts = [
+        start
+        for start, shape in enumerate(shapes)
+        if len(shape) == 4 and shape[1] == 3 and set(shapes[start + 1 : start + 5]) == {shape[:1]}
+    ]
+    widths = {shapes[start][0] for start in starts}
+    if len(starts) > MOST_STEMS or len(widths) > MOST_WIDTHS:
+        raise InputError(
+            f"{place}: {len(starts):,} tensors of {len(widths):,} widths may be the first one of a "
+            "ResNet, more than can be tried: save the encoder's state dict alone"
+        )
+    for start in starts:
+        for candidate in _candidates(shapes[start][0]):
+            for order in candidate.orders:
+                yield start, candidate, order
 
 
 def _ordered(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -331,5 +362,5 @@ def _describe(config: ResNetConfig) -> str:
     return f"ResNet-{config.depth}{width}{stem}{shortcut}"
 
 
-def _some(texts: Sequence[str]) -> str:
-    return ", ".join(texts[:3]) + ", ..." * (len(texts) > 3)
+def _some(texts: Sequence[str], count: int = 3) -> str:
+    return ", ".join(texts[:count]) + ", ..." * (len(texts) > count)

@@ -1,20 +1,23 @@
 """Read tensors from files of torch.save and safetensors without running code in them."""
 
-import argparse
-import io
 import re
-import warnings
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from pickle import UnpicklingError
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
+from engine.state.pickles import Object, Pairs
+from engine.state.torch_files import NoPlainTensor, NotAdmitted, TorchFile
+from shards.documents import shown
 from shards.errors import InputError
 from shards.storage import files
+
+MOST_SHARED = 16  # times the file's size; networks that share tensors claim more than it has
+LONGEST_NAME = 4000  # characters of a tensor's name; a million names may begin with one key
+LONGEST_REASON = 200  # characters of a reason in a message
+
+_DICTS = ("collections.OrderedDict", "collections.Counter")
 
 # A checkpoint has no network below these keys.
 _NO_NETWORK = re.compile(
@@ -37,30 +40,60 @@ def read_tensors(url: str) -> dict[str, Tensor]:
     place = files.redact(url)
     try:
         content = files.read(url)
+        found = _tensors(content, place)
+        claimed = sum(tensor.nbytes for tensor in found.values())
     except (FileNotFoundError, IsADirectoryError):
         raise InputError(f"{place}: no such file") from None
+    except RecursionError:
+        raise InputError(f"{place}: is nested too deeply for a checkpoint") from None
+    except MemoryError:
+        raise InputError(
+            f"{place}: takes more memory than there is: use a larger machine"
+        ) from None
+    if claimed > MOST_SHARED * len(content):
+        raise InputError(
+            f"{place}: is damaged or malicious: its tensors claim {claimed:,} bytes, and the file "
+            f"has {len(content):,}"
+        )
+    if any(len(name) > LONGEST_NAME for name in found):
+        raise InputError(
+            f"{place}: is damaged: it has names of more than {LONGEST_NAME} characters"
+        )
+    if not found:
+        raise InputError(f"{place}: holds no tensors of a network: give a state dict")
+    return found
+
+
+def _tensors(content: bytes, place: str) -> dict[str, Tensor]:
     if not content:
         raise InputError(f"{place}: is empty")
     if place.endswith(".safetensors") or content[8:9] == b"{":  # after the header's length
         try:
-            found = sorted(safetensors.torch.load(content).items())
+            return dict(sorted(safetensors.torch.load(content).items()))
+        except MemoryError:
+            raise
         except Exception as error:  # a damaged file can raise nearly anything
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:LONGEST_REASON]
             raise InputError(f"{place}: is not a whole safetensors file: {reason}") from None
-    else:
-        try:
-            found = list(_flatten(_unpickle(content, place)))
-        except RecursionError:
-            raise InputError(f"{place}: is nested too deeply for a checkpoint") from None
-    for name, tensor in found:
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested:
-            raise InputError(f"{place}: {name} is sparse, nested or without values: save it dense")
-    if not found:
-        raise InputError(f"{place}: holds no tensors of a network: give a state dict")
-    return dict(found)
+    try:
+        return dict(_flatten(_open(content, place), place))
+    except NotAdmitted as error:
+        raise InputError(
+            f"{place}: holds {shown(str(error))[1:-1]}, which is not loaded, because it could run "
+            "code: save the state dict alone where the file was made, by "
+            'torch.save(torch.load(...)["state_dict"], ...)'
+        ) from None
+    except (InputError, MemoryError, RecursionError):
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = " ".join(str(error).split())[:LONGEST_REASON]
+        raise InputError(
+            f"{place}: is not a whole file of torch.save: it is cut off, damaged or of another "
+            f"kind ({reason})"
+        ) from None
 
 
-def _unpickle(content: bytes, place: str) -> object:
+def _open(content: bytes, place: str) -> TorchFile:
     archive = content.startswith(b"PK")
     if not archive and not content.startswith(b"\x80"):  # neither a zip file nor a pickle
         raise InputError(
@@ -72,45 +105,44 @@ def _unpickle(content: bytes, place: str) -> object:
             f"{place}: is a TorchScript archive: save its state dict alone, by "
             "torch.save(torch.jit.load(...).state_dict(), ...)"
         )
-    try:
-        if (
-            archive and zipfile.ZipFile(io.BytesIO(content)).testzip()
-        ):  # torch does not check the CRCs
-            raise ValueError
-        with (
-            warnings.catch_warnings(action="ignore"),
-            torch.serialization.safe_globals([argparse.Namespace]),
-        ):
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        other = re.search(r"GLOBAL (\S+)", str(error))
-        if isinstance(error, UnpicklingError) and other:
-            raise InputError(
-                f"{place}: holds {other[1]}, which is not loaded, because it could run code: save "
-                "the state dict alone where the file was made, by "
-                'torch.save(torch.load(...)["state_dict"], ...)'
-            ) from None
-        raise InputError(
-            f"{place}: is not a whole file of torch.save: it is cut off, damaged or of another kind"
-        ) from None
+    return TorchFile(content)
 
 
-def _flatten(root: object) -> Iterator[tuple[str, Tensor]]:
+def _flatten(file: TorchFile, place: str) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()  # a container may hold itself, or be held a million times
 
-    def walk(value: object, path: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-        items: Iterable[tuple[Any, object]] = ()
-        if isinstance(value, Mapping) and "param_groups" not in value:  # an optimizer has these
-            items = value.items()
-        elif isinstance(value, list | tuple):
-            items = enumerate(value)
+    def walk(value: object, path: str) -> Iterator[tuple[str, Tensor]]:
         if id(value) in seen:
             return
         seen.add(id(value))
+        items = _items(value)
+        if any(key == "param_groups" for key, _ in items):  # an optimizer
+            return
         for key, below in items:
-            if isinstance(below, Tensor):
-                yield ".".join((*path, str(key))), below.detach()
-            elif not _NO_NETWORK.search(str(key)):
-                yield from walk(below, (*path, str(key)))
+            if type(key) not in (str, int):
+                continue
+            text = str(key) if type(key) is str else shown(key)
+            name = f"{path}{text}"
+            if len(name) > LONGEST_NAME:
+                raise InputError(f"{place}: is damaged: a name of {len(name):,} characters")
+            try:
+                tensor = file.tensor(below)
+            except NoPlainTensor:
+                raise InputError(
+                    f"{place}: {name} is sparse, nested or without values: save it dense"
+                ) from None
+            if tensor is not None:
+                yield name, tensor
+            elif not _NO_NETWORK.search(text):
+                yield from walk(below, f"{name}.")
 
-    return walk(root, ())
+    return walk(file.root, "")
+
+
+def _items(value: object) -> Iterable[tuple[Any, object]]:
+    """Return the items of what is a dict or a list in the file."""
+    if type(value) is Object and str(value.kind) in _DICTS:
+        return value.pairs or ()
+    if type(value) is Pairs:
+        return value
+    return list(enumerate(value)) if isinstance(value, list | tuple) else ()

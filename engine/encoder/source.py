@@ -62,9 +62,6 @@ class EncoderConfig:
     exif: Exif | None = None
     """Orientation in the EXIF data of images: ignore takes the pixels as they are stored, and apply
     turns them upright. By default it is the run's, and ignore for a third-party file."""
-    max_pixels: Annotated[int | None, Interval(ge=1, le=2**32)] = None
-    """Images whose header claims more pixels count as undecodable. By default it is the run's
-    data.max_pixels, and 89,478,485 for a third-party file."""
     precision: Precision | None = None
     """Number format of an evaluation's forward passes. By default it is the run's, and fp32 for a
     third-party file. An export does not depend on it, because exported files are in fp32."""
@@ -80,7 +77,7 @@ class EncoderConfig:
     def rules(self, fields: dict[str, Any]) -> PixelRules:
         """Return the rules by which image files become pixels, given the run's recipe."""
         return PixelRules(
-            self.max_pixels or fields.get("data.max_pixels", DEFAULT_RULES.max_pixels),
+            fields.get("data.max_pixels", DEFAULT_RULES.max_pixels),
             self.exif or fields.get("data.exif", DEFAULT_RULES.exif),
         )
 
@@ -163,17 +160,27 @@ def _steps(url: str) -> list[str]:
         return []
 
 
+def _can_read(url: str) -> bool:
+    try:
+        return files.exists(url)
+    except PermissionError:  # AWS answers so where nothing is, if folders may not be listed.
+        return False
+
+
 def _kind(url: str) -> Literal["folder", "file"]:
     try:
         if files.list_names(url):
             return "folder"
     except PermissionError:  # Single objects may be readable all the same.
-        return "file" if files.exists(url) else "folder"
+        folder = _can_read(files.join(url, checkpoint.COMMIT)) or not _can_read(url)
+        return "folder" if folder else "file"
     if not files.exists(url):
         raise InputError(
             f"CHECKPOINT {files.redact(url)}: nothing there; give the URL of a run, of one of "
-            "its checkpoints, or of a checkpoint file"
+            f"its checkpoints, or of a checkpoint file{checkpoint.hint(url)}"
         )
+    if url.endswith((".json", ".jsonl", ".distcp")):
+        raise InputError(f"CHECKPOINT {files.redact(url)}: is no checkpoint{checkpoint.hint(url)}")
     return "file"
 
 
@@ -188,8 +195,7 @@ def _step_url(run: str, step: int) -> str:
     if wanted not in there:
         known = ", ".join(str(int(url[-8:])) for url in there) or "none"
         raise InputError(
-            f"CHECKPOINT {files.redact(run)}: no run with a checkpoint of step {step}; there "
-            f"are: {known}"
+            f"CHECKPOINT {files.redact(run)}: no checkpoint of step {step}; there are: {known}"
         )
     return wanted
 

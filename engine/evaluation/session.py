@@ -6,14 +6,15 @@ All evaluation protocols share this.
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import Tensor
@@ -54,6 +55,9 @@ class EvaluationDataConfig:
     corrupt: UnitInterval = 0.01
     """Fraction of the images that each process may find undecodable before the evaluation stops. It
     may always find 10."""
+    max_pixels: Annotated[int | None, Interval(ge=1, le=2**32)] = None
+    """Images whose header claims more pixels count as undecodable. By default it is the run's
+    data.max_pixels, and 89,478,485 for a third-party file."""
 
 
 class Evaluation:
@@ -99,6 +103,11 @@ class Evaluation:
         )
         if labels:
             check_classes(self.train, self.val)
+        if doubt := indexes.compare_windows(self.train, self.val):
+            self.terminal.say(doubt)
+        self.rules = self.source.rules
+        if data.max_pixels is not None:
+            self.rules = replace(self.rules, max_pixels=data.max_pixels)
         self.crops = CropReader(
             self.source.size,
             self.source.crop,
@@ -106,7 +115,7 @@ class Evaluation:
             data.corrupt,
             self.terminal.report,
             part=(world.rank, world.size),
-            rules=self.source.rules,
+            rules=self.rules,
         )
         self.encode = encoding(self.network, self.source.precision, world.device)
         self.settings = settings
@@ -217,6 +226,8 @@ class Evaluation:
                 raise InputError(
                     f"{place}: another job is at this evaluation: wait for it, or give --out"
                 ) from None
+            except PermissionError as error:
+                raise PermissionError(f"{error}; or give --out, a folder elsewhere") from None
 
         self.world.on_main(hold)
         try:
@@ -265,8 +276,8 @@ class Evaluation:
             stem = f"step_{source.step:08d}"
         facts = [source.digest, source.size, source.crop, source.precision]
         facts += [self.train.digest, self.val.digest, sorted(self.settings.items())]
-        if source.rules != DEFAULT_RULES:  # Results of earlier releases keep their folders.
-            facts.append(astuple(source.rules))
+        if self.rules != DEFAULT_RULES:  # Results of earlier releases keep their folders.
+            facts.append(astuple(self.rules))
         facts_digest = digest(json.dumps(facts), 8)
         return files.join(self.home, stem, f"{self.protocol}-{source.network}-{facts_digest}")
 
@@ -282,8 +293,8 @@ class Evaluation:
             "input": {
                 "size": source.size,
                 "crop": source.crop,
-                "exif": source.rules.exif,
-                "max_pixels": source.rules.max_pixels,
+                "exif": self.rules.exif,
+                "max_pixels": self.rules.max_pixels,
                 "precision": source.precision,
             },
             "settings": self.settings,

@@ -221,7 +221,7 @@ def load_crops(evaluation: Evaluation, index: Index, batch: int, seed: int, held
             f"--batch {batch} can be shared out to {streams} processes at most, not {world.size}: "
             f"give a multiple of {STREAMS}"
         )
-    order, rules = Order(index, seed, streams, batch), evaluation.source.rules
+    order, rules = Order(index, seed, streams, batch), evaluation.rules
 
     def batches(start: int) -> Generator[Examples, None, None]:
         loader = TrainLoader(

@@ -22,6 +22,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from engine.log.journal import pause
+from shards.errors import printable
 from shards.png import encode_png
 from shards.storage import files
 from shards.storage.space import naming_space
@@ -89,7 +90,9 @@ class EventLog:
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Add one point at `step` for each name."""
-        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        points = [
+            Summary.Value(tag=printable(name), simple_value=value) for name, value in values.items()
+        ]
         again = step <= self.reached
         self.reached = max(self.reached, step)
         if points:

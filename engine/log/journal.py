@@ -29,6 +29,9 @@ PARTS = "metrics"
 
 Record = dict[str, Any]
 
+_PLAIN = (int, float, str, bool, type(None))
+_NUMBERS = ("epoch", "loss", "lr", "tau", "images_per_second", "knn_top1", "online_top1")
+
 
 def read(run: str) -> list[Record]:
     """Read the log of a run, which may still be training: one record for each step, in order.
@@ -69,9 +72,10 @@ class Journal:
         merged = _merged([found, *parts.values()])
         records = [record for record in merged if record["step"] <= start]
         self._lines = {record["step"]: _line(record) for record in records}
+        self._written: dict[int, frozenset[str]] = {}  # by step, the keys that this writer wrote
         self._last = records[-1] if records else None
         self._pending: dict[int, bytes] = {}
-        self._lock = threading.Lock()  # guards the three above; no storage call runs under it
+        self._lock = threading.Lock()  # guards the four above; no storage call runs under it
         self._storing = threading.Lock()  # one thread at a time writes to storage
 
         # The last step in a local file; inf when nobody knows how the file ends.
@@ -109,14 +113,19 @@ class Journal:
     def write(self, record: Record) -> None:
         """Keep a step's record in memory until the next flush.
 
-        When the newest record is of the same step, the values are added to it.
+        When the step has a record already, the values are added to it.
         """
         step = record["step"]
         with self._lock:
-            if self._last is not None and self._last["step"] == step:
-                record = self._last | record
-            self._last = record
+            known: Record = json.loads(self._lines.get(step, b"{}"))
+            self._written[step] = self._written.get(step, frozenset()) | record.keys()
+            record = known | record
+            if self._last is None or step >= self._last["step"]:
+                self._last = record
+            late = bool(self._lines) and step < next(reversed(self._lines))
             self._lines[step] = self._pending[step] = _line(record)
+            if late:
+                self._lines = dict(sorted(self._lines.items()))
 
     def flush(self) -> None:
         """Write the lines that are in memory only to storage. Raises OSError."""
@@ -150,15 +159,21 @@ class Journal:
             self._drop_parts(parts)
 
     def _take_in(self, names: Iterable[str]) -> None:
-        """Merge the records that others added. Where both have a value, that of this log counts."""
+        """Merge the records that others added, whose values are newer than those in the file.
+
+        A value that this writer wrote counts more. Another writer, which has lost the run since,
+        may have left a part with that step.
+        """
         for record in _merged(list(_read_parts(self._run, names).values())):
             step = record["step"]
             with self._lock:
                 known = json.loads(self._lines.get(step, b"{}"))
-                self._lines[step] = _line(record | known)
+                own = {key: known[key] for key in self._written.get(step, ())}
+                merged = known | record | own
+                self._lines[step] = _line(merged)
                 self._lines = dict(sorted(self._lines.items()))
                 if self._last is not None and self._last["step"] == step:
-                    self._last = record | self._last
+                    self._last = merged
 
     def _extend(self, lines: dict[int, bytes]) -> None:
         """Append to the local file, or write it anew.
@@ -171,7 +186,7 @@ class Journal:
         append, self._end = min(lines) > self._end, math.inf
         if append:
             path = files.open_filesystem(self._url)[1]
-            local_files.append(path, b"".join(lines.values()))
+            local_files.append(path, b"".join(lines[step] for step in sorted(lines)))
             self._end = max(lines)
         else:
             whole, end = self._whole()
@@ -271,9 +286,20 @@ def _merged(contents: list[bytes]) -> list[Record]:
     for line in b"\n".join(contents).split(b"\n"):
         try:
             record = json.loads(line)
-            step = record["step"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and type(step) is int and step >= 0:
+        if _is_record(record):
+            step = record["step"]
             found[step] = found.get(step, {}) | record
     return [found[step] for step in sorted(found)]
+
+
+def _is_record(value: Any) -> bool:
+    """Return whether a line has a step, values that are no lists or objects, and numbers."""
+    return (
+        type(value) is dict
+        and type(value.get("step")) is int
+        and 0 <= value["step"] < 2**62
+        and all(type(one) in _PLAIN for one in value.values())
+        and all(type(value.get(name)) is not str for name in _NUMBERS)
+    )

@@ -93,11 +93,11 @@ class MetricsLog:
         self._storing: Future[None] | None = None
         self._failing = False
         self._progress = Progress(
-            TextColumn("{task.completed}/{task.total}"),
+            TextColumn("{task.completed}/{task.total}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("left", markup=False),
             TimeRemainingColumn(),
             console=self.console,
             transient=True,
@@ -204,8 +204,10 @@ class MetricsLog:
             self._failing = False
 
     def _show(self, record: Record) -> None:
-        loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
-        status = f"loss {loss}  {record['images_per_second']:,.0f} images/s"
+        status = ""
+        if "loss" in record:  # a step that is only evaluated has none
+            loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
+            status = f"loss {loss}  {record.get('images_per_second') or 0:,.0f} images/s"
         if "knn_top1" in record:
             status += f"  kNN {record['knn_top1']:.1%}"
         if "online_top1" in record:

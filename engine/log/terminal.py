@@ -81,4 +81,4 @@ def _discard(file: IO[str]) -> None:
 
 
 def _console(quiet: bool) -> Console:
-    return _Console(markup=False, highlight=False, soft_wrap=True, quiet=quiet)
+    return _Console(markup=False, emoji=False, highlight=False, soft_wrap=True, quiet=quiet)

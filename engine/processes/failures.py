@@ -1,14 +1,18 @@
 """Report a failure, once, by the process that failed first."""
 
+import os
 import re
 import sys
 import time
 import traceback
+from shutil import disk_usage
+from tempfile import gettempdir
 
 import torch.distributed as dist
 
 from engine.processes.world import rank, read_variable, shared_store
 from shards.errors import InputError, printable
+from shards.storage.space import FULL, format_size
 
 
 def report_failure(error: BaseException) -> None:
@@ -31,11 +35,35 @@ def report_failure(error: BaseException) -> None:
     elif _is_lost_connection(error):
         reason = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0])
         print(f"error: rank {rank()} lost another process: {reason}", file=sys.stderr, flush=True)
+    elif full := _find_full_disk(error):
+        print(f"error: {full}", file=sys.stderr, flush=True)
     else:
         if dist.is_initialized():
             print(f"rank {rank()} failed:", file=sys.stderr)
         traceback.print_exception(error)
         sys.stderr.flush()
+
+
+def _find_full_disk(error: BaseException) -> str:
+    """Describe a failure of torch.compile on a full disk; "" for any other failure.
+
+    The compiler is another program, so only its output tells.
+    """
+    if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+        return ""
+    text = str(error)
+    told = [os.strerror(number) for number in FULL if os.strerror(number) in text]
+    if not told:
+        return ""
+    folders = {os.environ.get("TORCHINDUCTOR_CACHE_DIR") or gettempdir(), gettempdir()}
+    space = ", ".join(
+        f"{folder} has {format_size(disk_usage(folder).free)} free"
+        for folder in sorted(filter(os.path.isdir, folders))
+    )
+    return (
+        f"torch.compile: {told[0]} ({space}): make room, set TMPDIR and TORCHINDUCTOR_CACHE_DIR to "
+        "folders on another disk, or use --no-compile"
+    )
 
 
 def _is_lost_connection(error: BaseException) -> bool:

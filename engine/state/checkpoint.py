@@ -26,12 +26,12 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from engine.processes.world import World
 from engine.state import dcp_metadata
 from engine.state.dcp_files import Reader, Writer, verify_file
-from engine.state.layout import CHECKPOINTS
+from engine.state.layout import CHECKPOINTS, RECIPE
 from shards.digest import digest
 from shards.documents import Natural, Sum32, build, shown
 from shards.errors import InputError
 from shards.fields import Operation
-from shards.storage import files, names
+from shards.storage import files, misplaced, names
 
 FORMAT = 3
 COMMIT = "commit.json"
@@ -184,9 +184,9 @@ def find(
     `name` is the field or argument that gave the URL, for the message. Raises InputError when there
     is no checkpoint, or when the one at `url` is damaged.
     """
-    if world.on_main(lambda: files.exists(files.join(url, COMMIT))):
-        return verify(url, world)
     try:
+        if world.on_main(lambda: files.exists(files.join(url, COMMIT))):
+            return verify(url, world)
         found = latest(url, world, report)
     except PermissionError as error:
         example = files.redact(step_url(url, 100))
@@ -194,8 +194,14 @@ def find(
             f"{name} {error}; without that, give the URL of one checkpoint, such as {example}"
         ) from None
     if found is None:
-        raise InputError(f"{name} {files.redact(url)}: no committed checkpoint there")
+        raise InputError(f"{name} {files.redact(url)}: no committed checkpoint there{hint(url)}")
     return found
+
+
+def hint(url: str) -> str:
+    """Return the end of a message that no checkpoint is at `url`, which says where one is near."""
+    near = misplaced.find_near(url, COMMIT)[-1:] or misplaced.find_near(url, RECIPE)
+    return f"; give {files.redact(near[0])}" if near else ""
 
 
 def verify(url: str, world: World) -> Commit:

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import itertools
-import zipfile
 import zlib
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 
 from engine.state import dcp_metadata
 from engine.state.dcp_metadata import Place
+from engine.state.torch_files import TorchFile
 from shards.errors import InputError
 from shards.storage import files
 from shards.storage.upload import open_writer
@@ -226,13 +226,10 @@ class Reader(StorageReader):
 
 def _tensor(content: bytes) -> Tensor:
     """Decode a tensor that torch.save wrote. Raises errors of any kind for anything else."""
-    file = io.BytesIO(content)
-    if damaged := zipfile.ZipFile(file).testzip():  # torch does not check these CRCs
-        raise ValueError(f"{damaged} is damaged")
-    file.seek(0)
-    tensor = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{type(tensor).__name__} in place of a tensor")
+    file = TorchFile(content)
+    tensor = file.tensor(file.root)
+    if tensor is None:
+        raise TypeError("something else in place of a tensor")
     return tensor
 
 

@@ -1,15 +1,16 @@
 """Read the `.metadata` of a checkpoint without running code in it.
 
-torch writes it as a pickle. Here the objects of the pickle become plain records. These are checked
-and then turned into objects of torch's classes. So any release of torch may have written the file.
+torch writes it as a pickle. Here the objects of the pickle become plain records (pickles.py).
+These are checked and then turned into objects of torch's classes. So any release of torch may have
+written the file.
 """
 
-import io
-import pickle
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from annotated_types import Interval, MaxLen
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -18,9 +19,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from engine.state import pickles
+from engine.state.pickles import Global, Object, Pairs
+from shards.documents import Natural, build, check, shown, without_gc
 from shards.errors import InputError
 
 NAME = ".metadata"
+
+
+class _Foreign(InputError):
+    """The metadata is whole, but no checkpoint of this engine has such."""
 
 
 class Place(NamedTuple):
@@ -31,72 +39,56 @@ class Place(NamedTuple):
     length: int
 
 
-class _Record:
-    """Hold the state that the pickle stores for an object, in place of that object."""
-
-    state: Any = None
-
-    def __init__(self, *_: object) -> None:
-        """Accept any arguments, because the pickle may call these classes like functions."""
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-
-class _Metadata(_Record):
-    pass
-
-
-class _Tensor(_Record):
-    pass
-
-
-class _Properties(_Record):
-    pass
-
-
-class _Chunk(_Record):
-    pass
-
-
-class _Index(_Record):
-    pass
-
-
-class _Info(_Record):
-    pass
-
-
 _DCP = "torch.distributed.checkpoint"
-_ADMITTED: dict[tuple[str, str], type] = {
-    (f"{_DCP}.metadata", "Metadata"): _Metadata,
-    (f"{_DCP}.metadata", "TensorStorageMetadata"): _Tensor,
-    (f"{_DCP}.metadata", "TensorProperties"): _Properties,
-    (f"{_DCP}.metadata", "ChunkStorageMetadata"): _Chunk,
-    (f"{_DCP}.metadata", "MetadataIndex"): _Index,
-    (f"{_DCP}.filesystem", "_StorageInfo"): _Info,
-    ("torch", "Size"): tuple,
+_METADATA, _TENSOR, _PROPERTIES, _CHUNK, _INDEX = (
+    Global(f"{_DCP}.metadata", name)
+    for name in (
+        *("Metadata", "TensorStorageMetadata", "TensorProperties"),
+        *("ChunkStorageMetadata", "MetadataIndex"),
+    )
+)
+_INFO = Global(f"{_DCP}.filesystem", "_StorageInfo")
+_SIZES = Annotated[tuple[Natural, ...], MaxLen(64)]
+_SIZE = Global("torch", "Size")
+_ADMITTED = {
+    *(_METADATA, _TENSOR, _PROPERTIES, _CHUNK, _INDEX, _INFO, _SIZE),
     # The contents of the following objects are not needed.
-    (f"{_DCP}.metadata", "StorageMeta"): _Record,
-    (f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"): _Record,
-    ("torch.serialization", "_get_layout"): _Record,
-    ("builtins", "getattr"): _Record,  # some releases of Python pickle the members of an Enum by it
+    Global(f"{_DCP}.metadata", "StorageMeta"),
+    Global(f"{_DCP}.metadata", "_MEM_FORMAT_ENCODING"),
+    Global("torch.serialization", "_get_layout"),
+    Global("builtins", "getattr"),  # some releases of Python pickle the members of an Enum by it
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        dtype = vars(torch).get(name) if module == "torch" else None
-        if isinstance(dtype, torch.dtype):
-            return dtype
-        if (module, name) not in _ADMITTED:
-            raise InputError(
-                f"names {module}.{name}, which no checkpoint of this engine has: "
-                "the file is damaged or malicious"
-            )
-        return _ADMITTED[module, name]
+@dataclass(frozen=True)
+class _Stored:
+    """What the metadata says of the place of a tensor or a part of one."""
+
+    relative_path: str
+    offset: Natural
+    length: Annotated[int, Interval(ge=1, lt=2**62)]
+    transform_descriptors: Any = None
 
 
+@dataclass(frozen=True)
+class _Key:
+    """The name of a tensor and the part of it."""
+
+    fqn: str
+    offset: Any
+    index: Natural | None = None
+
+
+def _admit(module: str, name: str) -> None:
+    is_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
+    if not is_dtype and Global(module, name) not in _ADMITTED:
+        raise _Foreign(
+            f"names {shown(f'{module}.{name}')[1:-1]}, which no checkpoint of this engine has: "
+            "the file is damaged or malicious"
+        )
+
+
+@without_gc()
 def parse(content: bytes, files: Mapping[str, tuple[int, int]]) -> Metadata:
     """Parse the metadata into torch's classes; `storage_data` maps MetadataIndex to `Place`.
 
@@ -108,50 +100,90 @@ def parse(content: bytes, files: Mapping[str, tuple[int, int]]) -> Metadata:
     does not name the file; the caller adds that.
     """
     try:
-        root = _fields(_Unpickler(io.BytesIO(content)).load(), _Metadata)
-        tensors: Any = {str(name): _tensor(e) for name, e in root["state_dict_metadata"].items()}
-        places = {_index(k): _place(e, files) for k, e in root["storage_data"].items()}
-        paths = {str(name): tuple(path) for name, path in (root["planner_data"] or {}).items()}
-    except InputError:
-        raise
-    except Exception as error:  # a damaged pickle can raise nearly anything
+        root = _fields(pickles.load(content, _admit)[0], _METADATA)
+        tensors = {_name(key): _tensor(one) for key, one in _items(root, "state_dict_metadata")}
+        places = {_index(key): _place(one, files) for key, one in _items(root, "storage_data")}
+        paths = {_name(key): _path(one) for key, one in _items(root, "planner_data")}
+    except _Foreign as error:
+        raise InputError(str(error)) from None
+    except (ValueError, TypeError, KeyError, RecursionError, MemoryError, InputError) as error:
         raise InputError(f"is damaged: {type(error).__name__}: {error}") from None
-    return Metadata(tensors, paths, places)
+    return Metadata(tensors, paths, places)  # type: ignore[arg-type]
 
 
-def _fields(record: object, kind: type[_Record]) -> dict[str, Any]:
-    if type(record) is not kind:
-        raise TypeError(f"{type(record).__name__} in place of {kind.__name__}")
-    state: dict[str, Any] = record.state
-    return state
+def _fields(record: object, kind: Global) -> dict[str, object]:
+    """Return the fields of an object by name."""
+    if type(record) is not Object or record.kind != kind or type(record.state) is not Pairs:
+        raise TypeError(f"no {kind.name} where one must be")
+    return {_name(name): value for name, value in record.state}
+
+
+def _items(root: dict[str, object], name: str) -> Pairs:
+    found = root[name]
+    if found is None and name == "planner_data":
+        return Pairs()
+    if type(found) is not Pairs:
+        raise TypeError(f"{name} is no dict")
+    return found
+
+
+def _name(value: object) -> str:
+    if type(value) is not str:
+        raise TypeError(f"{type(value).__name__} in place of a name")
+    return value
+
+
+def _path(value: object) -> tuple[str | int, ...]:
+    if type(value) is not tuple or any(type(part) not in (str, int) for part in value):
+        raise TypeError("no path of a tensor")
+    return value
+
+
+def _size(value: object) -> torch.Size:
+    if type(value) is not Object or value.kind != _SIZE or len(value.args) != 1:
+        raise TypeError("no torch.Size where one must be")
+    found: tuple[int, ...] = check(
+        Annotated[tuple[Natural, ...], MaxLen(64)], value.args[0], "size"
+    )
+    return torch.Size(found)
 
 
 def _tensor(record: object) -> TensorStorageMetadata:
-    fields = _fields(record, _Tensor)
+    fields = _fields(record, _TENSOR)
+    properties = fields["properties"]
+    if type(properties) is not Object or properties.kind != _PROPERTIES:
+        raise TypeError("no TensorProperties where they must be")
+    state: Any = properties.state
     # The length of this tuple differs between releases. Only the dtype, which is first, is used.
-    dtype, *_ = _fields(fields["properties"], _Properties)
+    dtype = getattr(torch, state[0].name, None) if _is_named(state) else None
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{type(dtype).__name__} in place of a dtype")
-    chunks = [_fields(chunk, _Chunk) for chunk in fields["chunks"]]
+        raise TypeError("no dtype where one must be")
+    if type(fields["chunks"]) is not list:
+        raise TypeError("no list of chunks")
+    chunks = [_fields(chunk, _CHUNK) for chunk in fields["chunks"]]
     return TensorStorageMetadata(
         TensorProperties(dtype=dtype),
-        torch.Size(fields["size"]),
-        [ChunkStorageMetadata(torch.Size(c["offsets"]), torch.Size(c["sizes"])) for c in chunks],
+        _size(fields["size"]),
+        [ChunkStorageMetadata(_size(c["offsets"]), _size(c["sizes"])) for c in chunks],
     )
 
 
+def _is_named(state: Any) -> bool:
+    return type(state) is tuple and len(state) > 0 and type(state[0]) is Global
+
+
 def _index(record: object) -> MetadataIndex:
-    fields = _fields(record, _Index)
-    return MetadataIndex(str(fields["fqn"]), torch.Size(fields["offset"]), fields["index"])
+    found = build(_Key, _fields(record, _INDEX), "storage_data")
+    return MetadataIndex(found.fqn, _size(found.offset), found.index)
 
 
 def _place(record: object, files: Mapping[str, tuple[int, int]]) -> Place:
-    fields = _fields(record, _Info)
-    file, offset, length = str(fields["relative_path"]), fields["offset"], fields["length"]
+    found = build(_Stored, _fields(record, _INFO), "storage_data")
+    file, offset, length = found.relative_path, found.offset, found.length
     if file not in files or "/" in file or "\\" in file:
-        raise InputError(f"names the file {file!r}, which the checkpoint does not have")
-    if fields.get("transform_descriptors"):
-        raise InputError(f"says that {file} is encoded, which no file of this engine is")
-    if offset < 0 or length < 1 or offset + length > files[file][0]:
+        raise _Foreign(f"names the file {shown(file)}, which the checkpoint does not have")
+    if found.transform_descriptors:
+        raise _Foreign(f"says that {file} is encoded, which no file of this engine is")
+    if offset + length > files[file][0]:
         raise ValueError(f"{offset} + {length} bytes in a file of {files[file][0]}")
-    return Place(file, int(offset), int(length))
+    return Place(file, offset, length)

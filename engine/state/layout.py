@@ -10,11 +10,13 @@ RUN/evaluations/                      results of launch/evaluate.py (evaluation/
 RUN/debug_step/                       exists while --debug-step runs
 """
 
+import re
 from typing import Any
 
 from engine.log.events import TENSORBOARD as TENSORBOARD
 from engine.log.journal import JSONL as JSONL
 from engine.log.journal import PARTS as PARTS
+from shards.errors import InputError
 from shards.storage import files
 
 RECIPE = "recipe.json"
@@ -23,6 +25,24 @@ LEASE = "lease"
 COMPILE = "compile"
 EVALUATIONS = "evaluations"
 DEBUG_STEP = "debug_step"
+
+
+_FILES = (RECIPE, JSONL, "commit.json", "index.json", ".metadata")
+_INSIDE = re.compile(rf"(.+)/{CHECKPOINTS}/step_\d{{8}}(/.*)?$")
+
+
+def check_run(url: str) -> None:
+    """Raise InputError when `url`, where a run is to be written, names what lies in a folder."""
+    url = url.rstrip("/")
+    folder, _, name = url.rpartition("/")
+    if inside := _INSIDE.fullmatch(url):
+        folder = inside[1]
+    elif name not in _FILES and not name.endswith((".tar", ".distcp")):
+        return
+    raise InputError(
+        f"run {files.redact(url)}: is inside of {files.redact(folder) or '.'}: give the folder of "
+        "a run"
+    )
 
 
 def read_recipe(run: str) -> dict[str, Any]:

@@ -75,13 +75,20 @@ class Lease:
         self._record = record
         self._taker = ""  # host of the job that has taken the run
         self._stop = threading.Event()
+        self._beating, self._beaten = False, time.monotonic()
         self._thread = threading.Thread(target=self._hold, name="lease", daemon=True)
 
     def check(self) -> None:
         """Raise InputError when another job is known to have taken the run.
 
-        This does not read the storage, as `confirm` does. It knows what the last beat has found.
+        This knows what the last beat has found. It reads the storage, as `confirm` does, only when
+        no beat was tried for two periods. Then this machine was frozen, and another job may have
+        taken the run meanwhile.
         """
+        if not self._beating and time.monotonic() - self._beaten > 2 * self._record.period:
+            self._beaten = time.monotonic()
+            with contextlib.suppress(OSError):  # the next beat will tell
+                self._look()
         if self.lost:
             raise InputError(
                 f"{files.redact(self._run)} was taken over by another job ({self._taker}) while "
@@ -137,11 +144,13 @@ class Lease:
         self._write(replace(self._record, released=True))
 
     def _write(self, record: _Record) -> None:
+        self._beating = True
         with contextlib.suppress(OSError):  # a storage outage must not end the job
             self._look()
             if not self.lost:
                 self._record = record
                 files.write(_url(self._run, record.number), record.content())
+        self._beating, self._beaten = False, time.monotonic()
 
 
 def acquire(run: str, agents: Sequence[str], period: float, report: Callable[[str], None]) -> Lease:

@@ -29,8 +29,9 @@ from launch.benchmarks.measuring import (
     row,
 )
 from shards import index as indexes
+from shards.blocks import Blocks, checksum
 from shards.errors import InputError
-from shards.index import BLOCK_BYTES, Blocks, Index, Shard
+from shards.index import BLOCK_BYTES, Index, Shard
 from shards.order import Order, rank_streams
 from shards.storage import files
 
@@ -247,7 +248,7 @@ def write_data_set(setting: Setting, shards: int) -> None:
     for i, samples in enumerate(sizes):
         blocks, name = kinds[samples], f"shard-{i:06d}.tar"
         length = samples * SAMPLE_BYTES
-        entries.append(Shard(name, samples, length, blocks, indexes.checksum(blocks)))
+        entries.append(Shard(name, samples, length, blocks, checksum(blocks)))
         # Equal shards share a sidecar, because 100,000 sidecars would fill 800 MB.
         os.symlink(f"{samples}.json", f"{setting.url}/{indexes.sidecar(name)}")
         with open(f"{setting.url}/{name}", "wb") as file:

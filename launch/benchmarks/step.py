@@ -93,7 +93,7 @@ def bench_step(
         steps: Steps in a round.
         rounds: Number of times that each side is measured.
         threads: Threads of each process, for torch on the CPU and for decoding. By default the
-            machine's cores are shared out among its processes.
+            cores that the job may use are shared out among its processes.
         precision: Precision of both sides' forward passes. In fp16 both sides scale the loss.
         compile: Compile our networks, with empty caches.
         strategy: How our step is spread over processes.

@@ -7,10 +7,16 @@ from typing import NamedTuple
 from shards.errors import InputError
 from shards.making.left_out import Reasons, explain, leave_out
 from shards.making.pack import Image, ImageSet
-from shards.storage import files, local_files
+from shards.storage import files, local_files, misplaced
 from shards.tar import is_tar
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jfif", "avif"),
+    *("jpe", "dib", "pbm", "pnm", "pfm", "jp2", "j2k", "qoi", "tga"),
+)
+
+ARCHIVES = ("zip", "parquet", "7z", "rar", "gz")
+PATTERN_HINT = " (a * or ? is part of a name: name the folder, or let the shell expand it)"
 
 # The names that people give to splits, in small letters and without what `_DECORATION` matches.
 _SPLITS = {
@@ -68,14 +74,12 @@ def find_images(source: str, *, follow_links: bool = False) -> Found:
             found.append((path, size))
     place = files.redact(source)
     if not found and not files.exists(source):
-        raise InputError(f"SOURCE {place}: no such folder")
+        hint = PATTERN_HINT if set(source) & set("*?") else ""
+        raise InputError(f"SOURCE {place}: no such folder{hint}")
     if not found:
         if tars:
             return Found([], left_out, [])
-        if files.is_local(source) and os.path.isfile(files.open_filesystem(source)[1]):
-            raise InputError(f"SOURCE {place}: is a file: give a folder of images, or tars")
-        wanted = ", ".join(EXTENSIONS)
-        raise InputError(f"SOURCE {place}: no {wanted} files there{explain(left_out)}")
+        raise InputError(f"SOURCE {place}: no images there{_hint(source, left_out)}")
     found.sort()
     splits = _find_splits(found, place)
     # An empty folder counts as if there were a file in it.
@@ -94,6 +98,16 @@ def find_images(source: str, *, follow_links: bool = False) -> Found:
 def is_junk(path: str) -> bool:
     """Return whether a file is hidden, or lies in a folder that a file manager made."""
     return any(part.startswith(".") or part.lower() in _JUNK for part in path.split("/"))
+
+
+def _hint(source: str, left_out: Reasons) -> str:
+    """Return the end of a message that no images are in `source`: what is there instead."""
+    suffix = misplaced.last_name(source).rpartition(".")[2].lower()
+    if suffix in ARCHIVES:
+        return "; extract them to a folder, and give that"
+    if suffix in (*EXTENSIONS, "json"):
+        return f"; give the folder {files.redact(misplaced.folder_of(source))}"
+    return explain(left_out) or f", of {', '.join(EXTENSIONS)}"
 
 
 def _reason_against(path: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from shards import index
+from shards.blocks import checksum
 from shards.digest import digest
 from shards.errors import InputError
 from shards.index import Shard
@@ -118,7 +118,7 @@ def _from_record(record: dict[str, Any], name: str, version: list[str], layout: 
     labels = [str(record["texts"][i]) for i in record["labels"]]
     if len(labels) != blocks[:, 1].sum():
         raise ValueError(name)
-    shard = Shard(name, len(labels), int(record["bytes"]), blocks, index.checksum(blocks))
+    shard = Shard(name, len(labels), int(record["bytes"]), blocks, checksum(blocks))
     left_out = {why: LeftOut(int(n), str(what)) for why, (n, what) in record["left_out"].items()}
     fields, folders = ([str(name) for name in record[key]] for key in ("fields", "folders"))
     return Scan(shard, labels, left_out, fields, folders, int(record["twice"]))

@@ -4,6 +4,7 @@ Packing has two steps. The first makes a plan that says which image goes where: 
 seeded random order, cut into tars of about equal size. The plan is a pure function of the source's
 listing, the seed and the shard size. The second step writes the shards in any number of threads.
 When it was stopped, it continues where it was, and the shards come out the same, byte for byte.
+So what converts images on the way has to be a pure function too; the plan names its options.
 
 A shard is a WebDataset tar. It holds each image as `<number>_<original name>.jpg`, and its class
 index in a `.cls` file of the same name. The number is the sample's id.
@@ -16,8 +17,8 @@ import re
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from threading import Event
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,9 +27,10 @@ from numpy.typing import NDArray
 from webdataset.writer import TarWriter
 
 from shards import index
+from shards.blocks import Blocks, checksum
 from shards.digest import digest
 from shards.errors import InputError
-from shards.index import Blocks, Index, Shard
+from shards.index import Index, Shard
 from shards.philox import Domain, permutation
 from shards.samples import Sample, read_samples
 from shards.storage import files, upload
@@ -68,11 +70,14 @@ class Plan:
     images: list[Image]
     cuts: list[int]
     classes: list[str]
+    pixels: dict[str, Any] = field(default_factory=dict)  # options of what converts the images
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256, as 16 hex digits, of what decides the shards' bytes, except the pixels."""
-        facts = [index.BLOCK_BYTES, self.images, self.cuts, self.classes]
+        """SHA-256, as 16 hex digits, of what decides the shards' bytes, except the sources'."""
+        facts: list[Any] = [index.BLOCK_BYTES, self.images, self.cuts, self.classes]
+        if self.pixels:  # Without options, the digest is that of earlier releases.
+            facts.append(sorted(self.pixels.items()))
         return digest(json.dumps(facts))
 
     @property
@@ -80,17 +85,23 @@ class Plan:
         return sum(image.size for image in self.images)
 
 
-def plan_shards(images: ImageSet, shard_bytes: int, seed: int) -> Plan:
+def plan_shards(
+    images: ImageSet, shard_bytes: int, seed: int, pixels: dict[str, Any] | None = None
+) -> Plan:
     """Put the images in a random order and cut them into shards of about `shard_bytes` each.
 
-    All shards have about the same size. Raises InputError when `shard_bytes` is not positive.
+    All shards have about the same size, before images are converted. Raises InputError when
+    `shard_bytes` is not positive.
+
+    Args:
+        pixels: The options of what converts the images, as JSON knows them.
     """
     if shard_bytes <= 0:
         raise InputError("--shard-mb must be positive")
     order = permutation(seed, Domain.PACK, np.arange(len(images.images)), epoch=0)
     shuffled = [images.images[i] for i in order.tolist()]
     ends = np.cumsum([_tar_bytes(image) for image in shuffled])
-    return Plan(shuffled, _even_cuts(ends, shard_bytes), images.classes)
+    return Plan(shuffled, _even_cuts(ends, shard_bytes), images.classes, pixels or {})
 
 
 def _tar_bytes(image: Image) -> int:
@@ -110,11 +121,17 @@ def _even_cuts(ends: NDArray[np.int64], piece: int) -> list[int]:
     return sorted({0, *cuts.tolist(), len(ends)})
 
 
+def _keep(image: Image, content: bytes) -> tuple[str, bytes]:
+    """Return an image's extension and content as they are."""
+    return image.path.rpartition(".")[2].lower(), content
+
+
 def write_shards(
     plan: Plan,
     url: str,
     read: Callable[[Image], bytes],
     *,
+    convert: Callable[[Image, bytes], tuple[str, bytes]] = _keep,
     threads: int,
     overwrite: bool = False,
     advance: Callable[[int], None] = lambda _: None,
@@ -131,19 +148,25 @@ def write_shards(
 
     Args:
         read: Returns an image's bytes. It is called in threads.
+        convert: Returns the extension and the bytes to pack in place of an image's bytes. It is
+            called in threads, and must be a pure function that `plan.pixels` decides.
         overwrite: Remove what is there instead of raising InputError.
         advance: Is called with the size in bytes of each image that is done.
         report: Takes a message when a store refuses to remove old objects.
     """
+    report = cache(report)  # What a store refuses to remove is said once.
     if overwrite:
-        names = filter(_WRITTEN.fullmatch, files.list_names(url))
-        # The index is removed first, because it must not describe shards that are replaced.
-        for name in sorted(names, key=lambda name: name != index.NAME):
-            files.remove(files.join(url, name))
-    standing = _begin(plan, url, report)
-    if standing is not None:
+        _clear(url, report)
+        _claim(plan, url)
+    elif (standing := _begin(plan, url, report)) is not None:
         return standing, False
     records = set(files.list_names(files.join(url, _WORK)))
+
+    def read_converted(image: Image) -> tuple[str, bytes]:
+        content = read(image)
+        if len(content) != image.size:
+            raise InputError(f"SOURCE {image.path}: has changed meanwhile; run it again")
+        return convert(image, content)
 
     with ThreadPoolExecutor(2 * threads, thread_name_prefix="read") as readers:
 
@@ -153,7 +176,7 @@ def write_shards(
             record_url = files.join(url, _WORK, f"{name}.json")
             shard = _find_written(url, name, record_url) if f"{name}.json" in records else None
             if shard is None:
-                content = _build(plan.images[first:last], first, read, readers, advance)
+                content = _build(plan.images[first:last], first, read_converted, readers, advance)
                 shard = describe(name, read_samples(io.BytesIO(content)), len(content))
                 shard.crcs = _compute_crcs(shard, content)
                 with upload.open_writer(files.join(url, name)) as file:
@@ -164,15 +187,37 @@ def write_shards(
             return shard
 
         shards = run_in_threads(write_shard, range(len(plan.cuts) - 1), threads)
-    result = Index(url, shards, plan.classes, plan.digest)
+    result = Index(url, shards, plan.classes, plan.digest, pixels=plan.pixels)
     result.save()
     files.discard(files.join(url, _WORK), url, report)
     return result, True
 
 
+def _clear(url: str, report: Callable[[str], None]) -> None:
+    """Remove what an earlier packing wrote. What can't be removed is emptied.
+
+    The index goes first, because it must not describe shards that are replaced.
+    """
+    names = set(filter(_WRITTEN.fullmatch, files.list_names(url)))
+    names |= {f"{_WORK}/{name}" for name in files.list_names(files.join(url, _WORK))}
+
+    def clear(name: str) -> None:
+        files.discard_or_empty(files.join(url, name), url, report)
+
+    if index.NAME in names:
+        clear(index.NAME)
+    run_in_threads(clear, sorted(names - {index.NAME, _WORK}), files.DELETIONS)
+
+
+def _claim(plan: Plan, url: str) -> None:
+    files.write(files.join(url, _WORK, _PLAN), json.dumps(plan.digest).encode())
+
+
 def _begin(plan: Plan, url: str, report: Callable[[str], None]) -> Index | None:
     """Claim `url` for the plan. Return the index if the plan has already been carried out there."""
     names = files.list_names(url)
+    if index.NAME in names and files.size(files.join(url, index.NAME)) == 0:
+        names.remove(index.NAME)  # `_clear` could not remove it.
     plan_url = files.join(url, _WORK, _PLAN)
     claimed = _PLAN in files.list_names(files.join(url, _WORK))
     if index.NAME in names:
@@ -180,16 +225,24 @@ def _begin(plan: Plan, url: str, report: Callable[[str], None]) -> Index | None:
         if standing.plan == plan.digest:
             files.discard(files.join(url, _WORK), url, report)
             return standing
-    elif claimed and files.read_json(plan_url) == plan.digest:
+    elif claimed and _read_claim(plan_url) == plan.digest:
         return None
     elif not claimed and not any(name.endswith(".tar") for name in names):
-        files.write(plan_url, json.dumps(plan.digest).encode())
+        _claim(plan, url)
         return None
     state = "" if index.NAME in names else ", unfinished"
     raise InputError(
-        f"OUT {files.redact(url)}: holds other shards{state} (another source, seed or shard "
-        "size): choose another OUT, or replace them with --overwrite"
+        f"OUT {files.redact(url)}: holds other shards{state} (another source, seed, shard "
+        "size or pixels): choose another OUT, or replace them with --overwrite"
     )
+
+
+def _read_claim(plan_url: str) -> Any:
+    """Return the digest of the plan that is being carried out; None when the file is damaged."""
+    try:
+        return files.read_json(plan_url)
+    except ValueError:
+        return None
 
 
 def _record(shard: Shard) -> dict[str, Any]:
@@ -218,7 +271,7 @@ def _find_written(url: str, name: str, record_url: str) -> Shard | None:
         blocks = np.array(record["blocks"], np.int64).reshape(-1, 2)
         whole = blocks[:, 1].sum() == record["samples"] and len(record["crcs"]) == len(blocks)
         if whole and files.size(files.join(url, name)) == record["bytes"]:
-            found = Shard(name, record["samples"], record["bytes"], blocks, index.checksum(blocks))
+            found = Shard(name, record["samples"], record["bytes"], blocks, checksum(blocks))
             found.crcs = record["crcs"]
             return found
     return None
@@ -227,21 +280,20 @@ def _find_written(url: str, name: str, record_url: str) -> Shard | None:
 def _build(
     images: list[Image],
     first_id: int,
-    read: Callable[[Image], bytes],
+    read: Callable[[Image], tuple[str, bytes]],
     readers: ThreadPoolExecutor,
     advance: Callable[[int], None],
 ) -> bytes:
-    """Build the bytes of one tar. Raises InputError when an image's size has changed."""
+    """Build the bytes of one tar. `read` returns the extension and the bytes of an image."""
     tar = io.BytesIO()
     with TarWriter(tar, encoder=False, mtime=0) as writer:
         contents = readers.map(read, images)
-        for number, (image, content) in enumerate(zip(images, contents, strict=True)):
-            if len(content) != image.size:
-                raise InputError(f"SOURCE {image.path}: has changed meanwhile; run it again")
-            stem, _, extension = image.path.rpartition("/")[2].rpartition(".")
+        for number, (image, found) in enumerate(zip(images, contents, strict=True)):
+            extension, content = found
+            stem, _, _ = image.path.rpartition("/")[2].rpartition(".")
             key = f"{first_id + number:08d}_{plain_stem(stem)}"
             fields: dict[str, Any] = {"__key__": key}
-            fields[extension.lower()] = content
+            fields[extension] = content
             if image.label >= 0:
                 fields["cls"] = str(image.label).encode()
             writer.write(fields)
@@ -267,7 +319,7 @@ def describe_starts(name: str, starts: NDArray[np.int64], size: int) -> Shard:
     if len(starts):
         cuts = np.array(_even_cuts(np.append(starts[1:], size), index.BLOCK_BYTES))
         blocks = np.stack((starts[cuts[:-1]], np.diff(cuts)), axis=1)
-    return Shard(name, len(starts), size, blocks, index.checksum(blocks))
+    return Shard(name, len(starts), size, blocks, checksum(blocks))
 
 
 def run_in_threads(

@@ -13,15 +13,16 @@ from threading import Event
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from shards.errors import InputError
-from shards.making.image_folders import split_name
+from shards.making.image_folders import EXTENSIONS, PATTERN_HINT, split_name
 from shards.making.labels import number_labels
 from shards.making.left_out import Reasons, explain, leave_out, merge, tell_each
 from shards.making.pack import Image, ImageSet, run_in_threads
-from shards.making.scan import NOT_THERE, PATTERN_HINT
+from shards.making.scan import NOT_THERE
 from shards.making.scan_tar import NO_FIELD, explain_absence, read_label, until
+from shards.making.survey import ReadImage
 from shards.making.tars import Tars, check_is_file
 from shards.making.unpack import is_compressed, unpack
-from shards.samples import IMAGE_FIELDS, Layout, Sample, group_samples, match_name
+from shards.samples import IMAGE_FIELDS, Layout, Sample, Span, group_samples, match_name
 from shards.storage import files
 from shards.storage.skim import open_skim
 from shards.tar import COMPRESSED, Member, TarError, is_tar, read_members
@@ -41,7 +42,7 @@ class Repacking(NamedTuple):
     """The images of tars, ready to be packed."""
 
     sets: list[ImageSet]  # one for each split, or one without a name
-    read: Callable[[Image], bytes]
+    read: ReadImage
     left_out: Reasons
     warnings: list[str]  # each of one line
 
@@ -134,9 +135,9 @@ def _prepare(
     labels = number_labels(texts, classes, [], place, as_names=classes_from != "labels")
     at = {image.path: image for image in found}
 
-    def read(image: Image) -> bytes:
-        url, start, size = at[image.path][1:4]
-        return files.read(url, start, start + size)
+    def read(image: Image, start: int | None = None, stop: int | None = None) -> bytes:
+        url, first, size = at[image.path][1:4]
+        return files.read(url, first + (start or 0), first + (size if stop is None else stop))
 
     numbers = labels.numbers.tolist()
     images = [Image(f.path, f.size, number) for f, number in zip(found, numbers, strict=True)]
@@ -205,21 +206,32 @@ def _list_images(
             part = cast(BinaryIO, _Part(file, member.content, member.size))
             found = _list_images(part, url, inside, layout, classes_from, left_out, stop, depth + 1)
             try:
-                for image in found:
-                    yield image._replace(start=member.content + image.start)
+                for inner in found:
+                    yield inner._replace(start=member.content + inner.start)
             except TarError as error:
                 raise TarError(f"{member.name}: {error}") from None
     for sample in _group(members, layout, tar, left_out):
-        if sample.image is not None:
+        if image := _find_image(sample, layout):
             label = _read_class(file, sample, tar, layout, classes_from, left_out)
-            path = f"{tar}/{sample.key}.{sample.image_field}"
-            if path.rpartition(".")[2] not in IMAGE_FIELDS:
+            path = f"{tar}/{sample.key}.{image[0]}"
+            if path.rpartition(".")[2] not in EXTENSIONS:
                 path += f".{IMAGE_FIELDS[0]}"  # Decoders look at the content alone.
-            yield _Found(path, url, *sample.image, label)
+            yield _Found(path, url, *image[1], label)
         elif sample.empty or any(not is_tar(f".{name}") for name in sample.fields):
             linked = layout.image_field([*sample.fields, *sample.empty])
             reason = _LINK if sample.empty and linked else explain_absence(sample, layout)
             leave_out(left_out, reason, f"{tar}: {sample.key}")
+
+
+def _find_image(sample: Sample, layout: Layout) -> tuple[str, Span] | None:
+    """Return the field and the place of a sample's image.
+
+    An image may have a form that training does not decode, because packing converts it.
+    """
+    if sample.image is not None:
+        return sample.image_field, sample.image
+    others = [name for name in sample.fields if name.rpartition(".")[2] in EXTENSIONS]
+    return (others[0], sample.fields[others[0]]) if len(others) == 1 and not layout.image else None
 
 
 def _group(members: list[Member], layout: Layout, tar: str, left_out: Reasons) -> Iterator[Sample]:
@@ -237,7 +249,7 @@ def _group(members: list[Member], layout: Layout, tar: str, left_out: Reasons) -
     for key, number in apart.items():
         if number > 1:
             (sample,) = group_samples(keyed[key], layout)
-            if sample.image is not None:
+            if _find_image(sample, layout):
                 together.add(key)
                 yield sample
     yield from (s for s in group_samples(members, layout) if s.key not in together)

@@ -16,7 +16,7 @@ from shards import index
 from shards.errors import InputError
 from shards.index import Index
 from shards.making import kept_scans
-from shards.making.image_folders import split_name
+from shards.making.image_folders import PATTERN_HINT, split_name
 from shards.making.labels import Labels, number_labels
 from shards.making.left_out import Reasons, explain, leave_out, merge, tell_each
 from shards.making.pack import run_in_threads
@@ -26,7 +26,7 @@ from shards.making.undecodable import find_fault
 from shards.making.unpack import is_compressed
 from shards.samples import FieldTwice, Layout
 from shards.storage import files, names
-from shards.storage.failures import user_info
+from shards.storage.redaction import user_info
 from shards.storage.skim import open_skim
 from shards.tar import BLOCK, TarError
 
@@ -36,7 +36,6 @@ _REPACKS = "`python launch/pack.py SOURCE OUT` repacks"
 _LARGE = 64 << 20  # A block of more bytes than these is warned about.
 _ELSEWHERE = f"write {index.NAME} elsewhere with --out URL"
 NOT_THERE = "not there"
-PATTERN_HINT = " (a * or ? is part of a name: name the folder, or let the shell expand it)"
 
 
 class Damaged(NamedTuple):
@@ -109,6 +108,7 @@ def index_tars(
     )
     made = Index(out, [found.shard for found in scans], labels.classes, base=base)
     made.layout = replace(layout, named=labels.named)
+    made.pixels = _known_pixels(tars.folder)
     return Indexed(made, left_out, labels.warnings + _doubts(labels, scans))
 
 
@@ -234,6 +234,15 @@ def _known_classes(url: str) -> list[str]:
     with contextlib.suppress(FileNotFoundError, InputError):
         return index.class_names(index.read_document(url))
     return []
+
+
+def _known_pixels(url: str) -> dict[str, Any]:
+    """Return the options by which packing converted the images, if there is an index of them."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, InputError):
+        document = index.read_document(url)
+        found = document.get("pixels") if isinstance(document, dict) else None
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _absolute(url: str) -> str:

@@ -13,7 +13,7 @@ from shards import index
 from shards.errors import InputError
 from shards.making.image_folders import SPLITS, is_junk, split_name
 from shards.making.left_out import Reasons, explain, leave_out
-from shards.storage import files, local_files
+from shards.storage import files, local_files, misplaced
 from shards.tar import COMPRESSED, TarError, is_tar
 
 MOST_TARS = 1_000_000  # A pattern that names more is a slip.
@@ -60,6 +60,12 @@ def find_tars(sources: list[str], *, compressed: bool = False) -> Tars:
         if places[_place(url)] > 1:
             raise InputError(f"SOURCE {files.redact(url)}: is named twice")
     if not urls:
+        for source in sources:
+            if misplaced.last_name(source).endswith(".json"):
+                folder = files.redact(misplaced.folder_of(source))
+                raise InputError(
+                    f"SOURCE {files.redact(source)}: no .tar files there; give the folder {folder}"
+                )
         missing = [source for source in sources if not left_out and not files.exists(source)]
         if missing:
             raise InputError(f"SOURCE {files.redact(missing[0])}: no such folder")

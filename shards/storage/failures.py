@@ -6,11 +6,13 @@ import socket
 from typing import Any, NamedTuple
 
 from shards.storage import space
+from shards.storage.redaction import redact, split
 
 LONGEST = 400  # A reason is cut to this many characters.
 
 _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
 _REGION = "the bucket is in another region: set AWS_DEFAULT_REGION"
+_CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
 _ACCEPTED = f"the credentials are not accepted: {_CREDENTIALS}"
 _LOGIN = "log in again, as with `aws sso login`"
 _MENDS = {  # The keys are error codes of S3 answers and names of botocore exceptions.
@@ -19,6 +21,7 @@ _MENDS = {  # The keys are error codes of S3 answers and names of botocore excep
     "AuthorizationHeaderMalformed": _REGION,
     "InvalidAccessKeyId": _ACCEPTED,
     "SignatureDoesNotMatch": _ACCEPTED,
+    "XAmzContentSHA256Mismatch": f"if it stays, set {_CHECKSUMS}",
     "NoCredentialsError": f"{_CREDENTIALS}, or FSSPEC_S3_ANON=true for a public bucket",
     "PartialCredentialsError": _CREDENTIALS,
     "ProfileNotFound": "correct AWS_PROFILE",
@@ -50,10 +53,8 @@ _PAGE = (
     "no store answers there, but a web page, as of a proxy or of a network's login: is "
     "AWS_ENDPOINT_URL right, and is NO_PROXY set where it has to be?"
 )
-_NO_CHECKSUMS = (
-    "this store does not know the checksums in requests: set "
-    "AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
-)
+_NO_CHECKSUMS = f"this store does not know the checksums in requests: set {_CHECKSUMS}"
+_WITH_CHECKSUMS = ("PutObject", "UploadPart")  # requests whose body goes with a checksum
 _FULL = "the store is full or its quota is used up: remove something there, or get more space"
 
 # How stores tell that they lack the checksums of requests or conditional ones, and that they are
@@ -88,14 +89,6 @@ _FINAL = (
 )
 
 
-# Something like the beginning of a URL, but without "://", then a user and a password, or a query.
-_MISTYPED = re.compile(
-    r"(?P<scheme>\s*(?:s3a?|gcs?|gs|abfss?|az|https?|ftp|memory)[:;.,/\\]+)"
-    r"(?:[^@]*:[^@]*@)?(?P<place>.*)$",
-    re.IGNORECASE | re.DOTALL,
-)
-
-
 class Failure(NamedTuple):
     """The reason why a call to a storage library failed."""
 
@@ -107,53 +100,6 @@ class Failure(NamedTuple):
 
 class NoStore(OSError):
     """An answer came that is not a store's."""
-
-
-def redact(url: str) -> str:
-    """Return the URL without user, password and query, which may be secret.
-
-    A mistyped URL such as s3:/USER:PASSWORD@bucket is a path to everybody else, but its secrets are
-    left out too. Other paths are returned unchanged.
-    """
-    scheme, mark, _ = url.partition("://")
-    if mark:
-        return f"{scheme}://{_split(url)[1]}"
-    if mistyped := _MISTYPED.match(url):
-        place = mistyped["place"]
-        return mistyped["scheme"] + (place.partition("?")[0] if has_query(place) else place)
-    return url
-
-
-def user_info(url: str) -> str:
-    """Return the user and password that stand before a URL's host, or "" if there are none."""
-    return _split(url)[0] if "://" in url else ""
-
-
-def has_query(place: str) -> bool:
-    """Return whether the part of an s3 URL after `://` has a query, which may be secret.
-
-    A `?` alone does not make a query, because most `?` in s3 URLs belong to object names.
-    """
-    return re.search(r"\?[\w-]+=", place) is not None
-
-
-def _split(url: str) -> tuple[str, str, str]:
-    """Split a URL into user and password, host and path, and query."""
-    scheme, _, rest = url.partition("://")
-    query = ""
-    if scheme not in ("s3", "s3a") or has_query(rest):
-        rest, _, query = rest.partition("?")
-    if re.match(r"/+[^/@]*:[^@]*@", rest) and scheme not in ("file", "local"):
-        rest = rest.lstrip("/")  # mistyped, as in s3:///USER:PASSWORD@bucket
-    authority, slash, path = rest.partition("/")
-    if "@" in authority:
-        user, _, authority = authority.rpartition("@")
-        return user, authority + slash + path, query
-    if "@" in path and re.match(r"(?!arn:)[^:]*:(.*\D.*)?$", authority):
-        # What follows the colon is not a port, so this is a password that contains a slash.
-        user, _, place = rest.partition("@")
-        return user, place, query
-    return "", rest, query
 
 
 def explain(error: Exception, url: str) -> Failure:
@@ -185,14 +131,16 @@ def explain(error: Exception, url: str) -> Failure:
         text, kind = f"{text}: {_MENDS[code]}", OSError
     elif status == 501:
         text = f"this store lacks something that {request or 'the request'} needs: {text}"
-        if request in ("PutObject", "UploadPart"):
-            text += "; if it is checksums, set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
+        if request in _WITH_CHECKSUMS:
+            text += f"; if it is checksums, set {_CHECKSUMS}"
     hopeless = status == 501 or not (passing or brief)
     return Failure(_line(text, url), hopeless, kind, brief)
 
 
 def _permit(code: str, request: str) -> str:
     """Return what mends a refused access."""
+    if code == "SignatureDoesNotMatch" and request in _WITH_CHECKSUMS:
+        return f"{_MENDS[code]}; if reading works, set {_CHECKSUMS}"  # as with Google's S3 door
     if code in _MENDS:
         return _MENDS[code]
     if permission := _PERMISSIONS.get(request):
@@ -303,7 +251,7 @@ def _unknown_host(error: BaseException | None) -> socket.gaierror | None:
 
 def _line(text: str, url: str) -> str:
     """Return the text as one line, without the secrets of `url` and of the URLs in the text."""
-    user, _, query = _split(url)
+    user, _, query = split(url)
     for secret in filter(None, (user, query) if "://" in url else ()):
         text = text.replace(secret, "...")
     text = re.sub(r"[\w.+-]+://[^\s\"'<>]+", lambda found: redact(found[0]), text)

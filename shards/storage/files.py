@@ -19,20 +19,18 @@ from shards.documents import parse_json
 from shards.errors import InputError
 from shards.storage import local_files
 from shards.storage.failures import (
-    has_query,
     is_beyond_end,
     is_refused_condition,
     is_refused_listing,
 )
-from shards.storage.failures import redact as redact
 from shards.storage.local_files import is_local as is_local
+from shards.storage.redaction import SLIP, has_query
+from shards.storage.redaction import redact as redact
 from shards.storage.retries import WrongLength, retry
 from shards.storage.s3 import is_s3 as is_s3
 from shards.storage.s3 import open_s3
 from shards.storage.space import naming_space
 
-# "s3:/bucket" and the like, which would otherwise be taken for a local path.
-_SLIP = re.compile(r"\s*(?:([a-z][a-z0-9+.-]+):/|(s3a?|gs|abfss?|https?)[;.,]?//)", re.IGNORECASE)
 READ_BLOCK = 4 << 20  # `open_reader` asks an object store for this many bytes at a time.
 PART = 16 << 20  # Large objects are sent and copied in parts of this many bytes.
 ONE_PUT = 5 << 30  # S3 takes no more bytes than these in one request.
@@ -55,7 +53,9 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         options = {} if is_s3(url) else kind._get_kwargs_from_urls(url)
         filesystem, path = fsspec.filesystem(protocol, **options), kind._strip_protocol(url)
     except (ImportError, ValueError, TypeError, OSError) as error:
-        raise InputError(f"{redact(url)}: no storage for this URL: {error}") from None
+        known = re.fullmatch(r"[\w+.-]+", protocol)  # What is no word may hold a secret.
+        reason = error if known else "its scheme is not known"
+        raise InputError(f"{redact(url)}: no storage for this URL: {reason}") from None
     # fsspec's memory filesystem strips the leading slash, but only from names that contain `::`.
     return filesystem, f"/{path.lstrip('/')}" if protocol == "memory" and path else path
 
@@ -113,12 +113,14 @@ def check(url: str, name: str) -> None:
         name: Name of the field or argument that gave the URL, for the message.
     """
     scheme, mark, place = url.partition("://")
+    if not re.fullmatch(r"\s*[\w+.-]*\s*", scheme):
+        mark = ""  # It stands somewhere inside of a path, or of a password.
     if mark and not place.strip("/"):
         raise InputError(f"{name} {redact(url)}: names no bucket or folder")
     if mark and scheme != scheme.strip().lower():
         meant = scheme.strip().lower()
         raise InputError(f"{name} {redact(url)}: a URL begins with small letters: {meant}://...")
-    if not mark and (slip := _SLIP.match(url)):
+    if not mark and (slip := SLIP.match(url)):
         meant = (slip[1] or slip[2]).lower()
         raise InputError(f"{name} {redact(url)}: a URL has two slashes: {meant}://...")
     if is_s3(url) and has_query(place):
@@ -255,10 +257,8 @@ def exists(url: str) -> bool:
         try:
             return bool(filesystem.exists(path))
         except PermissionError as error:
-            if is_refused_listing(
-                error
-            ):  # This comes after the store said that no object is there.
-                return False
+            if is_refused_listing(error):
+                return False  # Before it asked for a list, the store said that no object is there.
             raise
 
     return retry(url, look)
@@ -276,7 +276,7 @@ def list_names(url: str) -> list[str]:
     filesystem.invalidate_cache()
     try:
         found = retry(url, lambda: filesystem.ls(path, detail=False))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     # A file is listed as if it lay in itself, and so is a folder's own marker on some servers.
     below = (entry.rstrip("/") for entry in found)

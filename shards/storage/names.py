@@ -10,7 +10,7 @@ URLs that a user types are not checked here. Those from a file may not
 import os
 
 from shards.errors import InputError
-from shards.storage.failures import redact
+from shards.storage.redaction import redact
 
 SCHEMES = (
     *("file", "local", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az"),

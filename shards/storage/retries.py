@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from shards.storage.failures import explain, redact
+from shards.storage.failures import explain
 from shards.storage.local_files import is_local
+from shards.storage.redaction import redact
 
 _T = TypeVar("_T")
 

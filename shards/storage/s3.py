@@ -17,9 +17,8 @@ from shards.storage.failures import (
     http_status,
     is_beyond_end,
     is_page,
-    redact,
-    user_info,
 )
+from shards.storage.redaction import redact, user_info
 
 CONNECTIONS = 64  # All threads of a process share this many connections to a store.
 

@@ -4,12 +4,20 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
+from engine.data import open_data
+from engine.processes.world import World
 from shards.errors import InputError
+from shards.index import Index
 from shards.loader import DataConfig
+from shards.making import pack
 from shards.order import BatchConfig
+from tests.conftest import draw_photo
 from tests.helpers import tiny
 from tests.helpers.training import open_trainer
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -25,3 +33,34 @@ def test_a_remedy_for_micro_batches_that_do_not_fit(
     if micro == 8:
         mended = dataclasses.replace(recipe, data=dataclasses.replace(tiny_data, streams=2))
         assert open_trainer(mended).step == 0
+
+
+def write(url: Path, window: list[float] | None) -> Index:
+    contents = {f"{c}/{i}.jpg": draw_photo(i, 32, 32) for c in "ab" for i in range(32)}
+    images = [pack.Image(path, len(text), "ab".index(path[0])) for path, text in contents.items()]
+    plan = pack.plan_shards(
+        pack.ImageSet("", images, ["a", "b"]), 10**6, 0, {"window": window} if window else {}
+    )
+    return pack.write_shards(plan, str(url), lambda image: contents[image.path], threads=1)[0]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "reports"),
+    [
+        (None, None, 0),
+        ([0.0, 9.0], [0.0, 9.0], 0),
+        ([0.0, 9.0], [0.0, 8.0], 1),
+        ([0.0, 9.0], None, 1),
+    ],
+)
+def test_other_windows_are_reported(
+    tmp_path: Path, train: list[float] | None, val: list[float] | None, reports: int
+) -> None:
+    places = write(tmp_path / "train", train), write(tmp_path / "val", val)
+    data = DataConfig(train=places[0].url, val=places[1].url, streams=4)
+    said: list[str] = []
+    open_data(tiny.recipe(data, tmp_path / "run"), ALONE, said.append)
+    assert (
+        len([text for text in said if "packed with other windows ([0.0, 9.0] and" in text])
+        == reports
+    )

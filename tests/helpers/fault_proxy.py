@@ -21,10 +21,6 @@ DELAY = (0.05, 1.0)  # seconds
 PIECE = 1 << 16  # Bodies are read this many bytes at a time.
 
 _XML = '<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{}</Code><Message>{}</Message></Error>'
-_REFUSALS = {  # status: (phrase, body of the answer)
-    503: ("Slow Down", _XML.format("SlowDown", "Please reduce your request rate.")),
-    403: ("Forbidden", _XML.format("AccessDenied", "This user may not do that to {}.")),
-}
 Pieces = AsyncIterator[bytes]
 _GONE = (ConnectionError, asyncio.IncompleteReadError)  # The other side has gone away.
 
@@ -45,6 +41,35 @@ class Request:
         return re.search(pattern, f"{self.method} {self.path}") is not None
 
 
+@dataclasses.dataclass(frozen=True)
+class Quirk:
+    """An answer that other stores, or what stands before them, give instead of carrying out."""
+
+    status: int
+    code: str
+    message: str
+    """`{}` in it stands for the path."""
+    only: str = ".*"
+    """For requests that match this pattern..."""
+    header: str = ""
+    """... and of whose header fields one matches this one, as "name: value", if it is not empty."""
+
+    def concerns(self, request: Request, fields: dict[str, str]) -> bool:
+        heads = (f"{name}: {value}" for name, value in fields.items())
+        given = not self.header or any(re.search(self.header, head) for head in heads)
+        return given and request.matches(self.only)
+
+    def answer(self, request: Request) -> tuple[bytes, str]:
+        """Return the body of the answer and its content type. A code "" stands for a web page."""
+        if not self.code:
+            return f"<html><body>{self.message}</body></html>".encode(), "text/html"
+        message = self.message.replace("{}", request.path.split("?")[0])
+        return _XML.format(self.code, message).encode(), "application/xml"
+
+
+_BUSY = Quirk(503, "SlowDown", "Please reduce your request rate.")
+
+
 class FaultProxy:
     """Forwards requests to `upstream` ("http://host:port") and injects `faults`.
 
@@ -59,20 +84,26 @@ class FaultProxy:
 
     `only` and all other patterns are regular expressions that are searched for in
     "METHOD /path?query". Random numbers are drawn, in the order of arrival, for the requests that
-    match `only`. A request gets at most one of drop, truncate and wrong. Requests that match the
-    pattern of `deny` are always answered 403 AccessDenied.
+    match `only`. A request gets at most one of drop, truncate and wrong. Requests that the quirks
+    of `refuse` concern are answered as the first of these says.
     """
 
     def __init__(
-        self, upstream: str, seed: int, faults: dict[str, float], only: str = ".*"
+        self,
+        upstream: str,
+        seed: int,
+        faults: dict[str, float],
+        only: str = ".*",
+        address: str = "127.0.0.1",
     ) -> None:
+        self._address = address
         parts = urllib.parse.urlsplit(upstream)
         self._upstream = parts.hostname, parts.port
         self._random = random.Random(seed)
         self._counts: Counter[str] = Counter()
         self.log: list[Request] = []
         self.endpoint = ""
-        self._denied = ""
+        self._quirks: tuple[Quirk, ...] = ()
         self.set(faults, only)
 
     def set(self, faults: dict[str, float], only: str = ".*") -> None:
@@ -81,9 +112,14 @@ class FaultProxy:
             raise ValueError(f"no such fault: {', '.join(sorted(unknown))}")
         self._plan = {kind: faults.get(kind, 0.0) for kind in KINDS}, only
 
+    def refuse(self, *quirks: Quirk) -> None:
+        """Answer as these quirks say from now on; none of them lets all requests pass."""
+        self._quirks = quirks
+
     def deny(self, pattern: str) -> None:
         """Deny all requests that match this pattern from now on; "" allows all requests."""
-        self._denied = pattern
+        message = "This user may not do that to {}."  # AWS names the object too.
+        self.refuse(*[Quirk(403, "AccessDenied", message, pattern)] * bool(pattern))
 
     def counts(self) -> dict[str, int]:
         """Return how often each kind of fault was injected."""
@@ -104,7 +140,7 @@ class FaultProxy:
             target=lambda: asyncio.run(self._serve(started)), name="fault proxy", daemon=True
         )
         self._thread.start()
-        self.endpoint = f"http://127.0.0.1:{started.result(10)}"
+        self.endpoint = f"http://{self._address}:{started.result(10)}"
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -117,7 +153,7 @@ class FaultProxy:
     async def _serve(self, started: "concurrent.futures.Future[int]") -> None:
         self._stop = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        server = await asyncio.start_server(self._converse, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._converse, self._address, 0)
         started.set_result(server.sockets[0].getsockname()[1])
         await self._stop.wait()
         server.close()
@@ -139,8 +175,9 @@ class FaultProxy:
         method, target, _ = head.first.split(" ", 2)
         request = Request(method, urllib.parse.unquote(target))
         self.log.append(request)
-        if self._denied and request.matches(self._denied):
-            return await self._refuse(403, request, head, reader, writer)
+        for quirk in self._quirks:
+            if quirk.concerns(request, head.fields):
+                return await self._refuse(quirk, request, head, reader, writer)
         chances, only = self._plan
         drawn = [k for k in KINDS if request.matches(only) and self._random.random() < chances[k]]
         if "delay" in drawn:
@@ -148,7 +185,7 @@ class FaultProxy:
             await asyncio.sleep(self._random.uniform(*DELAY))
         if "slow_down" in drawn:
             self._counts["slow_down"] += 1
-            return await self._refuse(503, request, head, reader, writer)
+            return await self._refuse(_BUSY, request, head, reader, writer)
         # Every request gets a new connection, because a reused one might have been closed.
         up_reader, up_writer = await asyncio.open_connection(*self._upstream)
         up_writer.write(head.raw)
@@ -166,7 +203,7 @@ class FaultProxy:
 
     async def _refuse(
         self,
-        status: int,
+        quirk: Quirk,
         request: Request,
         head: "_Head",
         reader: StreamReader,
@@ -176,12 +213,11 @@ class FaultProxy:
         if not waits:
             async for _ in head.body(reader):
                 pass
-        request.status = status
-        phrase, text = _REFUSALS[status]
-        body = text.replace("{}", request.path.split("?")[0]).encode()  # AWS names the object too.
+        request.status = quirk.status
+        body, kind = quirk.answer(request)
         connection = "close" if waits or head.closes else "keep-alive"
-        fields = f"Content-Type: application/xml\r\nConnection: {connection}\r\n\r\n".encode()
-        first = f"HTTP/1.1 {status} {phrase}\r\n".encode()
+        fields = f"Content-Type: {kind}\r\nConnection: {connection}\r\n\r\n".encode()
+        first = f"HTTP/1.1 {quirk.status} {quirk.code or 'OK'}\r\n".encode()
         writer.write(_with_length(first + fields, len(body)))
         writer.write(body if request.method != "HEAD" else b"")
         await writer.drain()

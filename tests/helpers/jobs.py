@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.helpers.places import ROOT
 
 QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
+LOOPBACK = "127.0.0.1"
 SECONDS = 120.0  # Anything that a test waits for may take this long.
 
 
@@ -52,6 +53,9 @@ class Agent:
         host: bool = True,
         restarts: int = 1000,
         environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        address: str = LOOPBACK,
+        meet: str = LOOPBACK,
     ) -> None:
         """Start torchrun.
 
@@ -59,6 +63,9 @@ class Agent:
             output: File that the log is appended to.
             port: Port of the rendezvous that all machines of a job share; 0 takes a free one.
             host: Whether this machine hosts the rendezvous.
+            prefix: Command that starts torchrun, such as one that enters a namespace.
+            address: Address of this machine.
+            meet: Address of the rendezvous.
         """
         self.output = output
         # All agents are on one real machine, so each would take itself for the host.
@@ -66,9 +73,9 @@ class Agent:
         launcher = [
             *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"),
             *(f"--nnodes={nodes}", f"--max-restarts={restarts}", "--monitor-interval=0.1"),
-            *("--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port or free_port()}"),
+            *("--rdzv-backend=c10d", f"--rdzv-endpoint={meet}:{port or free_port()}"),
             *("--rdzv-id=job", f"--rdzv-conf={','.join(conf)}"),
-            "--local-addr=127.0.0.1",
+            f"--local-addr={address}",
             "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
             str(ROOT / "launch" / "train.py"),
         ]
@@ -79,7 +86,7 @@ class Agent:
             own["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         with output.open("ab") as stream:
             self.process = subprocess.Popen(
-                [*launcher, *arguments],
+                [*prefix, *launcher, *arguments],
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 env=os.environ | own | dict(environment or {}),

@@ -19,7 +19,7 @@ import subprocess
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +64,14 @@ class ObjectStore:
             "AWS_EC2_METADATA_DISABLED": "true",
             "AWS_CONFIG_FILE": os.devnull,
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
+            "NO_PROXY": self.host,
+            "no_proxy": self.host,
         }
+
+    @property
+    def host(self) -> str:
+        """Return the address without the port."""
+        return self.endpoint.removeprefix("http://").rpartition(":")[0]
 
     def filesystem(self, **options: Any) -> Any:
         """Return a new s3fs filesystem of this store, whatever the environment says."""
@@ -109,8 +114,12 @@ def missing() -> str | None:
 
 
 @contextlib.contextmanager
-def serve() -> Iterator[ObjectStore]:
+def serve(address: str = "127.0.0.1", prefix: Sequence[str] = ()) -> Iterator[ObjectStore]:
     """Run an empty store during the block, and remove its processes and files afterwards.
+
+    Args:
+        address: The address that it listens at.
+        prefix: Command that starts the server, such as one that enters a namespace.
 
     Raises RuntimeError with the end of the server's log when the server does not start.
     """
@@ -120,7 +129,7 @@ def serve() -> Iterator[ObjectStore]:
     folder = Path(tempfile.mkdtemp(prefix="store-"))
     ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
     store = ObjectStore(
-        f"http://127.0.0.1:{ports['s3.port']}", secrets.token_hex(10), secrets.token_hex(20)
+        f"http://{address}:{ports['s3.port']}", secrets.token_hex(10), secrets.token_hex(20)
     )
     keys = {"accessKey": store.access_key, "secretKey": store.secret_key}
     identity = {"name": "tests", "credentials": [keys], "actions": ["Admin"]}
@@ -129,7 +138,7 @@ def serve() -> Iterator[ObjectStore]:
     sockets = [f"/tmp/seaweedfs-{name.replace('.port.', '-')}-{ports[name]}.sock" for name in _GRPC]
     script = _SHELL.format(
         files=shlex.join([str(folder), *sockets]),
-        command=shlex.join([program, *_options(folder, ports)]),
+        command=shlex.join([*prefix, program, *_options(folder, ports, address)]),
         log=shlex.quote(str(folder / "log")),
     )
     process = subprocess.Popen(
@@ -148,11 +157,11 @@ def serve() -> Iterator[ObjectStore]:
         process.communicate(timeout=30)
 
 
-def _options(folder: Path, ports: dict[str, int]) -> list[str]:
+def _options(folder: Path, ports: dict[str, int], address: str) -> list[str]:
     options = {
         "dir": folder / "data",
-        "ip": "127.0.0.1",
-        "ip.bind": "127.0.0.1",
+        "ip": address,
+        "ip.bind": address,
         "master.telemetry": "false",
         "master.volumeSizeLimitMB": 64,
         "volume.max": 1000,

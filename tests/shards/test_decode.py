@@ -5,12 +5,13 @@ import resource
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from PIL import ImageOps
 
 from shards.decode import DecodeError, PixelRules, decode
 from shards.dimensions import MOST_PIXELS
-from shards.orientation import exif_orientation, make_exif, webp_orientation
+from shards.orientation import exif_orientation, image_orientation, make_exif
 from tests.shards.test_dimensions import encode, png_header
 
 
@@ -106,14 +107,14 @@ def test_damaged_orientations_are_upright(exif: bytes) -> None:
         b"RIFF",
         b"RIFF\0\0\0\0WEBPEXIF\xff\xff\xff\xff",
     ):
-        assert webp_orientation(content) == 1
-        assert webp_orientation(memoryview(content)) == 1
+        assert image_orientation(content) == 1
+        assert image_orientation(memoryview(content)) == 1
 
 
 # 16 bits
 
 
-def encode_wide(values: np.ndarray) -> bytearray:
+def encode_wide(values: NDArray[np.int64]) -> bytearray:
     buffer = io.BytesIO()
     PillowImage.fromarray(values.astype(np.uint16)).save(buffer, "PNG")
     return bytearray(buffer.getvalue())

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards import index
+from shards.blocks import checksum
 from shards.errors import InputError
 from shards.index import Index, Shard
 from shards.order import Order, Segment, rank_streams
@@ -36,7 +37,7 @@ def make_index(shape: Shape) -> Index:
         offsets = 1024 * (np.cumsum(samples) - samples)
         blocks = np.stack((offsets, samples), axis=1).astype(np.int64)
         size = 1024 * sum(samples)
-        shards.append(Shard(f"{i}.tar", sum(samples), size, blocks, index.checksum(blocks)))
+        shards.append(Shard(f"{i}.tar", sum(samples), size, blocks, checksum(blocks)))
     return Index("memory://order", shards)
 
 

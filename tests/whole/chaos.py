@@ -2,6 +2,7 @@
 
     python -m tests.whole.chaos --faults 60 --seed 1            one machine of two processes
     python -m tests.whole.chaos --faults 20 --machines 2        two machines, one comes and goes
+    python -m tests.whole.chaos --hosts 3                       hosts of their own, see hosts.py
 
 Behind a proxy that harms requests now and then, faults strike at steps that the seed decides. In
 the end metrics.jsonl must have every step once, as the undisturbed run has it: with one machine bit
@@ -35,13 +36,13 @@ from tests.helpers import object_store, tiny
 from tests.helpers.fault_proxy import FaultProxy
 from tests.helpers.jobs import SECONDS, Agent, ended, until
 from tests.helpers.object_store import ObjectStore
+from tests.whole import hosts
 from tests.whole.chaos_job import MEASURED, Job
-from tests.whole.chaos_outcomes import UNKNOWN, Fault, count_lost, table
+from tests.whole.chaos_outcomes import LOSS_BOUND, UNKNOWN, Fault, count_lost, table
 
 TIMINGS = ("images_per_second", "data_wait")
 HARM = {"delay": 0.02, "slow_down": 0.01, "drop": 0.01, "truncate": 0.01, "wrong": 0.01}
 STEPS_BETWEEN = (4, 16)  # faults
-LOSS_BOUND = 1e-6  # relative, in float64: what the rounding of another number of processes grew to
 
 Worker = tuple[Agent, int, int]  # its machine, its process number, which attempt it belongs to
 Outcome = Callable[[], str]  # what became of a fault; empty as long as nobody can tell
@@ -337,8 +338,12 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--faults", type=int, default=60)
     parser.add_argument("--machines", type=int, choices=(1, 2), default=1)
+    parser.add_argument("--hosts", type=int, choices=range(2, 9), default=0, metavar="2..8")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
+    if args.hosts:
+        print(hosts.run(args.hosts))
+        return
     with object_store.serve() as store:
         print(run(store, args.faults, args.machines, args.seed))
 

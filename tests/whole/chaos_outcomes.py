@@ -7,6 +7,7 @@ from typing import Any
 
 UNKNOWN = "unknown"
 BATCH = 16  # images of a step
+LOSS_BOUND = 1e-6  # relative, in float64: what the rounding of another number of processes grew to
 
 
 @dataclass

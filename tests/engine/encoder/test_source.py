@@ -107,9 +107,9 @@ def test_what_the_run_says_of_its_input(tiny_data: DataConfig, tmp_path: Path) -
     source, _ = open_encoder(run, given, ALONE, ignore)
     assert (source.size, source.crop, source.precision) == (64, 1.0, "bf16")
     assert source.rules == PixelRules(max_pixels=5000, exif="apply")
-    given = EncoderConfig(max_pixels=6000, exif="ignore")
+    given = EncoderConfig(exif="ignore")
     source, _ = open_encoder(run, given, ALONE, ignore)
-    assert source.rules == PixelRules(max_pixels=6000, exif="ignore")
+    assert source.rules == PixelRules(max_pixels=5000, exif="ignore")
     files.remove(f"{run}/recipe.json")  # a copied checkpoint folder
     source, _ = open_encoder(f"{run}/checkpoints/step_00000001/", EncoderConfig(), ALONE, ignore)
     assert (source.step, source.crop) == (1, 0.875)

@@ -228,6 +228,21 @@ def test_garbage_and_half_written_lines_are_left_out(run: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        *('{"step": true}', '{"step": -1}', '{"step": 1e400}', '{"step": 1.0}', '{"step": null}'),
+        *('{"step": 1' + "0" * 30 + "}", '{"step": 1, "loss": [1]}', '{"step": 1, "a": {"b": 1}}'),
+        *('{"step": 1, "loss": "a"}', '{"step": 1, "knn_top1": "[/x]"}', "[" * 10**5),
+        '{"step": 1, "a": ' + "9" * 5000 + "}",
+    ],
+)
+def test_lines_of_other_types_are_left_out(memory: str, line: str) -> None:
+    files.write(f"{memory}/metrics.jsonl", b'{"step": 0}\n' + line.encode() + b'\n{"step": 2}\n')
+    assert read(memory) == [{"step": 0}, {"step": 2}]
+    assert Journal(memory, 2).last == {"step": 2}
+
+
 def test_a_clean_log_is_not_written_again(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     log = Journal(memory, 0)
     log.write(record(1))

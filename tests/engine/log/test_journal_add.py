@@ -59,6 +59,34 @@ def test_the_writer_s_own_values_win(run: str) -> None:
     assert whole(run) == [record(1, knn=0.5, late=7.0)]
 
 
+def test_the_newest_of_several_additions_counts(run: str) -> None:
+    """Also after the writer has taken in the older one."""
+    log = Journal(run, 0)
+    log.write(record(1))
+    for value in (0.5, 0.6, 0.7):
+        add(run, {"step": 1, "knn": value, "loss": value})
+        log.compact()
+        assert read(run) == whole(run) == [record(1, knn=value)]
+    log = Journal(run, 1)
+    add(run, {"step": 1, "knn": 0.8})
+    log.compact()
+    assert read(run) == whole(run) == [record(1, knn=0.8)]
+    assert log.last == record(1, knn=0.8)
+
+
+def test_an_older_step_is_completed_not_replaced(run: str) -> None:
+    log = Journal(run, 0)
+    for step in (1, 2, 4):
+        log.write(record(step))
+    log.flush()
+    log.write({"step": 1, "late": 7.0})
+    log.write(record(3))
+    log.flush()
+    log.compact()
+    assert read(run) == whole(run) == [record(1, late=7.0), record(2), record(3), record(4)]
+    assert log.last == record(4)
+
+
 def test_when_nobody_writes(run: str) -> None:
     log = Journal(run, 0)
     log.write(record(1))

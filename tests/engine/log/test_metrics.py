@@ -299,3 +299,17 @@ def test_effective_rank_counts_directions(directions: int) -> None:
     basis, _ = torch.linalg.qr(torch.randn(16, 16, generator=generator))
     features = inside @ basis[:directions] + 5  # the mean does not count
     assert effective_rank(features).item() == pytest.approx(directions, rel=0.01)
+
+
+def test_keys_and_steps_of_strangers(memory: str) -> None:
+    """A log that somebody else has left, of which a step is evaluated now."""
+    line = json.dumps({"step": 1, "\ud800\x1b[2J\n[/x]": 0.5, "big": 1e300})
+    files.write(f"{memory}/metrics.jsonl", line.encode())
+    output = io.StringIO()
+    log = open_log(memory, 1, output)
+    assert log.last is not None
+    log.write({"step": 1, "knn_top1": 0.5})
+    close(log)
+    assert "step 1    kNN 50.0%" in output.getvalue()
+    assert "\x1b" not in output.getvalue()
+    assert points(f"{memory}/tensorboard", "\\ud800\\x1b[2J\\n[/x]") == [(1, 0.5)]

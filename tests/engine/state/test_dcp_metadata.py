@@ -24,7 +24,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from engine.state import dcp_metadata
 from engine.state.dcp_files import Sums
 from engine.state.dcp_metadata import Place, parse
 from shards.errors import InputError
@@ -116,7 +115,7 @@ def test_a_planted_call_is_refused(
 def test_admitted_names_are_no_functions() -> None:
     """getattr is admitted, and is not called."""
     arguments = unpickle_by_name(DCP, "Metadata", b"\x8c\x08__init__\x86R.")[2:]
-    with pytest.raises(InputError, match=r"is damaged.*_Record in place of _Metadata"):
+    with pytest.raises(InputError, match=r"is damaged: TypeError: no Metadata where one"):
         parse(unpickle_by_name("builtins", "getattr", arguments), FILES)
 
 
@@ -127,7 +126,6 @@ def test_classes_are_not_changed(module: str, name: str) -> None:
     with pytest.raises(InputError, match="is damaged"):
         parse(planted, FILES)
     assert not hasattr(Metadata, "planted")
-    assert not hasattr(dcp_metadata._Metadata, "planted")
     assert parsed(genuine()).storage_data
 
 
@@ -168,7 +166,7 @@ def test_an_encoded_file_is_refused() -> None:
     ],
 )
 def test_other_types_are_refused(metadata: object) -> None:
-    with pytest.raises(InputError, match=r"is damaged: (TypeError|AttributeError)"):
+    with pytest.raises(InputError, match=r"is damaged: TypeError: "):
         parsed(metadata)
 
 

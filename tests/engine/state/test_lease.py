@@ -68,6 +68,16 @@ def test_take_beat_release_and_take_again(store: str, jobs: Jobs) -> None:
 # Who gets it at once ----------------------------------------------------------------------------
 
 
+def test_a_job_that_was_frozen_looks_before_it_goes_on(jobs: Jobs, store: str) -> None:
+    """No beat was due for longer than two periods, so the next check reads the storage."""
+    lease = jobs.acquire(store, "a", period=60)
+    leave(store, 2)
+    lease.check()  # nothing has told it yet
+    lease._beaten -= 121
+    with pytest.raises(InputError, match=r"was taken over by another job \(far\)"):
+        lease.check()
+
+
 def test_a_job_restarted_by_its_launcher(run: str, jobs: Jobs) -> None:
     before = jobs.acquire(run, "agent 1", "agent 2")
     jobs.acquire(run, "agent 2", "agent 3").confirm()

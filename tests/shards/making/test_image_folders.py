@@ -77,7 +77,7 @@ def test_what_is_left_out_is_told_with_a_reason_and_an_example(tmp_path: Path) -
         *("ant/@eaDir/1.jpg/SYNOPHOTO_THUMB_M.jpg", "@eaDir/thumb.jpg", ".DS_Store"),
         "$RECYCLE.BIN/1.jpg",
     ]
-    others = ["ant/Thumbs.db", "desktop.ini", "a.gif", "b.GIF", "README", "jpg"]
+    others = ["ant/Thumbs.db", "desktop.ini", "a.psd", "b.PSD", "README", "jpg"]
     (images,), left_out, _ = find_images(str(write_files(tmp_path / "in", good + junk + others)))
     assert [image.path for image in images.images] == good
     assert images.classes == ["ant", "bee"]
@@ -85,7 +85,7 @@ def test_what_is_left_out_is_told_with_a_reason_and_an_example(tmp_path: Path) -
         "hidden files and files of file managers": len(junk),
         ".db files": 1,
         ".ini files": 1,
-        ".gif files": 2,
+        ".psd files": 2,
         "files without an extension": 2,
     }
     assert left_out[".db files"] == LeftOut(1, "ant/Thumbs.db")
@@ -170,12 +170,12 @@ def test_nothing_to_pack(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"SOURCE .*/missing: no such folder$"):
         find_images(str(tmp_path / "missing"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"SOURCE .*no jpg, jpeg, png, webp files there$"):
+    with pytest.raises(InputError, match=r"SOURCE .*no images there, of jpg, jpeg, png, webp, .*"):
         find_images(str(tmp_path / "empty"))
     write_files(tmp_path / "tars", ["shard-0.tar"])
     assert find_images(str(tmp_path / "tars")).sets == []
     write_files(tmp_path / "others", ["a/1.heic", "b.txt"])
-    with pytest.raises(InputError, match=r"files there: .*\.heic files \(1\)"):
+    with pytest.raises(InputError, match=r"no images there: .*\.heic files \(1\)"):
         find_images(str(tmp_path / "others"))
 
 

@@ -16,7 +16,7 @@ from shards.storage import files
 from tests.conftest import Files
 from tests.helpers.fault_proxy import FaultProxy
 from tests.helpers.places import ROOT
-from tests.helpers.tars import make_index
+from tests.helpers.tars import make_index, write_tar
 
 
 def pack_files(
@@ -115,3 +115,21 @@ def test_no_bucket_is_told_before_anything_is_read(proxy: FaultProxy, photo_fold
     assert line.endswith("create the bucket, or correct the URL")
     assert "Traceback" not in done.stderr
     assert proxy.requests() == proxy.requests(method="GET") == 1
+
+
+@pytest.mark.parametrize(("size", "share"), [(100_000, 0.2), (2_000, 1.0)])
+def test_indexing_reads_few_of_the_bytes(
+    proxy: FaultProxy, s3: str, tmp_path: Path, size: int, share: float
+) -> None:
+    """Headers and labels come in one pass, and what lies between them stays where it is."""
+    total = 0
+    for k in range(2):
+        members: dict[str, bytes] = {}
+        for i in range(40):
+            members |= {f"{i:04d}.cls": b"%d" % (i % 7), f"{i:04d}.jpg": bytes([i]) * size}
+        content = write_tar(tmp_path / f"{k}.tar", members).read_bytes()
+        files.write(f"{s3}/tars/{k}.tar", content)
+        total += len(content)
+    made = make_index(f"{s3}/tars")
+    assert (made.samples, len(made.classes)) == (80, 7)
+    assert proxy.bytes_sent(r"\.tar$") <= share * total

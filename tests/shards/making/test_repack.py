@@ -9,6 +9,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from launch import pack as pack_command
@@ -20,6 +21,8 @@ from shards.reader import BlockReader
 from shards.samples import Layout
 from tests.conftest import draw_photo
 from tests.helpers.tars import write_tar
+from tests.shards.making.test_bit_depth import encode_values
+from tests.shards.test_dimensions import encode
 
 
 def find(tmp_path: Path, *sources: str, **options: Any) -> Repacking:
@@ -114,8 +117,25 @@ def test_damaged_and_missing_tars(tmp_path: Path) -> None:
     found = find(tmp_path, source, skip_damaged=True)
     assert len(found.sets[0].images) == 2
     assert found.left_out["damaged or missing tars"].number == 2
-    with pytest.raises(InputError, match=r"no images in the tars there: .*fields gif"):
-        find(tmp_path, str(write_tar(tmp_path / "gif.tar", {"a.gif": b""})))
+    with pytest.raises(InputError, match=r"no images in the tars there: .*fields psd"):
+        find(tmp_path, str(write_tar(tmp_path / "gif.tar", {"a.psd": b""})))
+
+
+def test_images_that_packing_converts(tmp_path: Path) -> None:
+    wide = encode_values(np.arange(400, dtype=np.uint16).reshape(20, 20), "TIFF")
+    members = {"a.tif": wide, "a.cls": b"0", "b.gif": encode(20, 20, "GIF"), "c.txt": b"no image"}
+    members |= {"d.jpg": draw_photo(0, 20, 20), "d.tif": wide, "e.gif": b"1", "e.bmp": b"2"}
+    write_tar(tmp_path / "0.tar", members)
+    found = find(tmp_path, f"{tmp_path}/0.tar")
+    assert list(contents(found)) == ["0.tar/a.tif", "0.tar/b.gif", "0.tar/d.jpg"]
+    assert sum(left.number for left in found.left_out.values()) == 2
+    source, out = f"{tmp_path}/0.tar", f"{tmp_path}/out"
+    with pytest.raises(InputError, match=r"1 of its images, such as 0.tar/a.tif, have more than 8"):
+        pack_command.main((source, out))
+    pack_command.main((source, out), window=(0, 399))
+    reader = BlockReader(index.load(out, "data.train"))
+    shapes = [reader.decode(reader.fetch(0, 0), row).shape for row in range(3)]
+    assert shapes == [(3, 20, 20)] * 3
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -191,7 +191,7 @@ def test_packing_stops_at_what_may_not_be_read(
 
 
 def test_a_file_in_place_of_a_folder_is_no_unreadable_one(folder: Path) -> None:
-    with pytest.raises(InputError, match="no jpg, jpeg, png, webp files there"):
+    with pytest.raises(InputError, match="no images there; give the folder"):
         find_images(str(folder / "photos" / "ant" / "0.jpg"))
 
 

@@ -35,8 +35,9 @@ FOREIGN = [
     *("filecache::https://h/a", "zip://a::s3://b/a.zip", "memory://a", "ftp://h/a", "data:,a"),
     *("github://o:r@/a", "S3://b/a", "dir::a", "tar://x", "ssh://h/a", "git://a", "s3://b/\0"),
 ]
+FOLDER = "a/b"  # A shard may lie below the folder of its index.
 OUTSIDE = [
-    *("../outside.tar", "/etc/passwd", "a/../../b", "", ".", "..", "a\0b", "a/b", "a\\..\\b"),
+    *("../outside.tar", "/etc/passwd", "a/../../b", "", ".", "..", "a\0b", "a\\..\\b", FOLDER),
     *("\ud800", "s3://b/a", "file:///a"),
 ]
 OTHER_TYPES = [7, None, ["a.tar"], {"a": 1}, 1.5, True]
@@ -87,7 +88,9 @@ def test_other_names_are_refused(name: object) -> None:
 # Where they are read -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*OUTSIDE, *OTHER_TYPES])
+@pytest.mark.parametrize(
+    "name", [*(n for n in OUTSIDE if n != FOLDER), "a/../b", "a//b", "./a", *OTHER_TYPES]
+)
 def test_an_index_with_a_shard_elsewhere(
     packed: Index, name: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

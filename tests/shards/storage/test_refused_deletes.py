@@ -221,7 +221,7 @@ def test_an_export_leaves_nothing_of_an_earlier_one(
     assert sizes["card.json"] > 0
 
 
-def test_a_packed_set_that_cannot_be_removed_is_not_replaced(
+def test_a_packed_set_that_cannot_be_removed_is_replaced(
     proxy: FaultProxy, s3: str, photos: Files, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = [pack.Image(path, len(content), -1) for path, content in sorted(photos.items())]
@@ -239,12 +239,26 @@ def test_a_packed_set_that_cannot_be_removed_is_not_replaced(
     kept = {name: files.read(f"{s3}/set/{name}") for name, _ in files.walk(f"{s3}/set")}
     with pytest.raises(InputError, match="--overwrite"):
         write(1)
+    proxy.deny(f"{DELETES}|^PUT ")
     with pytest.raises(PermissionError, match=r"^s3://.*/set/index\.json: access denied"):
         write(1, overwrite=True)
     after = {name: files.read(f"{s3}/set/{name}") for name, _ in files.walk(f"{s3}/set")}
     assert after == kept
     assert indexes.load(f"{s3}/set", "data.train").digest == before.digest
-    proxy.deny("")
+
+    capsys.readouterr()
+    proxy.deny(f"{DELETES}|^PUT .*000001")  # it is stopped on the way
+    with pytest.raises(PermissionError):
+        write(1, overwrite=True)
+    assert files.read(f"{s3}/set/index.json") == b""
+    proxy.deny(DELETES)
+    with pytest.raises(InputError, match="holds other shards, unfinished"):
+        write(2)
+    capsys.readouterr()
     changed, _ = write(1, overwrite=True)
+    assert capsys.readouterr().out.count(TOLD) == 1
     assert changed.plan != before.plan
+    assert indexes.load(f"{s3}/set", "data.train").digest == changed.digest
+    proxy.deny("")
+    write(0, overwrite=True)
     assert ".pack" not in files.list_names(f"{s3}/set")

@@ -1,0 +1,172 @@
+"""Pack data sets with a progress bar, and print what was done to their images."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from threading import Lock
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from shards.dimensions import MOST_PIXELS, image_size
+from shards.errors import printable
+from shards.index import Index
+from shards.making import pack
+from shards.making.convert import PixelOptions, convert, packed_extension
+from shards.making.left_out import Reasons, leave_out
+from shards.making.pictures import UnusableError
+from shards.making.survey import ReadImage, choose_window
+from shards.storage import files
+
+MB = 1_000_000
+_SINGULAR = {"samples": "sample", "classes": "class", "shards": "shard"}
+
+console = Console(stderr=True, markup=False, emoji=False)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a source is packed."""
+
+    url: str
+    shard_bytes: int
+    seed: int
+    threads: int
+    overwrite: bool
+    strict: bool
+    options: PixelOptions
+    percentiles: tuple[float, float] | None
+
+    def write(self, sets: list[pack.ImageSet], read: ReadImage, place: str) -> None:
+        """Pack data sets, each to a folder of its name."""
+        options = self.options
+        with _quiet_pillow():
+            if options.window is None:
+                options = self._choose_window(sets, read, place)
+            for images in sets:
+                self._write_set(images, read, options)
+
+    def _write_set(self, images: pack.ImageSet, read: ReadImage, options: PixelOptions) -> None:
+        plan = pack.plan_shards(images, self.shard_bytes, self.seed, options.facts())
+        contents = _Contents(options)
+        with Bar(images.name or "packing", plan.image_bytes, len(plan.images)) as bar:
+            index, written = pack.write_shards(
+                plan,
+                files.join(self.url, images.name) if images.name else self.url,
+                read,
+                convert=contents.convert,
+                threads=self.threads,
+                overwrite=self.overwrite,
+                advance=bar.advance,
+                report=warn,
+            )
+        contents.report(len(plan.images))
+        summarize(images.name, index, "" if written else "already packed: ")
+
+    def _choose_window(
+        self, sets: list[pack.ImageSet], read: ReadImage, place: str
+    ) -> PixelOptions:
+        """Find the window of the images of all sets that have more than 8 bits, if any have."""
+        with console.status("looking for images of more than 8 bits"):
+            window = choose_window(
+                [image for images in sets for image in images.images],
+                read,
+                self.percentiles,
+                place=files.redact(place),
+                most=self.options.max_pixels,
+                threads=self.threads,
+            )
+        if window is not None:
+            note(f"the percentiles are the values {window[0]:g} and {window[1]:g}")
+        return replace(self.options, window=window)
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Keep Pillow from printing warnings about images, because those that matter are counted."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
+
+
+class _Contents:
+    """Convert image files, and count what was converted and what cannot be used."""
+
+    def __init__(self, options: PixelOptions) -> None:
+        self._bad: Reasons = {}
+        self._converted: Reasons = {}  # by what was done
+        self._large = (0, "")  # pixels and path of the largest image
+        self._options, self._lock = options, Lock()  # several threads convert
+
+    def convert(self, image: pack.Image, content: bytes) -> tuple[str, bytes]:
+        """Return the extension and the content to pack. What cannot be used stays as it is."""
+        try:
+            extension, content, done = convert(image.path, content, self._options)
+        except UnusableError as error:
+            with self._lock:
+                leave_out(self._bad, str(error), image.path)
+            return packed_extension(image.path, content), content
+        width, height = image_size(content) or (0, 0)
+        with self._lock:
+            self._large = max(self._large, (width * height, image.path))
+            if done:
+                leave_out(self._converted, done, image.path)
+        return extension, content
+
+    def report(self, total: int) -> None:
+        """Print one line for each thing that was done to images, and for each fault."""
+        for done, some in sorted(self._converted.items()):
+            note(f"converted: {some.number:,} {done}, such as {some.example}")
+        for reason, bad in sorted(self._bad.items()):
+            share = f"{bad.number:,} of {total:,} images ({reason})"
+            warn(f"cannot be decoded: {share}, such as {bad.example}")
+        pixels, path = self._large
+        if pixels > MOST_PIXELS:
+            warn(
+                f"{path} has {pixels:,} pixels: train with --data.max-pixels {pixels}, or shrink "
+                "it with --max-side"
+            )
+
+
+class Bar:
+    """Shows progress on stderr: the number of files done, MB/s and the time left."""
+
+    def __init__(self, name: str, size: int | None, count: int | None) -> None:
+        self._done, self._lock = 0, Lock()  # several threads call advance
+        of = "" if count is None else f"/{count}"
+        speed = () if size is None else (TransferSpeedColumn(), TimeRemainingColumn())
+        done = TextColumn("{task.fields[done]}" + of, markup=False)
+        self._progress = Progress(
+            TextColumn(name, markup=False), BarColumn(), done, *speed, console=console
+        )
+        self._task = self._progress.add_task(name, total=size, done=0)
+
+    def advance(self, size: int) -> None:
+        with self._lock:
+            self._done += 1
+            self._progress.start()
+            self._progress.update(self._task, advance=size, done=self._done)
+
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def summarize(name: str, index: Index, note: str) -> None:
+    size = sum(shard.bytes for shard in index.shards) / MB
+    option = "--data.train" if name in ("", "train") else "--data.val"
+    url = files.redact(index.url)
+    counts = {"samples": index.samples, "classes": len(index.classes), "shards": len(index.shards)}
+    held = ", ".join(f"{n:,} {_SINGULAR[what] if n == 1 else what}" for what, n in counts.items())
+    print(f"{note}{held}, {size:,.1f} MB: {files.join(url, 'index.json')}; use {option} {url}")
+
+
+def note(text: str) -> None:
+    console.print(printable(text), soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    note(f"warning: {text}")

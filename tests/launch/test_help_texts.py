@@ -1,0 +1,51 @@
+"""What --help says about an option is running text, as wide as the terminal."""
+
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import pytest
+
+from engine.recipe import load
+from launch import bench, evaluate, export, pack
+from launch.benchmarks.step import bench_step
+from launch.command_line import parse_recipe
+from tests.helpers.command_help import field_texts, parameter_texts
+from tests.helpers.places import RECIPES
+
+LONGEST = 200  # characters: the frames of a wide terminal stand side by side
+QUICKSTART = str(RECIPES / "quickstart.py")
+
+
+def run_pack(arguments: list[str]) -> object:
+    with mock.patch.object(sys, "argv", ["pack.py", *arguments]):
+        return runpy.run_path(pack.__file__, run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments", "documented"),
+    [
+        (parse_recipe, [QUICKSTART], field_texts(load(QUICKSTART))),
+        (evaluate.parse, ["semi-supervised"], field_texts(evaluate.SemiSupervised)),
+        (export.parse, [], field_texts(export.Export)),
+        (bench.main, ["step"], parameter_texts(bench_step)),
+        (run_pack, [], parameter_texts(pack.main)),
+    ],
+    ids=["train", "evaluate", "export", "bench", "pack"],
+)
+def test_a_wide_terminal_shows_each_text_in_one_line(
+    run: Callable[[list[str]], object],
+    arguments: list[str],
+    documented: Iterator[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = [" ".join(text.split()) for _, text in documented]
+    texts = [text for text in texts if len(text) < LONGEST]
+    assert len(texts) >= 8
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        run([*arguments, "--help"])
+    shown = capsys.readouterr().out
+    assert [text for text in texts if text not in shown] == []
