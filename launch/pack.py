@@ -35,7 +35,7 @@ from shards.making.image_folders import find_images
 from shards.making.labels import read_class_names
 from shards.making.left_out import Reasons, tabulate
 from shards.making.repack import ClassesFrom, find_packed_images
-from shards.making.tars import check_suffix, find_tars
+from shards.making.tars import Tars, check_apart, check_suffix, find_tars
 from shards.making.window import check_window
 from shards.samples import Layout
 from shards.storage import files, misplaced
@@ -134,7 +134,9 @@ def main(
     folder = plain and len(sources) == 1 and not is_tar(sources[0], compressed=True)
     if not (folder and _pack_folder(sources[0], follow_links, packing)):
         names = read_class_names(classes) if classes else None
-        _repack(sources, layout, classes_from, names, skip_damaged, packing)
+        tars = find_tars(sources, compressed=True)
+        check_apart(tars, paths[-1])
+        _repack(tars, layout, classes_from, names, skip_damaged, packing)
 
 
 def _check_pixels(options: PixelOptions, percentiles: tuple[float, float] | None) -> None:
@@ -174,7 +176,7 @@ def _pack_folder(source: str, follow_links: bool, packing: Packing) -> bool:
 
 
 def _repack(
-    sources: list[str],
+    tars: Tars,
     layout: Layout,
     classes_from: ClassesFrom,
     classes: list[str] | None,
@@ -185,7 +187,7 @@ def _repack(
     with TemporaryDirectory() as scratch:
         with console.status("reading the headers of the tars"):
             found = find_packed_images(
-                find_tars(sources, compressed=True),
+                tars,
                 layout=layout,
                 classes_from=classes_from,
                 classes=classes,
@@ -196,7 +198,7 @@ def _repack(
             )
         number = sum(len(part.images) for part in found.sets)
         _tell({"images taken": number}, found.left_out, found.warnings, packing.strict)
-        packing.write(found.sets, found.read, sources[0])
+        packing.write(found.sets, found.read, tars.folder)
 
 
 def _tell(taken: dict[str, int], left_out: Reasons, warnings: list[str], strict: bool) -> None:

@@ -161,7 +161,7 @@ def summarize(name: str, index: Index, note: str) -> None:
     url = files.redact(index.url)
     counts = {"samples": index.samples, "classes": len(index.classes), "shards": len(index.shards)}
     held = ", ".join(f"{n:,} {_SINGULAR[what] if n == 1 else what}" for what, n in counts.items())
-    print(f"{note}{held}, {size:,.1f} MB: {url}/index.json; use {option} {url}")
+    print(f"{note}{held}, {size:,.1f} MB: {files.join(url, 'index.json')}; use {option} {url}")
 
 
 def note(text: str) -> None:

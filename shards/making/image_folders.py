@@ -26,7 +26,7 @@ _SPLITS = {
     **{"test": "test", "testing": "test"},
 }
 _DECORATION = re.compile(r"[ _-]|[ _-]?(set|data|dataset|images|split)$")
-_ORDER = ("train", "val", "valid", "validation", "test")
+SPLITS = ("train", "val", "valid", "validation", "test")
 # Folders that file managers, archivers and disks make beside the user's own.
 _JUNK = {"@eadir", "__macosx", "#recycle", "$recycle.bin", "lost+found"}
 _JUNK_FILES = "hidden files and files of file managers"
@@ -136,7 +136,7 @@ def _find_splits(found: list[tuple[str, int]], place: str) -> dict[str, str]:
             raise InputError(
                 f"SOURCE {place}: {' and '.join(same)} are both the split {name}: pack each alone"
             )
-    return dict(sorted(splits.items(), key=lambda item: _ORDER.index(item[1])))
+    return dict(sorted(splits.items(), key=lambda item: SPLITS.index(item[1])))
 
 
 def split_name(folder: str) -> str | None:

@@ -41,13 +41,15 @@ def forget(out: str, report: Callable[[str], None]) -> None:
 
 @contextlib.contextmanager
 def telling_what_stays(out: str, report: Callable[[str], None]) -> Iterator[None]:
-    """When the block fails, tell what stays at `out` for the next call, or remove it if it is none.
+    """When the block fails, tell what stays at `out` for the next call, or clean up.
 
     What an index is made of takes long to find, so it is kept.
     """
     try:
         yield
-    except InputError:
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and not files.is_local(out):
+            raise  # The store may be out of reach.
         if not files.exists(files.join(out, _WORK, _BEGUN)):
             raise  # Nothing could be written.
         work = files.join(out, _WORK)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from threading import Event
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -330,15 +331,19 @@ def describe_starts(name: str, starts: NDArray[np.int64], size: int) -> Shard:
     return Shard(name, len(starts), size, blocks, checksum(blocks))
 
 
-def run_in_threads(call: Callable[[_T], _R], items: Iterable[_T], threads: int) -> list[_R]:
+def run_in_threads(
+    call: Callable[[_T], _R], items: Iterable[_T], threads: int, stop: Event | None = None
+) -> list[_R]:
     """Call `call` on every item in threads, and return the results in order.
 
-    After an exception no new call begins.
+    After an exception no new call begins, and `stop` is set, so that long calls can end early.
     """
     with ThreadPoolExecutor(threads, thread_name_prefix="shard") as pool:
         try:
             return list(pool.map(call, items))
         except BaseException:
+            if stop is not None:
+                stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 

@@ -9,6 +9,7 @@ import io
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from threading import Event
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from shards.errors import InputError
@@ -17,7 +18,7 @@ from shards.making.labels import number_labels
 from shards.making.left_out import Reasons, explain, leave_out, merge, tell_each
 from shards.making.pack import Image, ImageSet, run_in_threads
 from shards.making.scan import NOT_THERE
-from shards.making.scan_tar import NO_FIELD, explain_absence, read_label
+from shards.making.scan_tar import NO_FIELD, explain_absence, read_label, until
 from shards.making.survey import ReadImage
 from shards.making.tars import Tars, check_is_file
 from shards.making.unpack import is_compressed, unpack
@@ -78,7 +79,7 @@ def find_packed_images(
         scratch: A local folder, into which compressed tars are unpacked.
         report: Takes a line for each tar that is unpacked or damaged.
     """
-    left_out = dict(tars.left_out)
+    left_out, stop = dict(tars.left_out), Event()
 
     def list_tar(number: int) -> tuple[list[_Found], Reasons] | str:
         name, reasons = tars.names[number], Reasons()
@@ -90,16 +91,17 @@ def find_packed_images(
                 packed = is_compressed(file)
             if packed:
                 report(f"unpacking {shown} to {scratch}")
-                unpack(url, f"{scratch}/{number}.tar")
+                unpack(url, f"{scratch}/{number}.tar", stop)
                 url = f"{scratch}/{number}.tar"
             with open_skim(url) as file:
-                return list(_list_images(file, url, name, layout, classes_from, reasons)), reasons
+                found = _list_images(file, url, name, layout, classes_from, reasons, stop)
+                return list(found), reasons
         except FileNotFoundError:
             return f"{shown}: {NOT_THERE}{PATTERN_HINT * bool(set(name) & set('*?'))}"
         except TarError as error:
             return f"{shown}: damaged: {error}"
 
-    results = run_in_threads(list_tar, range(len(tars.names)), threads)
+    results = run_in_threads(list_tar, range(len(tars.names)), threads, stop)
     damaged = [found for found in results if isinstance(found, str)]
     if skip_damaged or len(damaged) > 1:
         tell_each(damaged, report)
@@ -182,11 +184,12 @@ def _list_images(
     layout: Layout,
     classes_from: ClassesFrom,
     left_out: Reasons,
+    stop: Event,
     depth: int = 0,
 ) -> Iterator[_Found]:
     """Yield the images of a tar and of the tars inside of it."""
     by_name: dict[str, Member] = {}
-    for member in read_members(file, whole=True):
+    for member in until(stop, read_members(file, whole=True)):
         if not member.name:
             where = f"{tar}: byte {member.start}"
             leave_out(left_out, "bytes after the end mark of a tar that are no tar", where)
@@ -201,7 +204,7 @@ def _list_images(
             leave_out(left_out, f"tars inside of more than {_MOST_TARS} tars", inside)
         elif is_tar(member.name) and member.size:
             part = cast(BinaryIO, _Part(file, member.content, member.size))
-            found = _list_images(part, url, inside, layout, classes_from, left_out, depth + 1)
+            found = _list_images(part, url, inside, layout, classes_from, left_out, stop, depth + 1)
             try:
                 for inner in found:
                     yield inner._replace(start=member.content + inner.start)

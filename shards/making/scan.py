@@ -6,6 +6,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from threading import Event
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from shards.making.labels import Labels, number_labels
 from shards.making.left_out import Reasons, explain, leave_out, merge, tell_each
 from shards.making.pack import run_in_threads
 from shards.making.scan_tar import Scan, scan_tar
-from shards.making.tars import Tars, check_is_file
+from shards.making.tars import Tars, check_is_file, same_place
 from shards.making.undecodable import find_fault
 from shards.making.unpack import is_compressed
 from shards.samples import FieldTwice, Layout
@@ -77,16 +78,16 @@ def index_tars(
         report: Takes a line for each damaged tar.
         advance: Is called with the size in bytes of each tar that is done.
     """
-    base = _check_places(tars, out)
+    base, stop = _check_places(tars, out), Event()
 
     def scan(name: str) -> Scan | Damaged:
-        found = _scan_once(tars.folder, name, layout, out)
+        found = _scan_once(tars.folder, name, layout, out, stop)
         advance(0 if isinstance(found, Damaged) else found.shard.bytes)
         return found
 
     if not files.is_local(tars.folder):
         threads *= REMOTE_THREADS
-    results = run_in_threads(scan, tars.names, threads)
+    results = run_in_threads(scan, tars.names, threads, stop)
     damaged = [found for found in results if isinstance(found, Damaged)]
     left_out = dict(tars.left_out)
     _tell_damaged(damaged, len(results), skip_damaged, left_out, report)
@@ -129,7 +130,7 @@ def _check_places(tars: Tars, out: str) -> str:
         )
     for name in tars.names:
         names.check_path(name, place, "rename it")
-    base = "" if _same_place(out, tars.folder) else _absolute(tars.folder)
+    base = "" if same_place(out, tars.folder) else _absolute(tars.folder)
     scheme = base.partition("://")[0] if "://" in base else "file"
     if base and ("::" in base or scheme not in names.SCHEMES):
         known = ", ".join(names.SCHEMES)
@@ -150,7 +151,7 @@ def _check_places(tars: Tars, out: str) -> str:
 def _check_standing(out: str, base: str) -> None:
     """Raise InputError if `out` holds the index of shards that stand there, and not of the tars."""
     document: Any = None
-    with contextlib.suppress(FileNotFoundError, InputError):
+    with contextlib.suppress(OSError, InputError):
         document = index.read_document(out)
     if base and isinstance(document, dict) and not document.get("base"):
         raise InputError(
@@ -189,11 +190,11 @@ def _tell_damaged(
             f"{'it' if len(damaged) == 1 else 'them'}{skippable}"
         )
     lost = sum(tar.samples for tar in damaged)
-    reason = f"damaged or missing tars, with at least {lost:,} samples"
+    reason = "damaged or missing tars" + f", with at least {lost:,} samples" * bool(lost)
     leave_out(left_out, reason, damaged[0].url.rpartition("/")[2], len(damaged))
 
 
-def _scan_once(folder: str, name: str, layout: Layout, out: str) -> Scan | Damaged:
+def _scan_once(folder: str, name: str, layout: Layout, out: str, stop: Event) -> Scan | Damaged:
     """Scan a tar, unless a call before this one has done it."""
     url, place = files.join(folder, name), files.redact(files.join(folder, name))
     starts = array("q")
@@ -203,7 +204,7 @@ def _scan_once(folder: str, name: str, layout: Layout, out: str) -> Scan | Damag
         if known := kept_scans.find_kept(name, version, layout, out):
             return known
         with open_skim(url) as file:
-            found = _scan(file, name, layout, starts)
+            found = _scan(file, name, layout, starts, stop)
     except FileNotFoundError:
         return Damaged(place, NOT_THERE + PATTERN_HINT * bool(set(name) & set("*?")), 0)
     except TarError as error:
@@ -214,10 +215,10 @@ def _scan_once(folder: str, name: str, layout: Layout, out: str) -> Scan | Damag
     return found
 
 
-def _scan(file: BinaryIO, name: str, layout: Layout, starts: "array[int]") -> Scan:
+def _scan(file: BinaryIO, name: str, layout: Layout, starts: "array[int]", stop: Event) -> Scan:
     """Do what `scan_tar` does. When it raises TarError, say what stands in the place of a tar."""
     try:
-        return scan_tar(file, name, layout, starts)
+        return scan_tar(file, name, layout, starts, stop)
     except TarError as error:
         file.seek(0)
         if is_compressed(file):
@@ -242,13 +243,6 @@ def _known_pixels(url: str) -> dict[str, Any]:
         found = document.get("pixels") if isinstance(document, dict) else None
         return found if isinstance(found, dict) else {}
     return {}
-
-
-def _same_place(out: str, folder: str) -> bool:
-    if files.is_local(out) and files.is_local(folder):
-        one, other = (files.open_filesystem(url)[1] for url in (out, folder))
-        return os.path.realpath(one) == os.path.realpath(other)
-    return _absolute(out) == _absolute(folder)
 
 
 def _absolute(url: str) -> str:
@@ -287,7 +281,7 @@ def _doubts_about_tars(scans: list[Scan]) -> list[str]:
     if repeated := sum(found.twice for found in scans):
         example = next(found.shard.name for found in scans if found.twice)
         doubts.append(
-            f"samples whose name comes again in their tar, as after `tar --append`: {repeated:,}, "
+            f"samples whose name comes again in their tar, as after `tar -r`: {repeated:,}, "
             f"such as in {example} (`python launch/pack.py SOURCE OUT` takes the last of them)"
         )
     largest = max(scans, key=lambda found: found.largest)

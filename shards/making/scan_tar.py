@@ -4,9 +4,11 @@ import io
 import re
 from array import array
 from collections.abc import Iterable, Iterator
+from threading import Event
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shards.errors import InputError
 from shards.index import MOST_CLASSES, Shard
@@ -23,6 +25,10 @@ NO_FIELD = "members without a field in their name"
 BAD_LABEL = "labels that can't be used (no text, no such key, or too long)"
 _MOST_KINDS = 20  # More reasons than these are taken together.
 _EXAMPLES = 1000  # So many keys are kept to find an example among them.
+
+
+class Stopped(Exception):
+    """Another thread's work has failed, so this one's is of no use."""
 
 
 class Scan(NamedTuple):
@@ -42,8 +48,8 @@ class Scan(NamedTuple):
         return int(np.diff(self.shard.blocks[:, 0], append=self.shard.bytes).max(initial=0))
 
 
-def scan_tar(file: BinaryIO, name: str, layout: Layout, starts: "array[int]") -> Scan:
-    """Read the headers and labels of a tar.
+def scan_tar(file: BinaryIO, name: str, layout: Layout, starts: "array[int]", stop: Event) -> Scan:
+    """Read the headers and labels of a tar. Raises Stopped when `stop` is set.
 
     Append the offset of each sample to `starts`. The memory is small also for millions of samples.
     """
@@ -54,7 +60,8 @@ def scan_tar(file: BinaryIO, name: str, layout: Layout, starts: "array[int]") ->
     left_out: Reasons = {}
     first: list[str] = []
     folders: set[str] = set()
-    members = _noted(read_members(file, whole=True), layout, name, left_out)
+    found_members = until(stop, read_members(file, whole=True))
+    members = _noted(found_members, layout, name, left_out)
     for sample in group_samples(members, layout):
         if not sample.image:
             reason = explain_absence(sample, layout)
@@ -71,11 +78,12 @@ def scan_tar(file: BinaryIO, name: str, layout: Layout, starts: "array[int]") ->
         labels.append(texts.setdefault(text, text))
         if len(texts) > MOST_CLASSES:
             raise InputError(f"SOURCE {name}: more than {MOST_CLASSES:,} different labels")
+    known = np.unique(np.array(keys, np.int64))
     for reason, found in without.items():
-        found.tell(reason, keys, name, left_out)
+        found.tell(reason, known, name, left_out)
     size = file.seek(0, io.SEEK_END)
     shard = describe_starts(name, np.array(starts, np.int64), size)
-    twice = len(keys) - len(np.unique(keys))
+    twice = len(keys) - len(known)
     return Scan(shard, labels, left_out, first, sorted(folders), twice)
 
 
@@ -90,13 +98,27 @@ class _Without(NamedTuple):
         if len(self.first) < _EXAMPLES:
             self.first.append(key)
 
-    def tell(self, reason: str, keys: "array[int]", tar: str, left_out: Reasons) -> None:
-        """Count them, apart from those whose key is also that of a sample with an image."""
-        apart = np.isin(self.hashes, keys) & (reason != LINK)
+    def tell(self, reason: str, known: NDArray[np.int64], tar: str, left_out: Reasons) -> None:
+        """Count them, apart from those whose key is also that of a sample with an image.
+
+        Args:
+            known: The hashes of the keys of the samples with an image, sorted.
+        """
+        hashes = np.array(self.hashes, np.int64)
+        places = np.searchsorted(known, hashes)
+        apart = (np.append(known, 0)[places] == hashes) & (places < len(known)) & (reason != LINK)
         for why, those in ((_ELSEWHERE, apart), (reason, ~apart)):
             if number := int(those.sum()):
                 at = min(int(those.argmax()), len(self.first) - 1)
                 leave_out(left_out, why, f"{tar}: {self.first[at]}", number)
+
+
+def until(stop: Event, members: Iterable[Member]) -> Iterator[Member]:
+    """Yield members. Raises Stopped when `stop` is set, as after Ctrl-C."""
+    for member in members:
+        if stop.is_set():
+            raise Stopped
+        yield member
 
 
 def _noted(

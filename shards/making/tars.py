@@ -11,7 +11,7 @@ from braceexpand import braceexpand
 
 from shards import index
 from shards.errors import InputError
-from shards.making.image_folders import is_junk, split_name
+from shards.making.image_folders import SPLITS, is_junk, split_name
 from shards.making.left_out import Reasons, explain, leave_out
 from shards.storage import files, local_files, misplaced
 from shards.tar import COMPRESSED, TarError, is_tar
@@ -82,6 +82,25 @@ def check_is_file(url: str) -> None:
     path = files.open_filesystem(url)[1]
     if files.is_local(url) and os.path.exists(path) and not os.path.isfile(path):
         raise TarError("it is no file")
+
+
+def same_place(folder: str, other: str) -> bool:
+    """Return whether two URLs, in whatever spelling, name the same folder."""
+    if files.is_local(folder) and files.is_local(other):
+        one, two = (files.open_filesystem(url)[1] for url in (folder, other))
+        return os.path.realpath(one) == os.path.realpath(two)
+    return folder.rstrip("/") == other.rstrip("/")
+
+
+def check_apart(tars: Tars, out: str) -> None:
+    """Raise InputError if packing to `out` could replace the tars that it reads."""
+    places = [out, *(files.join(out, name) for name in SPLITS)]
+    for folder in {url.rpartition("/")[0] or "." for url in tars.urls()}:
+        if any(same_place(folder, place) for place in places):
+            raise InputError(
+                f"OUT {files.redact(out)}: the tars of SOURCE lie there, and shards would take "
+                "their places: choose another OUT"
+            )
 
 
 def _is_folder(source: str) -> bool:

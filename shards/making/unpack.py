@@ -8,6 +8,7 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from threading import Event
 from typing import Any, BinaryIO
 
 from shards.errors import InputError
@@ -28,14 +29,14 @@ def is_compressed(file: BinaryIO) -> bool:
     return start.startswith((*_OPENERS, _ZSTD))
 
 
-def unpack(url: str, path: str) -> None:
-    """Unpack a compressed tar to a local file.
+def unpack(url: str, path: str, stop: Event) -> None:
+    """Unpack a compressed tar to a local file, but end early when `stop` is set.
 
     Raises FileNotFoundError, TarError when the content is damaged, and InputError when this Python
     cannot unpack it or when the disk is full.
     """
     with files.open_reader(url) as file, _open(file, url) as plain, open(path, "wb") as out:
-        while piece := _read_piece(plain, url):
+        while not stop.is_set() and (piece := _read_piece(plain, url)):
             try:
                 out.write(piece)
             except OSError as error:

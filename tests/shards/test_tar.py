@@ -121,6 +121,11 @@ def test_labels() -> None:
         ("json:a", b'{"b": 3}', ""),
         ("json:a", b"[" * 100_000, ""),
         ("json:a", b"no json", ""),
+        ("", b"\xef\xbb\xbfant\r\n", "ant"),
+        ("", b"x" * 1001, ""),
+        ("json:a", b'{"a": 1}' + b" " * (1 << 20), ""),
+        ("json:0.a", b'[{"a": 3}]', "3"),
+        ("json:a.1", b'{"a": [3]}', ""),
     ],
 )
 def test_label_fields(label: str, content: bytes, text: str) -> None:
@@ -201,3 +206,64 @@ def test_damage_is_never_taken_for_the_end() -> None:
         with pytest.raises(TarError):
             by_us(content[:length])
     assert by_us(content[: len(content) - 1024]) == whole  # padding after the end mark
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def test_what_stands_after_an_end_mark() -> None:
+    one, two = make_tar([("a.jpg", b"1")]), make_tar([("b.jpg", b"2")])
+    members = list(read_members(io.BytesIO(one + two), whole=True))
+    assert [(m.name, m.beyond) for m in members] == [("a.jpg", False), ("b.jpg", True)]
+    assert [m.name for m in read_members(io.BytesIO(one + two))] == ["a.jpg"]
+    members = list(read_members(io.BytesIO(one + b"junk" * 200), whole=True))
+    assert [(m.name, m.size) for m in members] == [("a.jpg", 1), ("", 800)]
+    with pytest.raises(TarError, match="without the end mark"):
+        list(read_members(io.BytesIO(one + header("b.jpg", 0)), whole=True))
+
+
+def test_the_rest_of_a_sparse_map_is_no_header() -> None:
+    """An old GNU sparse file whose map goes on in two more blocks."""
+    first = bytearray(header("s.jpg", 3, tarfile.GNUTYPE_SPARSE))
+    first[482] = 1
+    first[148:156] = b"%06o\0 " % (sum(first) - sum(first[148:156]) + 8 * 32)
+    maps = bytes(504) + b"\1" + bytes(7) + bytes(512)
+    content = bytes(first) + maps + b"end".ljust(512, b"\0") + make_tar([("a.jpg", b"1")])
+    members = list(read_members(io.BytesIO(content), whole=True))
+    assert [(m.name, m.special) for m in members] == [("s.jpg", True), ("a.jpg", False)]
+    assert content[members[0].content :][:3] == b"end"
+
+
+def test_names_that_are_no_text_stay_different() -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(
+        fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT, encoding="latin-1"
+    ) as archive:
+        for name in ("\xe9.jpg", "\xe8.jpg"):
+            archive.addfile(tarfile.TarInfo(name))
+    assert [m.name for m in read_members(buffer)] == ["\\xe9.jpg", "\\xe8.jpg"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_names_of_gigabytes_are_not_read(kind: bytes) -> None:
+    class Endless(io.BytesIO):
+        def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+            return 1 << 40 if whence == io.SEEK_END else super().seek(offset, whence)
+
+    with pytest.raises(TarError, match="claims 2,147,483,648 bytes for a name"):
+        list(read_members(Endless(header("x", 2 << 30, kind))))
+
+
+def test_sums_of_signed_bytes() -> None:
+    """Some old programs took the bytes of a header for signed ones when they summed them."""
+    block = bytearray(header("\u00e9.jpg", 0))
+    rest = sum(block) - sum(block[148:156]) + 8 * 32
+    block[148:156] = b"%06o\0 " % (rest - 256 * sum(byte > 127 for byte in block))
+    (member,) = read_members(io.BytesIO(bytes(block) + bytes(1024)))
+    assert member.name == "\u00e9.jpg"
+    block[3] ^= 1
+    with pytest.raises(TarError):
+        list(read_members(io.BytesIO(bytes(block))))

@@ -25,7 +25,7 @@ Found = tuple[bytes, str]  # content of an image, name of its class or ""
 Group = tuple[str, dict[str, bytes]]
 
 FOLDERS, STEMS = ["", "d/", "./", "e.x/"], ["a", "b", "c"]
-FIELDS = ["jpg", "jpg", "jpg", "cls", "cls", "JPG", "left.jpg", "right.jpg", "gif", "json"]
+FIELDS = ["jpg", "jpg", "jpg", "cls", "cls", "JPG", "left.jpg", "right.jpg", "npy", "json"]
 names = st.builds("{}{}.{}".format, *map(st.sampled_from, (FOLDERS, STEMS, FIELDS)))
 names = st.one_of(
     names, names, names, st.sampled_from(["README", "d/notes", "._a.jpg", "./.h.jpg"])

@@ -177,3 +177,14 @@ def test_nothing_to_pack(tmp_path: Path) -> None:
     write_files(tmp_path / "others", ["a/1.heic", "b.txt"])
     with pytest.raises(InputError, match=r"no images there: .*\.heic files \(1\)"):
         find_images(str(tmp_path / "others"))
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.TAR.GZ", "b/a.tgz"])
+def test_tars_in_the_place_of_images_and_beside_them(tmp_path: Path, name: str) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / name).write_bytes(b"")
+    assert find_images(str(tmp_path)).sets == []
+    (tmp_path / "b" / "cover.jpg").write_bytes(b"")
+    found = find_images(str(tmp_path))
+    assert len(found.sets[0].images) == 1
+    assert f"{name} is a tar, whose images are not taken" in found.warnings[0]

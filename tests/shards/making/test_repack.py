@@ -1,8 +1,11 @@
 """Tars of any kind are packed anew: what is in them, by which label, and how often."""
 
+import builtins
 import bz2
 import gzip
+import io
 import lzma
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +160,85 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     block = BlockReader(made).fetch(0, 0)
     names = {s.key[9:]: made.classes[block.label(row)] for row, s in enumerate(block.samples)}
     assert names == {f"{i}_v1_img": ("ant" if i % 2 else "bee") for i in range(6)}
+
+
+def test_splits_inside_of_a_tar_are_packed_apart(tmp_path: Path) -> None:
+    members = {f"set/{split}/{name}/1.jpg": b"x" for split in ("train", "val") for name in "ab"}
+    path = write_tar(tmp_path / "set.tar", members)
+    found = find(tmp_path, str(path), classes_from="folders")
+    assert {part.name: part.classes for part in found.sets} == {
+        "train": ["a", "b"],
+        "val": ["a", "b"],
+    }
+    write_tar(path, members | {"set/extra/a/1.jpg": b"x"})
+    with pytest.raises(InputError, match=r"images of train and val, but also .*extra/a/1\.jpg"):
+        find(tmp_path, str(path), classes_from="folders")
+
+
+def test_names_of_tars_are_names(tmp_path: Path) -> None:
+    """Also those that are numbers, and those with dots."""
+    for name in ("2008", "st.bernard", "st.john"):
+        write_tar(tmp_path / "in" / f"{name}.tar", {f"{name[-4:]}.jpg": b"x"})
+    (images,) = find(tmp_path, f"{tmp_path}/in", classes_from="tars").sets
+    assert images.classes == ["2008", "st.bernard", "st.john"]
+    assert sorted(image.label for image in images.images) == [0, 1, 2]
+
+
+def test_what_repacking_drops_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as archive:
+        for name, content in (("a.jpg", b"old"), ("a.jpg", b"new"), ("a.JPG", b"other")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    path.write_bytes(path.read_bytes() + write_tar(tmp_path / "b", {"b.jpg": b"B"}).read_bytes())
+    found = find(tmp_path, str(path))
+    assert contents(found) == {"0.tar/a.jpg": (b"new", -1), "0.tar/b.jpg": (b"B", -1)}
+    assert found.left_out == {
+        "members that a later one of the same name replaces": (1, "0.tar: a.jpg"),
+        "members whose name another one has in small or capital letters": (1, "0.tar: a.JPG"),
+    }
+
+
+def test_tars_in_tars_without_end(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "0.tar", {"a.jpg": b"x"})
+    for i in range(40):
+        write_tar(path, {f"{i}.tar": path.read_bytes(), "a.jpg": b"x"})
+    found = find(tmp_path, str(path))
+    assert found.left_out["tars inside of more than 8 tars"].number == 1
+    assert len(found.sets[0].images) == 9
+
+
+def test_compressed_tars_by_content_and_their_damage(tmp_path: Path) -> None:
+    plain = write_tar(tmp_path / "p", {"a.jpg": bytes(range(256)) * 99}).read_bytes()
+    path = tmp_path / "0.tar"
+    for compress in (gzip.compress, bz2.compress, lzma.compress):
+        whole = compress(plain)
+        path.write_bytes(whole)
+        assert len(find(tmp_path, str(path)).sets[0].images) == 1
+        for at in range(len(whole) // 2, len(whole) - 1, 7):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+            with pytest.raises(InputError, match=r"0\.tar: damaged: cannot be unpacked"):
+                find(tmp_path, str(path))
+
+
+def test_no_room_to_unpack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "0.tar.gz"
+    path.write_bytes(gzip.compress(write_tar(tmp_path / "p", {"a.jpg": b"x"}).read_bytes()))
+    real = open
+
+    def open_full(name: Any, *arguments: Any, **options: Any) -> Any:
+        return real("/dev/full" if "scratch" in str(name) else name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", open_full)
+    with pytest.raises(InputError, match=r"no room to unpack it to .*: set TMPDIR to a folder"):
+        find(tmp_path, str(path))
+
+
+@pytest.mark.parametrize("out", ["in", "in/", "in/../in", "."])
+def test_packing_never_replaces_the_tars_that_it_reads(tmp_path: Path, out: str) -> None:
+    folder = "in/train" if out == "in/" else "." if out == "." else "in"
+    write_tar(tmp_path / folder / "shard-000000.tar", {"a.jpg": draw_photo(0, 16, 16)})
+    with pytest.raises(InputError, match="the tars of SOURCE lie there"):
+        pack_command.main((f"{tmp_path}/{folder}", f"{tmp_path}/{out}"), overwrite=True)
+    assert (tmp_path / folder / "shard-000000.tar").exists()

@@ -210,6 +210,13 @@ def test_tars_of_nested_folders_and_any_case(tmp_path: Path) -> None:
         scan_tars(f"{tmp_path}/split")
 
 
+@pytest.mark.parametrize("spelling", ["file://{}", "{}/", "{}/../tars", "{}/../link"])
+def test_the_same_place_in_other_spellings(tmp_path: Path, spelling: str) -> None:
+    folder = write_foreign(tmp_path / "tars", [0, 1])
+    (tmp_path / "link").symlink_to("tars")
+    assert scan_tars(folder, out=spelling.format(folder)).made.base == ""
+
+
 def test_an_index_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_foreign(Path("tars"), [0, 1, 2])
