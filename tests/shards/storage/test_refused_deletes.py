@@ -1,5 +1,6 @@
 """Stores that refuse to delete: nothing stops, nothing comes back, and it is told once."""
 
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -123,12 +124,21 @@ class Killed(Exception):
     """As if by SIGKILL, for what a test looks at."""
 
 
-def killed_at(trainer: Trainer, step: int) -> None:
-    """Train until `step` is logged, and go no further."""
+def wait_for_checkpoint(run: str, step: int) -> None:
+    """Wait until the checkpoint of `step`, which is saved in the background, is committed."""
+    deadline = time.monotonic() + 100
+    while not files.exists(files.join(checkpoint.step_url(run, step), checkpoint.COMMIT)):
+        assert time.monotonic() < deadline, f"no checkpoint of step {step}"
+        time.sleep(0.05)
+
+
+def killed_at(trainer: Trainer, step: int, last: int) -> None:
+    """Train until `step` is logged and the checkpoint of step `last` is there, and no further."""
     take = trainer.train_step
 
     def step_or_die(batch: Any) -> Any:
         if trainer.step == step:
+            wait_for_checkpoint(trainer.run.url, last)
             raise Killed
         return take(batch)
 
@@ -161,7 +171,7 @@ def test_a_run_goes_on_and_ends_as_any(
     proxy.deny(denied)
     config = checkpoint.CheckpointConfig(every=3, keep=1)
     recipe = tiny.recipe(tiny_data, f"{s3}/run", checkpoint=config, steps=11)
-    killed_at(open_trainer(recipe), 8)  # the last checkpoint is that of step 6
+    killed_at(open_trainer(recipe), 8, last=6)
     first = capsys.readouterr().out
     trainer = open_trainer(recipe)
     assert trainer.step == 6
