@@ -5,12 +5,11 @@ fields that stand apart come together, tars inside of tars and compressed tars a
 class may be the tar or the folder of an image.
 """
 
-import io
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from threading import Event
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from typing import BinaryIO, Literal, NamedTuple, cast
 
 from shards.errors import InputError
 from shards.making.image_folders import EXTENSIONS, PATTERN_HINT, split_name
@@ -24,6 +23,7 @@ from shards.making.tars import Tars, check_is_file
 from shards.making.unpack import is_compressed, unpack
 from shards.samples import IMAGE_FIELDS, Layout, Sample, Span, group_samples, match_name
 from shards.storage import files
+from shards.storage.range_file import RangeFile
 from shards.storage.skim import open_skim
 from shards.tar import COMPRESSED, Member, TarError, is_tar, read_members
 
@@ -203,7 +203,7 @@ def _list_images(
         if is_tar(member.name) and depth == _MOST_TARS:
             leave_out(left_out, f"tars inside of more than {_MOST_TARS} tars", inside)
         elif is_tar(member.name) and member.size:
-            part = cast(BinaryIO, _Part(file, member.content, member.size))
+            part = _open_part(file, member.content, member.size)
             found = _list_images(part, url, inside, layout, classes_from, left_out, stop, depth + 1)
             try:
                 for inner in found:
@@ -303,27 +303,11 @@ def _follow_link(member: Member, by_name: dict[str, Member]) -> Member:
     return member
 
 
-class _Part(io.RawIOBase):
-    """A range of bytes of a file as a file."""
+def _open_part(file: BinaryIO, start: int, size: int) -> BinaryIO:
+    """Return `size` bytes of a file, from `start` on, as a file."""
 
-    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
-        self._file, self._start, self._size, self._position = file, start, size, 0
+    def read_range(first: int, stop: int) -> bytes:
+        file.seek(start + first)
+        return file.read(stop - first)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._size - self._position))
-        self._file.seek(self._start + self._position)
-        content = self._file.read(count)
-        buffer[: len(content)] = content
-        self._position += len(content)
-        return len(content)
+    return cast(BinaryIO, RangeFile(size, read_range))

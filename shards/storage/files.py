@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, BinaryIO, cast
 
 import fsspec
@@ -24,6 +25,7 @@ from shards.storage.failures import (
     is_refused_listing,
 )
 from shards.storage.local_files import is_local as is_local
+from shards.storage.range_file import RangeFile
 from shards.storage.redaction import SLIP, has_query
 from shards.storage.redaction import redact as redact
 from shards.storage.retries import WrongLength, retry
@@ -147,32 +149,7 @@ def open_reader(url: str) -> BinaryIO:
         filesystem, path = open_filesystem(url)
         local_files.check_kind(path)
         return cast(BinaryIO, filesystem.open(path, "rb"))
-    return cast(BinaryIO, io.BufferedReader(_Ranges(url), READ_BLOCK))
-
-
-class _Ranges(io.RawIOBase):
-    """A remote object as a file. Every read is a range request."""
-
-    def __init__(self, url: str) -> None:
-        self._url, self._size, self._position = url, size(url), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        stop = min(self._position + len(buffer), self._size)
-        content = read(self._url, self._position, stop) if stop > self._position else b""
-        buffer[: len(content)] = content
-        self._position += len(content)
-        return len(content)
+    return cast(BinaryIO, io.BufferedReader(RangeFile(size(url), partial(read, url)), READ_BLOCK))
 
 
 def write(url: str, content: bytes) -> None:

@@ -5,11 +5,11 @@ reading the whole tar would take all its bytes. `open_skim` fetches a little mor
 for, so that the next small members come along, and skips the contents of large ones.
 """
 
-import io
 from collections import deque
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 from shards.storage import files
+from shards.storage.range_file import RangeFile
 
 LEAST = 8 << 10  # A request asks for this many bytes at least.
 MOST = 1 << 20  # Where reads lie close together, a request asks for up to this many bytes.
@@ -18,40 +18,28 @@ _MEMORY = 16  # The average distance between reads is that of about this many of
 
 def open_skim(url: str) -> BinaryIO:
     """Open a file of which small parts are read. Raises FileNotFoundError."""
-    return files.open_reader(url) if files.is_local(url) else cast(BinaryIO, _Skim(url))
+    if files.is_local(url):
+        return files.open_reader(url)
+    size = files.size(url)
+    return cast(BinaryIO, RangeFile(size, _Skim(url, size).read_range))
 
 
-class _Skim(io.RawIOBase):
-    """A remote object as a file. What it has fetched last stays in memory."""
+class _Skim:
+    """Reads ranges of a remote object. What it has fetched last stays in memory."""
 
-    def __init__(self, url: str) -> None:
-        self._url, self._size, self._position = url, files.size(url), 0
+    def __init__(self, url: str, size: int) -> None:
+        self._url, self._size = url, size
         self._pieces: deque[tuple[int, bytes]] = deque(maxlen=2)
         self._end = 0  # Everything that was fetched ends before this byte.
         self._step, self._last, self._distance = LEAST, 0, float(LEAST)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        start = self._position
-        stop = min(start + len(buffer), self._size)
+    def read_range(self, start: int, stop: int) -> bytes:
         content = b""
         while start + len(content) < stop:
             content += self._read_piece(start + len(content), stop)
-        buffer[: len(content)] = content
-        self._position += len(content)
         self._distance += (abs(start - self._last) - self._distance) / _MEMORY
         self._last = start
-        return len(content)
+        return content
 
     def _read_piece(self, start: int, stop: int) -> bytes:
         """Return bytes from `start` on, at most up to `stop`."""
