@@ -109,6 +109,7 @@ def index_tars(
     made = Index(out, [found.shard for found in scans], labels.classes, base=base)
     made.layout = replace(layout, named=labels.named)
     made.pixels = _known_pixels(tars.folder)
+    _keep_records(made, tars.folder)
     return Indexed(made, left_out, labels.warnings + _doubts(labels, scans))
 
 
@@ -243,6 +244,20 @@ def _known_pixels(url: str) -> dict[str, Any]:
         found = document.get("pixels") if isinstance(document, dict) else None
         return found if isinstance(found, dict) else {}
     return {}
+
+
+def _keep_records(made: Index, folder: str) -> None:
+    """Keep what packing recorded of shards that are still the same: the CRCs, and its plan."""
+    try:
+        standing = index.load(folder, "SOURCE")
+    except (InputError, OSError):
+        return
+    crcs = {(s.name, s.samples, s.bytes, s.checksum): s.crcs for s in standing.shards}
+    found = [(s.name, s.samples, s.bytes, s.checksum) for s in made.shards]
+    for shard, key in zip(made.shards, found, strict=True):
+        shard.crcs = crcs.get(key)
+    if found == list(crcs):
+        made.plan = standing.plan
 
 
 def _absolute(url: str) -> str:

@@ -312,10 +312,15 @@ def test_command(
     assert capsys.readouterr().out == f"already packed: {printed}"
     run(monkeypatch, "--index-only", out)
     assert capsys.readouterr().out == printed
+    packed = index.load(out, "data.train")
+    records = packed.plan, [shard.crcs for shard in packed.shards]
     names = tmp_path / "names.txt"
     names.write_text("A\nB\nC\n")
     run(monkeypatch, "--index-only", out, "--classes", str(names))
-    assert index.load(out, "data.train").classes == ["A", "B", "C"]
+    renamed = index.load(out, "data.train")
+    assert renamed.classes == ["A", "B", "C"]
+    assert (renamed.plan, [shard.crcs for shard in renamed.shards]) == records
+    assert all(renamed.shards[0].crcs or [])
     for arguments, text in (
         ([out], "error: OUT is missing"),
         (["--index-only", out, out], "error: .* is named twice"),
