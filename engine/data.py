@@ -33,8 +33,7 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
     check_alike(world, shared_fields(recipe))
     rank_streams(recipe.data.streams, world.rank, world.size)
     world.on_main(lambda: _draw(recipe, report))
-    train = indexes.load(recipe.data.train, "data.train")
-    val = indexes.load(recipe.data.val, "data.val") if recipe.data.val else None
+    train, val = world.on_all(lambda: _load(recipe))
     data = Data(train, val, Order(train, recipe.seed, recipe.data.streams, recipe.batch.size))
     _check_batches(recipe, data.order)
     if val is not None:
@@ -43,6 +42,11 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
             report(doubt)
     check_alike(world, {"digest of data.train": train.digest})
     return data
+
+
+def _load(recipe: Recipe) -> tuple[Index, Index | None]:
+    train = indexes.load(recipe.data.train, "data.train")
+    return train, indexes.load(recipe.data.val, "data.val") if recipe.data.val else None
 
 
 def train_batches(

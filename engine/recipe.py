@@ -90,7 +90,7 @@ class Recipe:
         """Raise InputError, naming the field, when a value is out of bounds or fields conflict."""
         check_bounds(self)
         least = 32 if self.model.encoder.stem == "imagenet" else 8
-        check_range("views.size", self.views.size, Interval(ge=least, le=2**14))
+        check_range("views.size", self.views.size, Interval(ge=least, le=2**12))
         # Batch norm needs at least two rows.
         check_range("batch.micro", self.batch.micro, Interval(ge=1, le=self.batch.size // 2))
         warmup = Interval(ge=0, le=self.schedule.epochs)

@@ -15,7 +15,7 @@ from engine.state.artefacts import Artefacts
 from engine.state.checkpoint import Commit
 from shards.errors import InputError
 from shards.fields import differences, flatten
-from shards.storage import files, local_files, misplaced
+from shards.storage import files, misplaced
 
 DIGEST = "index_digest"
 
@@ -132,23 +132,6 @@ class Run:
             self._held.confirm()
 
 
-def _refuse_links(run: str) -> None:
-    """Raise InputError when a part of RUN is a link out of it.
-
-    Two runs would share that part. Each would overwrite and remove what is the other's.
-    """
-    if not files.is_local(run):
-        return
-    home = files.open_filesystem(run)[1]
-    for name in layout.NAMES:
-        if target := local_files.link_out(f"{home}/{name}", home):
-            raise InputError(
-                f"{files.redact(files.join(run, name))} is a link to {target}, out of the run: "
-                "what lies there would be overwritten and removed: take the link away, or give "
-                "--run where the whole run shall lie"
-            )
-
-
 @contextmanager
 def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -> Iterator[Run]:
     """Hold the run directory for this job, so that no other job trains there meanwhile.
@@ -163,7 +146,7 @@ def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -
     claimed: list[lease.Lease] = []
 
     def hold() -> None:
-        _refuse_links(recipe.run)
+        layout.refuse_links(recipe.run, layout.NAMES, "give --run where the whole run shall lie")
         _check_recipe(recipe, index_digest, terminal.report)
         if not recipe.debug_step:
             claimed.append(lease.acquire(recipe.run, agents, lease.PERIOD, terminal.report))
@@ -185,7 +168,7 @@ def open_run(recipe: Recipe, index_digest: str, world: World, terminal: Terminal
     """
 
     def check() -> None:
-        _refuse_links(recipe.run)
+        layout.refuse_links(recipe.run, layout.NAMES, "give --run where the whole run shall lie")
         _check_recipe(recipe, index_digest, terminal.report)
 
     world.on_main(check)

@@ -81,7 +81,7 @@ class ViewConfig:
 class ViewsConfig:
     """The two views of an image. Each is a random resized crop with its own distortion."""
 
-    size: Annotated[int, Interval(ge=1, le=2**14)] = 224
+    size: Annotated[int, Interval(ge=1, le=2**12)] = 224
     """Side of a view, in pixels."""
     area: Annotated[Range, Interval(le=1)] = (0.08, 1.0)
     """Range of the crop's area, as a fraction of the image's."""

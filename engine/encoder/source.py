@@ -31,7 +31,7 @@ _ENCODER_FIELDS = get_type_hints(ResNetConfig)
 _PLACES = ("data.train", "data.val")
 _HINTS: dict[str, Any] = {  # types and bounds of the fields that are used of a stranger's recipe
     **{_ENCODER + k: v for k, v in get_type_hints(ResNetConfig, include_extras=True).items()},
-    "views.size": Annotated[int, Interval(ge=8, le=2**14)],
+    "views.size": Annotated[int, Interval(ge=8, le=2**12)],
     "precision": Precision,
     "seed": Annotated[int, Interval(ge=0, le=2**62)],
     "probe.crop": Annotated[float, Interval(ge=1e-3, le=1)],
@@ -53,7 +53,7 @@ class EncoderConfig:
     """What stands before conv1.weight in the encoder's tensor names in a third-party file, as a
     whole. Where names mean nothing it is the name of the encoder's first tensor. It is needed only
     when the file holds several encoders, and the error message then lists all of them."""
-    size: Annotated[int | None, Interval(ge=8, le=2**14)] = None
+    size: Annotated[int | None, Interval(ge=8, le=2**12)] = None
     """Side of the network's input in pixels. By default it is the run's, and 224 for a third-party
     file."""
     crop: Annotated[float | None, Interval(ge=1e-3, le=1)] = None

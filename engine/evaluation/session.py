@@ -29,7 +29,7 @@ from engine.method.precision import slow_on
 from engine.processes.identity import agent_identity
 from engine.processes.world import World, share_of_cores
 from engine.state import lease
-from engine.state.layout import CHECKPOINTS, EVALUATIONS, TENSORBOARD
+from engine.state.layout import CHECKPOINTS, EVALUATIONS, TENSORBOARD, refuse_links
 from shards import index as indexes
 from shards.center_crops import CropReader, EvalBatch
 from shards.decode import DEFAULT_RULES
@@ -93,13 +93,14 @@ class Evaluation:
         self.corrupt = data.corrupt
         files.check(out, "--out")
         given = {
-            name: _open_index(url, name)
+            name: _open_index(url, name, world)
             for name, url in (("data.train", data.train), ("data.val", data.val))
             if url
         }
         self.source, self.network = open_encoder(checkpoint_url, encoder, world, self.terminal.say)
         self.train, self.val = (
-            given.get(name) or _open_index(self.source.data_url(name), name) for name in _SETS
+            given.get(name) or _open_index(self.source.data_url(name), name, world)
+            for name in _SETS
         )
         if labels:
             check_classes(self.train, self.val)
@@ -120,6 +121,8 @@ class Evaluation:
         self.encode = encoding(self.network, self.source.precision, world.device)
         self.settings = settings
         self.run = "" if out else self.source.run  # the run that gets the results
+        if self.run:
+            refuse_links(self.run, (EVALUATIONS,), "give --out for the results")
         self.home = out or (files.join(self.run, EVALUATIONS) if self.run else EVALUATIONS)
         self.url = self._folder()
         self.terminal.say(f"{protocol} of the {self.source.report}")
@@ -333,11 +336,12 @@ def _fold(run: str) -> None:
         held.release()
 
 
-def _open_index(url: str, name: str) -> Index:
+def _open_index(url: str, name: str, world: World) -> Index:
+    """Open a data set. All processes call it together, and an error of one is raised on all."""
     if not url:
         raise InputError(f"{name} is not set: give --{name} URL, a folder of shards")
     files.check(url, name)
-    return indexes.load(url, name)
+    return world.on_all(lambda: indexes.load(url, name))
 
 
 def check_classes(train: Index, val: Index) -> None:

@@ -17,7 +17,7 @@ from engine.log.events import TENSORBOARD as TENSORBOARD
 from engine.log.journal import JSONL as JSONL
 from engine.log.journal import PARTS as PARTS
 from shards.errors import InputError
-from shards.storage import files
+from shards.storage import files, local_files
 
 RECIPE = "recipe.json"
 CHECKPOINTS = "checkpoints"
@@ -45,6 +45,25 @@ def check_run(url: str) -> None:
         f"run {files.redact(url)}: is inside of {files.redact(folder) or '.'}: give the folder of "
         "a run"
     )
+
+
+def refuse_links(run: str, names: tuple[str, ...], remedy: str) -> None:
+    """Raise InputError when one of the parts `names` of RUN is a link out of it.
+
+    Two runs would share that part. Each would overwrite and remove what is the other's.
+
+    Args:
+        remedy: What else the user can do than take the link away, for the message.
+    """
+    if not files.is_local(run):
+        return
+    home = files.open_filesystem(run)[1]
+    for name in names:
+        if target := local_files.link_out(f"{home}/{name}", home):
+            raise InputError(
+                f"{files.redact(files.join(run, name))} is a link to {target}, out of the run: "
+                f"what lies there would be overwritten and removed: take the link away, or {remedy}"
+            )
 
 
 def read_recipe(run: str) -> dict[str, Any]:

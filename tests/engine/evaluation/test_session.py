@@ -26,6 +26,20 @@ def run(tiny_data: DataConfig, tmp_path: Path) -> str:
     return url
 
 
+def test_results_do_not_leave_the_run(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A link in place of the results' folder leads to another run's results, or anywhere."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "run" / "evaluations").symlink_to(tmp_path / "other")
+    assert evaluate.main(["knn", run, *KNN]) == 1
+    error = capsys.readouterr().err
+    assert f"{run}/evaluations is a link to {tmp_path}/other, out of the run" in error
+    assert "or give --out" in error
+    assert not list((tmp_path / "other").iterdir())
+    assert evaluate.main(["knn", run, *KNN, "--out", f"{tmp_path}/other"]) == 0
+
+
 def test_another_job_at_the_same_evaluation(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main(["knn", run, *KNN]) == 0
     place = str(next(Path(run).glob("**/result.json")).parent)
