@@ -57,7 +57,8 @@ def script() -> bytes:
         (lambda: file({"a": torch.zeros(3, device="meta")}), "a is sparse, nested or without"),
         (
             lambda: file({"state_dict": small(), "best": Path("a")}),
-            "holds pathlib.PosixPath, which is not loaded, because it could run code: save the "
+            f"holds {type(Path()).__module__}.PosixPath, which is not loaded, because it could run "
+            "code: save the "
             'state dict alone where the file was made, by torch.save(torch.load(...)["state_dict"]',
         ),
         (lambda: file(nn.Linear(2, 2), **OLD), "holds torch.nn.modules.linear.Linear, which is"),
