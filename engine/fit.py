@@ -8,6 +8,7 @@ from engine.log.metrics import MetricsLog, Timer
 from engine.method.precision import slow_on
 from engine.processes.preemption import Preemption
 from engine.processes.world import World
+from engine.report.report import write_at_end
 from engine.state import checkpoint
 from engine.state.saver import Saver
 from engine.trainer import Trainer
@@ -28,7 +29,7 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
     recipe, run, first, stop = trainer.recipe, trainer.run, trainer.step, trainer.last_step
     if trainer.probe is not None:
         trainer.probe.check_val()
-    run.write_recipe()
+    run.write_recipe(trainer.total_steps)
     baseline = trainer.measure_baseline()
     with (
         run.open_log(first, stop) as log,
@@ -141,6 +142,8 @@ def _farewell(trainer: Trainer, baseline: dict[str, float], measured: dict[str, 
     if trainer.step:
         say(f"checkpoint    {checkpoint.step_url(run, trainer.step)}")
     say(f"curves        tensorboard --logdir {run}/tensorboard")
+    if trainer.step == trainer.last_step:  # after a signal there may be no time for it
+        write_at_end(trainer.run.url, trainer.world.main, say)
     if trainer.step < trainer.total_steps:
         option = "" if trainer.recipe.steps is None else " with a larger --steps, or without it,"
         say(f"the same command{option} goes on")

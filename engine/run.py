@@ -44,9 +44,15 @@ class Run:
         """The checkpoint that this job continues from; None when the run begins."""
         self._recipe, self._digest, self._world, self._held = recipe, index_digest, world, held
 
-    def write_recipe(self) -> None:
-        """Write this start's resolved recipe and the digest of its data to RUN/recipe.json."""
-        self._world.on_main(lambda: _write_recipe(self._recipe, self._digest))
+    def write_recipe(self, total_steps: int | None = None) -> None:
+        """Write this start's resolved recipe and the digest of its data to RUN/recipe.json.
+
+        `total_steps` is the number of steps of the whole run, for those who read it.
+        """
+        facts: dict[str, Any] = {DIGEST: self._digest}
+        if total_steps is not None:
+            facts[layout.TOTAL] = total_steps
+        self._world.on_main(lambda: _write_recipe(self._recipe, facts))
 
     def artefacts(self, strategy: str) -> Artefacts:
         """Open the store of compiled artefacts, in RUN or in the recipe's `compile_folder`."""
@@ -195,10 +201,10 @@ def find_checkpoint(
     return commit
 
 
-def _write_recipe(recipe: Recipe, index_digest: str) -> None:
+def _write_recipe(recipe: Recipe, facts: dict[str, Any]) -> None:
     fields = flatten(recipe)
     document = {k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
-    document |= {DIGEST: index_digest}
+    document |= facts
     files.write(files.join(recipe.run, layout.RECIPE), json.dumps(document, indent=1).encode())
 
 
@@ -220,7 +226,7 @@ def _check_recipe(recipe: Recipe, index_digest: str, report: Callable[[str], Non
         report(f"{files.redact(url)} is damaged and was not compared with this recipe")
         return
     operations = flatten(recipe).keys() - method_fields(recipe).keys()
-    method = {name: there[name] for name in there.keys() - operations - {DIGEST}}
+    method = {name: there[name] for name in there.keys() - operations - {DIGEST, layout.TOTAL}}
     _refuse_other(recipe, index_digest, recipe.run, method, there.get(DIGEST))
 
 

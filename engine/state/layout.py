@@ -7,6 +7,7 @@ RUN/compile/                          what torch.compile made (state/artefacts.p
 RUN/metrics.jsonl, RUN/metrics/       the log, line by line (log/journal.py)
 RUN/tensorboard/                      event files (log/events.py)
 RUN/evaluations/                      results of launch/evaluate.py (evaluation/session.py)
+RUN/report.html                       what a browser shows of the run (engine/report)
 RUN/debug_step/                       exists while --debug-step runs
 """
 
@@ -24,6 +25,9 @@ CHECKPOINTS = "checkpoints"
 LEASE = "lease"
 COMPILE = "compile"
 EVALUATIONS = "evaluations"
+REPORT = "report.html"
+
+TOTAL = "total_steps"  # the key of recipe.json for the number of steps of the whole run
 DEBUG_STEP = "debug_step"
 
 NAMES = (RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, DEBUG_STEP, JSONL, PARTS, TENSORBOARD)

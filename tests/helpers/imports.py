@@ -28,7 +28,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("engine.encoder",),
     ("engine.evaluation",),
     ("engine.recipe",),
-    ("engine.run", "engine.data"),
+    ("engine.run", "engine.data", "engine.report"),
     ("engine.trainer",),
     ("engine.fit", "engine.debug"),
     ("recipes",),
