@@ -94,6 +94,7 @@ def draw_chart(
         body.append(tag("text", text, class_="level", x=end, y=y - 3, text_anchor=anchor))
     body += [_draw_curve(key, one, across, up) for one in reversed(series)]
     heads = [_head(key, one, alone=len(series) == 1) for one in series]
+    values = tag("span", *heads, class_="values" if len(heads) == 1 else "values several")
     picture = tag(
         "svg",
         *body,
@@ -105,7 +106,7 @@ def draw_chart(
     lost = sum(int((~np.isfinite(one.values)).sum()) for one in series)
     if lost:
         note.append(tag("span", f"{lost:,} not finite", class_="note bad"))
-    return tag("figure", tag("figcaption", tag("b", title), *note, *heads), picture, class_="chart")
+    return tag("figure", tag("figcaption", tag("b", title), *note, values), picture, class_="chart")
 
 
 def _vertical(key: str, values: Values, levels: list[float]) -> Axis:

@@ -1,6 +1,5 @@
 """Collect what a run has written about itself. All of it may be a stranger's, or be damaged."""
 
-import json
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ import numpy as np
 from engine.log import journal
 from engine.log.journal import Record
 from engine.report.thinning import Values
+from engine.report.views import find_views
 from engine.state import layout
 from shards.documents import build, parse_json
 from shards.errors import InputError
@@ -53,6 +53,7 @@ class RunFacts:
     recipe: dict[str, Any] = field(default_factory=dict)  # all of recipe.json, by dotted names
     records: list[Record] = field(default_factory=list)
     evaluations: list[EvaluationFacts] = field(default_factory=list)
+    views: tuple[int, bytes] | None = None  # the newest picture of the views, and its step
     sheet: tuple[str, bytes] | None = None  # the newest sheet of neighbors, and its place
     faults: list[str] = field(default_factory=list)  # what could not be read, and why
 
@@ -104,11 +105,12 @@ def as_number(value: object) -> float | None:
     return number if _SMALLEST <= abs(number) <= _LARGEST else 0.0 if abs(number) < 1 else math.inf
 
 
-def collect(url: str, name: str = "RUN") -> RunFacts:
+def collect(url: str, name: str = "RUN", pictures: bool = True) -> RunFacts:
     """Read what a run has written. What cannot be read is a fault, unless nothing can be.
 
     Args:
         name: What the user gave the URL for, for messages.
+        pictures: Whether the picture of the views is needed.
 
     Raises InputError when there is no run at the URL, and OSError when it cannot be read at all.
     """
@@ -128,6 +130,8 @@ def collect(url: str, name: str = "RUN") -> RunFacts:
     run.records = _attempt(run, layout.JSONL, lambda: journal.read(run.url)) or []
     if layout.EVALUATIONS in names:
         _attempt(run, layout.EVALUATIONS, lambda: _read_evaluations(run))
+    if pictures and layout.TENSORBOARD in names:
+        run.views = _attempt(run, layout.TENSORBOARD, lambda: find_views(run.url))
     return run
 
 
@@ -182,7 +186,7 @@ def _read_evaluations(run: RunFacts) -> None:
 
 def _read_result(run: RunFacts, home: str, folder: str, entry: Entry) -> EvaluationFacts | None:
     def read() -> EvaluationFacts:
-        document = json.loads(_read_bounded(files.join(home, folder, RESULT), entry))
+        document = parse_json(_read_bounded(files.join(home, folder, RESULT), entry))
         if not isinstance(document, dict):
             raise ValueError("it is no JSON object")
         return build(EvaluationFacts, document | {"place": folder})

@@ -1,27 +1,16 @@
-"""Put pictures into the page, and find the newest picture of the views in tensorboard's files."""
+"""Put pictures into the page itself."""
 
 import base64
 import io
-from collections.abc import Iterator
 
-from google.protobuf.message import DecodeError
 from PIL import Image
-from tensorboard.compat.proto.event_pb2 import Event
 
 from engine.report.html import Html, tag
-from engine.state.layout import TENSORBOARD
 from shards.png import SIGNATURE, decode_png
-from shards.storage import files
-from shards.storage.entries import Entry, list_entries
 
-VIEWS = "views"  # tag of the picture that the training logs
 WIDEST, TALLEST = 1600, 3200  # pixels of a picture on the page
 MOST_PIXELS = 50_000_000  # of a picture that is read
 PLAIN_BYTES = 300_000  # a PNG of more bytes becomes a JPEG
-MOST_FILES = 200  # event files that are looked through, from the newest on
-MOST_BYTES = 256 << 20  # of an event file that is looked through
-_HEAD, _SUM = 12, 4  # bytes before and behind an event: its length and checksums
-_SMALLEST, _LARGEST = 300, 64 << 20  # bytes of an event that may hold a picture
 
 
 def embed(content: bytes, description: str) -> Html:
@@ -53,45 +42,3 @@ def _encode(picture: Image.Image, form: str, **options: int) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, form, **options)
     return buffer.getvalue()
-
-
-def find_views(run: str) -> tuple[int, bytes] | None:
-    """Find the newest picture of the views that the training logged: its step, and a PNG.
-
-    It is read back from tensorboard's files, so that nothing has to be written twice, and runs of
-    earlier releases have one too. Raises OSError.
-    """
-    folder = files.join(run, TENSORBOARD)
-    found = [entry for entry in list_entries(folder) if ".tfevents." in entry.name]
-    for entry in reversed(found[-MOST_FILES:]):
-        if entry.size <= MOST_BYTES and (views := _find_in(folder, entry)):
-            return views
-    return None
-
-
-def _find_in(folder: str, entry: Entry) -> tuple[int, bytes] | None:
-    """Find the last picture of the views in one event file."""
-    with files.open_reader(files.join(folder, entry.name)) as file:
-        places = []
-        while len(head := file.read(_HEAD)) == _HEAD:
-            length = int.from_bytes(head[:8], "little")
-            if length > _LARGEST:
-                break  # the file is damaged, or is still being written
-            if length >= _SMALLEST:
-                places.append((file.tell(), length))
-            file.seek(length + _SUM, io.SEEK_CUR)
-        for place, length in reversed(places):
-            file.seek(place)
-            for picture in _views(file.read(length)):
-                return picture
-    return None
-
-
-def _views(content: bytes) -> Iterator[tuple[int, bytes]]:
-    try:
-        event = Event.FromString(content)
-    except DecodeError:
-        return
-    for value in event.summary.value:
-        if value.tag == VIEWS and value.HasField("image"):
-            yield event.step, value.image.encoded_image_string

@@ -8,6 +8,7 @@ from engine.method.adamw import AdamWConfig
 from engine.method.lars import LARSConfig
 from engine.recipe import ADDED_LATER, Recipe
 from shards.fields import flatten
+from shards.storage import files
 
 _OPTIMIZERS = {kind.__name__: kind for kind in (LARSConfig, AdamWConfig)}
 LONGEST = 300  # characters of a value that are shown
@@ -60,5 +61,5 @@ def show(value: Any) -> str:
     """Return a value of recipe.json as text of bounded length."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list) else files.redact(str(value))
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engine.report import pictures
 from engine.report.charts import read_baselines
 from engine.report.curves import is_fraction, show_number
 from engine.report.facts import BRANCHED, RunFacts, as_number
 from engine.report.html import Child, Html, join, tag
+from engine.report.pictures import embed
 from engine.report.recipes import changed_fields, defaults, differing_fields, show
 from engine.report.tables import fold, make_table
 from shards.storage import files
@@ -106,15 +106,17 @@ def _tell(run: RunFacts, key: str) -> list[str]:
 
 def write_views(run: RunFacts) -> Html:
     """Show the newest picture of both views."""
+    if run.views is None:
+        return tag("p", "The run has logged no picture of its views.", class_="soft")
+    step, content = run.views
     try:
-        found = pictures.find_views(run.url)
-        if found is None:
-            return tag("p", "The run has logged no picture of its views.", class_="soft")
-        text = f"Both views of the first images of the batch of step {found[0]:,}, one row each, "
-        text += "as the network saw them."
-        picture = pictures.embed(found[1], "both views of some images")
-    except (OSError, ValueError) as error:
+        picture = embed(content, "both views of some images")
+    except ValueError as error:
         return _missing("The picture of the views", error)
+    text = (
+        f"Both views of the first images of the batch of step {step:,}, one row each, as the "
+        "network saw them."
+    )
     return join(tag("p", text, class_="soft"), tag("div", picture, class_="picture"))
 
 
@@ -126,7 +128,7 @@ def write_neighbours(run: RunFacts) -> Html:
         return tag("p", text, command, class_="soft")
     place, content = run.sheet
     try:
-        picture = pictures.embed(content, "images beside their nearest neighbors")
+        picture = embed(content, "images beside their nearest neighbors")
     except ValueError as error:
         return _missing(f"The sheet of neighbors {place}", error)
     text = (
@@ -208,7 +210,7 @@ def write_parent(run: RunFacts) -> Html | None:
         return None
     step = parent.get("step")
     place = f" at step {step:,}" if type(step) is int else ""
-    lines: list[Child] = [tag("p", "The run began from ", tag("code", str(url)), f"{place}.")]
+    lines: list[Child] = [tag("p", "The run began from ", tag("code", show(url)), f"{place}.")]
     rest = {key: value for key, value in parent.items() if key not in ("url", "step")}
     for key, value in rest.items():
         rows = _parent_rows(value)

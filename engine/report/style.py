@@ -42,6 +42,7 @@ a { color: var(--s0); text-decoration: none; } a:hover { text-decoration: underl
 .chart { margin: 0; padding: 10px 10px 4px; min-width: 0; }
 figcaption { display: flex; flex-wrap: wrap; gap: 0 10px; align-items: baseline; padding: 0 4px; }
 figcaption b { font-weight: 600; margin-right: auto; overflow-wrap: anywhere; }
+.values { display: flex; flex-wrap: wrap; gap: 0 12px; } .several { flex: 1 0 100%; }
 .value { font-variant-numeric: tabular-nums; font-size: 14px; } .note { font-size: 12px; }
 svg { display: block; width: 100%; height: auto; }
 svg text { font-size: 11px; fill: var(--soft); font-variant-numeric: tabular-nums; }

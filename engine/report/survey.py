@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.log import journal
-from engine.report.facts import NOT_FIELDS, RunFacts, read_recipe
+from engine.report.facts import NOT_FIELDS, RESULT, RunFacts, read_recipe
 from engine.state import layout, lease
 from shards.errors import InputError
 from shards.storage import files
@@ -18,7 +18,7 @@ MOST_FOLDERS = 10_000  # that are listed in the search for runs
 TAIL = 1 << 20  # bytes at the end of a long log that are read for its newest figures
 THREADS = 16  # folders and runs that are read at once
 FIGURES = ("loss", "knn_top1", "online_top1", "feature_std", "feature_rank", "health")
-_SIGNS = {layout.JSONL, layout.PARTS, layout.CHECKPOINTS, layout.LEASE}  # of a run without a recipe
+_SIGNS = {layout.JSONL, layout.CHECKPOINTS, layout.LEASE}  # of a run without a recipe
 
 
 @dataclass
@@ -30,7 +30,7 @@ class RunSummary:
     step: int | None = None
     total_steps: int | None = None
     figures: dict[str, Any] = field(default_factory=dict)  # the newest of FIGURES
-    state: str = ""  # done, stopped, trains, silent or dead
+    state: str = ""  # in words
     age: float | None = None  # seconds since the log was last written to
     faults: list[str] = field(default_factory=list)  # what could not be read, and why
 
@@ -88,7 +88,8 @@ def _find(
                 notes.append(f"{files.redact(place)} cannot be listed ({entries})")
                 continue
             names = {entry.name for entry in entries}
-            is_run = layout.RECIPE in names or len(names & _SIGNS) > 1
+            # The folder of an evaluation's result has a lease too.
+            is_run = layout.RECIPE in names or (names & _SIGNS and RESULT not in names)
             if is_run:
                 yield place, entries
             own = layout.NAMES if is_run else ()
@@ -152,7 +153,10 @@ def _read_log(run: RunSummary, there: dict[str, Entry]) -> None:
 
 
 def _tell_state(run: RunSummary) -> str:
-    """Say in a word whether a job trains the run."""
+    """Say in a word or two whether a job trains the run.
+
+    A job that holds the run and has not shown itself for three of its periods is silent.
+    """
     sight = lease.look(run.url)
     if sight is None or sight.released:
         is_done = run.step is not None and run.step == run.total_steps
@@ -160,5 +164,15 @@ def _tell_state(run: RunSummary) -> str:
     if sight.dead:
         return "dead"
     if sight.silent is not None and sight.silent > 3 * sight.period:
-        return "silent"
+        return f"silent for {show_duration(sight.silent)}"
     return "trains"
+
+
+def show_duration(seconds: float) -> str:
+    """Write a time in its two largest units."""
+    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
+    if minutes < 1:
+        return f"{int(seconds)} s"
+    if hours < 1:
+        return f"{minutes} min"
+    return f"{hours} h {minutes % 60} min" if days < 1 else f"{days} d {hours % 24} h"
