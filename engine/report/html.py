@@ -1,13 +1,14 @@
 """Make HTML so that text is always escaped: whatever is not made here is text, never markup."""
 
 import html
+import re
 
 from shards.errors import printable
 
 LONGEST = 2000  # characters of one text on the page
 
 # These elements have no content. Of the others, an empty one still needs its closing tag.
-_VOID = {"img", "meta", "path", "line", "rect", "circle"}
+_VOID = {"img", "meta", "path", "line", "wbr"}
 
 
 class Html(str):
@@ -38,6 +39,12 @@ def tag(name: str, /, *children: Child, **attributes: str | int | float | None) 
 def join(*children: Child) -> Html:
     """Put pieces and texts behind one another."""
     return Html("".join(_escape(child) for child in children if child is not None))
+
+
+def breakable(name: str) -> Html:
+    """Show the name of a field or of a figure, which may be broken behind its dots and lines."""
+    first, *rest = re.split(r"(?<=[._])(?=[^._])", name[:LONGEST])
+    return tag("code", first, *(join(tag("wbr"), piece) for piece in rest))
 
 
 def constant(source: str) -> Html:

@@ -12,7 +12,8 @@ from engine.report.style import STYLE
 from shards.storage import files
 
 MOST_RUNS = 8  # in one report, for each of which there is a color
-MOST_BYTES = 8_000_000  # of a page, which its bounded parts never come near
+MOST_BYTES = 8_000_000  # of a page
+_REST = 500_000  # of them are for what is no section
 
 # The page may load nothing and run nothing, whatever texts of strangers stand in it.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -33,7 +34,7 @@ def make_page(runs: Sequence[RunFacts], made: datetime | None = None) -> bytes:
         "Recipe": lambda: sections.write_recipe(own),
     }
     written = {title: write() for title, write in parts.items()}
-    shown = {title: part for title, part in written.items() if part is not None}
+    shown = _bounded({title: part for title, part in written.items() if part is not None})
     links = [tag("a", title, href=f"#{title.lower()}") for title in shown]
     body = [
         tag("section", tag("h2", title), part, id=title.lower()) for title, part in shown.items()
@@ -45,6 +46,16 @@ def make_page(runs: Sequence[RunFacts], made: datetime | None = None) -> bytes:
     ]
     main = tag("main", *head, sections.write_tiles(own), tag("nav", *links), *body)
     return _wrap(names[0], main, made or datetime.now(UTC))
+
+
+def _bounded(parts: dict[str, Html]) -> dict[str, Html]:
+    """Leave out the largest parts, and say so, until the page is not too large."""
+    sizes = {title: len(part.encode("utf-8", "replace")) for title, part in parts.items()}
+    while sum(sizes.values()) > MOST_BYTES - _REST:
+        title = max(sizes, key=lambda one: sizes[one])
+        text = f"This part is left out, because it has {sizes[title] / 1e6:.1f} MB."
+        parts[title], sizes[title] = tag("p", text, class_="card warn"), 0
+    return parts
 
 
 def _others(runs: Sequence[RunFacts], names: Sequence[str]) -> list[tuple[RunFacts, str]]:
@@ -73,9 +84,7 @@ def _wrap(title: str, main: Html, made: datetime) -> bytes:
     )
     main = Html(main.removesuffix("</main>") + tag("footer", note) + "</main>")
     page = "<!DOCTYPE html>\n" + tag("html", head, tag("body", main), lang="en") + "\n"
-    content = page.encode("utf-8", "backslashreplace")
-    assert len(content) <= MOST_BYTES
-    return content
+    return page.encode("utf-8", "backslashreplace")
 
 
 def name_runs(urls: Sequence[str]) -> list[str]:

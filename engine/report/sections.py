@@ -6,8 +6,8 @@ import numpy as np
 
 from engine.report.charts import read_baselines
 from engine.report.curves import is_fraction, show_number
-from engine.report.facts import BRANCHED, RunFacts, as_number
-from engine.report.html import Child, Html, join, tag
+from engine.report.facts import BRANCHED, EvaluationFacts, RunFacts, as_number
+from engine.report.html import Child, Html, breakable, join, tag
 from engine.report.pictures import embed
 from engine.report.recipes import changed_fields, defaults, differing_fields, show
 from engine.report.tables import fold, make_table
@@ -153,12 +153,17 @@ def write_evaluations(run: RunFacts) -> Html:
             one.protocol or one.place,
             "" if one.step is None else f"{one.step:,}",
             one.network,
-            ", ".join(f"{k} {v:.2%}" for k, v in list(one.metrics.items())[:8]),
-            tag("code", _show_settings(one.settings)),
+            join(*(tag("div", breakable(k), f" {v:.2%}") for k, v in _first_metrics(one))),
+            _show_settings(one.settings),
         ]
         for one in run.evaluations
     ]
-    return make_table(["protocol", "step", "network", "figures", "settings"], rows, numbers=[1])
+    head = ["protocol", "step", "network", "figures", "settings"]
+    return make_table(head, rows, numbers=[1], long=[3, 4])
+
+
+def _first_metrics(one: EvaluationFacts) -> list[tuple[str, float]]:
+    return list(one.metrics.items())[:8]
 
 
 def _show_settings(settings: dict[str, object]) -> str:
@@ -174,13 +179,15 @@ def write_comparison(runs: Sequence[RunFacts], names: Sequence[str]) -> Html | N
     for key in keys:
         values = [as_number(run.last(key)) for run in runs]
         if any(value is not None for value in values):
-            rows.append([key, *("" if v is None else show_number(key, v) for v in values)])
+            rows.append(
+                [breakable(key), *("" if v is None else show_number(key, v) for v in values)]
+            )
     results = sorted({name for run in runs for one in run.evaluations for name in one.metrics})
     for name in results[:40]:
-        rows.append([name, *(_newest_result(run, name) for run in runs)])
+        rows.append([breakable(name), *(_newest_result(run, name) for run in runs)])
     head = ["", *names]
     differing = differing_fields([run.fields for run in runs])
-    fields = [[tag("code", name), *values] for name, values in differing.items()]
+    fields = [[breakable(name), *values] for name, values in differing.items()]
     return join(
         tag("h3", "Newest figures"),
         make_table(head, rows),
@@ -223,7 +230,7 @@ def write_parent(run: RunFacts) -> Html | None:
 def _parent_rows(value: object) -> list[list[Child]]:
     """Turn what recipe.json tells about changed fields into rows: field, there, here."""
     if isinstance(value, dict):
-        return [[tag("code", name), *_pair(change)] for name, change in sorted(value.items())]
+        return [[breakable(name), *_pair(change)] for name, change in sorted(value.items())]
     items = value if isinstance(value, list) else [value]
     return [[show(item), "", ""] for item in items]
 
@@ -242,8 +249,8 @@ def write_recipe(run: RunFacts) -> Html:
     if not fields:
         return tag("p", "The run has no recipe that can be read.", class_="soft")
     there = defaults(fields)
-    changed = [[tag("code", name), value, base] for name, base, value in changed_fields(fields)]
-    everything = [[tag("code", name), show(value)] for name, value in sorted(fields.items())]
+    changed = [[breakable(name), value, base] for name, base, value in changed_fields(fields)]
+    everything = [[breakable(name), show(value)] for name, value in sorted(fields.items())]
     lacking = sorted(there.keys() - fields.keys())
     text = "The run is of an earlier release, which did not have these fields: "
     note = tag("p", text, tag("code", ", ".join(lacking)), class_="soft") if lacking else None

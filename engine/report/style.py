@@ -58,10 +58,12 @@ svg text.level { font-size: 10.5px; paint-order: stroke; stroke: var(--card); st
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th, td { text-align: left; padding: 5px 12px; border-top: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: anywhere; min-width: 72px; }
+  vertical-align: top; overflow-wrap: break-word; max-width: 30em; }
+th code, td code { overflow-wrap: break-word; } td.long { min-width: 13em; }
+thead th, .number { white-space: nowrap; }
 tr:first-child > * { border-top: 0; } th { font-weight: 600; }
 thead th { color: var(--soft); font-weight: 500; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; min-width: 0; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 details > summary { cursor: pointer; margin: 10px 0 8px; color: var(--s0); }
 .picture { background: var(--card); border: 1px solid var(--line); border-radius: 10px;
   padding: 8px; overflow-x: auto; }

@@ -8,21 +8,29 @@ MOST_ROWS = 500  # of one table on the page
 
 
 def make_table(
-    head: Sequence[Child], rows: Iterable[Sequence[Child]], numbers: Sequence[int] = ()
+    head: Sequence[Child],
+    rows: Iterable[Sequence[Child]],
+    numbers: Sequence[int] = (),
+    long: Sequence[int] = (),
 ) -> Html:
     """Make a table whose first column names its rows. It scrolls where the screen is narrow.
 
     Args:
         numbers: The columns that are aligned to the right.
+        long: The columns that need some width for their texts.
     """
     rows = list(rows)
-    kinds = ["number" if i in numbers else None for i in range(len(head))]
-    top = tag("tr", *(tag("th", c, class_=k) for c, k in zip(head, kinds, strict=True)))
+    kinds = dict.fromkeys(range(len(head))) | dict.fromkeys(numbers, "number")
+    kinds |= dict.fromkeys(long, "long")
+    top = tag("tr", *(tag("th", c, class_=k) for c, k in zip(head, kinds.values(), strict=True)))
     body = [
         tag(
             "tr",
             tag("th", row[0], scope="row"),
-            *(tag("td", c, class_=k) for c, k in zip(row[1:], kinds[1:], strict=True)),
+            *(
+                tag("td", c, class_=k)
+                for c, k in zip(row[1:], list(kinds.values())[1:], strict=True)
+            ),
         )
         for row in rows[:MOST_ROWS]
     ]

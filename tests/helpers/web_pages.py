@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
-VOID = {"img", "meta", "path", "line", "rect", "circle"}
+VOID = {"img", "meta", "path", "line", "wbr"}
 
 
 @dataclass
@@ -17,10 +17,13 @@ class WebPage(HTMLParser):
     def __post_init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self._open: list[str] = []
+        self._goes_on = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag == "wbr":  # it breaks no word, so the text goes on
+            self._goes_on = True
         if tag not in VOID:
             self._open.append(tag)
 
@@ -33,7 +36,9 @@ class WebPage(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self._open[-1:] != ["style"]:
-            self.texts.append(data)
+            before = self.texts.pop() if self._goes_on else ""
+            self.texts.append(before + data)
+            self._goes_on = False
 
     @property
     def text(self) -> str:
