@@ -42,7 +42,7 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
             with timer.waiting():
                 batch = next(data)
             output = trainer.train_step(batch)
-            step = trainer.step = trainer.step + 1
+            step = trainer.step
             timer.steps += 1
             log.advance()
             trainer.check_skips(output)

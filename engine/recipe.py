@@ -4,9 +4,12 @@ A recipe file defines a variable `recipe`. The command line overrides single fie
 names. recipe.json, commit.json and all messages use the same names.
 """
 
+import math
 import runpy
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +21,7 @@ from engine.evaluation.during_training import ProbeConfig
 from engine.log.metrics import LogConfig
 from engine.method.adamw import AdamWConfig
 from engine.method.byol import BYOLConfig
+from engine.method.durations import parse, to_steps
 from engine.method.lars import LARSConfig
 from engine.method.precision import Precision
 from engine.method.schedule import ScheduleConfig
@@ -39,6 +43,9 @@ _MACHINES_OWN = {
 
 # The method fields that came after the first release, with the values that runs had before them.
 ADDED_LATER: dict[str, Any] = {"data.max_pixels": 89_478_485, "data.exif": "ignore"}
+
+# The warm-up was a number of epochs before it could also be one of steps.
+WARMUP_BEFORE, WARMUP = "schedule.warmup_epochs", "schedule.warmup"
 
 
 @dataclass(frozen=True)
@@ -93,8 +100,12 @@ class Recipe:
         check_range("views.size", self.views.size, Interval(ge=least, le=2**12))
         # Batch norm needs at least two rows.
         check_range("batch.micro", self.batch.micro, Interval(ge=1, le=self.batch.size // 2))
-        warmup = Interval(ge=0, le=self.schedule.epochs)
-        check_range("schedule.warmup_epochs", self.schedule.warmup_epochs, warmup)
+        warmup, unit = parse(self.schedule.warmup)
+        if unit == "epoch" and warmup > self.schedule.epochs:
+            raise InputError(
+                f"schedule.warmup must be at most schedule.epochs {self.schedule.epochs:g}, not "
+                f"{self.schedule.warmup}: give a shorter --schedule.warmup"
+            )
         for name, what in (
             ("run", "directory to write to (under torchrun: --run-url)"),
             ("data.train", "folder of shards"),
@@ -116,6 +127,17 @@ class Recipe:
             )
 
 
+def in_steps(recipe: Recipe, steps_per_epoch: int) -> Recipe:
+    """Return a recipe whose evaluations, checkpoints and logged steps are due by steps alone."""
+    every = partial(to_steps, steps_per_epoch=steps_per_epoch)
+    return replace(
+        recipe,
+        probe=replace(recipe.probe, every=every(recipe.probe.every)),
+        checkpoint=replace(recipe.checkpoint, every=every(recipe.checkpoint.every)),
+        log=replace(recipe.log, every=every(recipe.log.every)),
+    )
+
+
 def shared_fields(recipe: Recipe) -> dict[str, Any]:
     """Return the fields that all processes of a run must agree on, by dotted name."""
     return {k: v for k, v in flatten(recipe).items() if k not in _MACHINES_OWN}
@@ -128,6 +150,16 @@ def method_fields(recipe: Recipe) -> dict[str, Any]:
         for name, value, annotations in walk(recipe)
         if OPERATION not in annotations
     }
+
+
+def in_todays_terms(method: dict[str, Any]) -> dict[str, Any]:
+    """Return the method fields that an earlier version wrote as this version would write them."""
+    found = ADDED_LATER | method
+    epochs = found.get(WARMUP_BEFORE)
+    if isinstance(epochs, int | float) and math.isfinite(epochs) and WARMUP not in found:
+        found[WARMUP] = ScheduleConfig(warmup=f"{Fraction(repr(epochs))} epochs").warmup
+        del found[WARMUP_BEFORE]
+    return found
 
 
 def operation_names() -> list[str]:

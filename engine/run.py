@@ -9,7 +9,7 @@ from engine.log.metrics import MetricsLog, NoLog
 from engine.log.terminal import Terminal
 from engine.processes.identity import agent_identity
 from engine.processes.world import World
-from engine.recipe import ADDED_LATER, Recipe, method_fields
+from engine.recipe import Recipe, in_todays_terms, method_fields
 from engine.state import checkpoint, layout, lease
 from engine.state.artefacts import Artefacts
 from engine.state.checkpoint import Commit
@@ -239,7 +239,7 @@ def _refuse_other(
         digest_there: The digest of the training data found at `url`.
         remedy: What else the user could do, for the message.
     """
-    found = differences(ADDED_LATER | method, method_fields(recipe))
+    found = differences(in_todays_terms(method), method_fields(recipe))
     if digest_there != index_digest:
         found.append(f"digest of data.train: there {digest_there}, here {index_digest}")
     if found:

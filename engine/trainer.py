@@ -24,7 +24,7 @@ from engine.method.precision import MOST_SKIPS, StepGuard, autocast, parameter_d
 from engine.method.schedule import learning_rate, tau
 from engine.processes import compiling, parallel
 from engine.processes.world import World, set_timeout, share_of_cores
-from engine.recipe import Recipe
+from engine.recipe import Recipe, in_steps
 from engine.run import Run
 from engine.state import checkpoint
 from shards.errors import InputError
@@ -56,7 +56,8 @@ class Trainer:
 
         Raises InputError for a strategy that these processes cannot use.
         """
-        self.recipe, self.world, self.data, self.run = recipe, world, data, run
+        self.recipe = recipe = in_steps(recipe, data.order.steps_per_epoch)
+        self.world, self.data, self.run = world, data, run
         self.device, self.terminal = world.device, run.terminal
         self.threads = recipe.threads or share_of_cores()
         samples, batch = data.train.samples, recipe.batch.size
@@ -118,7 +119,8 @@ class Trainer:
 
         Source: section 3.1 and algorithm 1 of the paper. With micro-batches, the gradients are
         averaged over them, and everything after the backward passes happens once, as in the
-        paper. A step with a gradient that is not finite changes only what the guard keeps.
+        paper. A step with a gradient that is not finite changes only what the guard keeps, and
+        counts like any other.
         """
         lr = learning_rate(self.step, self.peak_lr, self.warmup_steps, self.total_steps)
         rate = tau(self.step, self.recipe.schedule.base_tau, self.total_steps, self.tau_power)
@@ -149,6 +151,7 @@ class Trainer:
         self.update_target(local(self.moved), local(self.towards), follow)
         self.statistics.apply(skip)
         self.guard.update(skip)
+        self.step += 1  # a skipped step takes its place in the schedule too
         return StepOutput(loss, head_loss, online.features, images, lr, rate)
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:

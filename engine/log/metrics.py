@@ -16,6 +16,7 @@ from engine.log.events import TENSORBOARD, EventLog
 from engine.log.journal import JSONL, Journal, Record
 from engine.log.terminal import Terminal
 from engine.method.augment import MEAN, STD
+from engine.method.durations import Duration, Lasting, is_due, simplify
 from shards.errors import printable
 from shards.fields import Operation
 from shards.storage import files
@@ -25,15 +26,19 @@ from shards.storage import files
 class LogConfig:
     """Configure what is logged, and how often."""
 
-    every: Operation[Annotated[int, Interval(ge=1)]] = 10
-    """Steps from one logged step to the next."""
+    every: Operation[Annotated[Duration, Lasting(positive=True)]] = 10
+    """Time from one logged step to the next: steps, such as 10, or epochs, such as
+    '0.1 epochs'."""
     pictures: Operation[Annotated[int, Interval(ge=1, le=1024)]] = 8
     """Number of images whose two views are shown in tensorboard, at the start and at
     evaluations."""
 
+    def __post_init__(self) -> None:
+        simplify(self, "every")
+
     def due(self, step: int) -> bool:
         """Return whether `step` is logged."""
-        return step % self.every == 0
+        return is_due(self.every, step)
 
 
 class Timer:
