@@ -27,10 +27,11 @@ LAYERS: list[tuple[str, ...]] = [
     ("engine.state",),
     ("engine.encoder",),
     ("engine.evaluation",),
+    ("engine.recipe_files",),
     ("engine.recipe",),
     ("engine.run", "engine.data"),
     ("engine.trainer",),
-    ("engine.fit", "engine.debug"),
+    ("engine.fit", "engine.debug", "engine.notebook"),
     ("recipes",),
     ("launch",),
 ]
