@@ -4,7 +4,8 @@ from contextlib import closing
 from typing import Any
 
 from engine.evaluation.during_training import FAILED, Stopped
-from engine.log.metrics import MetricsLog, Timer
+from engine.log.metrics import MetricsLog
+from engine.measuring import Meter
 from engine.method.precision import slow_on
 from engine.processes.preemption import Preemption
 from engine.processes.world import World
@@ -37,13 +38,12 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
     ):
         _greet(trainer, data.block_memory)
         measured = _catch_up(trainer, log)
-        timer, stopping = Timer(), False
+        meter, stopping = Meter(trainer), False
         while trainer.step < stop and not stopping:
-            with timer.waiting():
+            with meter.waiting():
                 batch = next(data)
-            output = trainer.train_step(batch)
-            step = trainer.step = trainer.step + 1
-            timer.steps += 1
+            output = meter.take_step(batch)
+            step = trainer.step
             log.advance()
             trainer.check_skips(output)
             trainer.settle(step - first)
@@ -52,19 +52,19 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
             evaluation_due = recipe.probe.due(step, trainer.total_steps)
             if evaluation_due or step == first + 1:
                 log.pictures(trainer.pictures(output), step)
-            if evaluation_due or recipe.log.due(step):
+            if meter.logs(step):
                 run.check()
-                record = trainer.measure(output, batch) | timer.read(recipe.batch.size)
+                record = meter.read(output, batch)
                 if evaluation_due and not stopping:
                     trainer.check_finite(output)
                     found = _evaluate(trainer, preemption)
                     record, measured, stopping = record | found, measured | found, not found
                 log.write(record)
-                timer = Timer()
+                meter.restart()
             if recipe.checkpoint.due(step) or stopping or step == stop:
                 trainer.check_finite(output)
                 _save(trainer, saver, log)
-                timer = Timer()
+                meter.restart()
 
         saver.finish()
     if stopping:

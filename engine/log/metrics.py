@@ -20,6 +20,9 @@ from shards.errors import printable
 from shards.fields import Operation
 from shards.storage import files
 
+# The keys of a record that differ between two equal runs. All others are equal bit for bit.
+TIMINGS = (*("images_per_second", "images_per_second_device", "data_wait", "mfu", "memory_gib"),)
+
 
 @dataclass(frozen=True)
 class LogConfig:

@@ -14,7 +14,7 @@ import torch
 
 from engine.debug import debug_step
 from engine.evaluation.during_training import ProbeConfig
-from engine.log.metrics import LogConfig
+from engine.log.metrics import TIMINGS, LogConfig
 from engine.method import precision
 from engine.method.schedule import ScheduleConfig
 from engine.recipe import Recipe
@@ -30,15 +30,13 @@ from tests.helpers.training import finish, open_trainer, training
 
 pytestmark = pytest.mark.versions
 
-TIMING = {"images_per_second", "data_wait"}
-
 
 def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def comparable(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines(run)]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines(run)]
 
 
 def train(recipe: Recipe) -> Trainer:
@@ -75,7 +73,8 @@ def test_metrics_of_a_run(whole_run: Path) -> None:
     for record in records:
         assert record["epoch"] == record["step"] // steps_per_epoch
         assert 0 <= record["loss"] <= 8
-        assert TIMING | {"lr", "tau", "feature_std", "data_digest"} <= record.keys()
+        assert {"images_per_second", "data_wait", "lr", "tau"} <= record.keys()
+        assert {"feature_std", "data_digest", "grad_norm", "update_ratio"} <= record.keys()
         assert ("knn_top1" in record) == (record["step"] % 5 == 0)
         assert ("online_top1" in record) == (record["step"] % 5 == 0)
     assert len({record["data_digest"] for record in records}) == len(records)

@@ -21,6 +21,7 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torchvision.models import resnet18
 
 from engine.log import journal
+from engine.log.metrics import TIMINGS
 from engine.processes.preemption import Preemption
 from engine.state import lease
 from launch import evaluate, export
@@ -224,10 +225,9 @@ def test_a_live_run_is_not_disturbed(tiny_data: DataConfig, tmp_path: Path) -> N
     found, expected = journal.read(url), journal.read(calm)
     apart = result(f"{tmp_path}/out", "knn")["metrics"]
     assert found[7].pop("knn_k5_t0.07_top1") == apart["knn_k5_t0.07_top1"]
-    timings = {"images_per_second", "data_wait"}
     for ours, theirs in zip(found, expected, strict=True):
-        assert {k: v for k, v in ours.items() if k not in timings} == {
-            k: v for k, v in theirs.items() if k not in timings
+        assert {k: v for k, v in ours.items() if k not in TIMINGS} == {
+            k: v for k, v in theirs.items() if k not in TIMINGS
         }
     lines = Path(url, "metrics.jsonl").read_text().splitlines()
     assert "knn_k5_t0.07_top1" in json.loads(lines[7])

@@ -9,6 +9,7 @@ import pytest
 
 from engine.log import journal
 from engine.log.journal import Journal, add, read
+from engine.log.metrics import TIMINGS
 from engine.state import checkpoint
 from engine.trainer import Trainer
 from launch import export
@@ -21,7 +22,6 @@ from tests.conftest import Files
 from tests.engine.log.test_events import points
 from tests.engine.log.test_journal import fail, parts, record, records
 from tests.engine.state.test_checkpoint import ALONE
-from tests.engine.test_trainer import TIMING
 from tests.helpers import tiny
 from tests.helpers.fault_proxy import FaultProxy
 from tests.helpers.training import finish, open_trainer, train
@@ -148,7 +148,7 @@ def killed_at(trainer: Trainer, step: int, last: int) -> None:
 
 
 def without_timing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
 
 
 @pytest.fixture
