@@ -20,6 +20,9 @@ from shards.errors import printable
 from shards.fields import Operation
 from shards.storage import files
 
+# The keys of the record of step 0, which holds what an encoder has to beat, and their names.
+BASELINES = {"knn_pixels": "raw pixels", "knn_untrained": "untrained encoder"}
+
 # The keys of a record that differ between two equal runs. All others are equal bit for bit.
 TIMINGS = (*("images_per_second", "images_per_second_device", "data_wait", "mfu", "memory_gib"),)
 
@@ -116,6 +119,18 @@ class MetricsLog:
         """Return the newest record, which an earlier process may have logged."""
         return self._journal.last
 
+    @property
+    def baseline(self) -> dict[str, float]:
+        """Return the accuracies before the first step by their names, if the run has them."""
+        record = self._journal.find(0)
+        found = {name: record.get(key) for key, name in BASELINES.items()}
+        return {name: value for name, value in found.items() if isinstance(value, float)}
+
+    def find_newest(self, key: str) -> float | None:
+        """Return the newest value of a figure, which an earlier process may have logged."""
+        values = (record.get(key) for record in reversed(self._journal.after(-1)))
+        return next((value for value in values if isinstance(value, float)), None)
+
     def advance(self) -> None:
         self._progress.advance(self._task)
 
@@ -208,6 +223,8 @@ class MetricsLog:
 
     def _show(self, record: Record) -> None:
         status = ""
+        if record["step"] == 0:  # the baselines, which are told when they are measured
+            return
         if "loss" in record:  # a step that is only evaluated has none
             loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
             status = f"loss {loss}  {record.get('images_per_second') or 0:,.0f} images/s"
@@ -243,6 +260,13 @@ class NoLog(MetricsLog):
     @property
     def last(self) -> None:
         return None
+
+    @property
+    def baseline(self) -> dict[str, float]:
+        return {}
+
+    def find_newest(self, key: str) -> None:
+        pass
 
     def advance(self) -> None:
         pass

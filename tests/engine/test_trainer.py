@@ -173,6 +173,36 @@ def test_views_are_shown_in_tensorboard(whole_run: Path) -> None:
     assert [event.step for event in losses] == [record["step"] for record in records]
 
 
+def test_baselines_stay_in_the_run_and_are_shown_after_a_resume(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are measured once, also when the first start ended before its first checkpoint."""
+    probe = ProbeConfig(every=5, neighbours=5, baseline=True)
+    config = tiny.recipe(tiny_data, tmp_path, probe=probe)
+    tables = []
+    for stop in (0, 5, 7):
+        train(dataclasses.replace(config, steps=stop))
+        tables.append(capsys.readouterr().out)
+    first, *others = lines(tmp_path)
+    assert [first["step"], *(record["step"] for record in others)] == list(range(8))
+    assert first.keys() == {"step", "epoch", "knn_pixels", "knn_untrained"}
+    assert [text.count("kNN of raw pixels") for text in tables] == [1, 0, 0]
+    assert "kNN accuracy on data.val" not in tables[0]
+    for text in tables[1:]:
+        assert f"raw pixels {first['knn_pixels']:14.1%}" in text
+        assert f"untrained encoder  {first['knn_untrained']:6.1%}" in text
+        assert f"trained encoder    {others[4]['knn_top1']:6.1%}" in text
+
+
+@pytest.mark.parametrize(("every", "steps"), [(4, [1, 4, 8, 9]), (100, [1, 9])])
+def test_the_first_and_the_last_step_are_logged(
+    tiny_data: DataConfig, tmp_path: Path, every: int, steps: list[int]
+) -> None:
+    config = tiny.recipe(tiny_data, tmp_path, log=LogConfig(every=every), probe=tiny.NO_PROBE)
+    train(dataclasses.replace(config, steps=9))
+    assert [record["step"] for record in lines(tmp_path)] == steps
+
+
 def test_data_digest_tells_audited_pixels_apart(
     whole_run: Path, tiny_data: DataConfig, tmp_path: Path
 ) -> None:

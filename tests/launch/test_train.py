@@ -48,7 +48,7 @@ def test_quickstart_twice_is_equal_bit_for_bit(tmp_path: Path) -> None:
         assert "step_00000006" in done.stdout
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         records.append([{k: v for k, v in line.items() if k not in TIMINGS} for line in lines])
-    assert [line["step"] for line in records[0]] == list(range(1, 7))
+    assert [line["step"] for line in records[0]] == list(range(7))
     assert records[0] == records[1]
 
 
