@@ -77,6 +77,7 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> bool:
                 meter.restart()
 
         saver.finish()
+    meter.show_ranks()
     return stopping
 
 

@@ -37,6 +37,10 @@ class LogConfig:
     """Number of images whose two views are shown in tensorboard, at the start and at
     evaluations."""
 
+    ranks_every: Operation[Annotated[int, Interval(ge=0)]] = 1000
+    """Steps from one table of the slowest processes to the next. It is printed at logged steps and
+    at the end, when there are several processes. 0 turns it off."""
+
     def due(self, step: int) -> bool:
         """Return whether `step` is logged."""
         return step % self.every == 0
@@ -50,24 +54,29 @@ class Timer:
     """
 
     def __init__(self) -> None:
-        self.steps, self._start, self._waited = 0, time.perf_counter(), 0.0
+        self.steps, self.waited, self._start = 0, 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds since the timer was made."""
+        return time.perf_counter() - self._start
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the time of the block as waiting for data."""
         start = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - start
+        self.waited += time.perf_counter() - start
 
     def read(self, batch: int) -> dict[str, float]:
         """Return the images per second, and the share (0 to 1) of the time spent waiting for data.
 
         `batch` is the number of images in each step.
         """
-        seconds = time.perf_counter() - self._start
+        seconds = self.seconds
         return {
             "images_per_second": self.steps * batch / seconds,
-            "data_wait": self._waited / seconds,
+            "data_wait": self.waited / seconds,
         }
 
 
