@@ -164,7 +164,7 @@ def _farewell(trainer: Trainer, log: MetricsLog) -> None:
             say(f"  {name:<18} {accuracy:6.1%}")
     if trainer.step:
         say(f"checkpoint    {checkpoint.step_url(run, trainer.step)}")
-    say(f"curves        tensorboard --logdir {run}/tensorboard")
+    say(f"curves        tensorboard --logdir {run}")
     if trainer.step < trainer.total_steps:
         option = "" if trainer.recipe.steps is None else " with a larger --steps, or without it,"
         say(f"the same command{option} goes on")

@@ -1,18 +1,25 @@
 """Log a run to metrics.jsonl, to tensorboard and to the terminal."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Interval
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from engine.log.events import TENSORBOARD, EventLog
+from engine.log.curves import (
+    VIEWS,
+    compare_fields,
+    lay_out_overview,
+    name_curve,
+    show_fields,
+)
+from engine.log.events import EventLog
 from engine.log.journal import JSONL, Journal, Record
 from engine.log.terminal import Terminal
 from engine.method.augment import MEAN, STD
@@ -81,7 +88,7 @@ class Timer:
 
 
 class MetricsLog:
-    """Write RUN/metrics.jsonl and RUN/tensorboard, and move the progress bar.
+    """Write RUN/metrics.jsonl and tensorboard's files, and move the progress bar.
 
     The log is opened at step `start`. Later steps that an earlier process logged are dropped,
     because training makes those steps again. On an object store new lines and events wait in
@@ -101,9 +108,9 @@ class MetricsLog:
         The progress bar ends at step `stop`.
         """
         self.console = terminal.console
-        self._run = run
+        self._run, self._start = run, start
         self._journal = Journal(run, start, terminal.report)
-        self._events = EventLog(files.join(run, TENSORBOARD), start)
+        self._events = EventLog(run, start)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
         self._storing: Future[None] | None = None
         self._failing = False
@@ -131,9 +138,8 @@ class MetricsLog:
     @property
     def baseline(self) -> dict[str, float]:
         """Return the accuracies before the first step by their names, if the run has them."""
-        record = self._journal.find(0)
-        found = {name: record.get(key) for key, name in BASELINES.items()}
-        return {name: value for name, value in found.items() if isinstance(value, float)}
+        record = self._baseline_record().items()
+        return {BASELINES[key]: value for key, value in record if isinstance(value, float)}
 
     def find_newest(self, key: str) -> float | None:
         """Return the newest value of a figure, which an earlier process may have logged."""
@@ -154,6 +160,12 @@ class MetricsLog:
         self._store()
         self._show(record)
 
+    def describe(self, fields: dict[str, Any], method: Collection[str]) -> None:
+        """Show the recipe in tensorboard, and let runs be compared by its `method` fields."""
+        compared = {name: value for name, value in fields.items() if name in method}
+        shown = show_fields(fields), compare_fields(compared), lay_out_overview()
+        self._events.show(*shown, step=self._start)
+
     def pictures(self, views: Tensor, step: int) -> None:
         """Log both views [2, n, 3, S, S] as one picture, with one row for each view.
 
@@ -162,7 +174,7 @@ class MetricsLog:
         mean, std = (views.new_tensor(values)[:, None, None] for values in (MEAN, STD))
         images = (views * std + mean).clamp(0, 1).flatten(0, 1).float().cpu()
         grid = make_grid(images, nrow=views.shape[1]).mul(255).round().byte()
-        self._events.picture("views", grid.permute(1, 2, 0).numpy(), step)
+        self._events.picture(VIEWS, grid.permute(1, 2, 0).numpy(), step)
         self._store()
 
     def flush(self) -> None:
@@ -201,12 +213,24 @@ class MetricsLog:
         lines, events = self._journal.unwritten, self._events.unwritten
         reason = printable(reason)
         self.console.print(
-            f"{reason}; not written are {lines} lines of {JSONL}, {events} events of {TENSORBOARD}"
+            f"{reason}; not written are {lines} lines of {JSONL}, {events} events of tensorboard"
         )
 
     def _plot(self, record: Record, known: Record) -> None:
-        points = {k: v for k, v in record.items() if isinstance(v, float) and k not in known}
+        """Add the record's numbers to the curves, except for the keys that are known there."""
+        figures = {key: value for key, value in record.items() if key not in known}
+        if "knn_top1" in figures:  # the baselines are drawn as lines beside it
+            figures = self._baseline_record() | figures
+        points = {
+            name_curve(key): float(value)
+            for key, value in figures.items()
+            if type(value) in (int, float) and key != "step"
+        }
         self._events.scalars(points, record["step"])
+
+    def _baseline_record(self) -> Record:
+        record = self._journal.find(0)
+        return {key: record[key] for key in BASELINES if key in record}
 
     def _store(self) -> None:
         """Write to a local disk now. For an object store, let the thread write what is due.
@@ -281,6 +305,9 @@ class NoLog(MetricsLog):
         pass
 
     def write(self, record: Record) -> None:
+        pass
+
+    def describe(self, fields: dict[str, Any], method: Collection[str]) -> None:
         pass
 
     def pictures(self, views: Tensor, step: int) -> None:

@@ -84,10 +84,10 @@ def test_figures_go_everywhere(
     linear = result(f"{run}/evaluations", "linear-online")
     assert linear["metrics"]["linear_top1"] == after[-1]["linear_top1"]
     assert (linear["step"], linear["network"]) == (20, "online")
-    events = EventAccumulator(f"{run}/tensorboard/evaluations")
+    events = EventAccumulator(f"{run}/evaluations")
     events.Reload()
-    assert {"linear_top1", "knn_k5_t1_top1"} <= set(events.Tags()["scalars"])
-    assert events.Scalars("linear_top1")[0].step == 20
+    assert {"eval/linear_top1", "eval/knn_k5_t1_top1"} <= set(events.Tags()["scalars"])
+    assert events.Scalars("eval/linear_top1")[0].step == 20
     # the same again takes what stands there
     again = told(capsys, "linear", run, *LINEAR)
     assert "measured before" in again
@@ -170,7 +170,7 @@ def test_a_picture_and_the_projector(run: str, tmp_path: Path) -> None:
     assert evaluate.main(["neighbours", run, *few]) == 0
     sheet = PillowImage.open(next(Path(run).glob("**/neighbours.png")))
     assert sheet.size == (5 * 112, 3 * 112)
-    folder = Path(run, "tensorboard", "evaluations")
+    folder = Path(run, "evaluations")
     features = np.frombuffer((folder / "features.bytes").read_bytes(), "<f4")
     assert len(features) == 10 * 64
     assert len((folder / "labels.tsv").read_text().splitlines()) == 11
@@ -340,7 +340,7 @@ def test_on_a_bucket(run: str, s3: str, tmp_path: Path, tiny_data: DataConfig) -
         (["finetune", "RUN", "--holdout", "1", "--batch", "8"], "is held out to choose"),
         (["semi-supervised", "RUN", "--files", "RUN"], "no such file"),
         (["linear", "RUN/nothing"], "nothing there; give the URL of a run"),
-        (["linear", "RUN/tensorboard"], "no committed checkpoint there"),
+        (["linear", "RUN/lease"], "no committed checkpoint there"),
         (["linear", "s3:/run"], "a URL has two slashes"),
         (["linear", "RUN", "--data.val", "RUN"], "no index.json there"),
         (["linear", "RUN", "--data.val", "OTHER"], "data.val has other classes than data.train"),

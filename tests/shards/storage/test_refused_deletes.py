@@ -183,7 +183,7 @@ def test_a_run_goes_on_and_ends_as_any(
     expected = without_timing(read(alone.run))
     assert [line["step"] for line in expected] == [*range(1, 12)]
     assert without_timing(read(recipe.run)) == expected
-    assert [step for step, _ in points(f"{recipe.run}/tensorboard", "loss")] == [*range(1, 12)]
+    assert [step for step, _ in points(recipe.run, "train/loss")] == [*range(1, 12)]
     # What a reader that was not told of parts would take for the log.
     proxy.deny("")
     assert without_timing(read(recipe.run)) == expected
