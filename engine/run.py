@@ -114,6 +114,7 @@ class Run:
             yield NoLog()
             return
         log = MetricsLog(self.url, step, stop, self.terminal)
+        log.describe(_without_secrets(self._recipe), method_fields(self._recipe))
         try:
             yield log
         finally:
@@ -195,10 +196,13 @@ def find_checkpoint(
     return commit
 
 
-def _write_recipe(recipe: Recipe, index_digest: str) -> None:
+def _without_secrets(recipe: Recipe) -> dict[str, Any]:
     fields = flatten(recipe)
-    document = {k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
-    document |= {DIGEST: index_digest}
+    return {k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
+
+
+def _write_recipe(recipe: Recipe, index_digest: str) -> None:
+    document = _without_secrets(recipe) | {DIGEST: index_digest}
     files.write(files.join(recipe.run, layout.RECIPE), json.dumps(document, indent=1).encode())
 
 

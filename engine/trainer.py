@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 from engine.data import Data, train_batches
 from engine.evaluation.during_training import Probe
 from engine.log.figures import StepSums, data_digest
+from engine.log.metrics import BASELINES
 from engine.method import byol
 from engine.method.augment import augment
 from engine.method.byol import byol_loss, update_target
@@ -225,16 +226,17 @@ class Trainer:
         """Measure and report the kNN accuracies before the first step of the run.
 
         Returns:
-            The accuracies by name; nothing when the recipe asks for none or the run has begun.
+            The accuracies by their keys in the log; nothing when the recipe asks for none or the
+            run has begun.
         """
         if self.probe is None or not self.recipe.probe.baseline or self.step:
             return {}
         found = {
-            "raw pixels": self.probe.measure_pixels(),
-            "untrained encoder": self.probe.evaluate()["knn_top1"],
+            "knn_pixels": self.probe.measure_pixels(),
+            "knn_untrained": self.probe.evaluate()["knn_top1"],
         }
-        for name, accuracy in found.items():
-            self.terminal.say(f"kNN of {name}: {accuracy:.1%}")
+        for key, accuracy in found.items():
+            self.terminal.say(f"kNN of {BASELINES[key]}: {accuracy:.1%}")
         return found
 
     # Reports about a step --------------------------------------------------------------------

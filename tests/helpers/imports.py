@@ -31,6 +31,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("engine.recipe",),
     ("engine.run", "engine.data"),
     ("engine.trainer",),
+    ("engine.measuring",),
     ("engine.fit", "engine.debug", "engine.notebook"),
     ("recipes",),
     ("launch",),
