@@ -36,12 +36,13 @@ from shards.storage import files
 class StepOutput(NamedTuple):
     """Hold what a step leaves for the log, on the device.
 
-    The images and the features are those of the last micro-batch only.
+    The images, features and projections are those of the last micro-batch only.
     """
 
     loss: Tensor  # [] this process's share of the mean over the global batch, 0 to 8
     head_loss: Tensor  # [] the same for the online classifier; 0 without labels
     features: Tensor  # [V*b, F]
+    projections: Tensor  # [V*b, D], the target network's
     images: Tensor  # [V*b, 3, S, S], as the network saw them
     lr: float
     tau: float
@@ -153,7 +154,7 @@ class Trainer:
         self.statistics.apply(skip)
         self.guard.update(skip)
         self.step += 1  # a skipped step takes its place in the schedule too
-        return StepOutput(loss, head_loss, online.features, images, lr, rate)
+        return StepOutput(loss, head_loss, online.features, projection, images, lr, rate)
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Split a batch into micro-batches on the device.
@@ -246,8 +247,9 @@ class Trainer:
 
         All processes call it together.
         """
-        own = StepSums.of(output.loss, output.head_loss, output.features)
-        sums = StepSums(self.world.all_reduce(own.values))
+        features, projections = output.features, output.projections
+        own = StepSums.of(output.loss, output.head_loss, features, projections)
+        sums = StepSums(self.world.all_reduce(own.values), features.shape[1])
         digest = self.world.all_reduce(data_digest(batch.ids, batch.crcs)).item()
         record: dict[str, Any] = {
             "step": self.step,
@@ -256,6 +258,7 @@ class Trainer:
             "lr": output.lr,
             "tau": output.tau,
             "feature_std": sums.feature_std,
+            "projection_std": sums.projection_std,
             "data_digest": f"{digest % 2**64:016x}",
             "skipped": int(self.guard.skipped),
         }
