@@ -99,6 +99,12 @@ def _check_batches(recipe: Recipe, order: Order) -> None:
             f"schedule.epochs {recipe.schedule.epochs} of {samples} samples are less than one "
             f"step of batch.size {recipe.batch.size}: train for longer"
         )
+    warmup = recipe.schedule.warmup_steps(samples, recipe.batch.size)
+    if warmup > (total := recipe.schedule.total_steps(samples, recipe.batch.size)):
+        raise InputError(
+            f"schedule.warmup {recipe.schedule.warmup} is {warmup} steps, but the whole run has "
+            f"{total}: give a shorter --schedule.warmup"
+        )
 
 
 def _check_classes(recipe: Recipe, train: Index, val: Index) -> None:

@@ -9,7 +9,7 @@ from engine.log.metrics import MetricsLog, NoLog
 from engine.log.terminal import Terminal
 from engine.processes.identity import agent_identity
 from engine.processes.world import World
-from engine.recipe import ADDED_LATER, Recipe, method_fields
+from engine.recipe import Recipe, in_todays_terms, method_fields
 from engine.state import checkpoint, layout, lease
 from engine.state.artefacts import Artefacts
 from engine.state.checkpoint import Commit
@@ -120,6 +120,7 @@ class Run:
             yield NoLog()
             return
         log = MetricsLog(self.url, step, stop, self.terminal)
+        log.describe(_without_secrets(self._recipe), method_fields(self._recipe))
         try:
             yield log
         finally:
@@ -201,10 +202,13 @@ def find_checkpoint(
     return commit
 
 
-def _write_recipe(recipe: Recipe, facts: dict[str, Any]) -> None:
+def _without_secrets(recipe: Recipe) -> dict[str, Any]:
     fields = flatten(recipe)
-    document = {k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
-    document |= facts
+    return {k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
+
+
+def _write_recipe(recipe: Recipe, facts: dict[str, Any]) -> None:
+    document = _without_secrets(recipe) | facts
     files.write(files.join(recipe.run, layout.RECIPE), json.dumps(document, indent=1).encode())
 
 
@@ -245,7 +249,7 @@ def _refuse_other(
         digest_there: The digest of the training data found at `url`.
         remedy: What else the user could do, for the message.
     """
-    found = differences(ADDED_LATER | method, method_fields(recipe))
+    found = differences(in_todays_terms(method), method_fields(recipe))
     if digest_there != index_digest:
         found.append(f"digest of data.train: there {digest_there}, here {index_digest}")
     if found:

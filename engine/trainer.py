@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 from engine.data import Data, train_batches
 from engine.evaluation.during_training import Probe
 from engine.log.figures import StepSums, data_digest
+from engine.log.metrics import BASELINES
 from engine.method import byol
 from engine.method.augment import augment
 from engine.method.byol import byol_loss, update_target
@@ -24,7 +25,7 @@ from engine.method.precision import MOST_SKIPS, StepGuard, autocast, parameter_d
 from engine.method.schedule import learning_rate, tau
 from engine.processes import compiling, parallel
 from engine.processes.world import World, set_timeout, share_of_cores
-from engine.recipe import Recipe
+from engine.recipe import Recipe, in_steps
 from engine.run import Run
 from engine.state import checkpoint
 from shards.errors import InputError
@@ -35,12 +36,13 @@ from shards.storage import files
 class StepOutput(NamedTuple):
     """Hold what a step leaves for the log, on the device.
 
-    The images and the features are those of the last micro-batch only.
+    The images, features and projections are those of the last micro-batch only.
     """
 
     loss: Tensor  # [] this process's share of the mean over the global batch, 0 to 8
     head_loss: Tensor  # [] the same for the online classifier; 0 without labels
     features: Tensor  # [V*b, F]
+    projections: Tensor  # [V*b, D], the target network's
     images: Tensor  # [V*b, 3, S, S], as the network saw them
     lr: float
     tau: float
@@ -56,7 +58,8 @@ class Trainer:
 
         Raises InputError for a strategy that these processes cannot use.
         """
-        self.recipe, self.world, self.data, self.run = recipe, world, data, run
+        self.recipe = recipe = in_steps(recipe, data.order.steps_per_epoch)
+        self.world, self.data, self.run = world, data, run
         self.device, self.terminal = world.device, run.terminal
         self.threads = recipe.threads or share_of_cores()
         samples, batch = data.train.samples, recipe.batch.size
@@ -118,7 +121,8 @@ class Trainer:
 
         Source: section 3.1 and algorithm 1 of the paper. With micro-batches, the gradients are
         averaged over them, and everything after the backward passes happens once, as in the
-        paper. A step with a gradient that is not finite changes only what the guard keeps.
+        paper. A step with a gradient that is not finite changes only what the guard keeps, and
+        counts like any other.
         """
         lr = learning_rate(self.step, self.peak_lr, self.warmup_steps, self.total_steps)
         rate = tau(self.step, self.recipe.schedule.base_tau, self.total_steps, self.tau_power)
@@ -149,7 +153,8 @@ class Trainer:
         self.update_target(local(self.moved), local(self.towards), follow)
         self.statistics.apply(skip)
         self.guard.update(skip)
-        return StepOutput(loss, head_loss, online.features, images, lr, rate)
+        self.step += 1  # a skipped step takes its place in the schedule too
+        return StepOutput(loss, head_loss, online.features, projection, images, lr, rate)
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Split a batch into micro-batches on the device.
@@ -222,16 +227,17 @@ class Trainer:
         """Measure and report the kNN accuracies before the first step of the run.
 
         Returns:
-            The accuracies by name; nothing when the recipe asks for none or the run has begun.
+            The accuracies by their keys in the log; nothing when the recipe asks for none or the
+            run has begun.
         """
         if self.probe is None or not self.recipe.probe.baseline or self.step:
             return {}
         found = {
-            "raw pixels": self.probe.measure_pixels(),
-            "untrained encoder": self.probe.evaluate()["knn_top1"],
+            "knn_pixels": self.probe.measure_pixels(),
+            "knn_untrained": self.probe.evaluate()["knn_top1"],
         }
-        for name, accuracy in found.items():
-            self.terminal.say(f"kNN of {name}: {accuracy:.1%}")
+        for key, accuracy in found.items():
+            self.terminal.say(f"kNN of {BASELINES[key]}: {accuracy:.1%}")
         return found
 
     # Reports about a step --------------------------------------------------------------------
@@ -241,8 +247,9 @@ class Trainer:
 
         All processes call it together.
         """
-        own = StepSums.of(output.loss, output.head_loss, output.features)
-        sums = StepSums(self.world.all_reduce(own.values))
+        features, projections = output.features, output.projections
+        own = StepSums.of(output.loss, output.head_loss, features, projections)
+        sums = StepSums(self.world.all_reduce(own.values), features.shape[1])
         digest = self.world.all_reduce(data_digest(batch.ids, batch.crcs)).item()
         record: dict[str, Any] = {
             "step": self.step,
@@ -251,6 +258,7 @@ class Trainer:
             "lr": output.lr,
             "tau": output.tau,
             "feature_std": sums.feature_std,
+            "projection_std": sums.projection_std,
             "data_digest": f"{digest % 2**64:016x}",
             "skipped": int(self.guard.skipped),
         }

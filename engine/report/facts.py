@@ -25,6 +25,7 @@ NOT_FIELDS = {
     layout.TOTAL,
     BRANCHED,
 }  # keys of recipe.json that are no fields of a recipe
+HEALTHY = "healthy"  # the value of `health` when nothing is wrong
 MOST_EVALUATIONS = 100
 _SMALLEST, _LARGEST = 1e-99, 1e99  # of the numbers that a chart can show
 MOST_BYTES = 20_000_000  # of a result or of a sheet
@@ -130,8 +131,8 @@ def collect(url: str, name: str = "RUN", pictures: bool = True) -> RunFacts:
     run.records = _attempt(run, layout.JSONL, lambda: journal.read(run.url)) or []
     if layout.EVALUATIONS in names:
         _attempt(run, layout.EVALUATIONS, lambda: _read_evaluations(run))
-    if pictures and layout.TENSORBOARD in names:
-        run.views = _attempt(run, layout.TENSORBOARD, lambda: find_views(run.url))
+    if pictures:
+        run.views = _attempt(run, "the views", lambda: find_views(run.url))
     return run
 
 

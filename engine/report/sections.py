@@ -6,7 +6,7 @@ import numpy as np
 
 from engine.report.charts import read_baselines
 from engine.report.curves import is_fraction, show_number
-from engine.report.facts import BRANCHED, EvaluationFacts, RunFacts, as_number
+from engine.report.facts import BRANCHED, HEALTHY, EvaluationFacts, RunFacts, as_number
 from engine.report.html import Child, Html, breakable, join, tag
 from engine.report.pictures import embed
 from engine.report.recipes import changed_fields, defaults, differing_fields, show
@@ -93,7 +93,7 @@ def _tell(run: RunFacts, key: str) -> list[str]:
     found: dict[str, list[int]] = {}
     for record in run.records:
         text = record.get(key)
-        if isinstance(text, str) and text:
+        if isinstance(text, str) and text not in ("", HEALTHY):
             found.setdefault(text, []).append(record["step"])
     lines = []
     for text, steps in sorted(found.items(), key=lambda item: -item[1][-1]):

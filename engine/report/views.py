@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 
-from engine.state.layout import TENSORBOARD
+from engine.log.curves import VIEWS
 from shards.storage import files
 from shards.storage.entries import Entry, list_entries
 
-VIEWS = "views"  # tag of the picture that the training logs
+_TAGS = {VIEWS, "views"}  # of the picture; earlier releases wrote the shorter one
+_FOLDERS = ("", "tensorboard")  # in RUN; earlier releases wrote to the latter
 MOST_FILES = 200  # event files that are looked through, from the newest on
 MOST_BYTES = 256 << 20  # of an event file that is looked through
 _HEAD, _SUM = 12, 4  # bytes before and behind an event: its length and checksums
@@ -23,11 +24,12 @@ def find_views(run: str) -> tuple[int, bytes] | None:
     It is read back from tensorboard's files, so that nothing has to be written twice, and runs of
     earlier releases have one too. Raises OSError.
     """
-    folder = files.join(run, TENSORBOARD)
-    found = [entry for entry in list_entries(folder) if ".tfevents." in entry.name]
-    for entry in reversed(found[-MOST_FILES:]):
-        if entry.size <= MOST_BYTES and (views := _find_in(folder, entry)):
-            return views
+    for name in _FOLDERS:
+        folder = files.join(run, name) if name else run
+        found = [entry for entry in list_entries(folder) if ".tfevents." in entry.name]
+        for entry in reversed(found[-MOST_FILES:]):
+            if entry.size <= MOST_BYTES and (views := _find_in(folder, entry)):
+                return views
     return None
 
 
@@ -55,5 +57,5 @@ def _views(content: bytes) -> Iterator[tuple[int, bytes]]:
     except DecodeError:
         return
     for value in event.summary.value:
-        if value.tag == VIEWS and value.HasField("image"):
+        if value.tag in _TAGS and value.HasField("image"):
             yield event.step, value.image.encoded_image_string

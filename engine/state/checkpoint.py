@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from engine.method.durations import Duration, Lasting, is_due, simplify
 from engine.processes.world import World
 from engine.state import dcp_metadata
 from engine.state.dcp_files import Reader, Writer, verify_file
@@ -43,9 +44,9 @@ Sums = dict[str, tuple[int, int]]  # name of a file: length in bytes, CRC32
 class CheckpointConfig:
     """Configure when the run is saved, and what it starts from."""
 
-    every: Operation[Annotated[int, Interval(ge=0)]] = 1000
-    """Steps from one checkpoint to the next. The last step of a process is saved too. 0 saves only
-    that one."""
+    every: Operation[Annotated[Duration, Lasting()]] = 1000
+    """Time from one checkpoint to the next: steps, such as 1000, or epochs, such as '1 epoch'. The
+    last step of a process is saved too. 0 saves only that one."""
     keep: Operation[Annotated[int, Interval(ge=1)]] = 3
     """Number of newest checkpoints that stay."""
     keep_every: Operation[Annotated[int, Interval(ge=0)]] = 0
@@ -60,9 +61,12 @@ class CheckpointConfig:
     resume: Operation[str] = ""
     """URL of another run, or of one of its checkpoints, whose full state a new run starts from."""
 
+    def __post_init__(self) -> None:
+        simplify(self, "every")
+
     def due(self, step: int) -> bool:
         """Return whether `every` asks for a checkpoint of `step`."""
-        return self.every > 0 and step % self.every == 0
+        return is_due(self.every, step)
 
 
 @dataclass(frozen=True)

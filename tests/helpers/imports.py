@@ -27,10 +27,12 @@ LAYERS: list[tuple[str, ...]] = [
     ("engine.state",),
     ("engine.encoder",),
     ("engine.evaluation",),
+    ("engine.recipe_files",),
     ("engine.recipe",),
     ("engine.run", "engine.data", "engine.report"),
     ("engine.trainer",),
-    ("engine.fit", "engine.debug"),
+    ("engine.measuring",),
+    ("engine.fit", "engine.debug", "engine.notebook"),
     ("recipes",),
     ("launch",),
 ]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.log.curves import VIEWS
 from engine.log.events import EventLog
 from engine.report.facts import RunFacts, collect
 from engine.report.html import tag
@@ -15,7 +16,7 @@ from engine.report.page import MOST_BYTES, make_page, name_runs
 from engine.report.pictures import embed
 from engine.report.views import find_views
 from shards.errors import InputError
-from shards.png import encode_png
+from shards.png import decode_png, encode_png
 from tests.helpers.web_pages import WebPage, read_page
 
 TAGS = {
@@ -55,11 +56,11 @@ def write_run(folder: Path, text: str = "", **more: Any) -> str:
     document |= {"metrics": {f"linear_top1{text}": 0.625}, "settings": {f"lr{text}": [text, 0.1]}}
     (result / "result.json").write_text(json.dumps(document))
     (result / "neighbours.png").write_bytes(encode_png(np.zeros((40, 90, 3), np.uint8)))
-    events = EventLog(f"{folder}/tensorboard", 0)
+    events = EventLog(str(folder), 0)
     noise = np.random.default_rng(0).integers(0, 255, (20, 40, 3), np.uint8)
     for step in (1, 50):
         events.scalars({"loss": 1.0}, step)
-        events.picture("views", noise, step)
+        events.picture(VIEWS, noise, step)
     events.picture("another", noise, 60)
     events.flush()
     return str(folder)
@@ -143,7 +144,7 @@ def test_damaged_files_are_faults(tmp_path: Path, content: bytes) -> None:
     run = Path(write_run(tmp_path / "run"))
     for path in (run / "recipe.json", *run.glob("evaluations/*/*/*")):
         path.write_bytes(content)
-    for path in run.glob("tensorboard/*"):
+    for path in run.glob("*.tfevents.*"):
         path.write_bytes(content)
     facts = collect(str(run))
     page = read_page(make_page([facts]))
@@ -177,14 +178,24 @@ def test_a_large_picture_becomes_small() -> None:
 
 def test_the_newest_views_are_found_beside_a_half_written_event(tmp_path: Path) -> None:
     run = Path(write_run(tmp_path / "run"))
-    (path,) = run.glob("tensorboard/*")
+    (path,) = run.glob("*.tfevents.*")
     whole = find_views(str(run))
     assert whole is not None
     assert whole[0] == 50
     path.write_bytes(path.read_bytes()[:-100])
     assert find_views(str(run)) == whole
-    EventLog(f"{run}/tensorboard", 50).flush()
+    EventLog(str(run), 50).flush()
     assert find_views(str(run)) == whole
+
+
+def test_views_of_earlier_releases_are_found(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (20, 40, 3), np.uint8)
+    events = EventLog(f"{tmp_path}/tensorboard", 0)
+    events.picture("views", noise, 7)
+    events.flush()
+    found = find_views(str(tmp_path))
+    assert found is not None
+    assert (found[0], decode_png(found[1]).tolist()) == (7, noise.tolist())
 
 
 def test_no_run_is_said(tmp_path: Path) -> None:
