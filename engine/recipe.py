@@ -38,7 +38,10 @@ _MACHINES_OWN = {
 }
 
 # The method fields that came after the first release, with the values that runs had before them.
-ADDED_LATER: dict[str, Any] = {"data.max_pixels": 89_478_485, "data.exif": "ignore"}
+ADDED_LATER: dict[str, Any] = {
+    **{"data.max_pixels": 89_478_485, "data.exif": "ignore"},
+    "probe.head_lr": None,
+}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -18,6 +17,7 @@ from engine.log.figures import StepSums, data_digest
 from engine.method import byol
 from engine.method.augment import augment
 from engine.method.byol import byol_loss, update_target
+from engine.method.head import count_labels, head_loss, set_apart, set_rates
 from engine.method.local_shards import foreach_norms, local, not_finite, whole_norms
 from engine.method.norm import RunningStatistics
 from engine.method.precision import MOST_SKIPS, StepGuard, autocast, parameter_dtype
@@ -39,7 +39,8 @@ class StepOutput(NamedTuple):
     """
 
     loss: Tensor  # [] this process's share of the mean over the global batch, 0 to 8
-    head_loss: Tensor  # [] the same for the online classifier; 0 without labels
+    head_loss: Tensor  # [] its share of the mean over the labeled rows, for the online head
+    labeled: Tensor  # [] the number of labeled rows in the global batch
     features: Tensor  # [V*b, F]
     images: Tensor  # [V*b, 3, S, S], as the network saw them
     lr: float
@@ -69,6 +70,10 @@ class Trainer:
         self.online, self.target = byol.build(recipe.model, self.classes, recipe.seed)
         self._parallelize()
         self.optimizer = recipe.optimizer.build(self.online, self.parallel.shard_group)
+        self.peak_head_lr = self.peak_lr
+        if recipe.probe.head_lr is not None and self.online.classifier is not None:
+            self.peak_head_lr = recipe.schedule.peak_lr(batch, recipe.probe.head_lr)
+            set_apart(self.optimizer, self.online.classifier)
         self.moved, self.towards = byol.pair_parameters(self.target, self.online)
         self.statistics = RunningStatistics([self.online, self.target])
         self.guard = StepGuard(recipe.precision, self.device, batch, world.size)
@@ -120,11 +125,15 @@ class Trainer:
         averaged over them, and everything after the backward passes happens once, as in the
         paper. A step with a gradient that is not finite changes only what the guard keeps.
         """
-        lr = learning_rate(self.step, self.peak_lr, self.warmup_steps, self.total_steps)
+        lr, head_lr = (
+            learning_rate(self.step, peak, self.warmup_steps, self.total_steps)
+            for peak in (self.peak_lr, self.peak_head_lr)
+        )
         rate = tau(self.step, self.recipe.schedule.base_tau, self.total_steps, self.tau_power)
         parts = self._micro_batches(batch)
         share = len(batch.ids) / self.recipe.batch.size / len(parts)  # of the global batch
-        loss = head_loss = torch.zeros((), device=self.device)
+        labeled = self._count_labels(parts)
+        loss = head_total = torch.zeros((), device=self.device)
 
         for number, (views, params, labels) in enumerate(parts, start=1):
             images = self.augment(views, params)  # [V*b, 3, S, S]
@@ -134,14 +143,13 @@ class Trainer:
                     with torch.no_grad():
                         projection = self.target(images)  # [V*b, D]
                 byol_term = byol_loss(online.prediction, projection).mean() * share
-                head_term = _head_loss(online.logits, labels) * share
+                head_term = head_loss(online.logits, labels, labeled)
                 self.guard.scale_loss(byol_term + head_term).backward()
             self.statistics.note()
             loss = loss + byol_term.detach()
-            head_loss = head_loss + head_term.detach()
+            head_total = head_total + head_term.detach()
 
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rates(self.optimizer, lr, head_lr)
         divisor = self.guard.divisor(self.online.parameters())
         skip = self.optimizer.step(divisor)  # [] 1 when a gradient is not finite
         self.optimizer.zero_grad()
@@ -149,7 +157,18 @@ class Trainer:
         self.update_target(local(self.moved), local(self.towards), follow)
         self.statistics.apply(skip)
         self.guard.update(skip)
-        return StepOutput(loss, head_loss, online.features, images, lr, rate)
+        return StepOutput(loss, head_total, labeled, online.features, images, lr, rate)
+
+    def _count_labels(self, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        """Count the labeled rows of the global batch, [] on the device; 0 without a head.
+
+        Every process needs that number before its backward pass, and an index does not tell which
+        samples have labels. So the processes add up their own counts on the device, beside dozens
+        of such sums in the batch norms, and no host waits.
+        """
+        if not self.classes:
+            return torch.zeros((), device=self.device)
+        return self.world.all_reduce(count_labels(torch.cat([labels for _, _, labels in parts])))
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Split a batch into micro-batches on the device.
@@ -257,7 +276,7 @@ class Trainer:
         if self.guard.scale is not None:
             record["loss_scale"] = self.guard.scale.item()
         if self.classes:
-            record["head_loss"] = sums.head_loss
+            record["head_loss"] = sums.head_loss if output.labeled else None
         return record
 
     def pictures(self, output: StepOutput) -> Tensor:
@@ -314,15 +333,3 @@ class Trainer:
             self.optimizer,
             optim_state_dict={"state": state["optimizer"], "param_groups": groups},
         )
-
-
-def _head_loss(logits: Tensor | None, labels: Tensor) -> Tensor:
-    """Compute the online classifier's cross-entropy [], as a mean over all rows.
-
-    Rows without a label (-1) count as 0. So a process need not know how many rows of the other
-    processes have labels.
-    """
-    if logits is None:
-        return torch.zeros((), device=labels.device)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / len(labels)

@@ -50,6 +50,9 @@ class ProbeConfig:
     """Approximate number of training images that are searched for neighbors."""
     crop: Operation[Annotated[float, Interval(ge=1e-3, le=1)]] = 0.875
     """Side of the central crop as a fraction of the image's shorter side."""
+    head_lr: Annotated[float | None, Interval(ge=0, le=1e9)] = None
+    """Peak learning rate of the online head at batch size 256, which takes the place of
+    schedule.base_lr. By default the head has the rate of the networks, as in the official code."""
     baseline: Operation[bool] = False
     """Measure kNN on raw pixels and on the untrained encoder before the first step."""
 
