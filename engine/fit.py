@@ -36,7 +36,8 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
         Saver(trainer.world, recipe.checkpoint.background, trainer.terminal.report) as saver,
     ):
         _greet(trainer, data.block_memory)
-        measured = _catch_up(trainer, log)
+        measured, best = _catch_up(trainer, log), run.find_best(first)
+        best.note(first, measured)
         timer, stopping = Timer(), False
         while trainer.step < stop and not stopping:
             with timer.waiting():
@@ -59,9 +60,10 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
                     trainer.check_finite(output)
                     found = _evaluate(trainer, preemption)
                     record, measured, stopping = record | found, measured | found, not found
+                    best.note(step, found)
                 log.write(record)
                 timer = Timer()
-            if recipe.checkpoint.due(step) or stopping or step == stop:
+            if recipe.checkpoint.due(step) or stopping or step in (stop, best.step):
                 trainer.check_finite(output)
                 _save(trainer, saver, log)
                 timer = Timer()
@@ -90,7 +92,7 @@ def _greet(trainer: Trainer, block_memory: int) -> None:
 def _catch_up(trainer: Trainer, log: MetricsLog) -> dict[str, Any]:
     """Evaluate at the step that training continues from, if that was prevented or failed before."""
     record: dict[str, Any] | None = trainer.world.on_main(lambda: log.last)
-    if record is None or record["step"] != trainer.step or "knn_top1" in record:
+    if record is None or record["step"] != trainer.step or "feature_rank" in record:
         return {}
     if trainer.probe is None or not trainer.recipe.probe.due(trainer.step, trainer.total_steps):
         return {}
@@ -101,7 +103,7 @@ def _catch_up(trainer: Trainer, log: MetricsLog) -> dict[str, Any]:
 
 def _evaluate(trainer: Trainer, preemption: Preemption) -> dict[str, Any]:
     """Evaluate; return nothing when a signal interrupts, as the next start evaluates then."""
-    assert trainer.probe is not None  # a recipe with evaluations has data.val
+    assert trainer.probe is not None  # a recipe with evaluations has one
     try:
         return trainer.probe.attempt(preemption.looked_for)
     except Stopped:
@@ -133,14 +135,30 @@ def _farewell(trainer: Trainer, baseline: dict[str, float], measured: dict[str, 
     say(f"{trainer.step} of {trainer.total_steps} steps done")
     if trainer.probe is not None and trainer.probe.failures:
         say(f"{trainer.probe.failures} evaluations failed: see {FAILED} in metrics.jsonl")
-    if baseline and "knn_top1" in measured:
+    if trainer.probe is not None and baseline and "knn_top1" in measured:
         figures = baseline | {"trained encoder": measured["knn_top1"]}
-        say("kNN accuracy on data.val:")
+        say(f"kNN accuracy on {trainer.probe.sets.names[1]}:")
         for name, accuracy in figures.items():
             say(f"  {name:<18} {accuracy:6.1%}")
     if trainer.step:
         say(f"checkpoint    {checkpoint.step_url(run, trainer.step)}")
     say(f"curves        tensorboard --logdir {run}/tensorboard")
+    _tell_best(trainer)
     if trainer.step < trainer.total_steps:
         option = "" if trainer.recipe.steps is None else " with a larger --steps, or without it,"
         say(f"the same command{option} goes on")
+
+
+def _tell_best(trainer: Trainer) -> None:
+    if not (key := trainer.recipe.checkpoint.keep_best):
+        return
+    try:
+        best = trainer.run.find_best(trainer.step)
+    except OSError as error:
+        trainer.terminal.say(f"the best checkpoint is not known: {error}")
+        return
+    if best.step < 0:
+        trainer.terminal.say(f"no checkpoint has {key} in the log yet")
+    else:
+        url = checkpoint.step_url(files.redact(trainer.run.url), best.step)
+        trainer.terminal.say(f"best          {url} ({best})")

@@ -11,8 +11,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from engine.data import Data, train_batches
+from engine.data import Data, open_own_probe_sets, train_batches
 from engine.evaluation.during_training import Probe
+from engine.evaluation.probe_sets import ProbeSets
 from engine.log.figures import StepSums, data_digest
 from engine.method import byol
 from engine.method.augment import augment
@@ -53,13 +54,16 @@ class Trainer:
     def __init__(self, recipe: Recipe, world: World, data: Data, run: Run) -> None:
         """Build the networks, the strategy and the optimizer, then load the saved state.
 
-        All processes call it together. It reads from storage and writes nothing there.
+        All processes call it together. It reads from storage and writes nothing there, except
+        that a folder of images for evaluations is packed into RUN.
 
-        Raises InputError for a strategy that these processes cannot use.
+        Raises InputError for a strategy that these processes cannot use, and for sets that
+        nothing can be measured on.
         """
         self.recipe, self.world, self.data, self.run = recipe, world, data, run
         self.device, self.terminal = world.device, run.terminal
         self.threads = recipe.threads or share_of_cores()
+        probe_sets = open_own_probe_sets(recipe, data, world, self.threads, self.terminal.say)
         samples, batch = data.train.samples, recipe.batch.size
         self.total_steps = recipe.schedule.total_steps(samples, batch)
         self.warmup_steps = recipe.schedule.warmup_steps(samples, batch)
@@ -80,7 +84,7 @@ class Trainer:
         if self.compile:
             compiling.compile_optimizer(self.optimizer)
 
-        self.probe = self._build_probe()
+        self.probe = self._build_probe(probe_sets)
         self.step = 0
         if run.start is not None:
             self.load(run.start)
@@ -201,17 +205,15 @@ class Trainer:
             report=self.terminal.report,
         )
 
-    def _build_probe(self) -> Probe | None:
-        """Build the probe, or return None when the recipe asks for no evaluations."""
+    def _build_probe(self, sets: ProbeSets | None) -> Probe | None:
         recipe = self.recipe
-        if self.data.val is None or not (recipe.probe.every or recipe.probe.baseline):
+        if sets is None:
             return None
         return Probe(
             recipe.probe,
             self.online,
             recipe.model.encoder,
-            self.data.train,
-            self.data.val,
+            sets,
             self.world,
             size=recipe.views.size,
             precision=recipe.precision,
@@ -244,6 +246,8 @@ class Trainer:
             The accuracies by name; nothing when the recipe asks for none or the run has begun.
         """
         if self.probe is None or not self.recipe.probe.baseline or self.step:
+            return {}
+        if not self.probe.sets.knn:  # a line has said why
             return {}
         found = {
             "raw pixels": self.probe.measure_pixels(),

@@ -47,8 +47,9 @@ def test_the_mean_is_over_labeled_rows(data: DataConfig, tmp_path: Path, micro: 
     twin, seen = copy.deepcopy(trainer.online), list[Tensor]()
 
     def keep(*_: object) -> None:
-        assert trainer.online.classifier is not None
-        seen.append(trainer.online.classifier.weight.grad.clone())  # type: ignore[union-attr]
+        weight = next(iter(trainer.online.classifier.parameters()))  # type: ignore[union-attr]
+        assert weight.grad is not None
+        seen.append(weight.grad.clone())
 
     trainer.optimizer.register_step_pre_hook(keep)
     parts = trainer._micro_batches(batch)
@@ -57,14 +58,17 @@ def test_the_mean_is_over_labeled_rows(data: DataConfig, tmp_path: Path, micro: 
     expected = nn.functional.cross_entropy(logits[there], batch.labels[there])
     expected.backward()
     torch.testing.assert_close(output.head_loss, expected.detach(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(seen[0], twin.classifier.weight.grad, rtol=1e-10, atol=1e-14)
+    weight = next(iter(twin.classifier.parameters()))  # type: ignore[union-attr]
+    torch.testing.assert_close(seen[0], weight.grad, rtol=1e-10, atol=1e-14)
 
 
 def own_rows_only(trainer: Trainer) -> None:
     """A planted fault: each process divides by its own number of labeled rows."""
-    trainer._count_labels = lambda parts: (  # type: ignore[method-assign]
-        sum((labels >= 0).sum() for _, _, labels in parts)
-    )
+
+    def count(parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        return (torch.cat([labels for _, _, labels in parts]) >= 0).sum()
+
+    trainer._count_labels = count  # type: ignore[method-assign]
 
 
 CELLS = {
