@@ -12,6 +12,7 @@ from engine.processes.world import World
 from engine.recipe import Recipe, in_todays_terms, method_fields
 from engine.state import checkpoint, layout, lease
 from engine.state.artefacts import Artefacts
+from engine.state.best import Best, find_best
 from engine.state.checkpoint import Commit
 from shards.errors import InputError
 from shards.fields import differences, flatten
@@ -90,9 +91,25 @@ class Run:
         if not self._world.main:
             return
         try:
-            checkpoint.prune(self.url, step, config.keep, config.keep_every, report)
+            checkpoint.prune(
+                self.url, step, config.keep, config.keep_every, report, config.keep_best
+            )
         except OSError as error:  # the next save tries again
             report(f"old checkpoints stay for now: {error}")
+
+    def find_best(self, until: int) -> Best:
+        """Find the best checkpoint up to the step `until`, by the recipe's `checkpoint.keep_best`.
+
+        All processes call it together. Raises OSError when the log cannot be read.
+        """
+        key = self._recipe.checkpoint.keep_best
+        if not key:
+            return Best(key)
+
+        def find() -> Best:
+            return find_best(self.url, key, checkpoint.committed_steps(self.url, until))
+
+        return self._world.on_main(find)
 
     def compact(self, log: MetricsLog) -> None:
         """Write all lines of `log` to metrics.jsonl, if this job still has the run."""

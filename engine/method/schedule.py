@@ -57,9 +57,10 @@ class ScheduleConfig:
         number, unit = parse(self.warmup)
         return int(number) if unit == "step" else steps_of(float(number), samples, batch)
 
-    def peak_lr(self, batch: int) -> float:
-        """Return the learning rate at the end of the warm-up."""
-        return self.base_lr * (batch if self.lr_rule == "linear" else self.paper_batch) / 256
+    def peak_lr(self, batch: int, base: float | None = None) -> float:
+        """Return the learning rate at the end of the warm-up; `base` stands in for base_lr."""
+        base = self.base_lr if base is None else base
+        return base * (batch if self.lr_rule == "linear" else self.paper_batch) / 256
 
     def tau_power(self, batch: int) -> float:
         """Return kappa, the power that `tau` is raised to."""

@@ -7,6 +7,7 @@ RUN/compile/                          what torch.compile made (state/artefacts.p
 RUN/metrics.jsonl, RUN/metrics/       the log, line by line (log/journal.py)
 RUN/events.out.tfevents.*             tensorboard's files (log/events.py)
 RUN/evaluations/                      results of launch/evaluate.py (evaluation/session.py)
+RUN/probe/                            packed folders of images (evaluation/probe_sets.py)
 RUN/debug_step/                       exists while --debug-step runs
 """
 
@@ -24,8 +25,12 @@ LEASE = "lease"
 COMPILE = "compile"
 EVALUATIONS = "evaluations"
 DEBUG_STEP = "debug_step"
+PROBE = "probe"
 
-NAMES = (RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, DEBUG_STEP, JSONL, PARTS)
+NAMES = (
+    *(RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, PROBE, DEBUG_STEP),
+    *(JSONL, PARTS),
+)
 
 
 _FILES = (RECIPE, JSONL, "commit.json", "index.json", ".metadata")
