@@ -22,7 +22,7 @@ from engine.method.lars import LARSConfig
 from engine.method.precision import Precision
 from engine.method.schedule import ScheduleConfig
 from engine.processes.parallel import ParallelConfig
-from engine.state import layout
+from engine.state import layout, origin
 from engine.state.checkpoint import CheckpointConfig
 from shards.errors import InputError
 from shards.fields import OPERATION, Operation, check_bounds, check_range, flatten, walk
@@ -38,7 +38,11 @@ _MACHINES_OWN = {
 }
 
 # The method fields that came after the first release, with the values that runs had before them.
-ADDED_LATER: dict[str, Any] = {"data.max_pixels": 89_478_485, "data.exif": "ignore"}
+ADDED_LATER: dict[str, Any] = {
+    "data.max_pixels": 89_478_485,
+    "data.exif": "ignore",
+    "schedule.rewarm_epochs": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -101,9 +105,11 @@ class Recipe:
         ):
             if not attrgetter(name)(self).strip():
                 raise InputError(f"{name} is not set: give --{name} URL, the {what}")
-        for name in ("run", "data.train", "data.val", "data.cache", "checkpoint.resume"):
+        beginnings = ("checkpoint.resume", "checkpoint.branch", "model.start")
+        for name in ("run", "data.train", "data.val", "data.cache", *beginnings):
             files.check(attrgetter(name)(self), name)
         layout.check_run(self.run)
+        self._check_beginning()
         if not files.is_local(self.compile_folder):
             raise InputError(
                 f"compile_folder {files.redact(self.compile_folder)}: must be on a local disk, "
@@ -114,6 +120,21 @@ class Recipe:
                 "evaluations are on but data.val is not set: give --data.val URL, or turn them off "
                 "with --probe.every 0 --probe.no-baseline"
             )
+
+    def _check_beginning(self) -> None:
+        branch, start = self.checkpoint.branch, self.model.start
+        if branch and self.checkpoint.resume:
+            raise InputError(
+                f"checkpoint.resume {files.redact(self.checkpoint.resume)} and checkpoint.branch "
+                f"{files.redact(branch)} exclude each other: give one of them"
+            )
+        if branch and origin.names_same(self.run, origin.home(branch)):
+            raise InputError(
+                f"checkpoint.branch {files.redact(branch)}: is of the run itself: give another "
+                "--run, where the branch goes"
+            )
+        if self.model.start_prefix is not None and not start:
+            raise InputError("model.start_prefix is for model.start: give --model.start URL too")
 
 
 def shared_fields(recipe: Recipe) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from engine.beginning import begin
 from engine.data import Data, train_batches
 from engine.evaluation.during_training import Probe
 from engine.log.figures import StepSums, data_digest
@@ -27,9 +28,9 @@ from engine.processes.world import World, set_timeout, share_of_cores
 from engine.recipe import Recipe
 from engine.run import Run
 from engine.state import checkpoint
+from engine.state.branch import without
 from shards.errors import InputError
 from shards.loader import Batch, TrainLoader
-from shards.storage import files
 
 
 class StepOutput(NamedTuple):
@@ -66,7 +67,11 @@ class Trainer:
         self.tau_power = recipe.schedule.tau_power(batch)
 
         self.classes = len(data.train.classes)
+        beginning = begin(recipe, world, run, data.train)
+        self.ramp = beginning.ramp
         self.online, self.target = byol.build(recipe.model, self.classes, recipe.seed)
+        if beginning.weights is not None:
+            beginning.weights.fill(self.online, self.target)
         self._parallelize()
         self.optimizer = recipe.optimizer.build(self.online, self.parallel.shard_group)
         self.moved, self.towards = byol.pair_parameters(self.target, self.online)
@@ -76,11 +81,11 @@ class Trainer:
             compiling.compile_optimizer(self.optimizer)
 
         self.probe = self._build_probe()
-        self.step = 0
-        if run.start is not None:
-            self.load(run.start)
-            self.step = run.start.step
-            self.terminal.say(f"resumed at step {self.step} from {files.redact(run.start.url)}")
+        self.step = beginning.step
+        if beginning.commit is not None:
+            self.load(beginning.commit, beginning.left_out)
+        if beginning.text:
+            self.terminal.say(beginning.text)
 
     def _parallelize(self) -> None:
         recipe, say = self.recipe, self.terminal.say
@@ -120,7 +125,7 @@ class Trainer:
         averaged over them, and everything after the backward passes happens once, as in the
         paper. A step with a gradient that is not finite changes only what the guard keeps.
         """
-        lr = learning_rate(self.step, self.peak_lr, self.warmup_steps, self.total_steps)
+        lr = learning_rate(self.step, self.peak_lr, self.warmup_steps, self.total_steps, self.ramp)
         rate = tau(self.step, self.recipe.schedule.base_tau, self.total_steps, self.tau_power)
         parts = self._micro_batches(batch)
         share = len(batch.ids) / self.recipe.batch.size / len(parts)  # of the global batch
@@ -226,9 +231,10 @@ class Trainer:
         """
         if self.probe is None or not self.recipe.probe.baseline or self.step:
             return {}
+        drawn = self.run.origin.weights is None
         found = {
             "raw pixels": self.probe.measure_pixels(),
-            "untrained encoder": self.probe.evaluate()["knn_top1"],
+            "untrained encoder" if drawn else "start weights": self.probe.evaluate()["knn_top1"],
         }
         for name, accuracy in found.items():
             self.terminal.say(f"kNN of {name}: {accuracy:.1%}")
@@ -302,10 +308,10 @@ class Trainer:
             "guard": self.guard.state(),
         }
 
-    def load(self, commit: checkpoint.Commit) -> None:
-        """Load a checkpoint's tensors."""
+    def load(self, commit: checkpoint.Commit, left_out: tuple[str, ...] = ()) -> None:
+        """Load a checkpoint's tensors, except the parts of the state that are left out."""
         state = self.state()
-        checkpoint.load(commit, state, self.world)
+        checkpoint.load(commit, without(state, left_out), self.world)
         self.online.load_state_dict(state["online"])
         self.target.load_state_dict(state["target"])
         groups = get_optimizer_state_dict(self.online, self.optimizer)["param_groups"]

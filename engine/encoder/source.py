@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import torch
 from annotated_types import Interval
@@ -25,6 +25,8 @@ from shards.fields import as_flag, check_bounds
 from shards.storage import files, names
 
 TRIES = 3  # a training run may remove the checkpoint while it is read
+
+_T = TypeVar("_T")
 
 _ENCODER = "model.encoder."
 _ENCODER_FIELDS = get_type_hints(ResNetConfig)
@@ -135,18 +137,32 @@ def open_encoder(
     """
     config.check()
     files.check(url, "CHECKPOINT")
-    kind = world.on_main(lambda: _kind(url))
+    kind = world.on_main(lambda: find_kind(url))
     if kind == "file":
         return world.on_all(partial(_foreign, url, config))
     if config.prefix is not None:
         raise InputError(f"--prefix is for files that others made: {files.redact(url)} is a run")
+    if config.checkpoint != "latest":
+        return _own(_find(url, config, world, report), config, world)
+    return read_newest(
+        url, world, report, lambda: _own(_find(url, config, world, report), config, world)
+    )
+
+
+def read_newest(
+    url: str, world: World, report: Callable[[str], None], read: Callable[[], _T]
+) -> _T:
+    """Call `read`, which reads a run's newest checkpoint, again if the run went on meanwhile.
+
+    A training removes old checkpoints. All processes call it together.
+    """
     for attempt in range(1, TRIES + 1):
         there = world.on_main(partial(_steps, url))
         try:
-            return _own(_find(url, config, world, report), config, world)
+            return read()
         except (InputError, OSError):
             changed = world.on_main(partial(_steps, url)) != there
-            if not changed or attempt == TRIES or config.checkpoint != "latest":
+            if not changed or attempt == TRIES:
                 raise
             report(f"{files.redact(url)}: the run went on meanwhile; taking a newer checkpoint")
     raise AssertionError("unreachable")
@@ -167,7 +183,12 @@ def _can_read(url: str) -> bool:
         return False
 
 
-def _kind(url: str) -> Literal["folder", "file"]:
+def find_kind(url: str, name: str = "CHECKPOINT") -> Literal["folder", "file"]:
+    """Return whether a run or a checkpoint of one is at `url`, or a file.
+
+    `name` is the field or argument that gave the URL, for the message. Raises InputError when
+    nothing is there, or what is no checkpoint.
+    """
     try:
         if files.list_names(url):
             return "folder"
@@ -176,11 +197,11 @@ def _kind(url: str) -> Literal["folder", "file"]:
         return "folder" if folder else "file"
     if not files.exists(url):
         raise InputError(
-            f"CHECKPOINT {files.redact(url)}: nothing there; give the URL of a run, of one of "
+            f"{name} {files.redact(url)}: nothing there; give the URL of a run, of one of "
             f"its checkpoints, or of a checkpoint file{checkpoint.hint(url)}"
         )
     if url.endswith((".json", ".jsonl", ".distcp")):
-        raise InputError(f"CHECKPOINT {files.redact(url)}: is no checkpoint{checkpoint.hint(url)}")
+        raise InputError(f"{name} {files.redact(url)}: is no checkpoint{checkpoint.hint(url)}")
     return "file"
 
 
@@ -232,13 +253,12 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
     else:
         own = {f"encoder.{name}": value for name, value in network.state_dict().items()}
         checkpoint.load(commit, {config.network: own}, world)
-    sums = sorted((name, *entry) for name, entry in commit.files.items())
     return Source(
         url=commit.url,
         run=home,
         step=commit.step,
         network=config.network,
-        digest=_digest(sums),
+        digest=digest_of(commit),
         data_digest=commit.index_digest,
         config=resnet,
         size=size,
@@ -248,6 +268,11 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
         fields={k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()},
         report=f"{config.network} network of {place}",
     ), network
+
+
+def digest_of(commit: Commit) -> str:
+    """Return a digest of all tensors in a checkpoint."""
+    return _digest(sorted((name, *entry) for name, entry in commit.files.items()))
 
 
 def _check_weight(config: ResNetConfig, commit: Commit) -> None:

@@ -29,6 +29,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("engine.evaluation",),
     ("engine.recipe",),
     ("engine.run", "engine.data"),
+    ("engine.beginning",),
     ("engine.trainer",),
     ("engine.fit", "engine.debug"),
     ("recipes",),
