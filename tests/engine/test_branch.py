@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.log import journal
 from engine.method.adamw import AdamWConfig
 from engine.method.byol import BYOLConfig
 from engine.method.lars import LARSConfig
+from engine.method.local_shards import whole
 from engine.method.resnet import ResNetConfig
 from engine.method.schedule import ScheduleConfig
 from engine.processes.world import World
@@ -26,7 +28,10 @@ from shards.index import Index
 from shards.loader import DataConfig
 from shards.making import synthetic
 from shards.order import BatchConfig
+from shards.storage import files
+from tests.engine.processes.test_world import recipe as spread
 from tests.helpers import tiny
+from tests.helpers.ranks import Ranks
 from tests.helpers.training import finish, open_trainer, training
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -35,7 +40,7 @@ OPTIMIZERS: dict[str, LARSConfig | AdamWConfig] = {"lars": LARSConfig(), "adamw"
 RATES = {"lars": 2.0, "adamw": 2e-2}
 
 
-def recipe(data: DataConfig, run: Path, epochs: float = SHORT, **changes: Any) -> Recipe:
+def recipe(data: DataConfig, run: Path | str, epochs: float = SHORT, **changes: Any) -> Recipe:
     """Return a recipe of the tiny network that is evaluated never and saved at its end."""
     given = {
         "schedule": ScheduleConfig(epochs=epochs, warmup_epochs=1, base_lr=2.0),
@@ -306,3 +311,39 @@ def test_a_set_of_the_parent_without_its_length_counts_in_images(
     batch = BatchConfig(size=8)
     train(recipe(tiny_data, tmp_path / "run", batch=batch, checkpoint=branch(there), steps=5))
     assert origin_of(tmp_path / "run")["step_here"] == 4
+
+
+def branch_on_ranks(config: Recipe) -> tuple[int, dict[str, Any]]:
+    """On a rank: the step and the whole tensors that a branch begins with; then it trains."""
+    with training(config) as trainer:
+        found = {name: whole(t).numpy().copy() for name, t in tensors(trainer.state()).items()}
+        step = trainer.step
+        finish(trainer)
+    return step, found
+
+
+def test_a_branch_of_several_processes(ranks: Ranks, tiny_data: DataConfig, tmp_path: Path) -> None:
+    """From one process to two that shard the networks, with another batch and optimizer state."""
+    there = spread(tiny_data, tmp_path / "parent", steps=2)
+    train(there)
+    expected = tensors(open_trainer(there).state())
+    config = spread(tiny_data, tmp_path / "run", "fsdp", steps=6)
+    config = dataclasses.replace(
+        config, batch=BatchConfig(size=8), checkpoint=branch(tmp_path / "parent")
+    )
+    for step, found in ranks.run(branch_on_ranks, config, size=2):
+        assert step == 6  # 2 * 24 / 8
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            assert torch.equal(torch.as_tensor(value), expected[name]), name
+
+
+def test_a_branch_in_object_storage(tiny_data: DataConfig, s3: str) -> None:
+    train(recipe(tiny_data, f"{s3}/parent", steps=2))
+    config = recipe(tiny_data, f"{s3}/run", 6, checkpoint=branch(f"{s3}/parent"), steps=3)
+    train(config)
+    files.remove(f"{s3}/parent")
+    train(dataclasses.replace(config, steps=4))
+    found = [(line["step"], line.get("branched_from")) for line in journal.read(f"{s3}/run")]
+    at = f"step 2 of {s3}/parent/checkpoints/step_00000002"
+    assert found == [(2, at), (3, None), (4, None)]
