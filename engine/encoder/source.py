@@ -50,7 +50,7 @@ class EncoderConfig:
     """Which checkpoint of a run is taken: latest, or the number of its step."""
     network: Literal["online", "target", "untrained", "pixels"] = "online"
     """The network that is taken: online or target. For comparison, untrained is the run's
-    encoder before the first step, and pixels is the image itself, which cannot be exported."""
+    encoder as its seed draws it, and pixels is the image itself, which cannot be exported."""
     prefix: str | None = None
     """What stands before conv1.weight in the encoder's tensor names in a third-party file, as a
     whole. Where names mean nothing it is the name of the encoder's first tensor. It is needed only

@@ -140,7 +140,7 @@ def _describe(whole: bool, classes: int, parts: list[str], held: Mapping[str, Si
         return "all networks are taken"
     if "online.classifier" in parts:
         return f"all networks are taken, and the online head of {classes} classes"
-    there = held.get("online.classifier.weight", Size([0]))[0]
+    there = next(iter(held.get("online.classifier.weight", ())), 0)
     return (
         "all networks are taken; the online head is drawn, because it has "
         f"{there} classes there and {classes} here"

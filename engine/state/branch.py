@@ -22,6 +22,7 @@ _ORDER = ("seed", "batch.size", "data.streams")  # with the data, all that decid
 _DATA = "digest of data.train"
 _HEAD = "online.classifier.weight"
 _LONGEST = 200  # characters of a value that a stranger's recipe may have
+_MOST = 200  # changed fields that are kept
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,14 @@ def _check_shapes(place: str, there: Mapping[str, Any], here: Mapping[str, Any])
 
 def _changes(there: Facts, here: Facts) -> dict[str, Any]:
     theirs, mine = _with_data(there), _with_data(here)
-    names = sorted(theirs.keys() | mine.keys())
+    every = sorted(theirs.keys() | mine.keys())
+    names = [name for name in every if theirs.get(name) != mine.get(name)]
     return {
         name[:_LONGEST]: {
             "there": _plain(theirs.get(name, "absent")),
             "here": _plain(mine.get(name, "absent")),
         }
-        for name in names
-        if theirs.get(name) != mine.get(name)
+        for name in names[:_MOST]
     }
 
 
@@ -154,7 +155,7 @@ def _left_out(
 ) -> tuple[tuple[str, ...], list[str]]:
     """Return the parts of the state that the parent does not have, and lines about them."""
     parts, told = [], []
-    head = held.get(_HEAD, Size([0]))[0]
+    head = next(iter(held.get(_HEAD, ())), 0)
     if classes and classes != head:
         parts += ["online.classifier", "optimizer.classifier"]
         told.append(f"the online head is drawn anew: {head} classes there, {classes} here")
