@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from engine.beginning import begin
 from engine.data import Data, open_own_probe_sets, train_batches
 from engine.evaluation.during_training import Probe
 from engine.evaluation.probe_sets import ProbeSets
@@ -29,9 +30,9 @@ from engine.processes.world import World, set_timeout, share_of_cores
 from engine.recipe import Recipe, in_steps
 from engine.run import Run
 from engine.state import checkpoint
+from engine.state.branch import without
 from shards.errors import InputError
 from shards.loader import Batch, TrainLoader
-from shards.storage import files
 
 
 class StepOutput(NamedTuple):
@@ -74,7 +75,11 @@ class Trainer:
         self.tau_power = recipe.schedule.tau_power(batch)
 
         self.classes = len(data.train.classes)
+        beginning = begin(recipe, world, run, data.train)
+        self.ramp = beginning.ramp
         self.online, self.target = byol.build(recipe.model, self.classes, recipe.seed)
+        if beginning.weights is not None:
+            beginning.weights.fill(self.online, self.target)
         self._parallelize()
         self.optimizer = recipe.optimizer.build(self.online, self.parallel.shard_group)
         self.peak_head_lr = self.peak_lr
@@ -88,11 +93,11 @@ class Trainer:
             compiling.compile_optimizer(self.optimizer)
 
         self.probe = self._build_probe(probe_sets)
-        self.step = 0
-        if run.start is not None:
-            self.load(run.start)
-            self.step = run.start.step
-            self.terminal.say(f"resumed at step {self.step} from {files.redact(run.start.url)}")
+        self.step = beginning.step
+        if beginning.commit is not None:
+            self.load(beginning.commit, beginning.left_out)
+        if beginning.text:
+            self.terminal.say(beginning.text)
 
     def _parallelize(self) -> None:
         recipe, say = self.recipe, self.terminal.say
@@ -134,7 +139,7 @@ class Trainer:
         counts like any other.
         """
         lr, head_lr = (
-            learning_rate(self.step, peak, self.warmup_steps, self.total_steps)
+            learning_rate(self.step, peak, self.warmup_steps, self.total_steps, self.ramp)
             for peak in (self.peak_lr, self.peak_head_lr)
         )
         rate = tau(self.step, self.recipe.schedule.base_tau, self.total_steps, self.tau_power)
@@ -255,9 +260,10 @@ class Trainer:
             return {}
         if not self.probe.sets.knn:  # a line has said why
             return {}
+        start = "knn_untrained" if self.run.origin.weights is None else "knn_start"
         found = {
             "knn_pixels": self.probe.measure_pixels(),
-            "knn_untrained": self.probe.evaluate()["knn_top1"],
+            start: self.probe.evaluate()["knn_top1"],
         }
         for key, accuracy in found.items():
             self.terminal.say(f"kNN of {BASELINES[key]}: {accuracy:.1%}")
@@ -333,10 +339,10 @@ class Trainer:
             "guard": self.guard.state(),
         }
 
-    def load(self, commit: checkpoint.Commit) -> None:
-        """Load a checkpoint's tensors."""
+    def load(self, commit: checkpoint.Commit, left_out: tuple[str, ...] = ()) -> None:
+        """Load a checkpoint's tensors, except the parts of the state that are left out."""
         state = self.state()
-        checkpoint.load(commit, state, self.world)
+        checkpoint.load(commit, without(state, left_out), self.world)
         self.online.load_state_dict(state["online"])
         self.target.load_state_dict(state["target"])
         groups = get_optimizer_state_dict(self.online, self.optimizer)["param_groups"]

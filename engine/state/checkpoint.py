@@ -14,11 +14,12 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Annotated, Any
 
 from annotated_types import Interval
+from torch import Size
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -29,6 +30,7 @@ from engine.state import dcp_metadata
 from engine.state.best import find_best
 from engine.state.dcp_files import Reader, Writer, verify_file
 from engine.state.layout import CHECKPOINTS, RECIPE
+from engine.state.origin import Origin
 from shards.digest import digest
 from shards.documents import Natural, Sum32, build, shown
 from shards.errors import InputError
@@ -64,7 +66,12 @@ class CheckpointConfig:
     exits at once. Choose less than the time after which the
     scheduler kills the process."""
     resume: Operation[str] = ""
-    """URL of another run, or of one of its checkpoints, whose full state a new run starts from."""
+    """URL of another run, or of one of its checkpoints, whose full state a new run starts from.
+    Recipe and data must be the same."""
+    branch: Operation[str] = ""
+    """URL of another run, or of one of its checkpoints, from whose full state a new run goes on
+    with changed method fields or other data. The changes are listed and kept in the new run's
+    recipe. The shapes of the networks must stay the same."""
 
     def __post_init__(self) -> None:
         simplify(self, "every")
@@ -86,6 +93,8 @@ class Commit:
     method: dict[str, Any]  # the recipe's method fields by dotted names
     index_digest: str
     files: Sums
+    digest: str = ""
+    origin: Origin = field(default_factory=Origin)
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,7 @@ class _Document:
     method: dict[str, Any]
     index_digest: str
     files: dict[str, tuple[Natural, Sum32]]
+    origin: Origin = field(default_factory=Origin)
 
 
 def step_url(run: str, step: int) -> str:
@@ -145,15 +155,23 @@ def write(
     return {name: entry for part in parts for name, entry in part.items()}
 
 
-def commit(run: str, step: int, sums: Sums, method: dict[str, Any], index_digest: str) -> Commit:
+def commit(
+    run: str,
+    step: int,
+    sums: Sums,
+    method: dict[str, Any],
+    index_digest: str,
+    origin: Origin | None = None,
+) -> Commit:
     """Make the checkpoint of `step` exist: write its commit.json in one PUT, on one process."""
+    origin = origin or Origin()
     url = step_url(run, step)
     packages = {name: version(name) for name in ("torch", "torchvision", "numpy")}
     document = {"format": FORMAT, "step": step, "method": method, "index_digest": index_digest}
-    document |= {"packages": packages, "files": sums}
-    document["digest"] = _digest(document)
+    document |= {"packages": packages, "files": sums, "origin": asdict(origin)}
+    document["digest"] = found = _digest(document)
     files.write(files.join(url, COMMIT), json.dumps(document, indent=1).encode())
-    return Commit(url, step, method, index_digest, sums)
+    return Commit(url, step, method, index_digest, sums, found, origin)
 
 
 def load(commit: Commit, state: dict[str, Any], world: World) -> None:
@@ -169,6 +187,16 @@ def load(commit: Commit, state: dict[str, Any], world: World) -> None:
             process_group=world.group,
             no_dist=not world.distributed,
         )
+
+
+def shapes(commit: Commit, world: World) -> dict[str, Size]:
+    """Return the shapes of the tensors in a checkpoint, by their dotted names in the state."""
+
+    def read() -> dict[str, Size]:
+        found = Reader(commit.url, commit.files).metadata().state_dict_metadata
+        return {name: one.size for name, one in found.items() if hasattr(one, "size")}
+
+    return world.on_main(read)
 
 
 def latest(run: str, world: World, report: Callable[[str], None]) -> Commit | None:
@@ -255,7 +283,8 @@ def _read_commit(url: str) -> Commit:
         raise InputError(f"{place}: {COMMIT} is damaged: {error}") from None
     for name in content.files:
         names.check_name(name, f"{place}: {COMMIT}", "take another checkpoint")
-    return Commit(url, content.step, content.method, content.index_digest, content.files)
+    facts = content.method, content.index_digest, content.files, content.digest, content.origin
+    return Commit(url, content.step, *facts)
 
 
 def _digest(document: dict[str, Any]) -> str:
