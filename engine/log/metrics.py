@@ -29,7 +29,11 @@ from shards.fields import Operation
 from shards.storage import files
 
 # The keys of the record of step 0, which holds what an encoder has to beat, and their names.
-BASELINES = {"knn_pixels": "raw pixels", "knn_untrained": "untrained encoder"}
+BASELINES = {
+    "knn_pixels": "raw pixels",
+    "knn_untrained": "untrained encoder",
+    "knn_start": "start weights",
+}
 
 # The keys of a record that differ between two equal runs. All others are equal bit for bit.
 TIMINGS = ("images_per_second", "images_per_second_device", "data_wait", "mfu", "memory_gib")

@@ -30,6 +30,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("engine.recipe_files",),
     ("engine.recipe",),
     ("engine.run", "engine.data", "engine.report"),
+    ("engine.beginning",),
     ("engine.trainer",),
     ("engine.measuring",),
     ("engine.fit", "engine.debug", "engine.notebook"),
