@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.encoder.export import FILES, TOLERANCE, Format, convert, verify, verify_timm
+from engine.encoder.preprocessing import transform as transform
 from engine.encoder.source import Source
 from engine.encoder.torchvision_twin import recipe_lines
 from engine.log import journal
@@ -120,8 +121,10 @@ def describe(
             "size": source.size,
             "resize_shorter_side": round(source.size / source.crop),
             "center_crop": source.size,
+            "crop_fraction": source.crop,
             "interpolation": "bicubic, no antialiasing",
             "exif_orientation": source.rules.exif,
+            "max_pixels": source.rules.max_pixels,
             "scale": 1 / 255,
             "mean": MEAN,
             "std": STD,
