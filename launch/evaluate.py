@@ -34,6 +34,7 @@ from engine.evaluation.session import Evaluation, EvaluationDataConfig
 from engine.log.terminal import flush_output
 from engine.processes import world
 from engine.processes.failures import report_failure
+from launch.feature_command import Features
 from launch.help_texts import join_help_lines
 from launch.plain_errors import plain_errors
 from shards.errors import InputError
@@ -153,13 +154,14 @@ def _measure(evaluation: Evaluation, measure: Callable[[], Result | None]) -> No
             evaluation.publish(result)
 
 
-Protocol = Linear | KNN | Finetune | SemiSupervised | Neighbours
+Protocol = Linear | KNN | Finetune | SemiSupervised | Neighbours | Features
 _PROTOCOLS: dict[str, type[Protocol]] = {
     "linear": Linear,
     "knn": KNN,
     "finetune": Finetune,
     "semi-supervised": SemiSupervised,
     "neighbours": Neighbours,
+    "features": Features,
 }
 
 

@@ -14,7 +14,7 @@ from PIL import Image as PillowImage
 from torch import Tensor
 
 from engine.encoder import card
-from engine.method.augment import normalize
+from engine.method.augment import MEAN, STD, normalize
 from launch import export
 from shards.center_crops import CropReader
 from shards.decode import PixelRules
@@ -79,7 +79,7 @@ def readme_transform(folder: Path) -> Any:
 
 @pytest.mark.parametrize("exif", ["ignore", "apply"])
 def test_the_lines_of_the_readme_give_the_same(exif: str, tmp_path: Path) -> None:
-    found = with_input(exif_orientation=exif, mean=list(card.MEAN), std=list(card.STD))
+    found = with_input(exif_orientation=exif, mean=list(MEAN), std=list(STD))
     (tmp_path / "card.json").write_text(json.dumps(found))
     transform, theirs = card.transform(str(tmp_path / "card.json")), readme_transform(tmp_path)
     for name, content in (
