@@ -6,6 +6,7 @@ that is best on held-out training images is chosen, and its accuracy on data.val
 Source: BYOL (arXiv 2006.07733), section 4.2 and appendix C.2.
 """
 
+import json
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from annotated_types import Interval, MinLen
 from numpy.typing import NDArray
-from safetensors.torch import save as save_tensors
 from torch import Generator as RandomNumbers
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from engine.encoder.classifier import save_head
+from engine.encoder.hub import CONFIG, describe_network
 from engine.evaluation.features import Accuracy, forward, measure_accuracy
 from engine.evaluation.results import Result, Row, show_chosen
 from engine.evaluation.session import Evaluation
@@ -92,8 +94,7 @@ def evaluate(evaluation: Evaluation, config: FinetuneConfig, split: Split) -> Re
     training.take(training.best)
     found = training.measure(evaluation.val)
     if evaluation.world.main:
-        tensors = save_tensors(training.model.tensors())
-        files.write(files.join(evaluation.url, MODEL), tensors)
+        _write(evaluation, training.model)
     table: list[Row] = []
     scores = training.scores.tolist()
     for (lr, epochs), score in zip(training.choices, scores, strict=True):
@@ -102,6 +103,15 @@ def evaluate(evaluation: Evaluation, config: FinetuneConfig, split: Split) -> Re
         table.append(row | show_chosen(found, len(table) == scores.index(max(scores))))
     metrics = {evaluation.name("top1"): found.top1, evaluation.name("top5"): found.top5}
     return Result(metrics, table)
+
+
+def _write(evaluation: Evaluation, model: "Classifier") -> None:
+    """Write the network, and the config by which timm and others build it."""
+    classes, source = evaluation.train.classes, evaluation.source
+    files.write(files.join(evaluation.url, MODEL), save_head(model.tensors(), classes))
+    features = model.encoder.feature_dim
+    config = describe_network(source, MODEL, features, classes, len(classes))
+    files.write(files.join(evaluation.url, CONFIG), json.dumps(config, indent=1).encode())
 
 
 class Classifier(nn.Module):

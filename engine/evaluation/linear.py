@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Interval
 from numpy.typing import NDArray
-from safetensors.torch import save as save_tensors
 from torch import Generator as RandomNumbers
 from torch import Tensor, nn
 
+from engine.encoder.classifier import name_weights, save_head
 from engine.evaluation.features import Accuracy, Features, measure_accuracy
 from engine.evaluation.results import Result, Row, show_chosen
 from engine.evaluation.session import Evaluation
@@ -93,7 +93,9 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
     if evaluation.world.main:
         head = training.heads.each[best]
         tensors = {"fc.weight": head.weight.detach().cpu(), "fc.bias": head.bias.detach().cpu()}
-        files.write(files.join(evaluation.url, HEAD), save_tensors(tensors))
+        learned_on = name_weights(evaluation.source)
+        saved = save_head(tensors, evaluation.train.classes, learned_on)
+        files.write(files.join(evaluation.url, HEAD), saved)
     table: list[Row] = []
     for number, (lr, there) in enumerate(zip(config.lr, chosen_on, strict=True)):
         row: Row = {"lr": f"{lr:g}", "held-out top-1": there.top1}
