@@ -91,8 +91,8 @@ def attach(encoder: ResNet, head: Head, source: Source, url: str) -> Classifier:
     if head.learned_on not in ("", name_weights(source)):
         raise InputError(
             f"{place}: was learned on other weights ({head.learned_on}) than those of "
-            f"{files.redact(source.url)} ({name_weights(source)}): give --checkpoint and --network, "
-            "or the head of these"
+            f"{files.redact(source.url)} ({name_weights(source)}): give their --checkpoint and "
+            "--network"
         )
     with torch.device("meta"):
         made = Classifier(source.config, len(head.weight))

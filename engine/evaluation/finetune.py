@@ -35,6 +35,9 @@ from engine.evaluation.supervised import (
     SupervisedConfig,
     check_held_out,
     check_labels,
+    count_epoch,
+    fit_batch,
+    hint_at_edge,
     hold_out,
     list_momenta,
     load_crops,
@@ -85,12 +88,15 @@ def evaluate(evaluation: Evaluation, config: FinetuneConfig, split: Split) -> Re
 
     Return None when a signal stopped the training. Raises InputError when every training diverged.
     """
+    config = fit_batch(config, split.source, evaluation)
     training = Finetuning(evaluation, config, split)
     check_labels(evaluation, *split)
     if not train(training, training.batches, evaluation, config.save_every):
         return None
     if training.scores.max() < 0:
         raise InputError("training diverged with every --lr: give lower ones")
+    rates = [lr for lr, _ in training.choices]
+    hint_at_edge(rates, training.scores.tolist(), evaluation)
     training.take(training.best)
     found = training.measure(evaluation.val)
     if evaluation.world.main:
@@ -163,6 +169,13 @@ class Finetuning:
         self._first = self._copy()
         self.best = self._copy()
         self.scores = torch.full((len(self.choices),), -1.0, dtype=torch.float64)
+
+    def in_hand(self) -> str:
+        """Say which learning rate, epoch and training the next step belongs to."""
+        choice, step = self._place(min(self.step, self.total_steps - 1))
+        lr, epochs = self.choices[choice]
+        epoch = count_epoch(step, self._steps[choice], epochs)
+        return f"lr {lr:g}, {epoch}, training {choice + 1} of {len(self.choices)}"
 
     def train_step(self, batch: Examples) -> Tensor:
         """Update the model once from images [B, 3, S, S].

@@ -10,7 +10,7 @@ from rich.progress import Progress as Bars
 from engine.log.terminal import Terminal
 from shards.errors import printable
 
-SECONDS = 20.0  # Without a terminal, the time from one line to the next.
+FIRST, SECONDS = 2.0, 20.0  # Without a terminal, the first line comes then, and others after it.
 
 
 class Progress:
@@ -20,7 +20,8 @@ class Progress:
         self._terminal, self._bars, self._shown = terminal, bars, terminal.console.is_terminal
         self._name, self._total, self._done, self._start = name, total, start, start
         self._task = bars.add_task(printable(name), total=total, completed=start)
-        self._begun = self._told = time.monotonic()
+        self._begun = time.monotonic()
+        self._due = self._begun + FIRST
 
     def name(self, text: str) -> None:
         """Say what is in hand now, such as the learning rate and the epoch."""
@@ -32,8 +33,8 @@ class Progress:
         self._done = min(self._total, self._done + count)
         self._bars.update(self._task, completed=self._done)
         now = time.monotonic()
-        if not self._shown and now - self._told >= SECONDS:
-            self._told = now
+        if not self._shown and now >= self._due:
+            self._due = now + SECONDS
             done = f"{self._done:,} of {self._total:,}"
             self._terminal.say(f"{self._name}: {done}, {self.left()} left")
 
