@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 
 import pytest
 
@@ -18,6 +19,13 @@ class Clock:
 
     def monotonic(self) -> float:
         return self.now
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.fixture
@@ -53,10 +61,9 @@ def test_other_processes_show_nothing(clock: Clock, capsys: pytest.CaptureFixtur
 def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what is in hand, as it is, without lines."""
     monkeypatch.setenv("TERM", "xterm")
-    terminal, output = Terminal(main=True), io.StringIO()
-    terminal.console._force_terminal = True
-    terminal.console.file = output
-    terminal.console.width = 100
+    output = Screen()
+    monkeypatch.setattr(sys, "stdout", output)
+    terminal = Terminal(main=True)
     with show_progress(terminal, "[red]a", 10) as shown:
         shown.name("lr [0.3]")
         shown.advance(4)
