@@ -12,6 +12,7 @@ from engine.state import checkpoint
 from engine.state.saver import Saver
 from engine.trainer import Trainer
 from shards.storage import files
+from shards.storage.commands import quote
 
 
 def fit(trainer: Trainer, preemption: Preemption) -> bool:
@@ -140,7 +141,7 @@ def _farewell(trainer: Trainer, baseline: dict[str, float], measured: dict[str, 
             say(f"  {name:<18} {accuracy:6.1%}")
     if trainer.step:
         say(f"checkpoint    {checkpoint.step_url(run, trainer.step)}")
-    say(f"curves        tensorboard --logdir {run}/tensorboard")
+    say(f"curves        tensorboard --logdir {quote(f'{run}/tensorboard')}")
     if trainer.step < trainer.total_steps:
         option = "" if trainer.recipe.steps is None else " with a larger --steps, or without it,"
         say(f"the same command{option} goes on")

@@ -15,7 +15,7 @@ from engine.state.artefacts import Artefacts
 from engine.state.checkpoint import Commit
 from shards.errors import InputError
 from shards.fields import differences, flatten
-from shards.storage import files, misplaced
+from shards.storage import files, local_files, misplaced
 
 DIGEST = "index_digest"
 
@@ -197,6 +197,8 @@ def find_checkpoint(
 
 def _write_recipe(recipe: Recipe, index_digest: str) -> None:
     fields = flatten(recipe)
+    for name in ("data.train", "data.val"):  # An evaluation may be started in another folder.
+        fields[name] = local_files.absolute(fields[name])
     document = {k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
     document |= {DIGEST: index_digest}
     files.write(files.join(recipe.run, layout.RECIPE), json.dumps(document, indent=1).encode())

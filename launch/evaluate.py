@@ -202,7 +202,7 @@ def main(arguments: list[str]) -> int:
         world.leave()
     except KeyboardInterrupt:
         if world.rank() == 0:
-            print("interrupted: the same command begins again", file=sys.stderr)
+            print("interrupted: the same command goes on from what is saved", file=sys.stderr)
         return 130
     except Exception as error:
         report_failure(error)

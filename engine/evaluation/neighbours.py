@@ -20,6 +20,7 @@ from shards.errors import printable
 from shards.index import Index
 from shards.png import encode_png
 from shards.storage import files
+from shards.storage.commands import quote
 
 SHEET = "neighbours.png"
 SIDE = 96  # side of an image on the sheet, in pixels
@@ -155,8 +156,8 @@ def _write_projector(evaluation: Evaluation, found: Features) -> None:
         ("projector_config.pbtxt", settings.encode()),
     ):
         files.write(files.join(folder, name), content)
-    place = files.redact(evaluation.run or evaluation.home)
-    evaluation.terminal.say(f"projector  tensorboard --logdir {place}/{TENSORBOARD}")
+    place = quote(files.join(evaluation.run or evaluation.home, TENSORBOARD))
+    evaluation.terminal.say(f"projector  tensorboard --logdir {place}")
 
 
 def _bytes(features: Tensor) -> bytes:

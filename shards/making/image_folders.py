@@ -9,6 +9,7 @@ from shards.errors import InputError
 from shards.making.left_out import Reasons, explain, leave_out
 from shards.making.pack import Image, ImageSet
 from shards.storage import files, local_files, misplaced
+from shards.storage.commands import spell_program
 from shards.tar import is_tar
 
 EXTENSIONS = (
@@ -86,7 +87,7 @@ def find_all_images(source: str, name: str, *, follow_links: bool = False) -> Fo
     if not found:
         raise InputError(
             f"{name} {place}: holds tars, such as {min(tars)}: index them first, by "
-            f"`python launch/pack.py --index-only {place}`"
+            f"`{spell_program('pack.py', '--index-only', source)}`"
         )
     splits: dict[str, str] = {}
     with contextlib.suppress(InputError):  # Here, splits may stand among other folders.
