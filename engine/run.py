@@ -17,7 +17,7 @@ from engine.state.checkpoint import Commit
 from engine.state.origin import Origin
 from shards.errors import InputError
 from shards.fields import differences, flatten
-from shards.storage import files, misplaced
+from shards.storage import files, local_files, misplaced
 
 DIGEST = "index_digest"
 _FACTS = {DIGEST, layout.TOTAL, origin.WEIGHTS, origin.BRANCH}  # in recipe.json, beside the fields
@@ -269,6 +269,8 @@ def _find_parent(
 
 def _without_secrets(recipe: Recipe) -> dict[str, Any]:
     fields = flatten(recipe)
+    for name in ("data.train", "data.val", "probe.train", "probe.val"):
+        fields[name] = local_files.absolute(fields[name])  # an evaluation may start elsewhere
     return {k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
 
 
