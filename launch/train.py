@@ -16,6 +16,7 @@ if __name__ == "__main__":  # the imports below would fail with a less helpful m
 
 from engine.data import open_data
 from engine.debug import debug_step
+from engine.explain.report import explain
 from engine.fit import fit
 from engine.log.terminal import Terminal, flush_output
 from engine.processes.failures import report_failure
@@ -40,6 +41,9 @@ def train(recipe: Recipe) -> bool:
         Preemption(world, recipe.checkpoint.grace) as preemption,
     ):
         terminal = Terminal(world.main)
+        if recipe.explain:
+            world.on_main(lambda: explain(recipe, world, terminal))
+            return True
         data = open_data(recipe, world, terminal.say)
         with claim(recipe, data.train.digest, world, terminal) as run:
             trainer = Trainer(recipe, world, data, run)
