@@ -84,6 +84,12 @@ class Recipe:
     explain_speed: Operation[Annotated[float | None, Interval(gt=0, le=1e9)]] = None
     """Images a second of each process that --explain takes. By default it takes the speed that the
     run's log has."""
+    replay: Operation[Annotated[int | None, Interval(ge=1)]] = None
+    """Take the batch of this step again, show its views, losses and gradients in the folder
+    RUN/replay, and stop. The run is not changed."""
+    replay_forward: Operation[Annotated[int, Interval(ge=0)]] = 200
+    """Most steps that --replay trains to get from the nearest checkpoint to its step. If there are
+    more, it takes the checkpoint's weights as they are."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     model: BYOLConfig = field(default_factory=BYOLConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)

@@ -23,6 +23,7 @@ from engine.processes.failures import report_failure
 from engine.processes.preemption import Preemption
 from engine.processes.world import enter, rank
 from engine.recipe import Recipe
+from engine.replay.report import replay
 from engine.run import claim
 from engine.trainer import Trainer
 from launch.command_line import parse_recipe
@@ -45,6 +46,9 @@ def train(recipe: Recipe) -> bool:
             world.on_main(lambda: explain(recipe, world, terminal))
             return True
         data = open_data(recipe, world, terminal.say)
+        if recipe.replay is not None:
+            replay(recipe, recipe.replay, world, data, terminal)
+            return True
         with claim(recipe, data.train.digest, world, terminal) as run:
             trainer = Trainer(recipe, world, data, run)
             if recipe.debug_step:

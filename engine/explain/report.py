@@ -201,8 +201,8 @@ def _landmarks(recipe: Recipe, known: Known) -> Table | None:
         table.add_row(mark.name, f"{mark.step:,}", epoch, f"{mark.lr:.4g}", f"{mark.tau:.6f}", date)
     evaluations = plan.count_due(recipe.probe.every, total) if recipe.probe.every else 0
     table.caption = (
-        f"steps an epoch: {each:,}; logged steps: {total // recipe.log.every:,}; evaluations, whose "
-        f"time is not counted: {evaluations:,}"
+        f"steps an epoch: {each:,}; logged steps: {total // recipe.log.every:,}; evaluations: "
+        f"{evaluations:,}, whose time is not counted"
     )
     if known.speed:
         images, source = known.speed

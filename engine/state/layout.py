@@ -8,6 +8,7 @@ RUN/metrics.jsonl, RUN/metrics/       the log, line by line (log/journal.py)
 RUN/tensorboard/                      event files (log/events.py)
 RUN/evaluations/                      results of launch/evaluate.py (evaluation/session.py)
 RUN/debug_step/                       exists while --debug-step runs
+RUN/replay/step_00000100/             what --replay found of a step (replay/report.py)
 """
 
 import re
@@ -25,8 +26,12 @@ LEASE = "lease"
 COMPILE = "compile"
 EVALUATIONS = "evaluations"
 DEBUG_STEP = "debug_step"
+REPLAY = "replay"
 
-NAMES = (RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, DEBUG_STEP, JSONL, PARTS, TENSORBOARD)
+NAMES = (
+    *(RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, DEBUG_STEP, REPLAY),
+    *(JSONL, PARTS, TENSORBOARD),
+)
 
 
 _FILES = (RECIPE, JSONL, "commit.json", "index.json", ".metadata")

@@ -30,7 +30,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("engine.recipe",),
     ("engine.run", "engine.data"),
     ("engine.trainer",),
-    ("engine.fit", "engine.debug", "engine.explain"),
+    ("engine.fit", "engine.debug", "engine.explain", "engine.replay"),
     ("recipes",),
     ("launch",),
 ]
