@@ -17,6 +17,7 @@ from engine.data import open_data
 from engine.log.terminal import Terminal
 from engine.method import augment, precision
 from engine.method.byol import byol_loss
+from engine.processes.parallel import ParallelConfig
 from engine.processes.world import join
 from engine.recipe import Recipe
 from engine.replay.report import replay
@@ -30,17 +31,16 @@ from shards.errors import InputError
 from shards.index import Index
 from shards.loader import DataConfig
 from shards.order import BatchConfig
+from shards.storage import files
 from tests.helpers import tiny
+from tests.helpers.ranks import Ranks
 from tests.helpers.training import open_trainer, train
 
 pytestmark = pytest.mark.versions
 
 
 def replayed(recipe: Recipe, step: int) -> dict[str, Any]:
-    world = join(recipe.threads, recipe.parallel.strategy != "auto")
-    terminal = Terminal(world.main)
-    data = open_data(recipe, world, terminal.say)
-    replay(recipe, step, world, data, terminal)
+    replay_alone(recipe, step)
     summary: dict[str, Any] = json.loads((folder(recipe, step) / "summary.json").read_text())
     return summary
 
@@ -171,7 +171,7 @@ def test_names_labels_and_pictures(recipe: Recipe) -> None:
             assert row[f"{view}_flip"] in "01"
     (sheet,) = folder(recipe, 2).glob("views_*.png")
     pixels = np.asarray(Image.open(sheet))
-    assert pixels.shape == (2 * (96 + 18), 8 * (2 * 96 + 8), 3)
+    assert pixels.shape == (2 * (96 + 20), 8 * (2 * 98 + 6), 3)
 
 
 def test_blocks_of_samples(packed: Index) -> None:
@@ -180,6 +180,56 @@ def test_blocks_of_samples(packed: Index) -> None:
             first = packed.first_id(shard, block)
             for sample in (first, first + count - 1):
                 assert find_block(packed, int(sample)) == (shard, block)
+
+
+def replay_alone(recipe: Recipe, step: int) -> None:
+    world = join(recipe.threads, recipe.parallel.strategy != "auto")
+    terminal = Terminal(world.main)
+    replay(recipe, step, world, open_data(recipe, world, terminal.say), terminal)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_several_processes(
+    strategy: Any, tiny_data: DataConfig, tmp_path: Path, ranks: Ranks
+) -> None:
+    """Three processes with 2, 1 and 1 of 4 streams, and one process alone."""
+    config = ParallelConfig(strategy=strategy)
+    recipe = tiny.recipe(tiny_data, tmp_path, steps=3, probe=tiny.NO_PROBE, parallel=config)
+    recipe = dataclasses.replace(recipe, checkpoint=CheckpointConfig(every=2))
+    ranks.run(train, recipe, size=3)
+    before = contents(recipe.run)
+    ranks.run(replay_alone, recipe, 3, size=3)
+    assert contents(recipe.run) == before
+    found = json.loads((folder(recipe, 3) / "summary.json").read_text())
+    there = table(recipe, 3, "images.csv"), table(recipe, 3, "layers.csv")
+    assert (found["processes"], found["images"]) == (3, 16)
+    assert (found["data"], found["loss_difference"]) == ("equal", 0.0)
+    assert len(list(folder(recipe, 3).glob("views_*.png"))) == 3
+    alone = replayed(dataclasses.replace(recipe, parallel=ParallelConfig()), 3)
+    assert len(list(folder(recipe, 3).glob("views_*.png"))) == 1  # the earlier ones are gone
+    assert alone["data"] == "equal"
+    assert alone["replayed"]["loss"] == pytest.approx(found["replayed"]["loss"], rel=1e-5)
+    here = table(recipe, 3, "images.csv"), table(recipe, 3, "layers.csv")
+    losses = [{row["sample"]: float(row["loss"]) for row in rows} for rows, _ in (there, here)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    for a, b in zip(there[1], here[1], strict=True):
+        assert a["layer"] == b["layer"]
+        for norm in ("gradient_norm", "weight_norm", "update_norm"):
+            assert float(a[norm]) == pytest.approx(float(b[norm]), rel=1e-3, abs=1e-6)
+
+
+def test_a_run_in_a_bucket(tiny_data: DataConfig, s3: str) -> None:
+    recipe = tiny.recipe(tiny_data, f"{s3}/run", steps=3, probe=tiny.NO_PROBE)
+    train(recipe)
+    before = sorted(files.walk(f"{s3}/run"))
+    for _ in range(2):
+        replay_alone(recipe, 3)
+    new = sorted(set(files.walk(f"{s3}/run")) - set(before))
+    assert sorted(set(before) - set(files.walk(f"{s3}/run"))) == []
+    names = ["images.csv", "layers.csv", "summary.json", "views_000000.png"]
+    assert [name for name, _ in new] == [f"replay/step_00000003/{name}" for name in names]
+    summary = files.read_json(f"{s3}/run/replay/step_00000003/summary.json")
+    assert (summary["exact"], summary["loss_difference"]) == (True, 0.0)
 
 
 # What is not finite
