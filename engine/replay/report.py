@@ -211,10 +211,8 @@ def show(terminal: Terminal, summary: dict[str, Any], layers: list[Layer], folde
     terminal.say(f"step {summary['step']}: {summary['images']} images")
     terminal.say(f"weights: {summary['weights']}")
     terminal.say(f"data: {summary['data']} (data_digest {summary['data_digest']})")
-    terminal.say(
-        f"loss: {replayed['loss']} here, "
-        + (f"{logged['loss']} in the log" if logged else "not logged")
-    )
+    here, there = (one and _number(one["loss"]) for one in (replayed, logged))
+    terminal.say(f"loss: {here} here, {f'{there} in the log' if logged else 'not logged'}")
     for row in summary["highest_losses"]:
         terminal.say(f"  {row['loss']:.4f}  sample {row['sample']}  {row['shard']}: {row['key']}")
     table = Table("layers", "gradient", "weight", "gradient / weight", "update / weight")
@@ -228,6 +226,10 @@ def show(terminal: Terminal, summary: dict[str, Any], layers: list[Layer], folde
     bad = summary["first_not_finite"]
     terminal.say("all tensors are finite" if bad is None else f"first not finite: {bad}")
     terminal.say(f"written to {files.redact(folder)}")
+
+
+def _number(loss: float | None) -> str:
+    return "not finite" if loss is None else str(loss)
 
 
 def _groups(layers: list[Layer]) -> dict[str, tuple[float, float, float]]:

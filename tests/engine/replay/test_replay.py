@@ -22,16 +22,20 @@ from engine.processes.world import join
 from engine.recipe import Recipe
 from engine.replay.report import replay
 from engine.replay.samples import find_block
+from engine.replay.sheets import draw_sheet
 from engine.replay.watch import Watch
 from engine.state import checkpoint
 from engine.state.checkpoint import CheckpointConfig
 from engine.trainer import Trainer
 from shards import index as indexes
+from shards.decode import crop_resize
 from shards.errors import InputError
 from shards.index import Index
 from shards.loader import DataConfig
 from shards.order import BatchConfig
+from shards.reader import BlockReader
 from shards.storage import files
+from shards.views import Column
 from tests.helpers import tiny
 from tests.helpers.ranks import Ranks
 from tests.helpers.training import open_trainer, train
@@ -172,6 +176,45 @@ def test_names_labels_and_pictures(recipe: Recipe) -> None:
     (sheet,) = folder(recipe, 2).glob("views_*.png")
     pixels = np.asarray(Image.open(sheet))
     assert pixels.shape == (2 * (96 + 20), 8 * (2 * 98 + 6), 3)
+
+
+@pytest.mark.parametrize("step", [6, 7])  # the last of an epoch, and the first of the next
+def test_crops_are_those_of_the_views(recipe: Recipe, step: int) -> None:
+    """The written boxes, cut from the images again, are the pixels of the batch."""
+    replayed(dataclasses.replace(recipe, replay_forward=0), step)
+    trainer = open_trainer(dataclasses.replace(recipe, run=f"{recipe.run}-none"))
+    trainer.step = step - 1
+    batches = trainer.batches()
+    batch = next(batches)
+    batches.close()
+    reader = BlockReader(trainer.data.train)
+    for number, row in enumerate(table(recipe, step, "images.csv")):
+        place = find_block(trainer.data.train, int(row["sample"]))
+        block = reader.fetch(*place)
+        position = int(row["sample"]) - trainer.data.train.first_id(*place)
+        assert block.samples[position].key == row["key"]
+        image = reader.decode(block, position)
+        for view, name in enumerate(("view1", "view2")):
+            top, left, height, width = (
+                int(row[f"{name}_{side}"]) for side in ("top", "left", "height", "width")
+            )
+            cut = crop_resize(image, (top, left, height, width), 32)
+            assert torch.equal(cut, batch.views[view, number])
+            params = batch.params[view, number]
+            assert float(row[f"{name}_hue"]) == params[Column.FACTORS + 3].item()
+            assert float(row[f"{name}_blur_sigma"]) == params[Column.SIGMA].item()
+            assert int(row[f"{name}_solarize"]) == params[Column.SOLARIZE].item()
+
+
+def test_a_sheet_shows_both_views() -> None:
+    pictures = np.zeros((2, 10, 48, 48, 3), np.uint8)
+    pictures[0, 9], pictures[1, 9] = (255, 0, 0), (0, 0, 255)
+    sheet = draw_sheet(pictures, [str(number) for number in range(10)])
+    assert sheet.shape == (2 * 116, 8 * 202, 3)  # enlarged twice
+    left, top = 202, 116 + 14  # the second image of the second row
+    assert (sheet[top : top + 96, left : left + 96] == (255, 0, 0)).all()
+    assert (sheet[top : top + 96, left + 98 : left + 194] == (0, 0, 255)).all()
+    assert (sheet[top + 1, left + 203] == 255).all()  # nothing is there
 
 
 def test_blocks_of_samples(packed: Index) -> None:
