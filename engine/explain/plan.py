@@ -1,11 +1,14 @@
 """Find how a batch is shared out, and at which steps and dates a run passes its landmarks."""
 
+import math
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from fractions import Fraction
 from statistics import median
 from typing import NamedTuple
 
 from engine.log.journal import Record
+from engine.method.durations import parse
 from engine.method.schedule import learning_rate, tau
 from engine.recipe import Recipe
 from shards.order import rank_streams
@@ -80,7 +83,8 @@ def find_landmarks(recipe: Recipe, samples: int, at: int) -> list[Landmark]:
         ("evaluation", recipe.probe.every),
         ("checkpoint", recipe.checkpoint.every),
     ):
-        following = (at // every + 1) * every if every else total
+        steps = cadence(every)
+        following = math.ceil((at // steps + 1) * steps) if steps else total
         found += [(f"next {name}", min(following, total))] if at < total else []
     if recipe.steps is not None and recipe.steps < total:
         found.append(("--steps", recipe.steps))
@@ -96,9 +100,17 @@ def find_landmarks(recipe: Recipe, samples: int, at: int) -> list[Landmark]:
     ]
 
 
-def count_due(every: int, total: int) -> int:
-    """Count the steps that are multiples of `every`, and the last one; 0 asks for that one only."""
-    return total // every + (total % every > 0) if every else 1
+def cadence(every: int | str) -> Fraction:
+    """Return the steps between two events, from `every` in steps; 0 when there are none."""
+    number, unit = parse(every)
+    return max(number, Fraction(1)) if number and unit == "step" else Fraction(0)
+
+
+def count_due(every: Fraction, total: int) -> int:
+    """Count the steps that `durations.is_due` names, and the last one; 0 names that one only."""
+    if not every:
+        return 1
+    return int(total / every) + (total % every >= 1)
 
 
 def date_of(seconds: float, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> str:

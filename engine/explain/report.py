@@ -12,7 +12,7 @@ from engine.explain.sizes import LEAST, Fakes, StepCost
 from engine.log import journal
 from engine.log.terminal import Terminal
 from engine.processes.world import World
-from engine.recipe import Recipe
+from engine.recipe import Recipe, in_steps
 from engine.state import checkpoint
 from shards import index as indexes
 from shards.errors import InputError
@@ -49,6 +49,8 @@ def explain(recipe: Recipe, world: World, terminal: Terminal) -> None:
     share = plan.share_batch(recipe, processes)
     known = look(recipe, processes)
     order = _order(recipe, known)
+    if known.samples is not None:
+        recipe = in_steps(recipe, known.samples // recipe.batch.size)
     fakes = Fakes(recipe, known.classes)
     costs = [fakes.measure_step(share.rows[1], recompute=again) for again in (False, True)]
     machine = world.local_size if world.size > 1 else MACHINE
@@ -105,6 +107,9 @@ def look(recipe: Recipe, processes: int) -> Known:
         log = journal.read(recipe.run) if recipe.explain_speed is None else []
     except OSError as error:
         missing.append(f"the run was not read: {error}")
+    origin = recipe.checkpoint.resume or recipe.checkpoint.branch
+    if origin and not at:
+        missing.append(f"steps count from 0, not from where {files.redact(origin)} stands")
     speed = plan.find_speed(recipe.explain_speed, log, processes)
     if speed is None:
         missing.append(
@@ -199,10 +204,13 @@ def _landmarks(recipe: Recipe, known: Known) -> Table | None:
             date = date_of(left / known.speed.images) if known.speed else "?"
         epoch = f"{mark.step * batch / known.samples:,.2f}"
         table.add_row(mark.name, f"{mark.step:,}", epoch, f"{mark.lr:.4g}", f"{mark.tau:.6f}", date)
-    evaluations = plan.count_due(recipe.probe.every, total) if recipe.probe.every else 0
+    evaluations, logged = (
+        plan.count_due(plan.cadence(every), total) if every else 0
+        for every in (recipe.probe.every, recipe.log.every)
+    )
     table.caption = (
-        f"steps an epoch: {each:,}; logged steps: {total // recipe.log.every:,}; evaluations: "
-        f"{evaluations:,}, whose time is not counted"
+        f"steps an epoch: {each:,}; logged steps: about {logged:,}; evaluations: {evaluations:,}, "
+        "whose time is not counted"
     )
     if known.speed:
         images, source = known.speed
@@ -254,10 +262,13 @@ def _saving(recipe: Recipe, known: Known, fakes: Fakes, processes: int) -> Table
             "written until the end", f"{saving.written:,}, {_gb(saving.written * size)} together"
         )
         table.add_row("of them stay", f"{saving.kept:,}, {_gb(saving.kept * size)} together")
-    if known.speed and recipe.checkpoint.every:
-        year = plan.YEAR * known.speed.images / recipe.batch.size / recipe.checkpoint.every
+    if recipe.checkpoint.keep_best:
+        table.add_row("and", f"the best one by {recipe.checkpoint.keep_best}")
+    every = float(plan.cadence(recipe.checkpoint.every))
+    if known.speed and every:
+        year = plan.YEAR * known.speed.images / recipe.batch.size / every
         table.add_row("written in a year of it", f"{year:,.0f}, {_gb(year * size)} together")
-        seconds = recipe.checkpoint.every * recipe.batch.size / known.speed.images
+        seconds = every * recipe.batch.size / known.speed.images
         table.add_row("from one to the next", f"{seconds / 60:,.1f} minutes")
     return table
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.explain.plan import count_due
+from engine.explain.plan import cadence, count_due
 from engine.recipe import Recipe
 from shards import index as indexes
 from shards.cache import GB
@@ -82,10 +82,13 @@ def _estimate(index: Index, streams: int, images: int, kept: int) -> Reading:
 
 def save_run(recipe: Recipe, size: int, total: int) -> Saving:
     """Count the checkpoints of a run of `total` steps. `size` is the bytes of one."""
-    config = recipe.checkpoint
-    written = count_due(config.every, total)
+    config, every = recipe.checkpoint, cadence(recipe.checkpoint.every)
+    written = count_due(every, total)
     kept = min(written, config.keep)
-    if config.keep_every and config.every:
-        older = config.every * (written - kept)  # the last step of those that go
-        kept += older // math.lcm(config.every, config.keep_every)
+    if config.keep_every and every.denominator == 1 and every:
+        last = int(every) * (written - kept)  # of those that go
+        kept += last // math.lcm(int(every), config.keep_every)
+    elif config.keep_every:
+        older = range(1, written - kept + 1)
+        kept += sum(math.ceil(number * every) % config.keep_every == 0 for number in older)
     return Saving(size, written, kept)

@@ -21,9 +21,8 @@ from engine.recipe import Recipe
 from engine.replay import sheets
 from engine.replay.samples import Row, describe
 from engine.replay.watch import Layer, Watch, first
-from engine.run import Run, open_run
-from engine.state import checkpoint, layout
-from engine.state.checkpoint import Commit
+from engine.run import open_run
+from engine.state import layout
 from engine.trainer import Trainer
 from shards.errors import InputError
 from shards.loader import Batch
@@ -52,9 +51,13 @@ def replay(recipe: Recipe, step: int, world: World, data: Data, terminal: Termin
     total = recipe.schedule.total_steps(data.train.samples, recipe.batch.size)
     if step > total:
         raise InputError(f"replay {step}: the run has only {total} steps: give one of them")
-    run = open_run(recipe, data.train.digest, world, terminal)
-    run.start = find_start(recipe, run, world, step)
+    run = open_run(recipe, data.train.digest, world, terminal, before=step)
     trainer = Trainer(recipe, world, data, run)
+    if trainer.step >= step:
+        raise InputError(
+            f"replay {step}: the run began at step {trainer.step} of another run: give a later "
+            "step, or replay it there"
+        )
     if run.start is None:
         terminal.say(f"no checkpoint before step {step}: the weights are those of the start")
     weights, batch = approach(trainer, step)
@@ -91,32 +94,6 @@ def _plain(recipe: Recipe) -> Recipe:
         probe=replace(recipe.probe, every=0, baseline=False),
         data=replace(recipe.data, audit=True),  # runs whose digest has no CRCs are compared too
     )
-
-
-def find_start(recipe: Recipe, run: Run, world: World, step: int) -> Commit | None:
-    """Find the newest sound checkpoint before a step. Return None when there is none.
-
-    Raises InputError when the run began at a later step, in another run.
-    """
-    found = run.start
-    if found is None or found.step < step:
-        return found
-    for url in reversed(world.on_main(lambda: checkpoint.steps(run.url))):
-        if int(url[-8:]) >= step:
-            continue
-        try:
-            return checkpoint.verify(url, world)
-        except InputError as error:
-            run.terminal.say(f"skipped: {error}")
-    if recipe.checkpoint.resume:
-        commit = checkpoint.find(recipe.checkpoint.resume, world, run.terminal.report)
-        if commit.step < step:
-            return commit
-        raise InputError(
-            f"replay {step}: the run began at step {commit.step} of another run, that of "
-            "checkpoint.resume: give a later step, or replay it there"
-        )
-    return None
 
 
 def approach(trainer: Trainer, step: int) -> tuple[Weights, Batch]:

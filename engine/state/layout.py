@@ -5,8 +5,9 @@ RUN/checkpoints/step_00000100/        one checkpoint (state/checkpoint.py)
 RUN/lease/00000001.json               which job holds the run (state/lease.py)
 RUN/compile/                          what torch.compile made (state/artefacts.py)
 RUN/metrics.jsonl, RUN/metrics/       the log, line by line (log/journal.py)
-RUN/tensorboard/                      event files (log/events.py)
+RUN/events.out.tfevents.*             tensorboard's files (log/events.py)
 RUN/evaluations/                      results of launch/evaluate.py (evaluation/session.py)
+RUN/probe/                            packed folders of images (evaluation/probe_sets.py)
 RUN/debug_step/                       exists while --debug-step runs
 RUN/replay/step_00000100/             what --replay found of a step (replay/report.py)
 """
@@ -14,7 +15,6 @@ RUN/replay/step_00000100/             what --replay found of a step (replay/repo
 import re
 from typing import Any
 
-from engine.log.events import TENSORBOARD as TENSORBOARD
 from engine.log.journal import JSONL as JSONL
 from engine.log.journal import PARTS as PARTS
 from shards.errors import InputError
@@ -27,10 +27,11 @@ COMPILE = "compile"
 EVALUATIONS = "evaluations"
 DEBUG_STEP = "debug_step"
 REPLAY = "replay"
+PROBE = "probe"
 
 NAMES = (
-    *(RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, DEBUG_STEP, REPLAY),
-    *(JSONL, PARTS, TENSORBOARD),
+    *(RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, PROBE, DEBUG_STEP, REPLAY),
+    *(JSONL, PARTS),
 )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from engine.explain import plan, traffic
+from engine.method.durations import is_due
 from engine.recipe import Recipe
 from engine.state.checkpoint import CheckpointConfig
 from shards import index as indexes
@@ -56,6 +57,19 @@ def test_checkpoints_that_are_written_and_stay(every: int, keep_every: int) -> N
             kept = [s for s in kept[:-2] if keep_every and s % keep_every == 0] + kept[-2:]
         found = traffic.save_run(recipe, 10, total)
         assert (found.written, found.kept) == (len(written), len(kept))
+
+
+@pytest.mark.parametrize("every", ["7/2 steps", "1.5 steps", "0.5 steps", "3 steps", 4, 0])
+@pytest.mark.parametrize("keep_every", [0, 2, 7])
+def test_fractions_of_steps(every: int | str, keep_every: int) -> None:
+    """An epoch may have no whole number of steps between two checkpoints."""
+    recipe = Recipe(checkpoint=CheckpointConfig(every=every, keep=2, keep_every=keep_every))
+    for total in (1, 20, 21, 22):
+        written = [s for s in range(1, total + 1) if is_due(every, s) or s == total]
+        old = [step for step in written[:-2] if keep_every and step % keep_every == 0]
+        found = traffic.save_run(recipe, 10, total)
+        assert (found.written, found.kept) == (len(written), len(old) + len(written[-2:]))
+        assert plan.count_due(plan.cadence(every), total) == len(written)
 
 
 def test_no_cadence_saves_the_last_step_only() -> None:
