@@ -14,6 +14,7 @@ from engine.state import checkpoint
 from engine.state.saver import Saver
 from engine.trainer import Trainer
 from shards.storage import files
+from shards.storage.commands import quote
 
 
 def fit(trainer: Trainer, preemption: Preemption) -> bool:
@@ -170,7 +171,7 @@ def _farewell(trainer: Trainer, log: MetricsLog) -> None:
             say(f"  {name:<18} {accuracy:6.1%}")
     if trainer.step:
         say(f"checkpoint    {checkpoint.step_url(run, trainer.step)}")
-    say(f"curves        tensorboard --logdir {run}")
+    say(f"curves        tensorboard --logdir {quote(run)}")
     _tell_best(trainer)
     if trainer.step == trainer.last_step:  # after a signal there may be no time for it
         write_at_end(trainer.run.url, trainer.world.main, say)

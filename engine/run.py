@@ -1,6 +1,7 @@
 """The run directory: claim it, read and write it, and refuse to mix it with another run."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from engine.state.checkpoint import Commit
 from engine.state.origin import Origin
 from shards.errors import InputError
 from shards.fields import differences, flatten
-from shards.storage import files, misplaced
+from shards.storage import files, local_files, misplaced
 
 DIGEST = "index_digest"
 _FACTS = {DIGEST, layout.TOTAL, origin.WEIGHTS, origin.BRANCH}  # in recipe.json, beside the fields
@@ -62,7 +63,7 @@ class Run:
 
         `total_steps` is the number of steps of the whole run, for those who read it.
         """
-        facts: dict[str, Any] = {DIGEST: self._digest} | self.origin.fields()
+        facts = {DIGEST: self._digest} | self.origin.fields()
         if total_steps is not None:
             facts[layout.TOTAL] = total_steps
         self._world.on_main(lambda: _write_recipe(self._recipe, facts))
@@ -200,8 +201,14 @@ def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -
             one.release()
 
 
-def open_run(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -> Run:
-    """Open the run directory without holding it.
+def open_run(
+    recipe: Recipe,
+    index_digest: str,
+    world: World,
+    terminal: Terminal,
+    before: float = math.inf,
+) -> Run:
+    """Open the run directory without holding it. Checkpoints of steps from `before` on don't count.
 
     Raises InputError when it has a run of another recipe or of other data.
     """
@@ -211,14 +218,20 @@ def open_run(recipe: Recipe, index_digest: str, world: World, terminal: Terminal
         _check_recipe(recipe, index_digest, terminal.report)
 
     world.on_main(check)
-    found = find_checkpoint(recipe, index_digest, world, terminal.report)
+    found = find_checkpoint(recipe, index_digest, world, terminal.report, before)
     return Run(recipe, index_digest, world, terminal, found)
 
 
 def find_checkpoint(
-    recipe: Recipe, index_digest: str, world: World, report: Callable[[str], None]
+    recipe: Recipe,
+    index_digest: str,
+    world: World,
+    report: Callable[[str], None],
+    before: float = math.inf,
 ) -> Found:
     """Find the newest checkpoint of the run or, if it has none, the one that the recipe names.
+
+    Checkpoints of the run count only when their step is less than `before`.
 
     All processes call it together. Raises InputError when the checkpoint is of another recipe or
     of other data, unless it is that of `checkpoint.branch`, and when the run began otherwise than
@@ -226,7 +239,7 @@ def find_checkpoint(
     """
     resume, branch = recipe.checkpoint.resume, recipe.checkpoint.branch
     recorded = world.on_main(lambda: _read_origin(recipe.run))
-    commit = checkpoint.latest(recipe.run, world, report)
+    commit = checkpoint.latest(recipe.run, world, report, before)
     remedy = "give another --run"
     known = recorded if commit is None else commit.origin
     if known is not None:
@@ -269,6 +282,8 @@ def _find_parent(
 
 def _without_secrets(recipe: Recipe) -> dict[str, Any]:
     fields = flatten(recipe)
+    for name in ("data.train", "data.val", "probe.train", "probe.val"):
+        fields[name] = local_files.absolute(fields[name])  # an evaluation may start elsewhere
     return {k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
 
 

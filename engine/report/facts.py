@@ -128,7 +128,7 @@ def collect(url: str, name: str = "RUN", pictures: bool = True) -> RunFacts:
     if layout.EVALUATIONS in names:
         _attempt(run, layout.EVALUATIONS, lambda: _read_evaluations(run))
     if pictures:
-        run.views = _attempt(run, "the views", lambda: find_views(run.url))
+        run.views = _attempt(run, "the picture of the views", lambda: find_views(run.url))
     return run
 
 

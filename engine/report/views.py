@@ -10,8 +10,8 @@ from engine.log.curves import VIEWS
 from shards.storage import files
 from shards.storage.entries import Entry, list_entries
 
-_TAGS = {VIEWS, "views"}  # of the picture; earlier releases wrote the shorter one
-_FOLDERS = ("", "tensorboard")  # in RUN; earlier releases wrote to the latter
+TAGS = (VIEWS, "views")  # of the picture of the views, now and in the first release
+EARLIER = "tensorboard"  # folder in RUN of the event files of the first release
 MOST_FILES = 200  # event files that are looked through, from the newest on
 MOST_BYTES = 256 << 20  # of an event file that is looked through
 _HEAD, _SUM = 12, 4  # bytes before and behind an event: its length and checksums
@@ -24,8 +24,7 @@ def find_views(run: str) -> tuple[int, bytes] | None:
     It is read back from tensorboard's files, so that nothing has to be written twice, and runs of
     earlier releases have one too. Raises OSError.
     """
-    for name in _FOLDERS:
-        folder = files.join(run, name) if name else run
+    for folder in (run, files.join(run, EARLIER)):
         found = [entry for entry in list_entries(folder) if ".tfevents." in entry.name]
         for entry in reversed(found[-MOST_FILES:]):
             if entry.size <= MOST_BYTES and (views := _find_in(folder, entry)):
@@ -57,5 +56,5 @@ def _views(content: bytes) -> Iterator[tuple[int, bytes]]:
     except DecodeError:
         return
     for value in event.summary.value:
-        if value.tag in _TAGS and value.HasField("image"):
+        if value.tag in TAGS and value.HasField("image"):
             yield event.step, value.image.encoded_image_string

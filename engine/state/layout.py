@@ -7,9 +7,10 @@ RUN/compile/                          what torch.compile made (state/artefacts.p
 RUN/metrics.jsonl, RUN/metrics/       the log, line by line (log/journal.py)
 RUN/events.out.tfevents.*             tensorboard's files (log/events.py)
 RUN/evaluations/                      results of launch/evaluate.py (evaluation/session.py)
-RUN/report.html                       what a browser shows of the run (engine/report)
 RUN/probe/                            packed folders of images (evaluation/probe_sets.py)
+RUN/report.html                       what a browser shows of the run (engine/report)
 RUN/debug_step/                       exists while --debug-step runs
+RUN/replay/step_00000100/             what --replay found of a step (replay/report.py)
 """
 
 import re
@@ -29,10 +30,11 @@ REPORT = "report.html"
 
 TOTAL = "total_steps"  # the key of recipe.json for the number of steps of the whole run
 DEBUG_STEP = "debug_step"
+REPLAY = "replay"
 PROBE = "probe"
 
 NAMES = (
-    *(RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, PROBE, DEBUG_STEP),
+    *(RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, PROBE, DEBUG_STEP, REPLAY),
     *(JSONL, PARTS),
 )
 

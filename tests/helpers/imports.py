@@ -33,7 +33,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("engine.beginning",),
     ("engine.trainer",),
     ("engine.measuring",),
-    ("engine.fit", "engine.debug", "engine.notebook"),
+    ("engine.fit", "engine.debug", "engine.notebook", "engine.explain", "engine.replay"),
     ("recipes",),
     ("launch",),
 ]
