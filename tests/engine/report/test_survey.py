@@ -173,7 +173,9 @@ def test_durations_are_short(seconds: float, text: str) -> None:
     assert show_duration(seconds) == text
 
 
-@pytest.mark.parametrize("arguments", [["s3:/b"], ["{0}", "--depth", "9"], ["{0}/nothing"], []])
+@pytest.mark.parametrize(
+    "arguments", [["s3:/b"], [""], ["{0}", "--depth", "9"], ["{0}/nothing"], []]
+)
 def test_mistakes_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
