@@ -11,7 +11,7 @@ Command      torchrun launch/train.py recipes/own_images.py --data.train data/mi
              Images without labels need --data.val '' --probe.every 0.
 Hardware     one GPU of 8 GB or more. On CPU cores add --model.encoder.depth 10
              --model.encoder.width 0.25 --views.size 64 --schedule.epochs 50.
-Time         It has not been measured on a GPU yet. recipes/README.md has figures of two CPU cores.
+Time         It has not been measured on a GPU yet.
 Expected     It depends on the images. Compare kNN with the untrained encoder and with raw pixels,
              which --probe.baseline measures.
 
