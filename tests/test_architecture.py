@@ -6,7 +6,6 @@ import subprocess
 import pytest
 
 import engine
-
 from tests.helpers.imports import allowed, arrows, cycle, modules
 from tests.helpers.places import ROOT
 
