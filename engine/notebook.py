@@ -154,5 +154,5 @@ def open_session(recipe: Recipe, *, continue_run: bool = False, compile: bool = 
     if continue_run:
         run = open_run(recipe, data.train.digest, world, terminal)
     else:
-        run = Run(recipe, data.train.digest, world, terminal, start=None)
+        run = Run(recipe, data.train.digest, world, terminal, found=None)
     return Session(Trainer(recipe, world, data, run))

@@ -28,7 +28,7 @@ from engine.method.lars import LARSConfig
 from engine.method.precision import Precision
 from engine.method.schedule import ScheduleConfig
 from engine.processes.parallel import ParallelConfig
-from engine.state import layout
+from engine.state import best, layout, origin
 from engine.state.checkpoint import CheckpointConfig
 from shards.errors import InputError
 from shards.field_types import check_types
@@ -41,11 +41,15 @@ from shards.views import ViewsConfig
 # The machines of a run may differ in these fields, and must agree on all others.
 _MACHINES_OWN = {
     *("run", "data.train", "data.val", "data.prefetch", "data.cache", "data.cache_gb"),
+    *("probe.train", "probe.val"),
     *("threads", "compile", "compile_folder"),
 }
 
 # The method fields that came after the first release, with the values that runs had before them.
-ADDED_LATER: dict[str, Any] = {"data.max_pixels": 89_478_485, "data.exif": "ignore"}
+ADDED_LATER: dict[str, Any] = {
+    **{"data.max_pixels": 89_478_485, "data.exif": "ignore"},
+    **{"probe.head_lr": None, "schedule.rewarm": 0},
+}
 
 # The warm-up was a number of epochs before it could also be one of steps.
 WARMUP_BEFORE, WARMUP = "schedule.warmup_epochs", "schedule.warmup"
@@ -116,19 +120,39 @@ class Recipe:
         ):
             if not attrgetter(name)(self).strip():
                 raise InputError(f"{name} is not set: give --{name} URL, the {what}")
-        for name in ("run", "data.train", "data.val", "data.cache", "checkpoint.resume"):
+        places = ("run", "data.train", "data.val", "data.cache", "probe.train", "probe.val")
+        beginnings = ("checkpoint.resume", "checkpoint.branch", "model.start")
+        for name in (*places, *beginnings):
             files.check(attrgetter(name)(self), name)
         layout.check_run(self.run)
+        if key := self.checkpoint.keep_best:
+            best.check_key(key, "checkpoint.keep_best")
+            if key in best.MEASURED and not self.probe.every:
+                raise InputError(
+                    f"checkpoint.keep_best {key} is measured at evaluations: turn them on with "
+                    "--probe.every N"
+                )
+        self._check_beginning()
         if not files.is_local(self.compile_folder):
             raise InputError(
                 f"compile_folder {files.redact(self.compile_folder)}: must be on a local disk, "
                 "because what lies there is run: give a path, or leave it out for RUN/compile"
             )
-        if (self.probe.every or self.probe.baseline) and not self.data.val:
+
+    def _check_beginning(self) -> None:
+        branch, start = self.checkpoint.branch, self.model.start
+        if branch and self.checkpoint.resume:
             raise InputError(
-                "evaluations are on but data.val is not set: give --data.val URL, or turn them off "
-                "with --probe.every 0 --probe.no-baseline"
+                f"checkpoint.resume {files.redact(self.checkpoint.resume)} and checkpoint.branch "
+                f"{files.redact(branch)} exclude each other: give one of them"
             )
+        if branch and origin.names_same(self.run, origin.home(branch)):
+            raise InputError(
+                f"checkpoint.branch {files.redact(branch)}: is of the run itself: give another "
+                "--run, where the branch goes"
+            )
+        if self.model.start_prefix is not None and not start:
+            raise InputError("model.start_prefix is for model.start: give --model.start URL too")
 
 
 def in_steps(recipe: Recipe, steps_per_epoch: int) -> Recipe:

@@ -116,6 +116,14 @@ def as_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def as_option(name: str, value: Any) -> str:
+    """Return the words of a command line that give a field this value."""
+    if isinstance(value, bool):
+        before, dot, last = name.rpartition(".")
+        return as_flag(name if value else f"{before}{dot}no_{last}")
+    return f"{as_flag(name)} {_cut(value)}"
+
+
 def check_range(name: str, value: Any, bound: Interval) -> None:
     """Raise InputError naming the field `name` unless the value is None or in the interval."""
     if value is None:

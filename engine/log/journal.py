@@ -110,6 +110,11 @@ class Journal:
         """Return the records of the steps after `step`."""
         return [json.loads(line) for known, line in self._lines.items() if known > step]
 
+    def find(self, step: int) -> Record:
+        """Return the record of a step, or an empty one."""
+        found: Record = json.loads(self._lines.get(step, b"{}"))
+        return found
+
     def write(self, record: Record) -> None:
         """Keep a step's record in memory until the next flush.
 

@@ -5,15 +5,15 @@ RUN/checkpoints/step_00000100/        one checkpoint (state/checkpoint.py)
 RUN/lease/00000001.json               which job holds the run (state/lease.py)
 RUN/compile/                          what torch.compile made (state/artefacts.py)
 RUN/metrics.jsonl, RUN/metrics/       the log, line by line (log/journal.py)
-RUN/tensorboard/                      event files (log/events.py)
+RUN/events.out.tfevents.*             tensorboard's files (log/events.py)
 RUN/evaluations/                      results of launch/evaluate.py (evaluation/session.py)
+RUN/probe/                            packed folders of images (evaluation/probe_sets.py)
 RUN/debug_step/                       exists while --debug-step runs
 """
 
 import re
 from typing import Any
 
-from engine.log.events import TENSORBOARD as TENSORBOARD
 from engine.log.journal import JSONL as JSONL
 from engine.log.journal import PARTS as PARTS
 from shards.errors import InputError
@@ -25,8 +25,12 @@ LEASE = "lease"
 COMPILE = "compile"
 EVALUATIONS = "evaluations"
 DEBUG_STEP = "debug_step"
+PROBE = "probe"
 
-NAMES = (RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, DEBUG_STEP, JSONL, PARTS, TENSORBOARD)
+NAMES = (
+    *(RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, PROBE, DEBUG_STEP),
+    *(JSONL, PARTS),
+)
 
 
 _FILES = (RECIPE, JSONL, "commit.json", "index.json", ".metadata")
