@@ -204,7 +204,8 @@ class MetricsLog:
             self._failing = False
 
     def _show(self, record: Record) -> None:
-        status = ""
+        parent = record.get("branched_from")  # on the first line of a branch
+        status = f"branched from {parent}" if parent else ""
         if "loss" in record:  # a step that is only evaluated has none
             loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
             status = f"loss {loss}  {record.get('images_per_second') or 0:,.0f} images/s"
