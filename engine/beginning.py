@@ -11,7 +11,7 @@ from engine.encoder.source import find_kind
 from engine.encoder.start import FIELD, StartWeights, read_start
 from engine.method.schedule import Ramp
 from engine.processes.world import World
-from engine.recipe import ADDED_LATER, Recipe, method_fields
+from engine.recipe import Recipe, in_todays_terms, method_fields
 from engine.run import Run
 from engine.state import checkpoint, origin
 from engine.state.branch import Branch, Facts, plan
@@ -78,7 +78,7 @@ def _branch(recipe: Recipe, world: World, parent: Commit, train: Index) -> Branc
     here = Facts(method_fields(recipe), train.digest, train.samples)
     same = parent.index_digest == train.digest
     samples = parent.origin.samples or (train.samples if same else 0)
-    there = Facts(ADDED_LATER | parent.method, parent.index_digest, samples)
+    there = Facts(in_todays_terms(parent.method), parent.index_digest, samples)
     held = checkpoint.shapes(parent, world)
     found = plan(parent, there, here, held, len(train.classes))
     total = recipe.schedule.total_steps(train.samples, recipe.batch.size)
@@ -92,12 +92,11 @@ def _branch(recipe: Recipe, world: World, parent: Commit, train: Index) -> Branc
 
 def _ramp(recipe: Recipe, origin: Origin, samples: int) -> Ramp:
     """Return the ramp of the learning rate. Raises InputError when there is no branch for it."""
-    epochs = recipe.schedule.rewarm_epochs
-    if not epochs:
+    if not recipe.schedule.rewarm:
         return Ramp()
     if origin.branched_from is None:
         raise InputError(
-            f"schedule.rewarm_epochs {epochs:g}: the ramp is that of a branch: give "
+            f"schedule.rewarm {recipe.schedule.rewarm}: the ramp is that of a branch: give "
             "--checkpoint.branch URL too, or leave it out"
         )
     steps = recipe.schedule.rewarm_steps(samples, recipe.batch.size)

@@ -16,6 +16,7 @@ from engine.method.precision import Precision
 from engine.method.resnet import ResNet, ResNetConfig, initialize
 from engine.processes.world import World
 from engine.state import checkpoint, layout
+from engine.state.best import check_key, find_best
 from engine.state.checkpoint import Commit
 from shards.decode import DEFAULT_RULES, Exif, PixelRules
 from shards.digest import digest
@@ -47,7 +48,8 @@ class EncoderConfig:
     """Choose the network of a checkpoint, and the images that it gets."""
 
     checkpoint: str = "latest"
-    """Which checkpoint of a run is taken: latest, or the number of its step."""
+    """Which checkpoint of a run is taken: latest, best, or the number of its step. best is where
+    the log has the largest value of the run's checkpoint.keep_best, by default of knn_top1."""
     network: Literal["online", "target", "untrained", "pixels"] = "online"
     """The network that is taken: online or target. For comparison, untrained is the run's
     encoder as its seed draws it, and pixels is the image itself, which cannot be exported."""
@@ -71,9 +73,10 @@ class EncoderConfig:
     def check(self) -> None:
         """Raise InputError when a field has a value that it cannot have."""
         check_bounds(self, as_flag)
-        if self.checkpoint != "latest" and not re.fullmatch("[0-9]{1,8}", self.checkpoint):
+        if not re.fullmatch("latest|best|[0-9]{1,8}", self.checkpoint):
             raise InputError(
-                f"--checkpoint must be latest or the number of a step, not {self.checkpoint!r}"
+                "--checkpoint must be latest, best or the number of a step, "
+                f"not {self.checkpoint!r}"
             )
 
     def rules(self, fields: dict[str, Any]) -> PixelRules:
@@ -208,13 +211,33 @@ def find_kind(url: str, name: str = "CHECKPOINT") -> Literal["folder", "file"]:
 def _find(url: str, config: EncoderConfig, world: World, report: Callable[[str], None]) -> Commit:
     if config.checkpoint == "latest":
         return checkpoint.find(url, world, report, "CHECKPOINT")
+    if config.checkpoint == "best":
+        return checkpoint.verify(world.on_main(partial(_best_url, url)), world)
     return checkpoint.verify(world.on_main(partial(_step_url, url, int(config.checkpoint))), world)
+
+
+def _best_url(run: str) -> str:
+    """Return the URL of a run's best checkpoint. Raises InputError when the log tells of none."""
+    key = layout.read_recipe(run).get("checkpoint.keep_best") or "knn_top1"
+    check_key(str(key), f"{files.redact(files.join(run, layout.RECIPE))}: checkpoint.keep_best")
+    there = checkpoint.committed_steps(run)
+    best = find_best(run, key, there)
+    if best.step < 0:
+        raise InputError(
+            f"CHECKPOINT {files.redact(run)}: no best checkpoint, because the log has no {key} of "
+            f"any; give --checkpoint latest, or one of the steps: {_list_steps(there)}"
+        )
+    return checkpoint.step_url(run, best.step)
+
+
+def _list_steps(there: list[int]) -> str:
+    return ", ".join(map(str, there)) or "none"
 
 
 def _step_url(run: str, step: int) -> str:
     wanted, there = checkpoint.step_url(run, step), checkpoint.steps(run)
     if wanted not in there:
-        known = ", ".join(str(int(url[-8:])) for url in there) or "none"
+        known = _list_steps([int(url[-8:]) for url in there])
         raise InputError(
             f"CHECKPOINT {files.redact(run)}: no checkpoint of step {step}; there are: {known}"
         )

@@ -10,6 +10,7 @@ The other functions are called by one process.
 """
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,8 +25,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from engine.method.durations import Duration, Lasting, is_due, simplify
 from engine.processes.world import World
 from engine.state import dcp_metadata
+from engine.state.best import find_best
 from engine.state.dcp_files import Reader, Writer, verify_file
 from engine.state.layout import CHECKPOINTS, RECIPE
 from engine.state.origin import Origin
@@ -45,13 +48,17 @@ Sums = dict[str, tuple[int, int]]  # name of a file: length in bytes, CRC32
 class CheckpointConfig:
     """Configure when the run is saved, and what it starts from."""
 
-    every: Operation[Annotated[int, Interval(ge=0)]] = 1000
-    """Steps from one checkpoint to the next. The last step of a process is saved too. 0 saves only
-    that one."""
+    every: Operation[Annotated[Duration, Lasting()]] = 1000
+    """Time from one checkpoint to the next: steps, such as 1000, or epochs, such as '1 epoch'. The
+    last step of a process is saved too. 0 saves only that one."""
     keep: Operation[Annotated[int, Interval(ge=1)]] = 3
     """Number of newest checkpoints that stay."""
     keep_every: Operation[Annotated[int, Interval(ge=0)]] = 0
     """Checkpoints whose step is a multiple of this stay too. 0 keeps no others."""
+    keep_best: Operation[str] = ""
+    """Name of a figure in the log, such as knn_top1 or linear_top1. The checkpoint where it is
+    largest stays too, and an evaluation that finds a new best is saved at once. By default none is
+    kept for that."""
     background: Operation[bool] = True
     """Go on training while a checkpoint is written. Training waits only while the state is copied,
     and before that until the checkpoint before this one is written."""
@@ -67,9 +74,12 @@ class CheckpointConfig:
     with changed method fields or other data. The changes are listed and kept in the new run's
     recipe. The shapes of the networks must stay the same."""
 
+    def __post_init__(self) -> None:
+        simplify(self, "every")
+
     def due(self, step: int) -> bool:
         """Return whether `every` asks for a checkpoint of `step`."""
-        return self.every > 0 and step % self.every == 0
+        return is_due(self.every, step)
 
 
 @dataclass(frozen=True)
@@ -190,12 +200,16 @@ def shapes(commit: Commit, world: World) -> dict[str, Size]:
     return world.on_main(read)
 
 
-def latest(run: str, world: World, report: Callable[[str], None]) -> Commit | None:
-    """Find the newest sound checkpoint of a run. Return None when it has none.
+def latest(
+    run: str, world: World, report: Callable[[str], None], before: float = math.inf
+) -> Commit | None:
+    """Find the newest sound checkpoint of a run, of a step less than `before`, or return None.
 
     Damaged checkpoints are reported and skipped.
     """
     for url in reversed(world.on_main(lambda: steps(run))):
+        if int(url[-8:]) >= before:
+            continue
         try:
             return verify(url, world)
         except InputError as error:
@@ -290,8 +304,9 @@ def prune(
     keep: int,
     keep_every: int = 0,
     report: Callable[[str], None] = print,
+    keep_best: str = "",
 ) -> None:
-    """Remove the committed checkpoints except the newest `keep` and those of `keep_every`.
+    """Remove the committed checkpoints except the newest, those of `keep_every` and the best.
 
     The commit of each is removed first. If the store refuses that, the checkpoint stays whole.
 
@@ -301,15 +316,23 @@ def prune(
         keep: Number of checkpoints that stay, at least 1.
         keep_every: Checkpoints whose step is a multiple of this stay too. 0 keeps no others.
         report: Is called with a line about what a store refuses to remove.
+        keep_best: The checkpoint where the log has the largest value of this key stays too. ""
+            keeps no other.
     """
-    until = step_url(run, step)
-    saved = [url for url in steps(run) if url <= until]
-    committed = [url for url in saved if files.exists(files.join(url, COMMIT))]
-    for url in committed[:-keep]:
-        if keep_every and int(url[-8:]) % keep_every == 0:
+    committed = committed_steps(run, step)
+    best = find_best(run, keep_best, committed).step
+    for number in committed[:-keep]:
+        if number == best or (keep_every and number % keep_every == 0):
             continue
+        url = step_url(run, number)
         if files.discard(files.join(url, COMMIT), run, report):
             files.discard(url, run, report)
+
+
+def committed_steps(run: str, until: int = 10**8) -> list[int]:
+    """List the steps of a run's committed checkpoints up to the step `until`, rising."""
+    found = [(int(url[-8:]), url) for url in steps(run)]
+    return [n for n, url in found if n <= until and files.exists(files.join(url, COMMIT))]
 
 
 def steps(run: str) -> list[str]:

@@ -43,7 +43,7 @@ RATES = {"lars": 2.0, "adamw": 2e-2}
 def recipe(data: DataConfig, run: Path | str, epochs: float = SHORT, **changes: Any) -> Recipe:
     """Return a recipe of the tiny network that is evaluated never and saved at its end."""
     given = {
-        "schedule": ScheduleConfig(epochs=epochs, warmup_epochs=1, base_lr=2.0),
+        "schedule": ScheduleConfig(epochs=epochs, warmup="1 epoch", base_lr=2.0),
         "probe": tiny.NO_PROBE,
         "checkpoint": CheckpointConfig(every=0),
     }
@@ -174,7 +174,7 @@ def test_a_branch_tells_and_keeps_where_it_comes_from(
 def test_a_branch_goes_on_without_its_parent(tiny_data: DataConfig, tmp_path: Path) -> None:
     there, run, whole = (tmp_path / name for name in ("parent", "run", "whole"))
     train(recipe(tiny_data, there, steps=3))
-    schedule = ScheduleConfig(epochs=2, warmup_epochs=0, rewarm_epochs=1)
+    schedule = ScheduleConfig(epochs=2, warmup=0, rewarm="1 epoch")
     config = recipe(tiny_data, run, schedule=schedule, checkpoint=branch(there))
     undisturbed = train(dataclasses.replace(config, run=str(whole)))
     train(dataclasses.replace(config, steps=5))
@@ -256,7 +256,7 @@ def test_what_a_branch_cannot_change_is_refused(tiny_data: DataConfig, tmp_path:
         assert not (run / "recipe.json").exists()
     with pytest.raises(InputError, match=r"another --run and --checkpoint.branch"):
         train(recipe(tiny_data, there, 6))
-    schedule = ScheduleConfig(rewarm_epochs=1)
+    schedule = ScheduleConfig(rewarm="1 epoch")
     with pytest.raises(InputError, match=r"give --checkpoint.branch URL too"):
         train(recipe(tiny_data, run, schedule=schedule))
     file = tmp_path / "weights.pth"
