@@ -263,9 +263,10 @@ class MetricsLog:
             self._failing = False
 
     def _show(self, record: Record) -> None:
-        status = ""
         if record["step"] == 0:  # the baselines, which are told when they are measured
             return
+        parent = record.get("branched_from")  # on the first line of a branch
+        status = f"branched from {parent}" if parent else ""
         if "loss" in record:  # a step that is only evaluated has none
             loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
             status = f"loss {loss}  {record.get('images_per_second') or 0:,.0f} images/s"
