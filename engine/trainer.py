@@ -11,10 +11,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from engine.beginning import begin
 from engine.data import Data, open_own_probe_sets, train_batches
 from engine.evaluation.during_training import Probe
 from engine.evaluation.probe_sets import ProbeSets
 from engine.log.figures import StepSums, data_digest
+from engine.log.metrics import BASELINES
 from engine.method import byol
 from engine.method.augment import augment
 from engine.method.byol import byol_loss, update_target
@@ -25,24 +27,25 @@ from engine.method.precision import MOST_SKIPS, StepGuard, autocast, parameter_d
 from engine.method.schedule import learning_rate, tau
 from engine.processes import compiling, parallel
 from engine.processes.world import World, set_timeout, share_of_cores
-from engine.recipe import Recipe
+from engine.recipe import Recipe, in_steps
 from engine.run import Run
 from engine.state import checkpoint
+from engine.state.branch import without
 from shards.errors import InputError
 from shards.loader import Batch, TrainLoader
-from shards.storage import files
 
 
 class StepOutput(NamedTuple):
     """Hold what a step leaves for the log, on the device.
 
-    The images and the features are those of the last micro-batch only.
+    The images, features and projections are those of the last micro-batch only.
     """
 
     loss: Tensor  # [] this process's share of the mean over the global batch, 0 to 8
     head_loss: Tensor  # [] its share of the mean over the labeled rows, for the online head
     labeled: Tensor  # [] the number of labeled rows in the global batch
     features: Tensor  # [V*b, F]
+    projections: Tensor  # [V*b, D], the target network's
     images: Tensor  # [V*b, 3, S, S], as the network saw them
     lr: float
     tau: float
@@ -60,7 +63,8 @@ class Trainer:
         Raises InputError for a strategy that these processes cannot use, and for sets that
         nothing can be measured on.
         """
-        self.recipe, self.world, self.data, self.run = recipe, world, data, run
+        self.recipe = recipe = in_steps(recipe, data.order.steps_per_epoch)
+        self.world, self.data, self.run = world, data, run
         self.device, self.terminal = world.device, run.terminal
         self.threads = recipe.threads or share_of_cores()
         probe_sets = open_own_probe_sets(recipe, data, world, self.threads, self.terminal.say)
@@ -71,7 +75,11 @@ class Trainer:
         self.tau_power = recipe.schedule.tau_power(batch)
 
         self.classes = len(data.train.classes)
+        beginning = begin(recipe, world, run, data.train)
+        self.ramp = beginning.ramp
         self.online, self.target = byol.build(recipe.model, self.classes, recipe.seed)
+        if beginning.weights is not None:
+            beginning.weights.fill(self.online, self.target)
         self._parallelize()
         self.optimizer = recipe.optimizer.build(self.online, self.parallel.shard_group)
         self.peak_head_lr = self.peak_lr
@@ -85,11 +93,11 @@ class Trainer:
             compiling.compile_optimizer(self.optimizer)
 
         self.probe = self._build_probe(probe_sets)
-        self.step = 0
-        if run.start is not None:
-            self.load(run.start)
-            self.step = run.start.step
-            self.terminal.say(f"resumed at step {self.step} from {files.redact(run.start.url)}")
+        self.step = beginning.step
+        if beginning.commit is not None:
+            self.load(beginning.commit, beginning.left_out)
+        if beginning.text:
+            self.terminal.say(beginning.text)
 
     def _parallelize(self) -> None:
         recipe, say = self.recipe, self.terminal.say
@@ -127,10 +135,11 @@ class Trainer:
 
         Source: section 3.1 and algorithm 1 of the paper. With micro-batches, the gradients are
         averaged over them, and everything after the backward passes happens once, as in the
-        paper. A step with a gradient that is not finite changes only what the guard keeps.
+        paper. A step with a gradient that is not finite changes only what the guard keeps, and
+        counts like any other.
         """
         lr, head_lr = (
-            learning_rate(self.step, peak, self.warmup_steps, self.total_steps)
+            learning_rate(self.step, peak, self.warmup_steps, self.total_steps, self.ramp)
             for peak in (self.peak_lr, self.peak_head_lr)
         )
         rate = tau(self.step, self.recipe.schedule.base_tau, self.total_steps, self.tau_power)
@@ -161,7 +170,8 @@ class Trainer:
         self.update_target(local(self.moved), local(self.towards), follow)
         self.statistics.apply(skip)
         self.guard.update(skip)
-        return StepOutput(loss, head_total, labeled, online.features, images, lr, rate)
+        self.step += 1  # a skipped step takes its place in the schedule too
+        return StepOutput(loss, head_total, labeled, online.features, projection, images, lr, rate)
 
     def _count_labels(self, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """Count the labeled rows of the global batch, [] on the device; 0 without a head.
@@ -243,18 +253,20 @@ class Trainer:
         """Measure and report the kNN accuracies before the first step of the run.
 
         Returns:
-            The accuracies by name; nothing when the recipe asks for none or the run has begun.
+            The accuracies by their keys in the log; nothing when the recipe asks for none or the
+            run has begun.
         """
         if self.probe is None or not self.recipe.probe.baseline or self.step:
             return {}
         if not self.probe.sets.knn:  # a line has said why
             return {}
+        start = "knn_untrained" if self.run.origin.weights is None else "knn_start"
         found = {
-            "raw pixels": self.probe.measure_pixels(),
-            "untrained encoder": self.probe.evaluate()["knn_top1"],
+            "knn_pixels": self.probe.measure_pixels(),
+            start: self.probe.evaluate()["knn_top1"],
         }
-        for name, accuracy in found.items():
-            self.terminal.say(f"kNN of {name}: {accuracy:.1%}")
+        for key, accuracy in found.items():
+            self.terminal.say(f"kNN of {BASELINES[key]}: {accuracy:.1%}")
         return found
 
     # Reports about a step --------------------------------------------------------------------
@@ -264,8 +276,9 @@ class Trainer:
 
         All processes call it together.
         """
-        own = StepSums.of(output.loss, output.head_loss, output.features)
-        sums = StepSums(self.world.all_reduce(own.values))
+        features, projections = output.features, output.projections
+        own = StepSums.of(output.loss, output.head_loss, features, projections)
+        sums = StepSums(self.world.all_reduce(own.values), features.shape[1])
         digest = self.world.all_reduce(data_digest(batch.ids, batch.crcs)).item()
         record: dict[str, Any] = {
             "step": self.step,
@@ -274,6 +287,7 @@ class Trainer:
             "lr": output.lr,
             "tau": output.tau,
             "feature_std": sums.feature_std,
+            "projection_std": sums.projection_std,
             "data_digest": f"{digest % 2**64:016x}",
             "skipped": int(self.guard.skipped),
         }
@@ -325,10 +339,10 @@ class Trainer:
             "guard": self.guard.state(),
         }
 
-    def load(self, commit: checkpoint.Commit) -> None:
-        """Load a checkpoint's tensors."""
+    def load(self, commit: checkpoint.Commit, left_out: tuple[str, ...] = ()) -> None:
+        """Load a checkpoint's tensors, except the parts of the state that are left out."""
         state = self.state()
-        checkpoint.load(commit, state, self.world)
+        checkpoint.load(commit, without(state, left_out), self.world)
         self.online.load_state_dict(state["online"])
         self.target.load_state_dict(state["target"])
         groups = get_optimizer_state_dict(self.online, self.optimizer)["param_groups"]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import torch
 from annotated_types import Interval
@@ -26,6 +26,8 @@ from shards.fields import as_flag, check_bounds
 from shards.storage import files, names
 
 TRIES = 3  # a training run may remove the checkpoint while it is read
+
+_T = TypeVar("_T")
 
 _ENCODER = "model.encoder."
 _ENCODER_FIELDS = get_type_hints(ResNetConfig)
@@ -50,7 +52,7 @@ class EncoderConfig:
     the log has the largest value of the run's checkpoint.keep_best, by default of knn_top1."""
     network: Literal["online", "target", "untrained", "pixels"] = "online"
     """The network that is taken: online or target. For comparison, untrained is the run's
-    encoder before the first step, and pixels is the image itself, which cannot be exported."""
+    encoder as its seed draws it, and pixels is the image itself, which cannot be exported."""
     prefix: str | None = None
     """What stands before conv1.weight in the encoder's tensor names in a third-party file, as a
     whole. Where names mean nothing it is the name of the encoder's first tensor. It is needed only
@@ -138,18 +140,32 @@ def open_encoder(
     """
     config.check()
     files.check(url, "CHECKPOINT")
-    kind = world.on_main(lambda: _kind(url))
+    kind = world.on_main(lambda: find_kind(url))
     if kind == "file":
         return world.on_all(partial(_foreign, url, config))
     if config.prefix is not None:
         raise InputError(f"--prefix is for files that others made: {files.redact(url)} is a run")
+    if config.checkpoint != "latest":
+        return _own(_find(url, config, world, report), config, world)
+    return read_newest(
+        url, world, report, lambda: _own(_find(url, config, world, report), config, world)
+    )
+
+
+def read_newest(
+    url: str, world: World, report: Callable[[str], None], read: Callable[[], _T]
+) -> _T:
+    """Call `read`, which reads a run's newest checkpoint, again if the run went on meanwhile.
+
+    A training removes old checkpoints. All processes call it together.
+    """
     for attempt in range(1, TRIES + 1):
         there = world.on_main(partial(_steps, url))
         try:
-            return _own(_find(url, config, world, report), config, world)
+            return read()
         except (InputError, OSError):
             changed = world.on_main(partial(_steps, url)) != there
-            if not changed or attempt == TRIES or config.checkpoint.isdigit():
+            if not changed or attempt == TRIES:
                 raise
             report(f"{files.redact(url)}: the run went on meanwhile; taking a newer checkpoint")
     raise AssertionError("unreachable")
@@ -170,7 +186,12 @@ def _can_read(url: str) -> bool:
         return False
 
 
-def _kind(url: str) -> Literal["folder", "file"]:
+def find_kind(url: str, name: str = "CHECKPOINT") -> Literal["folder", "file"]:
+    """Return whether a run or a checkpoint of one is at `url`, or a file.
+
+    `name` is the field or argument that gave the URL, for the message. Raises InputError when
+    nothing is there, or what is no checkpoint.
+    """
     try:
         if files.list_names(url):
             return "folder"
@@ -179,11 +200,11 @@ def _kind(url: str) -> Literal["folder", "file"]:
         return "folder" if folder else "file"
     if not files.exists(url):
         raise InputError(
-            f"CHECKPOINT {files.redact(url)}: nothing there; give the URL of a run, of one of "
+            f"{name} {files.redact(url)}: nothing there; give the URL of a run, of one of "
             f"its checkpoints, or of a checkpoint file{checkpoint.hint(url)}"
         )
     if url.endswith((".json", ".jsonl", ".distcp")):
-        raise InputError(f"CHECKPOINT {files.redact(url)}: is no checkpoint{checkpoint.hint(url)}")
+        raise InputError(f"{name} {files.redact(url)}: is no checkpoint{checkpoint.hint(url)}")
     return "file"
 
 
@@ -255,13 +276,12 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
     else:
         own = {f"encoder.{name}": value for name, value in network.state_dict().items()}
         checkpoint.load(commit, {config.network: own}, world)
-    sums = sorted((name, *entry) for name, entry in commit.files.items())
     return Source(
         url=commit.url,
         run=home,
         step=commit.step,
         network=config.network,
-        digest=_digest(sums),
+        digest=digest_of(commit),
         data_digest=commit.index_digest,
         config=resnet,
         size=size,
@@ -271,6 +291,11 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
         fields={k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()},
         report=f"{config.network} network of {place}",
     ), network
+
+
+def digest_of(commit: Commit) -> str:
+    """Return a digest of all tensors in a checkpoint."""
+    return _digest(sorted((name, *entry) for name, entry in commit.files.items()))
 
 
 def _check_weight(config: ResNetConfig, commit: Commit) -> None:

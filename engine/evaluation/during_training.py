@@ -19,6 +19,7 @@ from engine.evaluation.knn import find_nearest, vote
 from engine.evaluation.probe_sets import ProbeSets
 from engine.log.figures import effective_rank
 from engine.method.byol import VIEWS, Online
+from engine.method.durations import Duration, Lasting, is_due, simplify
 from engine.method.local_shards import whole
 from engine.method.precision import Precision, parameter_dtype
 from engine.method.resnet import ResNet, ResNetConfig
@@ -41,9 +42,9 @@ class ProbeConfig:
     They never change the training's state.
     """
 
-    every: Operation[Annotated[int, Interval(ge=0)]] = 0
-    """Steps from one evaluation to the next. The last step of the run is evaluated too. 0 turns
-    evaluations off."""
+    every: Operation[Annotated[Duration, Lasting()]] = 0
+    """Time from one evaluation to the next: steps, such as 300, or epochs, such as '5 epochs'. The
+    last step of the run is evaluated too. 0 turns evaluations off."""
     train: Operation[str] = ""
     """URL of images with labels, among which kNN looks for neighbors: shards, or a folder of images
     with one folder for each class, which is packed into RUN/probe. Its classes need not be those of
@@ -65,9 +66,12 @@ class ProbeConfig:
     baseline: Operation[bool] = False
     """Measure kNN on raw pixels and on the untrained encoder before the first step."""
 
+    def __post_init__(self) -> None:
+        simplify(self, "every")
+
     def due(self, step: int, last: int) -> bool:
         """Return whether to evaluate after `step`. `last` is the last step of the run."""
-        return self.every > 0 and (step == last or step % self.every == 0)
+        return self.every != 0 and (step == last or is_due(self.every, step))
 
 
 class Stopped(Exception):

@@ -16,20 +16,21 @@ import numpy as np
 import torch
 from annotated_types import Interval
 from numpy.typing import NDArray
-from rich.progress import Progress
 from torch import Tensor
 
 from engine.encoder.source import EncoderConfig, open_encoder
 from engine.evaluation.features import Features, encoding, extract
 from engine.evaluation.results import Result, read_result, show
 from engine.log import journal
+from engine.log.curves import name_curve
 from engine.log.events import EventLog
+from engine.log.progress import show_progress
 from engine.log.terminal import Terminal
 from engine.method.precision import slow_on
 from engine.processes.identity import agent_identity
 from engine.processes.world import World, share_of_cores
 from engine.state import lease
-from engine.state.layout import CHECKPOINTS, EVALUATIONS, TENSORBOARD, refuse_links
+from engine.state.layout import CHECKPOINTS, EVALUATIONS, refuse_links
 from shards import index as indexes
 from shards.center_crops import CropReader, EvalBatch
 from shards.decode import DEFAULT_RULES
@@ -89,6 +90,7 @@ class Evaluation:
         """
         self.world, self.protocol = world, protocol
         self.terminal = Terminal(world.main)
+        self.terminal.say(f"{protocol}: opening {files.redact(checkpoint_url)}")
         self.threads = threads or share_of_cores()
         self.corrupt = data.corrupt
         files.check(out, "--out")
@@ -178,17 +180,14 @@ class Evaluation:
             )
 
     def _show_progress(self, batches: Iterable[EvalBatch], total: int) -> Iterator[EvalBatch]:
-        """Yield the batches and show a progress bar when there is a terminal.
+        """Yield the batches and show how many images are done.
 
-        The bar assumes that all processes are as fast as this one.
+        All processes are assumed to be as fast as this one.
         """
-        console = self.terminal.console
-        off = not console.is_terminal or console.quiet
-        with Progress(console=console, transient=True, disable=off) as progress:
-            task = progress.add_task("features", total=total)
+        with show_progress(self.terminal, "features", total) as progress:
             for batch in batches:
                 yield batch
-                progress.advance(task, len(batch.ids) * self.world.size)
+                progress.advance(len(batch.ids) * self.world.size)
 
     def name(self, figure: str) -> str:
         """Return a figure's name in the run's metrics, such as linear_top1 or linear_target_top1.
@@ -251,8 +250,14 @@ class Evaluation:
         self.terminal.say(f"result  {files.redact(files.join(self.url, RESULT))}")
 
     def events(self) -> EventLog:
-        """Open tensorboard's event files for evaluations, beside those of the run."""
-        return EventLog(files.join(self.run or self.home, TENSORBOARD, EVALUATIONS), None)
+        """Open the event files of evaluations, which are no part of the training's curves."""
+        return EventLog(self.curves, None)
+
+    @property
+    def curves(self) -> str:
+        """Return the URL of tensorboard's files. Those of other data than the run's lie apart."""
+        apart = f"on_{self.val.digest[:6]}"
+        return self.home if self._own_data else files.join(self.home, apart)
 
     @cached_property
     def _own_data(self) -> bool:
@@ -311,7 +316,7 @@ class Evaluation:
         }
         step = source.step or 0
         events = self.events()
-        events.scalars(result.metrics, step)
+        events.scalars({name_curve(k): v for k, v in result.metrics.items()}, step)
         events.flush()
         if self.run and source.network in ("online", "target"):
             journal.add(self.run, {"step": step} | result.metrics)
