@@ -46,9 +46,10 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> bool:
     with (
         closing(trainer.batches()) as data,
         Saver(trainer.world, recipe.checkpoint.background, trainer.terminal.report) as saver,
+        Meter(trainer) as meter,
     ):
         _greet(trainer, data.block_memory)
-        meter, stopping = Meter(trainer), False
+        stopping = False
         while trainer.step < stop and not stopping:
             with meter.waiting():
                 batch = next(data)
@@ -77,7 +78,6 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> bool:
                 meter.restart()
 
         saver.finish()
-    meter.show_ranks()
     return stopping
 
 

@@ -116,7 +116,7 @@ class MetricsLog:
         self._failing = False
         self._progress = Progress(
             TextColumn("{task.completed}/{task.total}", markup=False),
-            BarColumn(),
+            BarColumn(bar_width=16),
             TextColumn("{task.fields[status]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left", markup=False),
@@ -260,11 +260,18 @@ class MetricsLog:
             return
         if "loss" in record:  # a step that is only evaluated has none
             loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
-            status = f"loss {loss}  {record.get('images_per_second') or 0:,.0f} images/s"
+            status = f"loss {loss}"
+            for key, name in (("feature_std", "std"), ("grad_norm", "grad")):
+                if key in record:
+                    value = record[key]
+                    status += f"  {name} " + ("not finite" if value is None else f"{value:.3g}")
+            status += f"  {record.get('images_per_second') or 0:,.0f} images/s"
         if "knn_top1" in record:
             status += f"  kNN {record['knn_top1']:.1%}"
         if "online_top1" in record:
             status += f"  online head {record['online_top1']:.1%}"
+        if "feature_rank" in record:
+            status += f"  rank {record['feature_rank']:.1f}"
         self._progress.update(self._task, status=status)
         remaining = self._progress.tasks[0].time_remaining
         left = (

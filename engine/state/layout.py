@@ -6,6 +6,7 @@ RUN/lease/00000001.json               which job holds the run (state/lease.py)
 RUN/compile/                          what torch.compile made (state/artefacts.py)
 RUN/metrics.jsonl, RUN/metrics/       the log, line by line (log/journal.py)
 RUN/events.out.tfevents.*             tensorboard's files (log/events.py)
+RUN/profile/                          what --profile recorded (log/profiling.py)
 RUN/evaluations/                      results of launch/evaluate.py (evaluation/session.py)
 RUN/debug_step/                       exists while --debug-step runs
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 from engine.log.journal import JSONL as JSONL
 from engine.log.journal import PARTS as PARTS
+from engine.log.profiling import PROFILE as PROFILE
 from shards.errors import InputError
 from shards.storage import files, local_files
 
@@ -25,7 +27,7 @@ COMPILE = "compile"
 EVALUATIONS = "evaluations"
 DEBUG_STEP = "debug_step"
 
-NAMES = (RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, DEBUG_STEP, JSONL, PARTS)
+NAMES = (RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, DEBUG_STEP, PROFILE, JSONL, PARTS)
 
 
 _FILES = (RECIPE, JSONL, "commit.json", "index.json", ".metadata")
