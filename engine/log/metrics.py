@@ -224,7 +224,8 @@ class MetricsLog:
         points = {
             name_curve(key): float(value)
             for key, value in figures.items()
-            if type(value) in (int, float) and key != "step"
+            if key != "step"
+            and (type(value) is float or (type(value) is int and abs(value) < 2**62))
         }
         self._events.scalars(points, record["step"])
 
@@ -263,15 +264,14 @@ class MetricsLog:
             status = f"loss {loss}"
             for key, name in (("feature_std", "std"), ("grad_norm", "grad")):
                 if key in record:
-                    value = record[key]
-                    status += f"  {name} " + ("not finite" if value is None else f"{value:.3g}")
+                    status += f"  {name} {_short(record[key])}"
             status += f"  {record.get('images_per_second') or 0:,.0f} images/s"
         if "knn_top1" in record:
             status += f"  kNN {record['knn_top1']:.1%}"
         if "online_top1" in record:
             status += f"  online head {record['online_top1']:.1%}"
         if "feature_rank" in record:
-            status += f"  rank {record['feature_rank']:.1f}"
+            status += f"  rank {_short(record['feature_rank'])}"
         self._progress.update(self._task, status=status)
         remaining = self._progress.tasks[0].time_remaining
         left = (
@@ -279,6 +279,10 @@ class MetricsLog:
         )
         if not self.console.is_terminal or "knn_top1" in record:
             self.console.print(f"step {record['step']}  {status}{left}")
+
+
+def _short(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3g}"
 
 
 def _failure(*calls: Callable[[], None]) -> str:
