@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from engine.evaluation.probe_sets import ProbeSets, open_probe_sets
 from engine.processes.world import World, check_alike
 from engine.recipe import Recipe, shared_fields
 from shards import index as indexes
@@ -37,7 +38,8 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
     data = Data(train, val, Order(train, recipe.seed, recipe.data.streams, recipe.batch.size))
     _check_batches(recipe, data.order)
     if val is not None:
-        _check_classes(recipe, train, val)
+        if train.classes and val.classes:
+            indexes.check_same_classes(train, val)
         if (doubt := indexes.compare_windows(train, val)) and world.main:
             report(doubt)
     check_alike(world, {"digest of data.train": train.digest})
@@ -47,6 +49,38 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
 def _load(recipe: Recipe) -> tuple[Index, Index | None]:
     train = indexes.load(recipe.data.train, "data.train")
     return train, indexes.load(recipe.data.val, "data.val") if recipe.data.val else None
+
+
+def open_own_probe_sets(
+    recipe: Recipe, data: Data, world: World, threads: int, report: Callable[[str], None]
+) -> ProbeSets | None:
+    """Open the sets that the run is measured on; return None when it is never measured.
+
+    All processes call it together. A folder of images is packed into RUN, which this job holds.
+
+    Raises InputError when a set does not fit the other one, and when the figure that the recipe
+    ranks checkpoints by cannot be measured.
+    """
+    probe = recipe.probe
+    if not (probe.every or probe.baseline):
+        return None
+    sets = open_probe_sets(
+        (probe.train, probe.val),
+        data.train,
+        data.val,
+        recipe.run,
+        world,
+        max_pixels=recipe.data.max_pixels,
+        threads=threads,
+        report=report,
+    )
+    key = recipe.checkpoint.keep_best
+    if not {"knn_top1": sets.knn, "online_top1": sets.head}.get(key, True):
+        raise InputError(
+            f"checkpoint.keep_best {key} cannot be measured on {sets.names[1]}, see above: choose "
+            "another figure, or other sets with --probe.train and --probe.val"
+        )
+    return sets
 
 
 def train_batches(
@@ -99,14 +133,9 @@ def _check_batches(recipe: Recipe, order: Order) -> None:
             f"schedule.epochs {recipe.schedule.epochs} of {samples} samples are less than one "
             f"step of batch.size {recipe.batch.size}: train for longer"
         )
-
-
-def _check_classes(recipe: Recipe, train: Index, val: Index) -> None:
-    if (recipe.probe.every or recipe.probe.baseline) and not (train.classes and val.classes):
-        name = "data.val" if train.classes else "data.train"
+    warmup = recipe.schedule.warmup_steps(samples, recipe.batch.size)
+    if warmup > (total := recipe.schedule.total_steps(samples, recipe.batch.size)):
         raise InputError(
-            f"evaluations are on but {name} has no labels: use --probe.every 0 "
-            "--probe.no-baseline, or pack the images in one folder for each class"
+            f"schedule.warmup {recipe.schedule.warmup} is {warmup} steps, but the whole run has "
+            f"{total}: give a shorter --schedule.warmup"
         )
-    if train.classes and val.classes:
-        indexes.check_same_classes(train, val)

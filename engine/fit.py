@@ -32,7 +32,6 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
     run.write_recipe()
     with run.open_log(first, stop) as log:
         _log_baseline(trainer, log)
-        _catch_up(trainer, log)
         stopping = _train(trainer, preemption, log)
     if stopping:
         trainer.terminal.say(f"stopped after step {trainer.step} by {preemption.reason}")
@@ -49,6 +48,9 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> bool:
         Meter(trainer) as meter,
     ):
         _greet(trainer, data.block_memory)
+        best = trainer.run.find_best(first)
+        best.note(first, _catch_up(trainer, log))
+        meter.restart()
         stopping = False
         while trainer.step < stop and not stopping:
             with meter.waiting():
@@ -70,9 +72,10 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> bool:
                     trainer.check_finite(output)
                     found = _evaluate(trainer, preemption)
                     record, stopping = record | found, not found
+                    best.note(step, found)
                 log.write(record)
                 meter.restart()
-            if recipe.checkpoint.due(step) or stopping or step == stop:
+            if recipe.checkpoint.due(step) or stopping or step in (stop, best.step):
                 trainer.check_finite(output)
                 _save(trainer, saver, log)
                 meter.restart()
@@ -111,21 +114,23 @@ def _log_baseline(trainer: Trainer, log: MetricsLog) -> None:
         log.write({"step": 0, "epoch": 0} | found)
 
 
-def _catch_up(trainer: Trainer, log: MetricsLog) -> None:
+def _catch_up(trainer: Trainer, log: MetricsLog) -> dict[str, Any]:
     """Evaluate at the step that training continues from, if that was prevented or failed before."""
     record: dict[str, Any] | None = trainer.world.on_main(lambda: log.last)
-    if record is None or record["step"] != trainer.step or "knn_top1" in record:
-        return
+    if record is None or record["step"] != trainer.step or "feature_rank" in record:
+        return {}
     if trainer.step == 0 or trainer.probe is None:
-        return
-    if trainer.recipe.probe.due(trainer.step, trainer.total_steps):
-        measured = trainer.probe.attempt()
-        log.write(record | dict.fromkeys(record.keys() & {FAILED}) | measured)
+        return {}
+    if not trainer.recipe.probe.due(trainer.step, trainer.total_steps):
+        return {}
+    measured = trainer.probe.attempt()
+    log.write(record | dict.fromkeys(record.keys() & {FAILED}) | measured)
+    return measured
 
 
 def _evaluate(trainer: Trainer, preemption: Preemption) -> dict[str, Any]:
     """Evaluate; return nothing when a signal interrupts, as the next start evaluates then."""
-    assert trainer.probe is not None  # a recipe with evaluations has data.val
+    assert trainer.probe is not None  # a recipe with evaluations has one
     try:
         return trainer.probe.attempt(preemption.looked_for)
     except Stopped:
@@ -159,12 +164,29 @@ def _farewell(trainer: Trainer, log: MetricsLog) -> None:
         say(f"{trainer.probe.failures} evaluations failed: see {FAILED} in metrics.jsonl")
     trained = log.find_newest("knn_top1")
     if log.baseline and trained is not None:
-        say("kNN accuracy on data.val:")
+        data = trainer.probe.sets.names[1] if trainer.probe else "data.val"
+        say(f"kNN accuracy on {data}:")
         for name, accuracy in (log.baseline | {"trained encoder": trained}).items():
             say(f"  {name:<18} {accuracy:6.1%}")
     if trainer.step:
         say(f"checkpoint    {checkpoint.step_url(run, trainer.step)}")
     say(f"curves        tensorboard --logdir {run}")
+    _tell_best(trainer)
     if trainer.step < trainer.total_steps:
         option = "" if trainer.recipe.steps is None else " with a larger --steps, or without it,"
         say(f"the same command{option} goes on")
+
+
+def _tell_best(trainer: Trainer) -> None:
+    if not (key := trainer.recipe.checkpoint.keep_best):
+        return
+    try:
+        best = trainer.run.find_best(trainer.step)
+    except OSError as error:
+        trainer.terminal.say(f"the best checkpoint is not known: {error}")
+        return
+    if best.step < 0:
+        trainer.terminal.say(f"no checkpoint has {key} in the log yet")
+    else:
+        url = checkpoint.step_url(files.redact(trainer.run.url), best.step)
+        trainer.terminal.say(f"best          {url} ({best})")

@@ -63,13 +63,12 @@ class Meter:
         return self._timer.waiting()
 
     def take_step(self, batch: Batch) -> StepOutput:
-        """Train on a batch, and count the step."""
+        """Train on a batch."""
         trainer = self._trainer
         self._profiler.begin(trainer.step + 1)
         self._preparing.begin()
         with self._norms.measuring(self.logs(trainer.step + 1)):
             output = trainer.train_step(batch)
-        trainer.step += 1
         self._timer.steps += 1
         self._profiler.end(trainer.step)
         return output

@@ -23,34 +23,42 @@ from engine.log.events import EventLog
 from engine.log.journal import JSONL, Journal, Record
 from engine.log.terminal import Terminal
 from engine.method.augment import MEAN, STD
+from engine.method.durations import Duration, Lasting, is_due, simplify
 from shards.errors import printable
 from shards.fields import Operation
 from shards.storage import files
 
 # The keys of the record of step 0, which holds what an encoder has to beat, and their names.
-BASELINES = {"knn_pixels": "raw pixels", "knn_untrained": "untrained encoder"}
+BASELINES = {
+    "knn_pixels": "raw pixels",
+    "knn_untrained": "untrained encoder",
+    "knn_start": "start weights",
+}
 
 # The keys of a record that differ between two equal runs. All others are equal bit for bit.
-TIMINGS = (*("images_per_second", "images_per_second_device", "data_wait", "mfu", "memory_gib"),)
+TIMINGS = ("images_per_second", "images_per_second_device", "data_wait", "mfu", "memory_gib")
 
 
 @dataclass(frozen=True)
 class LogConfig:
     """Configure what is logged, and how often."""
 
-    every: Operation[Annotated[int, Interval(ge=1)]] = 10
-    """Steps from one logged step to the next."""
+    every: Operation[Annotated[Duration, Lasting(positive=True)]] = 10
+    """Time from one logged step to the next: steps, such as 10, or epochs, such as
+    '0.1 epochs'."""
     pictures: Operation[Annotated[int, Interval(ge=1, le=1024)]] = 8
     """Number of images whose two views are shown in tensorboard, at the start and at
     evaluations."""
-
     ranks_every: Operation[Annotated[int, Interval(ge=0)]] = 1000
     """Steps from one table of the slowest processes to the next. It is printed at logged steps and
     at the end, when there are several processes. 0 turns it off."""
 
+    def __post_init__(self) -> None:
+        simplify(self, "every")
+
     def due(self, step: int) -> bool:
         """Return whether `step` is logged."""
-        return step % self.every == 0
+        return is_due(self.every, step)
 
 
 class Timer:

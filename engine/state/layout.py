@@ -8,6 +8,7 @@ RUN/metrics.jsonl, RUN/metrics/       the log, line by line (log/journal.py)
 RUN/events.out.tfevents.*             tensorboard's files (log/events.py)
 RUN/profile/                          what --profile recorded (log/profiling.py)
 RUN/evaluations/                      results of launch/evaluate.py (evaluation/session.py)
+RUN/probe/                            packed folders of images (evaluation/probe_sets.py)
 RUN/debug_step/                       exists while --debug-step runs
 """
 
@@ -26,8 +27,12 @@ LEASE = "lease"
 COMPILE = "compile"
 EVALUATIONS = "evaluations"
 DEBUG_STEP = "debug_step"
+PROBE = "probe"
 
-NAMES = (RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, DEBUG_STEP, PROFILE, JSONL, PARTS)
+NAMES = (
+    *(RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, PROBE, PROFILE, DEBUG_STEP),
+    *(JSONL, PARTS),
+)
 
 
 _FILES = (RECIPE, JSONL, "commit.json", "index.json", ".metadata")

@@ -286,7 +286,7 @@ def test_diverged_state_is_not_saved(tiny_data: DataConfig, tmp_path: Path) -> N
     config = tiny.recipe(
         tiny_data,
         tmp_path,
-        schedule=ScheduleConfig(epochs=2, warmup_epochs=1, base_lr=1e30),
+        schedule=ScheduleConfig(epochs=2, warmup="1 epoch", base_lr=1e30),
         log=LogConfig(every=1000),
         probe=ProbeConfig(),
         checkpoint=CheckpointConfig(every=1, keep=1),
@@ -295,6 +295,32 @@ def test_diverged_state_is_not_saved(tiny_data: DataConfig, tmp_path: Path) -> N
         train(config)
     (saved,) = (tmp_path / "checkpoints").iterdir()
     assert saved.name == "step_00000001"  # at learning rate 0; the next step blows up
+
+
+def test_epochs_of_the_recipe_are_steps_of_the_run(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """An epoch has 6 steps: 0.5 epochs are 3 of them, and 1/4 of an epoch ends at 2, 3, 5 and 6."""
+    recipe = tiny.recipe(
+        tiny_data,
+        tmp_path,
+        steps=13,
+        log=LogConfig(every="1/4 epochs"),
+        probe=ProbeConfig(every="0.5 epochs", neighbours=5),
+        checkpoint=CheckpointConfig(every="1 epoch"),
+    )
+    train(recipe)
+    logged = lines(tmp_path)
+    # The first and the last step are always logged.
+    assert [line["step"] for line in logged] == [1, 2, 3, 5, 6, 8, 9, 11, 12, 13]
+    assert [line["step"] for line in logged if "knn_top1" in line] == [3, 6, 9, 12]
+    saved = [commit.parent.name for commit in (tmp_path / "checkpoints").glob("*/commit.json")]
+    assert sorted(saved) == ["step_00000006", "step_00000012", "step_00000013"]
+    assert json.loads((tmp_path / "recipe.json").read_text())["probe.every"] == "0.5 epochs"
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(tiny_data: DataConfig, tmp_path: Path) -> None:
+    recipe = tiny.recipe(tiny_data, tmp_path, schedule=ScheduleConfig(epochs=2, warmup=14))
+    with pytest.raises(InputError, match="warmup 14 is 14 steps, but the whole run has 13: give"):
+        open_trainer(recipe)
 
 
 def test_a_skipped_step_leaves_no_trace_but_its_count(
@@ -318,6 +344,7 @@ def test_a_skipped_step_leaves_no_trace_but_its_count(
         trainer.train_step(next(batches))
         assert trainer.guard.skipped == guards[1]["skipped"]
         assert not torch.equal(weight, kept)
+        assert trainer.step == 5  # all three count, also the one that was skipped
 
 
 def test_labels_beyond_the_classes_are_refused(packed: Index, tmp_path: Path) -> None:

@@ -276,11 +276,17 @@ def test_digest_is_order_free_and_tells_samples_apart() -> None:
     assert data_digest(ids, crcs) != digest
 
 
-def feature_std(features: Tensor) -> float | None:
+def step_sums(features: Tensor) -> StepSums:
+    """Take the last 48 numbers of the features, in reversed order, for projections."""
     zero = torch.zeros(())
     # As two processes with different numbers of rows add them up.
-    parts = [StepSums.of(zero, zero, part).values for part in features.split(3000)]
-    return StepSums(torch.stack(parts).sum(0)).feature_std
+    both = zip(features.split(3000), features.flip(1)[:, :48].split(3000), strict=True)
+    parts = [StepSums.of(zero, zero, part, other).values for part, other in both]
+    return StepSums(torch.stack(parts).sum(0), features.shape[1])
+
+
+def feature_std(features: Tensor) -> float | None:
+    return step_sums(features).feature_std
 
 
 def test_feature_std_from_collapse_to_spread() -> None:
@@ -292,6 +298,9 @@ def test_feature_std_from_collapse_to_spread() -> None:
     assert feature_std(spread) == pytest.approx(1, abs=0.02)
     assert feature_std(spread[:1].expand(4096, -1)) == pytest.approx(0, abs=1e-6)
     assert feature_std(spread * float("nan")) is None
+    last = torch.nn.functional.normalize(spread[:, -48:].double(), dim=1)
+    exact = (last.std(dim=0).mean() * 48**0.5).item()
+    assert step_sums(spread).projection_std == pytest.approx(exact, rel=1e-12)
 
 
 @pytest.mark.parametrize("directions", [1, 3, 8])
