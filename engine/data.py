@@ -36,7 +36,7 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
     world.on_main(lambda: _draw(recipe, report))
     train, val = world.on_all(lambda: _load(recipe))
     data = Data(train, val, Order(train, recipe.seed, recipe.data.streams, recipe.batch.size))
-    _check_batches(recipe, data.order)
+    check_batches(recipe, data.order)
     if val is not None:
         if train.classes and val.classes:
             indexes.check_same_classes(train, val)
@@ -114,19 +114,9 @@ def _draw(recipe: Recipe, report: Callable[[str], None]) -> None:
             synthetic.write(url, samples, size, seed)
 
 
-def _check_batches(recipe: Recipe, order: Order) -> None:
-    micro, batch = recipe.batch.micro, recipe.batch.size
-    if order.rows % micro:
-        fitting = [n for n in range(1, order.streams) if batch % (n * micro) == 0]
-        raise InputError(
-            f"batch.micro {micro} does not divide the {order.rows} rows that each of "
-            f"data.streams {order.streams} gives to a batch: use "
-            + (
-                f"--data.streams {fitting[-1]}"
-                if fitting
-                else f"a --batch.micro that divides batch.size {batch}"
-            )
-        )
+def check_batches(recipe: Recipe, order: Order) -> None:
+    """Raise InputError when batches cannot be cut as the recipe says, or none is trained."""
+    check_micro(recipe)
     samples = order.index.samples
     if recipe.schedule.total_steps(samples, recipe.batch.size) < 1:
         raise InputError(
@@ -138,4 +128,20 @@ def _check_batches(recipe: Recipe, order: Order) -> None:
         raise InputError(
             f"schedule.warmup {recipe.schedule.warmup} is {warmup} steps, but the whole run has "
             f"{total}: give a shorter --schedule.warmup"
+        )
+
+
+def check_micro(recipe: Recipe) -> None:
+    """Raise InputError when the rows of a stream cannot be cut into the micro-batches."""
+    micro, batch, streams = recipe.batch.micro, recipe.batch.size, recipe.data.streams
+    if batch // streams % micro:
+        fitting = [n for n in range(1, streams) if batch % (n * micro) == 0]
+        raise InputError(
+            f"batch.micro {micro} does not divide the {batch // streams} rows that each of "
+            f"data.streams {streams} gives to a batch: use "
+            + (
+                f"--data.streams {fitting[-1]}"
+                if fitting
+                else f"a --batch.micro that divides batch.size {batch}"
+            )
         )

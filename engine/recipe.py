@@ -93,6 +93,21 @@ class Recipe:
     debug_step: Operation[bool] = False
     """Take one batch through training, evaluation and checkpoint, report what was seen, and
     stop."""
+    explain: Operation[bool] = False
+    """Print what the run will take, such as memory, time, requests and checkpoints, and stop.
+    Nothing is trained, fetched or written."""
+    explain_processes: Operation[Annotated[int | None, Interval(ge=1, le=2**20)]] = None
+    """Number of processes that --explain takes, one for each GPU. By default it takes those that it
+    was started with."""
+    explain_speed: Operation[Annotated[float | None, Interval(gt=0, le=1e9)]] = None
+    """Images a second of each process that --explain takes. By default it takes the speed that the
+    run's log has."""
+    replay: Operation[Annotated[int | None, Interval(ge=1)]] = None
+    """Take the batch of this step again, show its views, losses and gradients in the folder
+    RUN/replay, and stop. The run is not changed."""
+    replay_forward: Operation[Annotated[int, Interval(ge=0)]] = 200
+    """Most steps that --replay trains to get from the nearest checkpoint to its step. If there are
+    more, it takes the checkpoint's weights as they are."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     model: BYOLConfig = field(default_factory=BYOLConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)

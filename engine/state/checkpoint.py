@@ -10,6 +10,7 @@ The other functions are called by one process.
 """
 
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -199,12 +200,16 @@ def shapes(commit: Commit, world: World) -> dict[str, Size]:
     return world.on_main(read)
 
 
-def latest(run: str, world: World, report: Callable[[str], None]) -> Commit | None:
-    """Find the newest sound checkpoint of a run. Return None when it has none.
+def latest(
+    run: str, world: World, report: Callable[[str], None], before: float = math.inf
+) -> Commit | None:
+    """Find the newest sound checkpoint of a run, of a step less than `before`, or return None.
 
     Damaged checkpoints are reported and skipped.
     """
     for url in reversed(world.on_main(lambda: steps(run))):
+        if int(url[-8:]) >= before:
+            continue
         try:
             return verify(url, world)
         except InputError as error:

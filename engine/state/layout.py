@@ -9,7 +9,9 @@ RUN/events.out.tfevents.*             tensorboard's files (log/events.py)
 RUN/profile/                          what --profile recorded (log/profiling.py)
 RUN/evaluations/                      results of launch/evaluate.py (evaluation/session.py)
 RUN/probe/                            packed folders of images (evaluation/probe_sets.py)
+RUN/report.html                       what a browser shows of the run (engine/report)
 RUN/debug_step/                       exists while --debug-step runs
+RUN/replay/step_00000100/             what --replay found of a step (replay/report.py)
 """
 
 import re
@@ -26,11 +28,15 @@ CHECKPOINTS = "checkpoints"
 LEASE = "lease"
 COMPILE = "compile"
 EVALUATIONS = "evaluations"
+REPORT = "report.html"
+
+TOTAL = "total_steps"  # the key of recipe.json for the number of steps of the whole run
 DEBUG_STEP = "debug_step"
+REPLAY = "replay"
 PROBE = "probe"
 
 NAMES = (
-    *(RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, PROBE, PROFILE, DEBUG_STEP),
+    *(RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, PROBE, PROFILE, DEBUG_STEP, REPLAY),
     *(JSONL, PARTS),
 )
 

@@ -29,11 +29,11 @@ LAYERS: list[tuple[str, ...]] = [
     ("engine.evaluation",),
     ("engine.recipe_files",),
     ("engine.recipe",),
-    ("engine.run", "engine.data"),
+    ("engine.run", "engine.data", "engine.report"),
     ("engine.beginning",),
     ("engine.trainer",),
     ("engine.measuring",),
-    ("engine.fit", "engine.debug", "engine.notebook"),
+    ("engine.fit", "engine.debug", "engine.notebook", "engine.explain", "engine.replay"),
     ("recipes",),
     ("launch",),
 ]

@@ -82,3 +82,23 @@ def test_user_mistake_is_one_line_and_a_failure(tmp_path: Path, tiny_data: DataC
         assert line.startswith("error: ")
         assert text in line
     assert not (tmp_path / "run").exists()
+
+
+def test_explain_and_replay(tmp_path: Path, tiny_data: DataConfig) -> None:
+    run = str(tmp_path / "run")
+    common = (
+        *("--data.train", tiny_data.train, "--data.val", "", "--run-url", run, "--threads", "1"),
+        *("--batch.size", "16", "--probe.every", "0", "--probe.no-baseline", "--log.every", "1"),
+    )
+    done = torchrun(*common, "--explain", "--explain-speed", "7", launcher=False)
+    assert done.returncode == 0, done.stderr
+    assert "7 images a second of each process, as given" in done.stdout
+    assert not Path(run).exists()
+    assert torchrun(*common, "--steps", "2", launcher=False).returncode == 0
+    done = torchrun(*common, "--replay", "2")
+    assert done.returncode == 0, done.stderr
+    assert "data: equal" in done.stdout
+    assert (Path(run) / "replay" / "step_00000002" / "images.csv").exists()
+    done = torchrun(*common, "--replay", "100000", launcher=False)
+    assert done.returncode == 1
+    assert "error: replay 100000: the run has only" in done.stderr

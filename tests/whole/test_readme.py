@@ -37,7 +37,7 @@ TEXTS = {name: (ROOT / name).read_text() for name in NAMES}
 README = TEXTS["README.md"]
 
 # Names in examples, of files that a reader has.
-READERS = {"mine.py"}
+READERS = {"mine.py", "photos.npz", "features-00000.npz"}
 # Options of programs that are not ours and not torchrun, and what every program has.
 OTHERS = {"--help", "--logdir", "--from-env-file", "--signal", "--field.name"}
 OTHERS |= {"--shutdown-timeout"}  # torchrun of torch 2.11 has none
@@ -143,7 +143,7 @@ def helped(call: Callable[[], object]) -> str:
 def helps() -> Iterator[str]:
     for recipe in ("quickstart", "r50_4096"):  # with AdamW and with LARS
         yield helped(partial(parse_recipe, [str(RECIPES / f"{recipe}.py"), "--help"]))
-    for protocol in ("linear", "knn", "finetune", "semi-supervised", "neighbours"):
+    for protocol in ("linear", "knn", "finetune", "semi-supervised", "neighbours", "features"):
         yield helped(partial(evaluate.parse, [protocol, "--help"]))
     yield helped(lambda: export.parse(["--help"]))
     with mock.patch.object(sys, "argv", ["chaos.py"]):
