@@ -124,7 +124,7 @@ class MetricsLog:
         self._failing = False
         self._progress = Progress(
             TextColumn("{task.completed}/{task.total}", markup=False),
-            BarColumn(),
+            BarColumn(bar_width=16),
             TextColumn("{task.fields[status]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left", markup=False),
@@ -232,7 +232,8 @@ class MetricsLog:
         points = {
             name_curve(key): float(value)
             for key, value in figures.items()
-            if type(value) in (int, float) and key != "step"
+            if key != "step"
+            and (type(value) is float or (type(value) is int and abs(value) < 2**62))
         }
         self._events.scalars(points, record["step"])
 
@@ -269,11 +270,17 @@ class MetricsLog:
         status = f"branched from {parent}" if parent else ""
         if "loss" in record:  # a step that is only evaluated has none
             loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
-            status = f"loss {loss}  {record.get('images_per_second') or 0:,.0f} images/s"
+            status = f"loss {loss}"
+            for key, name in (("feature_std", "std"), ("grad_norm", "grad")):
+                if key in record:
+                    status += f"  {name} {_short(record[key])}"
+            status += f"  {record.get('images_per_second') or 0:,.0f} images/s"
         if "knn_top1" in record:
             status += f"  kNN {record['knn_top1']:.1%}"
         if "online_top1" in record:
             status += f"  online head {record['online_top1']:.1%}"
+        if "feature_rank" in record:
+            status += f"  rank {_short(record['feature_rank'])}"
         self._progress.update(self._task, status=status)
         remaining = self._progress.tasks[0].time_remaining
         left = (
@@ -281,6 +288,10 @@ class MetricsLog:
         )
         if not self.console.is_terminal or "knn_top1" in record:
             self.console.print(f"step {record['step']}  {status}{left}")
+
+
+def _short(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3g}"
 
 
 def _failure(*calls: Callable[[], None]) -> str:

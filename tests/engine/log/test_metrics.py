@@ -312,9 +312,22 @@ def test_effective_rank_counts_directions(directions: int) -> None:
     assert effective_rank(features).item() == pytest.approx(directions, rel=0.01)
 
 
+def test_the_terminal_has_the_signs_of_a_collapse(memory: str) -> None:
+    output = io.StringIO()
+    log = open_log(memory, 0, output)
+    log.write(record(1, feature_std=0.91234, grad_norm=1.5e-5))
+    log.write({"step": 2, "loss": None, "feature_std": None, "grad_norm": None})
+    log.write(record(3, feature_std=0.5, grad_norm=1.0, knn_top1=0.5, feature_rank=17.26))
+    close(log)
+    first, second, third = output.getvalue().splitlines()
+    assert "loss 0.3000  std 0.912  grad 1.5e-05  1 images/s" in first
+    assert "loss not finite  std not finite  grad not finite" in second
+    assert "std 0.5  grad 1  1 images/s  kNN 50.0%  rank 17.3" in third
+
+
 def test_keys_and_steps_of_strangers(memory: str) -> None:
     """A log that somebody else has left, of which a step is evaluated now."""
-    line = json.dumps({"step": 1, "\ud800\x1b[2J\n[/x]": 0.5, "big": 1e300})
+    line = json.dumps({"step": 1, "\ud800\x1b[2J\n[/x]": 0.5, "big": 1e300, "huge": -(10**400)})
     files.write(f"{memory}/metrics.jsonl", line.encode())
     output = io.StringIO()
     log = open_log(memory, 1, output)
