@@ -19,6 +19,7 @@ from PIL import Image as PillowImage
 from safetensors.torch import load, load_file
 
 from engine.encoder import card
+from engine.encoder.source import open_encoder
 from engine.evaluation import feature_extraction, feature_parts
 from engine.evaluation.features import extract
 from engine.method.augment import normalize
@@ -140,6 +141,34 @@ def test_a_folder_equals_the_exported_encoder(
     np.testing.assert_allclose(found["features"], expected, rtol=1e-4, atol=1e-5)
     facts = index_of(f"{tmp_path}/out.json")["not_images"]
     assert facts == {".txt files": {"number": 1, "example": "notes.txt"}}
+
+
+def test_a_folder_in_a_bucket(
+    run: str, tiny_data: DataConfig, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that look like patterns mean themselves, and something is told before any access."""
+    folder = unpack(tiny_data.val, tmp_path / "images")
+    place = f"{store}/a [b] #1"
+    for path in folder.glob("*/*.png"):
+        name = str(path.relative_to(folder)).replace("a00", "é *?")
+        files.write(f"{place}/{name}", path.read_bytes())
+    said: list[str] = []
+
+    def open_later(*arguments: Any) -> Any:
+        said.append(capture.getvalue())
+        return open_encoder(*arguments)
+
+    monkeypatch.setattr("launch.feature_command.open_encoder", open_later)
+    capture = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", capture)
+    assert features(run, place, f"{store}/out.npz") == 0
+    assert said == [f"opening {run}\n"]
+    assert features(run, str(folder), f"{tmp_path}/local.npz") == 0
+    found, expected = npz(f"{store}/out.npz"), npz(f"{tmp_path}/local.npz")
+    names = [str(name).replace("é *?", "a00") for name in found["names"]]
+    order = np.argsort(names)
+    assert [names[i] for i in order] == expected["names"].tolist()
+    np.testing.assert_allclose(found["features"][order], expected["features"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("small_parts")
