@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from engine.evaluation.probe_sets import ProbeSets, open_probe_sets
 from engine.processes.world import World, check_alike
 from engine.recipe import Recipe, shared_fields
 from shards import index as indexes
@@ -35,9 +36,10 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
     world.on_main(lambda: _draw(recipe, report))
     train, val = world.on_all(lambda: _load(recipe))
     data = Data(train, val, Order(train, recipe.seed, recipe.data.streams, recipe.batch.size))
-    _check_batches(recipe, data.order)
+    check_batches(recipe, data.order)
     if val is not None:
-        _check_classes(recipe, train, val)
+        if train.classes and val.classes:
+            indexes.check_same_classes(train, val)
         if (doubt := indexes.compare_windows(train, val)) and world.main:
             report(doubt)
     check_alike(world, {"digest of data.train": train.digest})
@@ -47,6 +49,38 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
 def _load(recipe: Recipe) -> tuple[Index, Index | None]:
     train = indexes.load(recipe.data.train, "data.train")
     return train, indexes.load(recipe.data.val, "data.val") if recipe.data.val else None
+
+
+def open_own_probe_sets(
+    recipe: Recipe, data: Data, world: World, threads: int, report: Callable[[str], None]
+) -> ProbeSets | None:
+    """Open the sets that the run is measured on; return None when it is never measured.
+
+    All processes call it together. A folder of images is packed into RUN, which this job holds.
+
+    Raises InputError when a set does not fit the other one, and when the figure that the recipe
+    ranks checkpoints by cannot be measured.
+    """
+    probe = recipe.probe
+    if not (probe.every or probe.baseline):
+        return None
+    sets = open_probe_sets(
+        (probe.train, probe.val),
+        data.train,
+        data.val,
+        recipe.run,
+        world,
+        max_pixels=recipe.data.max_pixels,
+        threads=threads,
+        report=report,
+    )
+    key = recipe.checkpoint.keep_best
+    if not {"knn_top1": sets.knn, "online_top1": sets.head}.get(key, True):
+        raise InputError(
+            f"checkpoint.keep_best {key} cannot be measured on {sets.names[1]}, see above: choose "
+            "another figure, or other sets with --probe.train and --probe.val"
+        )
+    return sets
 
 
 def train_batches(
@@ -80,33 +114,34 @@ def _draw(recipe: Recipe, report: Callable[[str], None]) -> None:
             synthetic.write(url, samples, size, seed)
 
 
-def _check_batches(recipe: Recipe, order: Order) -> None:
-    micro, batch = recipe.batch.micro, recipe.batch.size
-    if order.rows % micro:
-        fitting = [n for n in range(1, order.streams) if batch % (n * micro) == 0]
-        raise InputError(
-            f"batch.micro {micro} does not divide the {order.rows} rows that each of "
-            f"data.streams {order.streams} gives to a batch: use "
-            + (
-                f"--data.streams {fitting[-1]}"
-                if fitting
-                else f"a --batch.micro that divides batch.size {batch}"
-            )
-        )
+def check_batches(recipe: Recipe, order: Order) -> None:
+    """Raise InputError when batches cannot be cut as the recipe says, or none is trained."""
+    check_micro(recipe)
     samples = order.index.samples
     if recipe.schedule.total_steps(samples, recipe.batch.size) < 1:
         raise InputError(
             f"schedule.epochs {recipe.schedule.epochs} of {samples} samples are less than one "
             f"step of batch.size {recipe.batch.size}: train for longer"
         )
-
-
-def _check_classes(recipe: Recipe, train: Index, val: Index) -> None:
-    if (recipe.probe.every or recipe.probe.baseline) and not (train.classes and val.classes):
-        name = "data.val" if train.classes else "data.train"
+    warmup = recipe.schedule.warmup_steps(samples, recipe.batch.size)
+    if warmup > (total := recipe.schedule.total_steps(samples, recipe.batch.size)):
         raise InputError(
-            f"evaluations are on but {name} has no labels: use --probe.every 0 "
-            "--probe.no-baseline, or pack the images in one folder for each class"
+            f"schedule.warmup {recipe.schedule.warmup} is {warmup} steps, but the whole run has "
+            f"{total}: give a shorter --schedule.warmup"
         )
-    if train.classes and val.classes:
-        indexes.check_same_classes(train, val)
+
+
+def check_micro(recipe: Recipe) -> None:
+    """Raise InputError when the rows of a stream cannot be cut into the micro-batches."""
+    micro, batch, streams = recipe.batch.micro, recipe.batch.size, recipe.data.streams
+    if batch // streams % micro:
+        fitting = [n for n in range(1, streams) if batch % (n * micro) == 0]
+        raise InputError(
+            f"batch.micro {micro} does not divide the {batch // streams} rows that each of "
+            f"data.streams {streams} gives to a batch: use "
+            + (
+                f"--data.streams {fitting[-1]}"
+                if fitting
+                else f"a --batch.micro that divides batch.size {batch}"
+            )
+        )

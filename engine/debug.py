@@ -51,7 +51,7 @@ def debug_step(trainer: Trainer) -> None:
             part(
                 "evaluate",
                 lambda: probe.extract(probe.val, limit=trainer.recipe.batch.size),
-                lambda f: f"features of data.val {_shape(f.features)}",
+                lambda f: f"features of {probe.sets.names[1]} {_shape(f.features)}",
             )
         commit = part(
             "save",

@@ -4,10 +4,12 @@ from contextlib import closing
 from typing import Any
 
 from engine.evaluation.during_training import FAILED, Stopped
-from engine.log.metrics import MetricsLog, Timer
+from engine.log.metrics import MetricsLog
+from engine.measuring import Meter
 from engine.method.precision import slow_on
 from engine.processes.preemption import Preemption
 from engine.processes.world import World
+from engine.report.report import write_at_end
 from engine.state import checkpoint
 from engine.state.saver import Saver
 from engine.trainer import Trainer
@@ -26,25 +28,35 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
         told to stop. False when only another machine was told to. torchrun then starts this process
         again, to continue without that machine.
     """
-    recipe, run, first, stop = trainer.recipe, trainer.run, trainer.step, trainer.last_step
+    run, first, stop = trainer.run, trainer.step, trainer.last_step
     if trainer.probe is not None:
         trainer.probe.check_val()
-    run.write_recipe()
-    baseline = trainer.measure_baseline()
+    run.write_recipe(trainer.total_steps)
+    with run.open_log(first, stop) as log:
+        _log_baseline(trainer, log)
+        stopping = _train(trainer, preemption, log)
+    if stopping:
+        trainer.terminal.say(f"stopped after step {trainer.step} by {preemption.reason}")
+    _farewell(trainer, log)
+    return not (stopping and preemption.only_elsewhere)
+
+
+def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> bool:
+    """Take the steps, and wait until all is saved. Return whether a signal stopped the run."""
+    recipe, first, stop = trainer.recipe, trainer.step, trainer.last_step
     with (
-        run.open_log(first, stop) as log,
         closing(trainer.batches()) as data,
         Saver(trainer.world, recipe.checkpoint.background, trainer.terminal.report) as saver,
     ):
         _greet(trainer, data.block_memory)
-        measured = _catch_up(trainer, log)
-        timer, stopping = Timer(), False
+        best = trainer.run.find_best(first)
+        best.note(first, _catch_up(trainer, log))
+        meter, stopping = Meter(trainer), False
         while trainer.step < stop and not stopping:
-            with timer.waiting():
+            with meter.waiting():
                 batch = next(data)
-            output = trainer.train_step(batch)
-            step = trainer.step = trainer.step + 1
-            timer.steps += 1
+            output = meter.take_step(batch)
+            step = trainer.step
             log.advance()
             trainer.check_skips(output)
             trainer.settle(step - first)
@@ -53,25 +65,24 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
             evaluation_due = recipe.probe.due(step, trainer.total_steps)
             if evaluation_due or step == first + 1:
                 log.pictures(trainer.pictures(output), step)
-            if evaluation_due or recipe.log.due(step):
-                run.check()
-                record = trainer.measure(output, batch) | timer.read(recipe.batch.size)
+            if meter.logs(step):
+                trainer.run.check()
+                record = meter.read(output, batch)
                 if evaluation_due and not stopping:
                     trainer.check_finite(output)
                     found = _evaluate(trainer, preemption)
-                    record, measured, stopping = record | found, measured | found, not found
+                    record, stopping = record | found, not found
+                    best.note(step, found)
                 log.write(record)
-                timer = Timer()
-            if recipe.checkpoint.due(step) or stopping or step == stop:
+                meter.restart()
+            if recipe.checkpoint.due(step) or stopping or step in (stop, best.step):
                 trainer.check_finite(output)
                 _save(trainer, saver, log)
-                timer = Timer()
+                meter.restart()
 
         saver.finish()
-    if stopping:
-        trainer.terminal.say(f"stopped after step {trainer.step} by {preemption.reason}")
-    _farewell(trainer, baseline, measured)
-    return not (stopping and preemption.only_elsewhere)
+    meter.show_ranks()
+    return stopping
 
 
 def _greet(trainer: Trainer, block_memory: int) -> None:
@@ -84,16 +95,34 @@ def _greet(trainer: Trainer, block_memory: int) -> None:
         f"thread{'s' * (trainer.threads > 1)} a process; blocks in memory: "
         f"up to about {block_memory / 2**20:,.0f} MiB"
     )
+    if trainer.data.train.samples % trainer.recipe.batch.size:
+        exact = trainer.data.train.samples / trainer.recipe.batch.size
+        trainer.terminal.say(
+            f"the run's {trainer.total_steps:,} steps are {trainer.recipe.schedule.epochs:,.6g} "
+            f"epochs of {exact:,.2f} steps; each pass over the data leaves out the rest of its "
+            f"last batch and takes {data.order.steps_per_epoch:,} steps, and `epoch` in the log "
+            "counts these passes"
+        )
     if trainer.compile and trainer.step < trainer.last_step:
         trainer.terminal.say("torch.compile works in the first step, which can take minutes")
+
+
+def _log_baseline(trainer: Trainer, log: MetricsLog) -> None:
+    """Measure what an encoder has to beat, at the start of the run, as the record of step 0."""
+    if trainer.step or trainer.world.on_main(lambda: log.baseline):
+        return
+    if found := trainer.measure_baseline():
+        log.write({"step": 0, "epoch": 0} | found)
 
 
 def _catch_up(trainer: Trainer, log: MetricsLog) -> dict[str, Any]:
     """Evaluate at the step that training continues from, if that was prevented or failed before."""
     record: dict[str, Any] | None = trainer.world.on_main(lambda: log.last)
-    if record is None or record["step"] != trainer.step or "knn_top1" in record:
+    if record is None or record["step"] != trainer.step or "feature_rank" in record:
         return {}
-    if trainer.probe is None or not trainer.recipe.probe.due(trainer.step, trainer.total_steps):
+    if trainer.step == 0 or trainer.probe is None:
+        return {}
+    if not trainer.recipe.probe.due(trainer.step, trainer.total_steps):
         return {}
     measured = trainer.probe.attempt()
     log.write(record | dict.fromkeys(record.keys() & {FAILED}) | measured)
@@ -102,7 +131,7 @@ def _catch_up(trainer: Trainer, log: MetricsLog) -> dict[str, Any]:
 
 def _evaluate(trainer: Trainer, preemption: Preemption) -> dict[str, Any]:
     """Evaluate; return nothing when a signal interrupts, as the next start evaluates then."""
-    assert trainer.probe is not None  # a recipe with evaluations has data.val
+    assert trainer.probe is not None  # a recipe with evaluations has one
     try:
         return trainer.probe.attempt(preemption.looked_for)
     except Stopped:
@@ -129,19 +158,38 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
     saver.save(step, trainer.state(), write)
 
 
-def _farewell(trainer: Trainer, baseline: dict[str, float], measured: dict[str, Any]) -> None:
+def _farewell(trainer: Trainer, log: MetricsLog) -> None:
     say, run = trainer.terminal.say, files.redact(trainer.run.url)
     say(f"{trainer.step} of {trainer.total_steps} steps done")
     if trainer.probe is not None and trainer.probe.failures:
         say(f"{trainer.probe.failures} evaluations failed: see {FAILED} in metrics.jsonl")
-    if baseline and "knn_top1" in measured:
-        figures = baseline | {"trained encoder": measured["knn_top1"]}
-        say("kNN accuracy on data.val:")
-        for name, accuracy in figures.items():
+    trained = log.find_newest("knn_top1")
+    if log.baseline and trained is not None:
+        data = trainer.probe.sets.names[1] if trainer.probe else "data.val"
+        say(f"kNN accuracy on {data}:")
+        for name, accuracy in (log.baseline | {"trained encoder": trained}).items():
             say(f"  {name:<18} {accuracy:6.1%}")
     if trainer.step:
         say(f"checkpoint    {checkpoint.step_url(run, trainer.step)}")
-    say(f"curves        tensorboard --logdir {quote(f'{run}/tensorboard')}")
+    say(f"curves        tensorboard --logdir {quote(run)}")
+    _tell_best(trainer)
+    if trainer.step == trainer.last_step:  # after a signal there may be no time for it
+        write_at_end(trainer.run.url, trainer.world.main, say)
     if trainer.step < trainer.total_steps:
         option = "" if trainer.recipe.steps is None else " with a larger --steps, or without it,"
         say(f"the same command{option} goes on")
+
+
+def _tell_best(trainer: Trainer) -> None:
+    if not (key := trainer.recipe.checkpoint.keep_best):
+        return
+    try:
+        best = trainer.run.find_best(trainer.step)
+    except OSError as error:
+        trainer.terminal.say(f"the best checkpoint is not known: {error}")
+        return
+    if best.step < 0:
+        trainer.terminal.say(f"no checkpoint has {key} in the log yet")
+    else:
+        url = checkpoint.step_url(files.redact(trainer.run.url), best.step)
+        trainer.terminal.say(f"best          {url} ({best})")

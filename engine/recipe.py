@@ -4,27 +4,34 @@ A recipe file defines a variable `recipe`. The command line overrides single fie
 names. recipe.json, commit.json and all messages use the same names.
 """
 
+import difflib
+import math
+import re
 import runpy
-import traceback
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from fractions import Fraction
+from functools import partial
 from operator import attrgetter
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import tyro
 from annotated_types import Interval
 
+from engine import recipe_files
 from engine.evaluation.during_training import ProbeConfig
 from engine.log.metrics import LogConfig
 from engine.method.adamw import AdamWConfig
 from engine.method.byol import BYOLConfig
+from engine.method.durations import parse, to_steps
 from engine.method.lars import LARSConfig
 from engine.method.precision import Precision
 from engine.method.schedule import ScheduleConfig
 from engine.processes.parallel import ParallelConfig
-from engine.state import layout
+from engine.state import best, layout, origin
 from engine.state.checkpoint import CheckpointConfig
 from shards.errors import InputError
+from shards.field_types import check_types
 from shards.fields import OPERATION, Operation, check_bounds, check_range, flatten, walk
 from shards.loader import DataConfig
 from shards.order import BatchConfig
@@ -34,11 +41,18 @@ from shards.views import ViewsConfig
 # The machines of a run may differ in these fields, and must agree on all others.
 _MACHINES_OWN = {
     *("run", "data.train", "data.val", "data.prefetch", "data.cache", "data.cache_gb"),
+    *("probe.train", "probe.val"),
     *("threads", "compile", "compile_folder"),
 }
 
 # The method fields that came after the first release, with the values that runs had before them.
-ADDED_LATER: dict[str, Any] = {"data.max_pixels": 89_478_485, "data.exif": "ignore"}
+ADDED_LATER: dict[str, Any] = {
+    **{"data.max_pixels": 89_478_485, "data.exif": "ignore"},
+    **{"probe.head_lr": None, "schedule.rewarm": 0},
+}
+
+# The warm-up was a number of epochs before it could also be one of steps.
+WARMUP_BEFORE, WARMUP = "schedule.warmup_epochs", "schedule.warmup"
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,21 @@ class Recipe:
     debug_step: Operation[bool] = False
     """Take one batch through training, evaluation and checkpoint, report what was seen, and
     stop."""
+    explain: Operation[bool] = False
+    """Print what the run will take, such as memory, time, requests and checkpoints, and stop.
+    Nothing is trained, fetched or written."""
+    explain_processes: Operation[Annotated[int | None, Interval(ge=1, le=2**20)]] = None
+    """Number of processes that --explain takes, one for each GPU. By default it takes those that it
+    was started with."""
+    explain_speed: Operation[Annotated[float | None, Interval(gt=0, le=1e9)]] = None
+    """Images a second of each process that --explain takes. By default it takes the speed that the
+    run's log has."""
+    replay: Operation[Annotated[int | None, Interval(ge=1)]] = None
+    """Take the batch of this step again, show its views, losses and gradients in the folder
+    RUN/replay, and stop. The run is not changed."""
+    replay_forward: Operation[Annotated[int, Interval(ge=0)]] = 200
+    """Most steps that --replay trains to get from the nearest checkpoint to its step. If there are
+    more, it takes the checkpoint's weights as they are."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     model: BYOLConfig = field(default_factory=BYOLConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
@@ -87,33 +116,69 @@ class Recipe:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def check(self) -> None:
-        """Raise InputError, naming the field, when a value is out of bounds or fields conflict."""
+        """Raise InputError, naming the field, when a value is wrong or fields conflict."""
+        check_types(self)
         check_bounds(self)
         least = 32 if self.model.encoder.stem == "imagenet" else 8
         check_range("views.size", self.views.size, Interval(ge=least, le=2**12))
         # Batch norm needs at least two rows.
         check_range("batch.micro", self.batch.micro, Interval(ge=1, le=self.batch.size // 2))
-        warmup = Interval(ge=0, le=self.schedule.epochs)
-        check_range("schedule.warmup_epochs", self.schedule.warmup_epochs, warmup)
+        warmup, unit = parse(self.schedule.warmup)
+        if unit == "epoch" and warmup > self.schedule.epochs:
+            raise InputError(
+                f"schedule.warmup must be at most schedule.epochs {self.schedule.epochs:g}, not "
+                f"{self.schedule.warmup}: give a shorter --schedule.warmup"
+            )
         for name, what in (
             ("run", "directory to write to (under torchrun: --run-url)"),
             ("data.train", "folder of shards"),
         ):
             if not attrgetter(name)(self).strip():
                 raise InputError(f"{name} is not set: give --{name} URL, the {what}")
-        for name in ("run", "data.train", "data.val", "data.cache", "checkpoint.resume"):
+        places = ("run", "data.train", "data.val", "data.cache", "probe.train", "probe.val")
+        beginnings = ("checkpoint.resume", "checkpoint.branch", "model.start")
+        for name in (*places, *beginnings):
             files.check(attrgetter(name)(self), name)
         layout.check_run(self.run)
+        if key := self.checkpoint.keep_best:
+            best.check_key(key, "checkpoint.keep_best")
+            if key in best.MEASURED and not self.probe.every:
+                raise InputError(
+                    f"checkpoint.keep_best {key} is measured at evaluations: turn them on with "
+                    "--probe.every N"
+                )
+        self._check_beginning()
         if not files.is_local(self.compile_folder):
             raise InputError(
                 f"compile_folder {files.redact(self.compile_folder)}: must be on a local disk, "
                 "because what lies there is run: give a path, or leave it out for RUN/compile"
             )
-        if (self.probe.every or self.probe.baseline) and not self.data.val:
+
+    def _check_beginning(self) -> None:
+        branch, start = self.checkpoint.branch, self.model.start
+        if branch and self.checkpoint.resume:
             raise InputError(
-                "evaluations are on but data.val is not set: give --data.val URL, or turn them off "
-                "with --probe.every 0 --probe.no-baseline"
+                f"checkpoint.resume {files.redact(self.checkpoint.resume)} and checkpoint.branch "
+                f"{files.redact(branch)} exclude each other: give one of them"
             )
+        if branch and origin.names_same(self.run, origin.home(branch)):
+            raise InputError(
+                f"checkpoint.branch {files.redact(branch)}: is of the run itself: give another "
+                "--run, where the branch goes"
+            )
+        if self.model.start_prefix is not None and not start:
+            raise InputError("model.start_prefix is for model.start: give --model.start URL too")
+
+
+def in_steps(recipe: Recipe, steps_per_epoch: int) -> Recipe:
+    """Return a recipe whose evaluations, checkpoints and logged steps are due by steps alone."""
+    every = partial(to_steps, steps_per_epoch=steps_per_epoch)
+    return replace(
+        recipe,
+        probe=replace(recipe.probe, every=every(recipe.probe.every)),
+        checkpoint=replace(recipe.checkpoint, every=every(recipe.checkpoint.every)),
+        log=replace(recipe.log, every=every(recipe.log.every)),
+    )
 
 
 def shared_fields(recipe: Recipe) -> dict[str, Any]:
@@ -130,24 +195,90 @@ def method_fields(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def in_todays_terms(method: dict[str, Any]) -> dict[str, Any]:
+    """Return the method fields that an earlier version wrote as this version would write them."""
+    found = ADDED_LATER | method
+    epochs = found.get(WARMUP_BEFORE)
+    if isinstance(epochs, int | float) and math.isfinite(epochs) and WARMUP not in found:
+        found[WARMUP] = ScheduleConfig(warmup=f"{Fraction(repr(epochs))} epochs").warmup
+        del found[WARMUP_BEFORE]
+    return found
+
+
 def operation_names() -> list[str]:
     """Return the dotted names of the fields that may change at every start."""
     return [name for name, _, annotations in walk(Recipe()) if OPERATION in annotations]
 
 
+class RecipeFile(NamedTuple):
+    """Hold what a recipe file defines."""
+
+    path: str
+    recipe: Recipe
+    recipe_for: Callable[[int], object] | None
+    """Makes the recipe for a number of training images. Most files define none."""
+
+    def for_images(self, images: int) -> Recipe:
+        """Return the recipe for a number of training images.
+
+        Raises InputError when the file's function fails or makes none.
+        """
+        if self.recipe_for is None:
+            return self.recipe
+        with recipe_files.running(self.path, _explain):
+            found = self.recipe_for(images)
+        return _checked(found, self.path, "recipe_for returns no")
+
+
 def load(path: str) -> Recipe:
-    """Load `recipe` from a recipe file. Raises InputError when it fails to run or has none."""
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such recipe file")
-    try:
-        found = runpy.run_path(path).get("recipe")
-    except InputError:
-        raise
-    except (Exception, SystemExit) as error:
-        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
-        line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{path}, line {line}: {reason}") from None
+    """Load `recipe` from a recipe file, or from a shipped one by its bare name.
+
+    Raises InputError when there is no such file, when it fails to run, when it defines no recipe,
+    and when a field of it has a value of the wrong type.
+    """
+    return load_file(path).recipe
+
+
+def load_file(path: str) -> RecipeFile:
+    """Load what a recipe file defines. It raises InputError as `load` does."""
+    path = recipe_files.find(path)
+    with recipe_files.running(path, _explain):
+        found = runpy.run_path(path)
+    recipe_for = found.get("recipe_for")
+    recipe = _checked(found.get("recipe"), path, "defines no `recipe` that is an")
+    return RecipeFile(path, recipe, recipe_for if callable(recipe_for) else None)
+
+
+def _checked(found: object, path: str, fault: str) -> Recipe:
     if not isinstance(found, Recipe):
-        raise InputError(f"{path}: defines no `recipe` that is an engine.recipe.Recipe")
+        raise InputError(f"{path}: {fault} engine.recipe.Recipe")
+    try:
+        check_types(found)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     return found
+
+
+def _explain(error: BaseException) -> str:
+    """Say which field was meant where a config was given one that it does not have."""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if found is None or not isinstance(error, TypeError):
+        return ""
+    name = found[2]
+    known = [
+        one.name for kind in _configs(Recipe) if kind.__name__ == found[1] for one in fields(kind)
+    ]
+    near = difflib.get_close_matches(name, known, n=1)
+    advice = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+    if name == WARMUP_BEFORE.rpartition(".")[2]:
+        advice = "write warmup='10 epochs', because a bare number counts steps"
+    return f"{found[1]} has no field {name}: {advice}" if known else ""
+
+
+def _configs(kind: Any) -> set[Any]:
+    """Return the config classes that a type hint is made of, and those of their fields."""
+    nested = [one for hint in get_args(kind) for one in _configs(hint)]
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        nested = [kind, *(one for entry in fields(kind) for one in _configs(hints[entry.name]))]
+    return set(nested)

@@ -1,23 +1,35 @@
 """The run directory: claim it, read and write it, and refuse to mix it with another run."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.log.metrics import MetricsLog, NoLog
 from engine.log.terminal import Terminal
 from engine.processes.identity import agent_identity
 from engine.processes.world import World
-from engine.recipe import ADDED_LATER, Recipe, method_fields
-from engine.state import checkpoint, layout, lease
+from engine.recipe import Recipe, in_todays_terms, method_fields
+from engine.state import checkpoint, layout, lease, origin
 from engine.state.artefacts import Artefacts
+from engine.state.best import Best, find_best
 from engine.state.checkpoint import Commit
+from engine.state.origin import Origin
 from shards.errors import InputError
 from shards.fields import differences, flatten
 from shards.storage import files, local_files, misplaced
 
 DIGEST = "index_digest"
+_FACTS = {DIGEST, layout.TOTAL, origin.WEIGHTS, origin.BRANCH}  # in recipe.json, beside the fields
+
+
+class Found(NamedTuple):
+    """Hold what a job finds when it begins."""
+
+    commit: Commit | None  # the checkpoint to continue from; None when the run begins
+    branches: bool  # whether that is the parent's, of which this run becomes a branch
+    recorded: Origin | None  # what RUN/recipe.json says of the beginning; None without the file
 
 
 class Run:
@@ -32,7 +44,7 @@ class Run:
         index_digest: str,
         world: World,
         terminal: Terminal,
-        start: Commit | None,
+        found: Found | None,
         held: lease.Lease | None = None,
     ) -> None:
         """Open the run that a job holds by the lease `held`.
@@ -40,13 +52,21 @@ class Run:
         It is None on all processes except the first, and where nobody holds the run.
         """
         self.url, self.terminal = recipe.run, terminal
-        self.start = start
-        """The checkpoint that this job continues from; None when the run begins."""
+        found = found or Found(None, False, None)
+        self.start, self.branches, self.recorded = found
+        self.origin = Origin() if found.commit is None else found.commit.origin
+        """How the run began. engine/beginning.py completes it before anything is written."""
         self._recipe, self._digest, self._world, self._held = recipe, index_digest, world, held
 
-    def write_recipe(self) -> None:
-        """Write this start's resolved recipe and the digest of its data to RUN/recipe.json."""
-        self._world.on_main(lambda: _write_recipe(self._recipe, self._digest))
+    def write_recipe(self, total_steps: int | None = None) -> None:
+        """Write this start's resolved recipe and the digest of its data to RUN/recipe.json.
+
+        `total_steps` is the number of steps of the whole run, for those who read it.
+        """
+        facts = {DIGEST: self._digest} | self.origin.fields()
+        if total_steps is not None:
+            facts[layout.TOTAL] = total_steps
+        self._world.on_main(lambda: _write_recipe(self._recipe, facts))
 
     def artefacts(self, strategy: str) -> Artefacts:
         """Open the store of compiled artefacts, in RUN or in the recipe's `compile_folder`."""
@@ -80,7 +100,8 @@ class Run:
 
         def commit() -> None:
             self._look()
-            checkpoint.commit(self.url, step, sums, method_fields(self._recipe), self._digest)
+            method = method_fields(self._recipe)
+            checkpoint.commit(self.url, step, sums, method, self._digest, self.origin)
 
         world.on_main(commit)
 
@@ -90,9 +111,25 @@ class Run:
         if not self._world.main:
             return
         try:
-            checkpoint.prune(self.url, step, config.keep, config.keep_every, report)
+            checkpoint.prune(
+                self.url, step, config.keep, config.keep_every, report, config.keep_best
+            )
         except OSError as error:  # the next save tries again
             report(f"old checkpoints stay for now: {error}")
+
+    def find_best(self, until: int) -> Best:
+        """Find the best checkpoint up to the step `until`, by the recipe's `checkpoint.keep_best`.
+
+        All processes call it together. Raises OSError when the log cannot be read.
+        """
+        key = self._recipe.checkpoint.keep_best
+        if not key:
+            return Best(key)
+
+        def find() -> Best:
+            return find_best(self.url, key, checkpoint.committed_steps(self.url, until))
+
+        return self._world.on_main(find)
 
     def compact(self, log: MetricsLog) -> None:
         """Write all lines of `log` to metrics.jsonl, if this job still has the run."""
@@ -114,6 +151,9 @@ class Run:
             yield NoLog()
             return
         log = MetricsLog(self.url, step, stop, self.terminal)
+        log.describe(_without_secrets(self._recipe), method_fields(self._recipe))
+        if self.branches and log.last is None:
+            log.write({"step": step, origin.BRANCH: _describe(self.origin)})
         try:
             yield log
         finally:
@@ -154,15 +194,21 @@ def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -
     try:
         world.on_main(hold)
         held = claimed[0] if claimed else None
-        start = find_checkpoint(recipe, index_digest, world, terminal.report)
-        yield Run(recipe, index_digest, world, terminal, start, held)
+        found = find_checkpoint(recipe, index_digest, world, terminal.report)
+        yield Run(recipe, index_digest, world, terminal, found, held)
     finally:
         for one in claimed:
             one.release()
 
 
-def open_run(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -> Run:
-    """Open the run directory without holding it.
+def open_run(
+    recipe: Recipe,
+    index_digest: str,
+    world: World,
+    terminal: Terminal,
+    before: float = math.inf,
+) -> Run:
+    """Open the run directory without holding it. Checkpoints of steps from `before` on don't count.
 
     Raises InputError when it has a run of another recipe or of other data.
     """
@@ -172,35 +218,128 @@ def open_run(recipe: Recipe, index_digest: str, world: World, terminal: Terminal
         _check_recipe(recipe, index_digest, terminal.report)
 
     world.on_main(check)
-    start = find_checkpoint(recipe, index_digest, world, terminal.report)
-    return Run(recipe, index_digest, world, terminal, start)
+    found = find_checkpoint(recipe, index_digest, world, terminal.report, before)
+    return Run(recipe, index_digest, world, terminal, found)
 
 
 def find_checkpoint(
-    recipe: Recipe, index_digest: str, world: World, report: Callable[[str], None]
-) -> Commit | None:
-    """Find the newest checkpoint of the run or, if it has none, that of `checkpoint.resume`.
+    recipe: Recipe,
+    index_digest: str,
+    world: World,
+    report: Callable[[str], None],
+    before: float = math.inf,
+) -> Found:
+    """Find the newest checkpoint of the run or, if it has none, the one that the recipe names.
+
+    Checkpoints of the run count only when their step is less than `before`.
 
     All processes call it together. Raises InputError when the checkpoint is of another recipe or
-    of other data.
+    of other data, unless it is that of `checkpoint.branch`, and when the run began otherwise than
+    `checkpoint.branch` says.
     """
-    resume, remedy = recipe.checkpoint.resume, "give another --run"
-    commit = checkpoint.latest(recipe.run, world, report)
+    resume, branch = recipe.checkpoint.resume, recipe.checkpoint.branch
+    recorded = world.on_main(lambda: _read_origin(recipe.run))
+    commit = checkpoint.latest(recipe.run, world, report, before)
+    remedy = "give another --run"
+    known = recorded if commit is None else commit.origin
+    if known is not None:
+        _check_branch(recipe, known, begun=commit is not None)
     if commit is None and resume:
+        world.on_main(lambda: _refuse_file(resume, "checkpoint.resume"))
         commit = checkpoint.find(resume, world, report)
         remedy = "give another --checkpoint.resume"
+    elif commit is None and branch:
+        world.on_main(lambda: _refuse_file(branch, "checkpoint.branch"))
+        return Found(_find_parent(recipe, recorded, world, report), True, recorded)
     if commit is not None:
         there = commit.method, commit.index_digest
         _refuse_other(recipe, index_digest, commit.url, *there, remedy)
+    return Found(commit, False, recorded)
+
+
+def _find_parent(
+    recipe: Recipe, recorded: Origin | None, world: World, report: Callable[[str], None]
+) -> Commit:
+    """Find the checkpoint that the run branches from.
+
+    A start that was cut off before its first checkpoint has chosen it already, and this run keeps
+    to it though the parent may have newer ones.
+    """
+    url, point = recipe.checkpoint.branch, recorded.branched_from if recorded else None
+    if point is None:
+        return checkpoint.find(url, world, report, "checkpoint.branch")
+    if origin.home(url) == url.rstrip("/"):
+        url = checkpoint.step_url(url, point.step)
+    mend = f"run {files.redact(recipe.run)} branched from it and has no checkpoint yet"
+    try:
+        commit = checkpoint.verify(url, world)
+    except InputError as error:
+        raise InputError(f"{error}; {mend}: give another --run") from None
+    if commit.digest != point.digest:
+        raise InputError(f"{point.url}: has been written anew; {mend}: give another --run")
     return commit
 
 
-def _write_recipe(recipe: Recipe, index_digest: str) -> None:
+def _without_secrets(recipe: Recipe) -> dict[str, Any]:
     fields = flatten(recipe)
-    for name in ("data.train", "data.val"):  # An evaluation may be started in another folder.
-        fields[name] = local_files.absolute(fields[name])
-    document = {k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
-    document |= {DIGEST: index_digest}
+    for name in ("data.train", "data.val", "probe.train", "probe.val"):
+        fields[name] = local_files.absolute(fields[name])  # an evaluation may start elsewhere
+    return {k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
+
+
+def _check_branch(recipe: Recipe, known: Origin, begun: bool) -> None:
+    """Raise InputError when the run began otherwise than `checkpoint.branch` says.
+
+    Args:
+        known: How the run began.
+        begun: Whether the run has a checkpoint, so that it goes on without the parent.
+    """
+    given, point = recipe.checkpoint.branch, known.branched_from
+    run = files.redact(recipe.run)
+    if given and point is None:
+        raise InputError(
+            f"checkpoint.branch {files.redact(given)}: run {run} has begun without it: give "
+            "another --run, where the branch goes"
+        )
+    if given and point is not None and not origin.names_same(given, point.url):
+        raise InputError(
+            f"checkpoint.branch {files.redact(given)}: run {run} branched from {point.url}: give "
+            "that, or another --run for another branch"
+        )
+    if point is not None and not (given or begun or recipe.checkpoint.resume):
+        raise InputError(
+            f"run {run} branched from {point.url} and has no checkpoint yet: give "
+            f"--checkpoint.branch {point.url}, or another --run"
+        )
+
+
+def _refuse_file(url: str, name: str) -> None:
+    """Raise InputError when `url` is a file, which has weights at most and no full state."""
+    try:
+        if files.list_names(url) or not files.exists(url):
+            return
+    except PermissionError:  # `checkpoint.find` tells what is missing
+        return
+    place = files.redact(url)
+    raise InputError(
+        f"{name} {place}: is a file, and only a run or one of its checkpoints has a full state: to "
+        f"start a new run from the weights of a file, give --model.start {place}"
+    )
+
+
+def _read_origin(run: str) -> Origin | None:
+    """Return what RUN/recipe.json says of the beginning; None when there is no such file."""
+    fields = layout.read_recipe(run)
+    return origin.of_fields(fields) if fields else None
+
+
+def _describe(known: Origin) -> str:
+    point = known.branched_from
+    return "" if point is None else f"step {point.step} of {point.url}"
+
+
+def _write_recipe(recipe: Recipe, facts: dict[str, Any]) -> None:
+    document = _without_secrets(recipe) | facts
     files.write(files.join(recipe.run, layout.RECIPE), json.dumps(document, indent=1).encode())
 
 
@@ -222,7 +361,7 @@ def _check_recipe(recipe: Recipe, index_digest: str, report: Callable[[str], Non
         report(f"{files.redact(url)} is damaged and was not compared with this recipe")
         return
     operations = flatten(recipe).keys() - method_fields(recipe).keys()
-    method = {name: there[name] for name in there.keys() - operations - {DIGEST}}
+    method = {name: there[name] for name in there.keys() - operations - _FACTS}
     _refuse_other(recipe, index_digest, recipe.run, method, there.get(DIGEST))
 
 
@@ -241,11 +380,13 @@ def _refuse_other(
         digest_there: The digest of the training data found at `url`.
         remedy: What else the user could do, for the message.
     """
-    found = differences(ADDED_LATER | method, method_fields(recipe))
+    found = differences(in_todays_terms(method), method_fields(recipe))
     if digest_there != index_digest:
         found.append(f"digest of data.train: there {digest_there}, here {index_digest}")
     if found:
+        place = files.redact(url)
         raise InputError(
-            f"{files.redact(url)} is of another recipe or data set ({'; '.join(found)}): "
-            f"set these back, or {remedy}"
+            f"{place} is of another recipe or data set ({'; '.join(found)}): "
+            f"set these back, or {remedy}, or go on from its state with these changes in a new "
+            f"run, by another --run and --checkpoint.branch {place}"
         )

@@ -5,42 +5,47 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
 
-from engine.data import Data, train_batches
+from engine.beginning import begin
+from engine.data import Data, open_own_probe_sets, train_batches
 from engine.evaluation.during_training import Probe
+from engine.evaluation.probe_sets import ProbeSets
 from engine.log.figures import StepSums, data_digest
+from engine.log.metrics import BASELINES
 from engine.method import byol
 from engine.method.augment import augment
 from engine.method.byol import byol_loss, update_target
+from engine.method.head import count_labels, head_loss, set_apart, set_rates
 from engine.method.local_shards import foreach_norms, local, not_finite, whole_norms
 from engine.method.norm import RunningStatistics
 from engine.method.precision import MOST_SKIPS, StepGuard, autocast, parameter_dtype
 from engine.method.schedule import learning_rate, tau
 from engine.processes import compiling, parallel
 from engine.processes.world import World, set_timeout, share_of_cores
-from engine.recipe import Recipe
+from engine.recipe import Recipe, in_steps
 from engine.run import Run
 from engine.state import checkpoint
+from engine.state.branch import without
 from shards.errors import InputError
 from shards.loader import Batch, TrainLoader
-from shards.storage import files
 
 
 class StepOutput(NamedTuple):
     """Hold what a step leaves for the log, on the device.
 
-    The images and the features are those of the last micro-batch only.
+    The images, features and projections are those of the last micro-batch only.
     """
 
     loss: Tensor  # [] this process's share of the mean over the global batch, 0 to 8
-    head_loss: Tensor  # [] the same for the online classifier; 0 without labels
+    head_loss: Tensor  # [] its share of the mean over the labeled rows, for the online head
+    labeled: Tensor  # [] the number of labeled rows in the global batch
     features: Tensor  # [V*b, F]
+    projections: Tensor  # [V*b, D], the target network's
     images: Tensor  # [V*b, 3, S, S], as the network saw them
     lr: float
     tau: float
@@ -52,13 +57,17 @@ class Trainer:
     def __init__(self, recipe: Recipe, world: World, data: Data, run: Run) -> None:
         """Build the networks, the strategy and the optimizer, then load the saved state.
 
-        All processes call it together. It reads from storage and writes nothing there.
+        All processes call it together. It reads from storage and writes nothing there, except
+        that a folder of images for evaluations is packed into RUN.
 
-        Raises InputError for a strategy that these processes cannot use.
+        Raises InputError for a strategy that these processes cannot use, and for sets that
+        nothing can be measured on.
         """
-        self.recipe, self.world, self.data, self.run = recipe, world, data, run
+        self.recipe = recipe = in_steps(recipe, data.order.steps_per_epoch)
+        self.world, self.data, self.run = world, data, run
         self.device, self.terminal = world.device, run.terminal
         self.threads = recipe.threads or share_of_cores()
+        probe_sets = open_own_probe_sets(recipe, data, world, self.threads, self.terminal.say)
         samples, batch = data.train.samples, recipe.batch.size
         self.total_steps = recipe.schedule.total_steps(samples, batch)
         self.warmup_steps = recipe.schedule.warmup_steps(samples, batch)
@@ -66,21 +75,29 @@ class Trainer:
         self.tau_power = recipe.schedule.tau_power(batch)
 
         self.classes = len(data.train.classes)
+        beginning = begin(recipe, world, run, data.train)
+        self.ramp = beginning.ramp
         self.online, self.target = byol.build(recipe.model, self.classes, recipe.seed)
+        if beginning.weights is not None:
+            beginning.weights.fill(self.online, self.target)
         self._parallelize()
         self.optimizer = recipe.optimizer.build(self.online, self.parallel.shard_group)
+        self.peak_head_lr = self.peak_lr
+        if recipe.probe.head_lr is not None and self.online.classifier is not None:
+            self.peak_head_lr = recipe.schedule.peak_lr(batch, recipe.probe.head_lr)
+            set_apart(self.optimizer, self.online.classifier)
         self.moved, self.towards = byol.pair_parameters(self.target, self.online)
         self.statistics = RunningStatistics([self.online, self.target])
         self.guard = StepGuard(recipe.precision, self.device, batch, world.size)
         if self.compile:
             compiling.compile_optimizer(self.optimizer)
 
-        self.probe = self._build_probe()
-        self.step = 0
-        if run.start is not None:
-            self.load(run.start)
-            self.step = run.start.step
-            self.terminal.say(f"resumed at step {self.step} from {files.redact(run.start.url)}")
+        self.probe = self._build_probe(probe_sets)
+        self.step = beginning.step
+        if beginning.commit is not None:
+            self.load(beginning.commit, beginning.left_out)
+        if beginning.text:
+            self.terminal.say(beginning.text)
 
     def _parallelize(self) -> None:
         recipe, say = self.recipe, self.terminal.say
@@ -118,13 +135,18 @@ class Trainer:
 
         Source: section 3.1 and algorithm 1 of the paper. With micro-batches, the gradients are
         averaged over them, and everything after the backward passes happens once, as in the
-        paper. A step with a gradient that is not finite changes only what the guard keeps.
+        paper. A step with a gradient that is not finite changes only what the guard keeps, and
+        counts like any other.
         """
-        lr = learning_rate(self.step, self.peak_lr, self.warmup_steps, self.total_steps)
+        lr, head_lr = (
+            learning_rate(self.step, peak, self.warmup_steps, self.total_steps, self.ramp)
+            for peak in (self.peak_lr, self.peak_head_lr)
+        )
         rate = tau(self.step, self.recipe.schedule.base_tau, self.total_steps, self.tau_power)
         parts = self._micro_batches(batch)
         share = len(batch.ids) / self.recipe.batch.size / len(parts)  # of the global batch
-        loss = head_loss = torch.zeros((), device=self.device)
+        labeled = self._count_labels(parts)
+        loss = head_total = torch.zeros((), device=self.device)
 
         for number, (views, params, labels) in enumerate(parts, start=1):
             images = self.augment(views, params)  # [V*b, 3, S, S]
@@ -134,14 +156,13 @@ class Trainer:
                     with torch.no_grad():
                         projection = self.target(images)  # [V*b, D]
                 byol_term = byol_loss(online.prediction, projection).mean() * share
-                head_term = _head_loss(online.logits, labels) * share
+                head_term = head_loss(online.logits, labels, labeled)
                 self.guard.scale_loss(byol_term + head_term).backward()
             self.statistics.note()
             loss = loss + byol_term.detach()
-            head_loss = head_loss + head_term.detach()
+            head_total = head_total + head_term.detach()
 
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rates(self.optimizer, lr, head_lr)
         divisor = self.guard.divisor(self.online.parameters())
         skip = self.optimizer.step(divisor)  # [] 1 when a gradient is not finite
         self.optimizer.zero_grad()
@@ -149,7 +170,19 @@ class Trainer:
         self.update_target(local(self.moved), local(self.towards), follow)
         self.statistics.apply(skip)
         self.guard.update(skip)
-        return StepOutput(loss, head_loss, online.features, images, lr, rate)
+        self.step += 1  # a skipped step takes its place in the schedule too
+        return StepOutput(loss, head_total, labeled, online.features, projection, images, lr, rate)
+
+    def _count_labels(self, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        """Count the labeled rows of the global batch, [] on the device; 0 without a head.
+
+        Every process needs that number before its backward pass, and an index does not tell which
+        samples have labels. So the processes add up their own counts on the device, beside dozens
+        of such sums in the batch norms, and no host waits.
+        """
+        if not self.classes:
+            return torch.zeros((), device=self.device)
+        return self.world.all_reduce(count_labels(torch.cat([labels for _, _, labels in parts])))
 
     def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Split a batch into micro-batches on the device.
@@ -182,17 +215,15 @@ class Trainer:
             report=self.terminal.report,
         )
 
-    def _build_probe(self) -> Probe | None:
-        """Build the probe, or return None when the recipe asks for no evaluations."""
+    def _build_probe(self, sets: ProbeSets | None) -> Probe | None:
         recipe = self.recipe
-        if self.data.val is None or not (recipe.probe.every or recipe.probe.baseline):
+        if sets is None:
             return None
         return Probe(
             recipe.probe,
             self.online,
             recipe.model.encoder,
-            self.data.train,
-            self.data.val,
+            sets,
             self.world,
             size=recipe.views.size,
             precision=recipe.precision,
@@ -222,16 +253,20 @@ class Trainer:
         """Measure and report the kNN accuracies before the first step of the run.
 
         Returns:
-            The accuracies by name; nothing when the recipe asks for none or the run has begun.
+            The accuracies by their keys in the log; nothing when the recipe asks for none or the
+            run has begun.
         """
         if self.probe is None or not self.recipe.probe.baseline or self.step:
             return {}
+        if not self.probe.sets.knn:  # a line has said why
+            return {}
+        start = "knn_untrained" if self.run.origin.weights is None else "knn_start"
         found = {
-            "raw pixels": self.probe.measure_pixels(),
-            "untrained encoder": self.probe.evaluate()["knn_top1"],
+            "knn_pixels": self.probe.measure_pixels(),
+            start: self.probe.evaluate()["knn_top1"],
         }
-        for name, accuracy in found.items():
-            self.terminal.say(f"kNN of {name}: {accuracy:.1%}")
+        for key, accuracy in found.items():
+            self.terminal.say(f"kNN of {BASELINES[key]}: {accuracy:.1%}")
         return found
 
     # Reports about a step --------------------------------------------------------------------
@@ -241,8 +276,9 @@ class Trainer:
 
         All processes call it together.
         """
-        own = StepSums.of(output.loss, output.head_loss, output.features)
-        sums = StepSums(self.world.all_reduce(own.values))
+        features, projections = output.features, output.projections
+        own = StepSums.of(output.loss, output.head_loss, features, projections)
+        sums = StepSums(self.world.all_reduce(own.values), features.shape[1])
         digest = self.world.all_reduce(data_digest(batch.ids, batch.crcs)).item()
         record: dict[str, Any] = {
             "step": self.step,
@@ -251,13 +287,14 @@ class Trainer:
             "lr": output.lr,
             "tau": output.tau,
             "feature_std": sums.feature_std,
+            "projection_std": sums.projection_std,
             "data_digest": f"{digest % 2**64:016x}",
             "skipped": int(self.guard.skipped),
         }
         if self.guard.scale is not None:
             record["loss_scale"] = self.guard.scale.item()
         if self.classes:
-            record["head_loss"] = sums.head_loss
+            record["head_loss"] = sums.head_loss if output.labeled else None
         return record
 
     def pictures(self, output: StepOutput) -> Tensor:
@@ -302,10 +339,10 @@ class Trainer:
             "guard": self.guard.state(),
         }
 
-    def load(self, commit: checkpoint.Commit) -> None:
-        """Load a checkpoint's tensors."""
+    def load(self, commit: checkpoint.Commit, left_out: tuple[str, ...] = ()) -> None:
+        """Load a checkpoint's tensors, except the parts of the state that are left out."""
         state = self.state()
-        checkpoint.load(commit, state, self.world)
+        checkpoint.load(commit, without(state, left_out), self.world)
         self.online.load_state_dict(state["online"])
         self.target.load_state_dict(state["target"])
         groups = get_optimizer_state_dict(self.online, self.optimizer)["param_groups"]
@@ -314,15 +351,3 @@ class Trainer:
             self.optimizer,
             optim_state_dict={"state": state["optimizer"], "param_groups": groups},
         )
-
-
-def _head_loss(logits: Tensor | None, labels: Tensor) -> Tensor:
-    """Compute the online classifier's cross-entropy [], as a mean over all rows.
-
-    Rows without a label (-1) count as 0. So a process need not know how many rows of the other
-    processes have labels.
-    """
-    if logits is None:
-        return torch.zeros((), device=labels.device)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / len(labels)

@@ -1,14 +1,43 @@
 """Parse command lines to a recipe."""
 
-import difflib
+import ast
+import re
+import sys
+from contextlib import suppress
 
 import tyro
 
-from engine.recipe import Recipe, load, operation_names
+from engine import recipe_files
+from engine.recipe import Recipe, RecipeFile, load_file, operation_names
 from launch.help_texts import join_help_lines
+from launch.hints import hint
 from launch.plain_errors import plain_errors
-from shards.errors import InputError
-from shards.fields import flatten
+from shards import index as indexes
+from shards.errors import InputError, printable
+from shards.storage import files
+
+_HELP = {"-h", "--help"}
+
+_PROGRAM = """\
+Train an encoder by BYOL, or continue a run that was stopped:
+
+  torchrun launch/train.py RECIPE [--field.name value ...]
+  torchrun --nproc-per-node=8 launch/train.py RECIPE ...      one process for each of 8 GPUs
+  python launch/train.py RECIPE ...                           one process
+
+The same command starts a run and continues it. RECIPE is a Python file that defines `recipe`, or
+the bare name of one that comes along:
+"""
+_AFTER = """\
+A field on the command line overrides the recipe's. For instance:
+
+  torchrun launch/train.py imagenette --data.train s3://bucket/mine/train \\
+      --data.val s3://bucket/mine/val --run-url s3://bucket/runs/mine \\
+      --batch.size 512 --schedule.epochs 300 --probe.every "5 epochs"
+
+RECIPE --help lists all fields with the values that the recipe gives them. recipes/README.md tells
+how to write a recipe, and which field answers which question.
+"""
 
 
 def parse_recipe(arguments: list[str]) -> Recipe:
@@ -16,18 +45,33 @@ def parse_recipe(arguments: list[str]) -> Recipe:
 
     Raises InputError with one line for an unknown field or a bad value. --help prints and exits.
     """
+    if _HELP & set(arguments[:1]):
+        _print_help()
+        sys.exit(0)
     if not arguments or arguments[0].startswith("-"):
         raise InputError(
             "usage: torchrun launch/train.py RECIPE [--field.name value ...]; RECIPE is a file "
-            "like recipes/quickstart.py, and RECIPE --help lists its fields"
+            "like recipes/quickstart.py and comes first, --help lists the recipes that come "
+            "along, and RECIPE --help lists the fields"
         )
-    base = load(arguments[0])
+    found = load_file(arguments[0])
+    join_help_lines(Recipe, arguments)
+    recipe = _override(found.recipe, found, arguments)
+    if found.recipe_for is not None and recipe.data.train.strip():
+        recipe = _override(found.for_images(_count_images(recipe)), found, arguments)
+    recipe.check()
+    return recipe
+
+
+def _override(base: Recipe, found: RecipeFile, arguments: list[str]) -> Recipe:
+    """Return `base` with the fields that the command line gives."""
+    sizes = "some of them follow the number of images in data.train"
     description = (
-        f"{arguments[0]}: all fields, and the values that this recipe gives them. These fields may "
+        f"{arguments[0]}: all fields, and the values that this recipe gives them"
+        f"{f' ({sizes})' if found.recipe_for is not None else ''}. These fields may "
         f"change at every start of a run: {', '.join(operation_names())}. All others decide what "
         "is computed (method fields), and a run continues only with the same ones."
     )
-    join_help_lines(Recipe, arguments)
     with plain_errors():
         recipe, unknown = tyro.cli(
             Recipe,
@@ -40,20 +84,35 @@ def parse_recipe(arguments: list[str]) -> Recipe:
         )
     if unknown:
         raise InputError(_unknown(unknown[0], recipe))
-    try:
-        recipe.check()
-    except TypeError as error:  # nothing else checks the types in a recipe file
-        raise InputError(
-            f"{arguments[0]}: a field has a value of the wrong type: {error}"
-        ) from None
     return recipe
+
+
+def _count_images(recipe: Recipe) -> int:
+    """Return the number of training images, or that which the first start will draw."""
+    url, drawn = recipe.data.train, recipe.data.draw
+    files.check(url, "data.train")
+    if drawn and not files.exists(files.join(url, indexes.NAME)):
+        return drawn
+    return indexes.load(url, "data.train").samples
 
 
 def _unknown(argument: str, recipe: Recipe) -> str:
     name = argument.lstrip("-").split("=")[0]
-    if not argument.startswith("-"):
-        return f"unexpected argument {argument!r}: fields are given as --field.name value"
-    names = [known.replace("_", "-") for known in flatten(recipe)]
-    near = difflib.get_close_matches(name.replace("_", "-"), names, n=1)
-    hint = f"did you mean --{near[0]}?" if near else "--help lists the fields"
-    return f"unknown field --{name}: {hint}"
+    if argument.startswith("-"):
+        return f"unknown field --{name}: {hint(name, recipe)}"
+    text = f"unexpected argument {argument!r}: fields are given as --field.name value"
+    if re.fullmatch("epochs?|steps?", argument, re.IGNORECASE):
+        text += f", and a duration is one value, such as '1 {argument}' in quotes or 1{argument}"
+    return text
+
+
+def _print_help() -> None:
+    """Print what the program is, and the recipes that come along, each with its first line."""
+    print(_PROGRAM)
+    for name, path in recipe_files.shipped().items():
+        first = ""
+        with suppress(OSError, ValueError, SyntaxError):
+            text = ast.get_docstring(ast.parse(path.read_text())) or ""
+            first = text.partition("\n")[0]
+        print(f"  {name:<16} {printable(first)}")
+    print(f"\n{_AFTER}", end="")

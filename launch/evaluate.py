@@ -2,6 +2,8 @@
 
 CHECKPOINT is the URL of a run (its newest checkpoint is used), of one of its checkpoints, or of a
 third-party checkpoint file of a ResNet. For several processes use torchrun launch/evaluate.py ...
+
+The commands `report RUN` and `runs URL` measure nothing. They show what runs have written.
 """
 
 import os
@@ -37,6 +39,7 @@ from engine.processes.failures import report_failure
 from launch.feature_command import Features
 from launch.help_texts import join_help_lines
 from launch.plain_errors import plain_errors
+from launch.reports import Report, Runs
 from shards.errors import InputError
 from shards.fields import as_flag, check_bounds
 
@@ -154,7 +157,7 @@ def _measure(evaluation: Evaluation, measure: Callable[[], Result | None]) -> No
             evaluation.publish(result)
 
 
-Protocol = Linear | KNN | Finetune | SemiSupervised | Neighbours | Features
+Protocol = Linear | KNN | Finetune | SemiSupervised | Neighbours | Features | Report | Runs
 _PROTOCOLS: dict[str, type[Protocol]] = {
     "linear": Linear,
     "knn": KNN,
@@ -162,6 +165,8 @@ _PROTOCOLS: dict[str, type[Protocol]] = {
     "semi-supervised": SemiSupervised,
     "neighbours": Neighbours,
     "features": Features,
+    "report": Report,
+    "runs": Runs,
 }
 
 

@@ -9,13 +9,11 @@ from threading import Lock
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from shards.dimensions import MOST_PIXELS, image_size
 from shards.errors import printable
 from shards.index import Index
 from shards.making import pack
-from shards.making.convert import PixelOptions, convert, packed_extension
-from shards.making.left_out import Reasons, leave_out
-from shards.making.pictures import UnusableError
+from shards.making.contents import Contents
+from shards.making.convert import PixelOptions
 from shards.making.survey import ReadImage, choose_window
 from shards.storage import files
 from shards.storage.commands import quote
@@ -50,7 +48,7 @@ class Packing:
 
     def _write_set(self, images: pack.ImageSet, read: ReadImage, options: PixelOptions) -> None:
         plan = pack.plan_shards(images, self.shard_bytes, self.seed, options.facts())
-        contents = _Contents(options)
+        contents = Contents(options)
         with Bar(images.name or "packing", plan.image_bytes, len(plan.images)) as bar:
             index, written = pack.write_shards(
                 plan,
@@ -62,7 +60,10 @@ class Packing:
                 advance=bar.advance,
                 report=warn,
             )
-        contents.report(len(plan.images))
+        for line in contents.list_conversions():
+            note(line)
+        for line in contents.list_faults(len(plan.images)):
+            warn(line)
         summarize(images.name, index, "" if written else "already packed: ")
 
     def _choose_window(
@@ -89,45 +90,6 @@ def _quiet_pillow() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
-
-
-class _Contents:
-    """Convert image files, and count what was converted and what cannot be used."""
-
-    def __init__(self, options: PixelOptions) -> None:
-        self._bad: Reasons = {}
-        self._converted: Reasons = {}  # by what was done
-        self._large = (0, "")  # pixels and path of the largest image
-        self._options, self._lock = options, Lock()  # several threads convert
-
-    def convert(self, image: pack.Image, content: bytes) -> tuple[str, bytes]:
-        """Return the extension and the content to pack. What cannot be used stays as it is."""
-        try:
-            extension, content, done = convert(image.path, content, self._options)
-        except UnusableError as error:
-            with self._lock:
-                leave_out(self._bad, str(error), image.path)
-            return packed_extension(image.path, content), content
-        width, height = image_size(content) or (0, 0)
-        with self._lock:
-            self._large = max(self._large, (width * height, image.path))
-            if done:
-                leave_out(self._converted, done, image.path)
-        return extension, content
-
-    def report(self, total: int) -> None:
-        """Print one line for each thing that was done to images, and for each fault."""
-        for done, some in sorted(self._converted.items()):
-            note(f"converted: {some.number:,} {done}, such as {some.example}")
-        for reason, bad in sorted(self._bad.items()):
-            share = f"{bad.number:,} of {total:,} images ({reason})"
-            warn(f"cannot be decoded: {share}, such as {bad.example}")
-        pixels, path = self._large
-        if pixels > MOST_PIXELS:
-            warn(
-                f"{path} has {pixels:,} pixels: train with --data.max-pixels {pixels}, or shrink "
-                "it with --max-side"
-            )
 
 
 class Bar:

@@ -16,12 +16,14 @@ if __name__ == "__main__":  # the imports below would fail with a less helpful m
 
 from engine.data import open_data
 from engine.debug import debug_step
+from engine.explain.report import explain
 from engine.fit import fit
 from engine.log.terminal import Terminal, flush_output
 from engine.processes.failures import report_failure
 from engine.processes.preemption import Preemption
 from engine.processes.world import enter, rank
 from engine.recipe import Recipe
+from engine.replay.report import replay
 from engine.run import claim
 from engine.trainer import Trainer
 from launch.command_line import parse_recipe
@@ -40,7 +42,13 @@ def train(recipe: Recipe) -> bool:
         Preemption(world, recipe.checkpoint.grace) as preemption,
     ):
         terminal = Terminal(world.main)
+        if recipe.explain:
+            world.on_main(lambda: explain(recipe, world, terminal))
+            return True
         data = open_data(recipe, world, terminal.say)
+        if recipe.replay is not None:
+            replay(recipe, recipe.replay, world, data, terminal)
+            return True
         with claim(recipe, data.train.digest, world, terminal) as run:
             trainer = Trainer(recipe, world, data, run)
             if recipe.debug_step:

@@ -31,5 +31,5 @@ recipe = Recipe(
     ),
     schedule=ScheduleConfig(epochs=1000, base_lr=2.0, base_tau=0.996),
     data=DataConfig(train="data/cifar10/train", val="data/cifar10/test", streams=32),
-    probe=ProbeConfig(every=1940, crop=1.0),  # 20 epochs
+    probe=ProbeConfig(every="20 epochs", crop=1.0),
 )

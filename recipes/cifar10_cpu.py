@@ -27,7 +27,7 @@ recipe = replace(
     model=BYOLConfig(
         encoder=ResNetConfig(depth=10, width=0.25, stem="cifar"), hidden=512, projection=128
     ),
-    schedule=ScheduleConfig(epochs=20, warmup_epochs=1, base_lr=4e-3, base_tau=0.98),
+    schedule=ScheduleConfig(epochs=20, warmup="1 epoch", base_lr=4e-3, base_tau=0.98),
     optimizer=AdamWConfig(weight_decay=1e-4),
-    probe=replace(base.probe, every=1950, baseline=True),  # 5 epochs
+    probe=replace(base.probe, every="5 epochs", baseline=True),
 )

@@ -27,5 +27,5 @@ recipe = Recipe(
     schedule=ScheduleConfig(epochs=1000, base_lr=2.0, base_tau=0.996),
     optimizer=LARSConfig(weight_decay=1.5e-6),
     data=DataConfig(train="data/imagenette/train", val="data/imagenette/val", streams=32),
-    probe=ProbeConfig(every=1800),  # about 50 epochs
+    probe=ProbeConfig(every="50 epochs"),
 )

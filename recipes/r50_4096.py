@@ -37,10 +37,10 @@ recipe = Recipe(
     batch=BatchConfig(size=4096),
     model=BYOLConfig(encoder=ResNetConfig(depth=50), hidden=4096, projection=256),
     views=ViewsConfig(size=224),
-    schedule=ScheduleConfig(epochs=1000, warmup_epochs=10, base_lr=0.2, base_tau=0.996),
+    schedule=ScheduleConfig(epochs=1000, warmup="10 epochs", base_lr=0.2, base_tau=0.996),
     optimizer=LARSConfig(weight_decay=1.5e-6),
     data=DataConfig(train="data/imagenet/train", val="data/imagenet/val", streams=512),
-    probe=ProbeConfig(every=6260),  # about 20 epochs
+    probe=ProbeConfig(every="20 epochs"),
     checkpoint=CheckpointConfig(every=1000),
 )
 

@@ -8,7 +8,16 @@ annotations too: `Annotated[int, Interval(ge=1)]`.
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 from annotated_types import Interval, MaxLen, MinLen
 
@@ -23,6 +32,15 @@ RISING = "rising"  # In a tuple marked so, no value is smaller than the one befo
 
 _LONGEST = 200  # characters of a value in a message
 _MOST_DIFFERENCES = 100
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """A bound that checks a value itself, as an annotation on a field."""
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise InputError naming the field `name` when the value is out of bounds."""
+
 
 UnitInterval = Annotated[float, Interval(ge=0, le=1)]
 Range = Annotated[tuple[float, float], Interval(gt=0), RISING]
@@ -89,6 +107,8 @@ def check_annotations(name: str, value: Any, annotations: tuple[Any, ...]) -> No
     """Raise InputError naming the field `name` when its value is outside the annotated bounds."""
     values = value if isinstance(value, tuple) else (value,)
     for bound in annotations:
+        if isinstance(bound, Rule):
+            bound.check(name, value)
         if isinstance(bound, MinLen) and len(value) < bound.min_length:
             raise InputError(f"{name} needs at least {bound.min_length} value")
         if isinstance(bound, MaxLen) and len(value) > bound.max_length:
@@ -103,6 +123,14 @@ def check_annotations(name: str, value: Any, annotations: tuple[Any, ...]) -> No
 def as_flag(name: str) -> str:
     """Return a field's name in the form of a command-line option."""
     return "--" + name.replace("_", "-")
+
+
+def as_option(name: str, value: Any) -> str:
+    """Return the words of a command line that give a field this value."""
+    if isinstance(value, bool):
+        before, dot, last = name.rpartition(".")
+        return as_flag(name if value else f"{before}{dot}no_{last}")
+    return f"{as_flag(name)} {_cut(value)}"
 
 
 def check_range(name: str, value: Any, bound: Interval) -> None:

@@ -267,25 +267,33 @@ def _hint(url: str, field_name: str) -> str:
     return f"pack images with `{packing}`, or index existing tars with its --index-only"
 
 
-def check_same_classes(train: Index, val: Index) -> None:
-    """Raise InputError unless a label means the same class in both data sets."""
+def check_same_classes(
+    train: Index, val: Index, names: tuple[str, str] = ("data.train", "data.val")
+) -> None:
+    """Raise InputError unless a label means the same class in both data sets.
+
+    `names` are the fields that gave them, for the message.
+    """
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes)) or ["their order"]
         raise InputError(
-            f"data.val has other classes than data.train ({len(val.classes)} and "
+            f"{names[1]} has other classes than {names[0]} ({len(val.classes)} and "
             f"{len(train.classes)}, differing in {odd[0]}): pack both with the same class folders"
         )
 
 
-def compare_windows(train: Index, val: Index) -> str:
-    """Return a warning when two data sets were packed with different windows; else ""."""
+def compare_windows(
+    train: Index, val: Index, names: tuple[str, str] = ("data.train", "data.val")
+) -> str:
+    """Return a warning when two data sets were packed with different windows; else "".
+
+    `names` are the fields that gave them.
+    """
     windows = [part.pixels.get("window", "none") for part in (train, val)]
     if windows[0] == windows[1]:
         return ""
-    return (
-        f"data.train and data.val were packed with other windows ({windows[0]} and {windows[1]}): "
-        "pack both with the same --window"
-    )
+    fields, there = (" and ".join(map(str, pair)) for pair in (names, windows))
+    return f"{fields} were packed with other windows ({there}): pack both with the same --window"
 
 
 def class_names(document: Any) -> list[str]:

@@ -83,11 +83,15 @@ class Order:
         """Yield, without end, each (shard, block) that `stream` needs from `step` on, in order."""
         epoch, k = divmod(step, self.steps_per_epoch)
         while True:
-            first = (stream * self.steps_per_epoch + k) * self.rows
-            last = (stream + 1) * self.steps_per_epoch * self.rows
-            for shard, block, _, _ in self._walk(epoch, first, last):
-                yield shard, block
+            yield from self.epoch_blocks(epoch, stream, k)
             epoch, k = epoch + 1, 0
+
+    def epoch_blocks(self, epoch: int, stream: int, k: int = 0) -> Iterator[tuple[int, int]]:
+        """Yield each (shard, block) that `stream` needs from batch k to the end of an epoch."""
+        first = (stream * self.steps_per_epoch + k) * self.rows
+        last = (stream + 1) * self.steps_per_epoch * self.rows
+        for shard, block, _, _ in self._walk(epoch, first, last):
+            yield shard, block
 
     def segments(self, epoch: int, start: int, stop: int) -> Iterator[Segment]:
         """Yield the positions [start, stop) of an epoch's sequence, block by block."""

@@ -67,6 +67,7 @@ def match(
     network: Literal["online", "target"],
     place: str,
     prefix: str | None = None,
+    flag: str = "--prefix",
 ) -> Foreign:
     """Find the encoder among a checkpoint's tensors.
 
@@ -81,6 +82,7 @@ def match(
         place: The file, for messages.
         prefix: Take the encoder with this prefix, whatever `network` says. It is all that stands
             before `conv1.weight`, or the name of the first tensor when tensors match by order.
+        flag: The option that gives `prefix`, for messages.
 
     Raises InputError when there is no such encoder, when there are several, and when values are
     damaged.
@@ -90,12 +92,12 @@ def match(
     if prefix is None:
         trunks = _distinct(trunks, plain, tensors)
     if trunks:
-        chosen = _chosen(list(trunks), network, place, prefix)
+        chosen = _chosen(list(trunks), network, place, prefix, flag)
         names = {ours: plain[theirs] for ours, theirs in trunks[chosen].items()}
         found = _match_names(tensors, names, chosen, place)
     else:
         matches = _match_order(tensors, place)
-        found = matches[_chosen(list(matches), network, place, prefix, in_order=True)]
+        found = matches[_chosen(list(matches), network, place, prefix, flag, in_order=True)]
     return Foreign(found.candidate.config, _state(tensors, found, place), _report(tensors, found))
 
 
@@ -159,7 +161,12 @@ def _distinct(
 
 
 def _chosen(
-    found: Sequence[str], network: str, place: str, prefix: str | None, in_order: bool = False
+    found: Sequence[str],
+    network: str,
+    place: str,
+    prefix: str | None,
+    flag: str,
+    in_order: bool = False,
 ) -> str:
     """Choose one of the networks `found`, given by the prefix or first name of each.
 
@@ -177,15 +184,15 @@ def _chosen(
     there = _some([shown(name) for name in found], 16)
     if prefix is not None:
         remedy = f"give one of {there}" if len(found) > 1 else "leave it out, there is one only"
-        raise InputError(f"{place}: --prefix {prefix} is of no ResNet: {remedy}")
+        raise InputError(f"{place}: {flag} {prefix} is of no ResNet: {remedy}")
     if chosen:
         raise InputError(
-            f"{place}: several networks may be the {network} one: give --prefix PREFIX, one of "
+            f"{place}: several networks may be the {network} one: give {flag} PREFIX, one of "
             f"{there}"
         )
     raise InputError(
         f"{place}: no network is named as a target network is (target, momentum, teacher, ema or "
-        f"key): give --prefix PREFIX, one of {there}"
+        f"key): give {flag} PREFIX, one of {there}"
     )
 
 
@@ -208,7 +215,7 @@ def _match_names(
         )
         raise InputError(
             f"{place}: no ResNet of this engine under {prefix!r}: nearest is "
-            f"{_describe(nearest.config)}: {told}"
+            f"{describe(nearest.config)}: {told}"
         )
     taken = {ours: names[ours] for ours in nearest.shapes if ours in names}
     return _Match(nearest, taken, f"by name{f' under {prefix!r}' if prefix else ''}")
@@ -249,7 +256,7 @@ def _match_order(tensors: Mapping[str, Tensor], place: str) -> dict[str, _Match]
         elif fitting > nearest:
             nearest = fitting
             told = (
-                f": nearest is {_describe(candidate.config)}: {fitting} tensors from {first!r} on "
+                f": nearest is {describe(candidate.config)}: {fitting} tensors from {first!r} on "
                 f"fit, not {repr(names[end]) if end < len(names) else 'the end of the file'}"
             )
     if not found:
@@ -351,11 +358,12 @@ def _state(tensors: Mapping[str, Tensor], found: _Match, place: str) -> dict[str
 def _report(tensors: Mapping[str, Tensor], found: _Match) -> str:
     taken = set(found.names.values())
     left = [name for name in tensors if name not in taken]
-    text = f"{_describe(found.candidate.config)}, matched {found.how}: {len(taken)} tensors"
+    text = f"{describe(found.candidate.config)}, matched {found.how}: {len(taken)} tensors"
     return f"{text}; left out {len(left)} ({_some(left)})" if left else text
 
 
-def _describe(config: ResNetConfig) -> str:
+def describe(config: ResNetConfig) -> str:
+    """Return the name of a network."""
     width = f" x{config.width:g}" if config.width != 1 else ""
     stem = f", {config.stem} stem" if config.stem != ResNetConfig.stem else ""
     shortcut = ", projection shortcut" * config.projection_shortcut

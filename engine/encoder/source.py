@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import torch
 from annotated_types import Interval
@@ -16,6 +16,7 @@ from engine.method.precision import Precision
 from engine.method.resnet import ResNet, ResNetConfig, initialize
 from engine.processes.world import World
 from engine.state import checkpoint, layout
+from engine.state.best import check_key, find_best
 from engine.state.checkpoint import Commit
 from shards.decode import DEFAULT_RULES, Exif, PixelRules
 from shards.digest import digest
@@ -25,6 +26,8 @@ from shards.fields import as_flag, check_bounds
 from shards.storage import files, names
 
 TRIES = 3  # a training run may remove the checkpoint while it is read
+
+_T = TypeVar("_T")
 
 _ENCODER = "model.encoder."
 _ENCODER_FIELDS = get_type_hints(ResNetConfig)
@@ -45,10 +48,11 @@ class EncoderConfig:
     """Choose the network of a checkpoint, and the images that it gets."""
 
     checkpoint: str = "latest"
-    """Which checkpoint of a run is taken: latest, or the number of its step."""
+    """Which checkpoint of a run is taken: latest, best, or the number of its step. best is where
+    the log has the largest value of the run's checkpoint.keep_best, by default of knn_top1."""
     network: Literal["online", "target", "untrained", "pixels"] = "online"
     """The network that is taken: online or target. For comparison, untrained is the run's
-    encoder before the first step, and pixels is the image itself, which cannot be exported."""
+    encoder as its seed draws it, and pixels is the image itself, which cannot be exported."""
     prefix: str | None = None
     """What stands before conv1.weight in the encoder's tensor names in a third-party file, as a
     whole. Where names mean nothing it is the name of the encoder's first tensor. It is needed only
@@ -69,9 +73,10 @@ class EncoderConfig:
     def check(self) -> None:
         """Raise InputError when a field has a value that it cannot have."""
         check_bounds(self, as_flag)
-        if self.checkpoint != "latest" and not re.fullmatch("[0-9]{1,8}", self.checkpoint):
+        if not re.fullmatch("latest|best|[0-9]{1,8}", self.checkpoint):
             raise InputError(
-                f"--checkpoint must be latest or the number of a step, not {self.checkpoint!r}"
+                "--checkpoint must be latest, best or the number of a step, "
+                f"not {self.checkpoint!r}"
             )
 
     def rules(self, fields: dict[str, Any]) -> PixelRules:
@@ -135,18 +140,32 @@ def open_encoder(
     """
     config.check()
     files.check(url, "CHECKPOINT")
-    kind = world.on_main(lambda: _kind(url))
+    kind = world.on_main(lambda: find_kind(url))
     if kind == "file":
         return world.on_all(partial(_foreign, url, config))
     if config.prefix is not None:
         raise InputError(f"--prefix is for files that others made: {files.redact(url)} is a run")
+    if config.checkpoint != "latest":
+        return _own(_find(url, config, world, report), config, world)
+    return read_newest(
+        url, world, report, lambda: _own(_find(url, config, world, report), config, world)
+    )
+
+
+def read_newest(
+    url: str, world: World, report: Callable[[str], None], read: Callable[[], _T]
+) -> _T:
+    """Call `read`, which reads a run's newest checkpoint, again if the run went on meanwhile.
+
+    A training removes old checkpoints. All processes call it together.
+    """
     for attempt in range(1, TRIES + 1):
         there = world.on_main(partial(_steps, url))
         try:
-            return _own(_find(url, config, world, report), config, world)
+            return read()
         except (InputError, OSError):
             changed = world.on_main(partial(_steps, url)) != there
-            if not changed or attempt == TRIES or config.checkpoint != "latest":
+            if not changed or attempt == TRIES:
                 raise
             report(f"{files.redact(url)}: the run went on meanwhile; taking a newer checkpoint")
     raise AssertionError("unreachable")
@@ -167,7 +186,12 @@ def _can_read(url: str) -> bool:
         return False
 
 
-def _kind(url: str) -> Literal["folder", "file"]:
+def find_kind(url: str, name: str = "CHECKPOINT") -> Literal["folder", "file"]:
+    """Return whether a run or a checkpoint of one is at `url`, or a file.
+
+    `name` is the field or argument that gave the URL, for the message. Raises InputError when
+    nothing is there, or what is no checkpoint.
+    """
     try:
         if files.list_names(url):
             return "folder"
@@ -176,24 +200,44 @@ def _kind(url: str) -> Literal["folder", "file"]:
         return "folder" if folder else "file"
     if not files.exists(url):
         raise InputError(
-            f"CHECKPOINT {files.redact(url)}: nothing there; give the URL of a run, of one of "
+            f"{name} {files.redact(url)}: nothing there; give the URL of a run, of one of "
             f"its checkpoints, or of a checkpoint file{checkpoint.hint(url)}"
         )
     if url.endswith((".json", ".jsonl", ".distcp")):
-        raise InputError(f"CHECKPOINT {files.redact(url)}: is no checkpoint{checkpoint.hint(url)}")
+        raise InputError(f"{name} {files.redact(url)}: is no checkpoint{checkpoint.hint(url)}")
     return "file"
 
 
 def _find(url: str, config: EncoderConfig, world: World, report: Callable[[str], None]) -> Commit:
     if config.checkpoint == "latest":
         return checkpoint.find(url, world, report, "CHECKPOINT")
+    if config.checkpoint == "best":
+        return checkpoint.verify(world.on_main(partial(_best_url, url)), world)
     return checkpoint.verify(world.on_main(partial(_step_url, url, int(config.checkpoint))), world)
+
+
+def _best_url(run: str) -> str:
+    """Return the URL of a run's best checkpoint. Raises InputError when the log tells of none."""
+    key = layout.read_recipe(run).get("checkpoint.keep_best") or "knn_top1"
+    check_key(str(key), f"{files.redact(files.join(run, layout.RECIPE))}: checkpoint.keep_best")
+    there = checkpoint.committed_steps(run)
+    best = find_best(run, key, there)
+    if best.step < 0:
+        raise InputError(
+            f"CHECKPOINT {files.redact(run)}: no best checkpoint, because the log has no {key} of "
+            f"any; give --checkpoint latest, or one of the steps: {_list_steps(there)}"
+        )
+    return checkpoint.step_url(run, best.step)
+
+
+def _list_steps(there: list[int]) -> str:
+    return ", ".join(map(str, there)) or "none"
 
 
 def _step_url(run: str, step: int) -> str:
     wanted, there = checkpoint.step_url(run, step), checkpoint.steps(run)
     if wanted not in there:
-        known = ", ".join(str(int(url[-8:])) for url in there) or "none"
+        known = _list_steps([int(url[-8:]) for url in there])
         raise InputError(
             f"CHECKPOINT {files.redact(run)}: no checkpoint of step {step}; there are: {known}"
         )
@@ -232,13 +276,12 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
     else:
         own = {f"encoder.{name}": value for name, value in network.state_dict().items()}
         checkpoint.load(commit, {config.network: own}, world)
-    sums = sorted((name, *entry) for name, entry in commit.files.items())
     return Source(
         url=commit.url,
         run=home,
         step=commit.step,
         network=config.network,
-        digest=_digest(sums),
+        digest=digest_of(commit),
         data_digest=commit.index_digest,
         config=resnet,
         size=size,
@@ -248,6 +291,11 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
         fields={k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()},
         report=f"{config.network} network of {place}",
     ), network
+
+
+def digest_of(commit: Commit) -> str:
+    """Return a digest of all tensors in a checkpoint."""
+    return _digest(sorted((name, *entry) for name, entry in commit.files.items()))
 
 
 def _check_weight(config: ResNetConfig, commit: Commit) -> None:

@@ -16,8 +16,10 @@ from torch import nn
 
 from engine.evaluation.features import Features, encoding, extract, measure_accuracy
 from engine.evaluation.knn import find_nearest, vote
+from engine.evaluation.probe_sets import ProbeSets
 from engine.log.figures import effective_rank
 from engine.method.byol import VIEWS, Online
+from engine.method.durations import Duration, Lasting, is_due, simplify
 from engine.method.local_shards import whole
 from engine.method.precision import Precision, parameter_dtype
 from engine.method.resnet import ResNet, ResNetConfig
@@ -29,6 +31,7 @@ from shards.fields import Operation
 from shards.index import Index
 from shards.storage import files, retries
 
+RANKED = 10_000  # The rank is that of the features of so many images at most.
 FAILED = "evaluation_failed"  # key of the log's records for the reason of a failed evaluation
 
 
@@ -36,26 +39,39 @@ FAILED = "evaluation_failed"  # key of the log's records for the reason of a fai
 class ProbeConfig:
     """Options of the evaluations during training.
 
-    They run on data.val and never change the training's state.
+    They never change the training's state.
     """
 
-    every: Operation[Annotated[int, Interval(ge=0)]] = 0
-    """Steps from one evaluation to the next. The last step of the run is evaluated too. 0 turns
-    evaluations off."""
+    every: Operation[Annotated[Duration, Lasting()]] = 0
+    """Time from one evaluation to the next: steps, such as 300, or epochs, such as '5 epochs'. The
+    last step of the run is evaluated too. 0 turns evaluations off."""
+    train: Operation[str] = ""
+    """URL of images with labels, among which kNN looks for neighbors: shards, or a folder of images
+    with one folder for each class, which is packed into RUN/probe. Its classes need not be those of
+    data.train. By default it is data.train."""
+    val: Operation[str] = ""
+    """URL of images with labels of the same classes as those of probe.train, which are measured:
+    shards, or a folder of images. By default it is data.val."""
     neighbours: Operation[Annotated[int, Interval(ge=1, le=2**31)]] = 200
     """Number of neighbors that vote in kNN."""
     temperature: Operation[Annotated[float, Interval(ge=1e-3, le=1e3)]] = 0.07
     """Temperature of the votes: a neighbor's weight is exp(cosine / temperature)."""
     bank: Operation[Annotated[int, Interval(ge=1)]] = 50_000
-    """Approximate number of training images that are searched for neighbors."""
+    """Approximate number of images of probe.train that are searched for neighbors."""
     crop: Operation[Annotated[float, Interval(ge=1e-3, le=1)]] = 0.875
     """Side of the central crop as a fraction of the image's shorter side."""
+    head_lr: Annotated[float | None, Interval(ge=0, le=1e9)] = None
+    """Peak learning rate of the online head at batch size 256, which takes the place of
+    schedule.base_lr. By default the head has the rate of the networks, as in the official code."""
     baseline: Operation[bool] = False
     """Measure kNN on raw pixels and on the untrained encoder before the first step."""
 
+    def __post_init__(self) -> None:
+        simplify(self, "every")
+
     def due(self, step: int, last: int) -> bool:
         """Return whether to evaluate after `step`. `last` is the last step of the run."""
-        return self.every > 0 and (step == last or step % self.every == 0)
+        return self.every != 0 and (step == last or is_due(self.every, step))
 
 
 class Stopped(Exception):
@@ -66,7 +82,7 @@ class Stopped(Exception):
 
 
 class Probe:
-    """Measures an online network on data.val, with data.train as the bank of kNN.
+    """Measures an online network on one set of images, with another one as the bank of kNN.
 
     The blocks of images are shared out among the processes. The probe has an encoder of its own and
     copies the online encoder's weights into it. This encoder holds whole weights even when the
@@ -78,8 +94,7 @@ class Probe:
         config: ProbeConfig,
         online: Online,
         encoder: ResNetConfig,
-        train: Index,
-        val: Index,
+        sets: ProbeSets,
         world: World,
         *,
         size: int,
@@ -97,7 +112,8 @@ class Probe:
             rules: How image files become pixels.
             report: Takes warnings about the data.
         """
-        self.config, self.online, self.train, self.val = config, online, train, val
+        self.config, self.online, self.sets = config, online, sets
+        self.train, self.val = sets.train, sets.val
         self.world, self.precision, self._report = world, precision, report
         self.failures = 0
         """The number of evaluations that have failed."""
@@ -107,14 +123,14 @@ class Probe:
         self.encoder = ResNet(encoder, VIEWS).to(world.device, parameter_dtype(precision)).eval()
 
     def check_val(self) -> None:
-        """Look whether every shard of data.val is there and whole.
+        """Look whether every shard of the images that are measured is there and whole.
 
         All processes call it together. On a local disk the index has looked already.
 
         Raises InputError on all processes when a shard is missing or truncated.
         """
         if not files.is_local(self.val.folder):
-            self.world.on_main(lambda: _check_ends(self.val))
+            self.world.on_main(lambda: _check_ends(self.val, self.sets.names[1]))
 
     def attempt(self, leave: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """Evaluate as `evaluate` does. If that fails, report it and return only the reason.
@@ -137,21 +153,25 @@ class Probe:
         return {FAILED: reason}
 
     def evaluate(self, leave: Callable[[], bool] = lambda: False) -> dict[str, Any]:
-        """Measure the accuracy of kNN and of the online head on data.val, and the features' rank.
+        """Measure the accuracy of kNN and of the online head, and the rank of the features.
 
-        Accuracies are fractions. Raises Stopped on all processes when `leave` returns True on one,
-        and InputError on all when one cannot read its images.
+        Accuracies are fractions. Without labels only the rank is measured. Raises Stopped on all
+        processes when `leave` returns True on one, and InputError on all when one cannot read its
+        images.
         """
-        queries = self.extract(self.val, leave=leave)
-        bank = self.extract(self.train, self.config.bank, leave=leave)
-        found: dict[str, Any] = {"knn_top1": self.measure_knn(bank, queries)}
+        limit = None if self.sets.knn else RANKED
+        queries = self.extract(self.val, limit, leave=leave)
+        found: dict[str, Any] = {}
+        if self.sets.knn:
+            bank = self.extract(self.train, self.config.bank, leave=leave)
+            found["knn_top1"] = self.measure_knn(bank, queries)
         head = self.online.classifier
-        if head is not None:
+        if head is not None and self.sets.head:
             with torch.no_grad():
                 logits = F.linear(queries.features, whole(head.weight), whole(head.bias))
-            top1 = measure_accuracy(logits, queries.labels, self.world, "data.val").top1
-            found["online_top1"] = top1
-        some = self.world.all_gather(queries.features[: 10_000 // self.world.size])
+            name = self.sets.names[1]
+            found["online_top1"] = measure_accuracy(logits, queries.labels, self.world, name).top1
+        some = self.world.all_gather(queries.features[: RANKED // self.world.size])
         found["feature_rank"] = effective_rank(some).item()
         return found
 
@@ -168,7 +188,9 @@ class Probe:
         pixels: bool = False,
         leave: Callable[[], bool] = lambda: False,
     ) -> Features:
-        """Compute the features of a data set's labeled images with the probe's encoder.
+        """Compute the features of a data set's images with the probe's encoder.
+
+        Images without a label are left out, unless there are no labels to measure with.
 
         Args:
             limit: Approximate number of images to read. By default all of them are read.
@@ -184,7 +206,8 @@ class Probe:
         found, fault = None, ""
         try:
             crops = self.crops.read(index, limit=limit)
-            found = extract(encode, crops, self.world.device, leave=leave)
+            unlabeled = not self.sets.knn
+            found = extract(encode, crops, self.world.device, unlabeled=unlabeled, leave=leave)
         except (InputError, OSError) as error:  # what is missing may be another process's part
             fault = str(error)
         votes = self.world.all_gather_object((leave(), fault))
@@ -203,7 +226,7 @@ class Probe:
         k, temperature = self.config.neighbours, self.config.temperature
         found = find_nearest(bank, queries.features, k, self.world)
         scores = vote(found, k, temperature, len(self.train.classes))
-        return measure_accuracy(scores, queries.labels, self.world, "data.val").top1
+        return measure_accuracy(scores, queries.labels, self.world, self.sets.names[1]).top1
 
     @torch.no_grad()
     def _take_weights(self) -> None:
@@ -212,7 +235,7 @@ class Probe:
             own[name].copy_(whole(value))
 
 
-def _check_ends(index: Index) -> None:
+def _check_ends(index: Index, name: str) -> None:
     """Raise InputError unless the last byte of every shard can be read."""
 
     def check(shard: int) -> None:
@@ -227,7 +250,7 @@ def _check_ends(index: Index) -> None:
             fault = f"cannot be read ({error})"
         else:
             return
-        place = f"data.val {files.redact(index.url)}: shard {index.shards[shard].name}"
+        place = f"{name} {files.redact(index.url)}: shard {index.shards[shard].name}"
         raise InputError(
             f"{place} {fault}; restore it, pack the data set again, or train with --probe.every 0 "
             "--probe.no-baseline"

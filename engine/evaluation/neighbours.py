@@ -15,7 +15,6 @@ from torch import Tensor
 from engine.evaluation.features import Features
 from engine.evaluation.knn import find_nearest
 from engine.evaluation.session import Evaluation
-from engine.state.layout import EVALUATIONS, TENSORBOARD
 from shards.errors import printable
 from shards.index import Index
 from shards.png import encode_png
@@ -48,7 +47,7 @@ class NeighboursConfig:
 
 
 def draw(evaluation: Evaluation, config: NeighboursConfig) -> None:
-    """Write RUN/evaluations/.../neighbours.png and the projector files in RUN/tensorboard.
+    """Write RUN/evaluations/.../neighbours.png and the projector's files in RUN/evaluations.
 
     A neighbor's border is green when it has the query's label and red when it has another one. It
     is gray when one of the two has no label. All processes call it together.
@@ -121,7 +120,7 @@ def _draw_frame(image: NDArray[np.uint8], color: tuple[int, int, int]) -> NDArra
 
 def _write_projector(evaluation: Evaluation, found: Features) -> None:
     """Write the files that tensorboard's projector reads, beside the evaluations' events."""
-    folder = files.join(evaluation.run or evaluation.home, TENSORBOARD, EVALUATIONS)
+    folder = evaluation.curves
     points = len(found.ids)
     columns = int(np.ceil(np.sqrt(points)))
     side = min(SIDE // 2, SPRITE // columns)
@@ -156,8 +155,7 @@ def _write_projector(evaluation: Evaluation, found: Features) -> None:
         ("projector_config.pbtxt", settings.encode()),
     ):
         files.write(files.join(folder, name), content)
-    place = quote(files.join(evaluation.run or evaluation.home, TENSORBOARD))
-    evaluation.terminal.say(f"projector  tensorboard --logdir {place}")
+    evaluation.terminal.say(f"projector  tensorboard --logdir {quote(folder)}")
 
 
 def _bytes(features: Tensor) -> bytes:

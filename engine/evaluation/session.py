@@ -22,6 +22,7 @@ from engine.encoder.source import EncoderConfig, open_encoder
 from engine.evaluation.features import Features, encoding, extract
 from engine.evaluation.results import Result, read_result, show
 from engine.log import journal
+from engine.log.curves import name_curve
 from engine.log.events import EventLog
 from engine.log.progress import show_progress
 from engine.log.terminal import Terminal
@@ -29,7 +30,7 @@ from engine.method.precision import slow_on
 from engine.processes.identity import agent_identity
 from engine.processes.world import World, share_of_cores
 from engine.state import lease
-from engine.state.layout import CHECKPOINTS, EVALUATIONS, TENSORBOARD, refuse_links
+from engine.state.layout import CHECKPOINTS, EVALUATIONS, refuse_links
 from shards import index as indexes
 from shards.center_crops import CropReader, EvalBatch
 from shards.decode import DEFAULT_RULES
@@ -249,8 +250,14 @@ class Evaluation:
         self.terminal.say(f"result  {files.redact(files.join(self.url, RESULT))}")
 
     def events(self) -> EventLog:
-        """Open tensorboard's event files for evaluations, beside those of the run."""
-        return EventLog(files.join(self.run or self.home, TENSORBOARD, EVALUATIONS), None)
+        """Open the event files of evaluations, which are no part of the training's curves."""
+        return EventLog(self.curves, None)
+
+    @property
+    def curves(self) -> str:
+        """Return the URL of tensorboard's files. Those of other data than the run's lie apart."""
+        apart = f"on_{self.val.digest[:6]}"
+        return self.home if self._own_data else files.join(self.home, apart)
 
     @cached_property
     def _own_data(self) -> bool:
@@ -309,7 +316,7 @@ class Evaluation:
         }
         step = source.step or 0
         events = self.events()
-        events.scalars(result.metrics, step)
+        events.scalars({name_curve(k): v for k, v in result.metrics.items()}, step)
         events.flush()
         if self.run and source.network in ("online", "target"):
             journal.add(self.run, {"step": step} | result.metrics)

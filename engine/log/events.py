@@ -1,4 +1,7 @@
-"""Write RUN/tensorboard: scalars and pictures as tensorboard's event files, on any storage.
+"""Write scalars, pictures and texts as tensorboard's event files, on any storage.
+
+A run's own files lie in RUN itself, so that tensorboard calls the run by the name of its folder.
+Earlier releases wrote to RUN/tensorboard.
 
 Tensorboard's own file layer is not used, because it rewrites a whole object for every record. On a
 local disk each process has one growing file. On an object store each process writes parts that
@@ -26,8 +29,6 @@ from shards.errors import printable
 from shards.png import encode_png
 from shards.storage import files
 from shards.storage.space import naming_space
-
-TENSORBOARD = "tensorboard"
 
 
 class EventLog:
@@ -108,6 +109,10 @@ class EventLog:
             encoded_image_string=encode_png(pixels),
         )
         self._note([Summary.Value(tag=name, image=image)], step, unrepeatable=True)
+
+    def show(self, *values: Summary.Value, step: int) -> None:
+        """Add what every start of a run writes again, such as the recipe."""
+        self._note(list(values), step, unrepeatable=False)
 
     def flush(self) -> None:
         """Write the events that were added since the last flush to storage. Raises OSError."""

@@ -11,26 +11,29 @@ from torch import Tensor
 class StepSums:
     """Hold the figures of a step as sums, which can be added over processes.
 
-    Each feature vector is normalized to length 1. `values` is [3 + 2 F] float64 on the CPU: the
-    loss, the head loss, the number of vectors, the sum of the vectors [F], and the sum of their
-    squares [F].
+    `values` is [2 + (1 + 2 F) + (1 + 2 D)] float64 on the CPU: the loss, the head loss, and the
+    sums that `_sum_directions` makes of the features [N, F] and of the projections [N, D].
     """
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
+    def __init__(self, values: Tensor, features: int) -> None:
+        """Take the sums of a step, in which a feature vector has `features` numbers."""
+        self.values, self._features = values, features
 
     @classmethod
-    def of(cls, loss: Tensor, head_loss: Tensor, features: Tensor) -> "StepSums":
+    def of(
+        cls, loss: Tensor, head_loss: Tensor, features: Tensor, projections: Tensor
+    ) -> "StepSums":
         """Compute the sums of one process.
 
         Args:
             loss: [], this process's share of the global mean.
             head_loss: [], this process's share of the global mean.
             features: [N, F], not normalized.
+            projections: [N, D], not normalized.
         """
-        unit = torch.nn.functional.normalize(features.double(), dim=1)
-        heads = torch.stack([loss.double(), head_loss.double(), unit.new_tensor(len(unit))])
-        return cls(torch.cat([heads, unit.sum(0), unit.square().sum(0)]).cpu())
+        losses = torch.stack([loss.double(), head_loss.double()])
+        values = [losses, _sum_directions(features), _sum_directions(projections)]
+        return cls(torch.cat(values).cpu(), features.shape[1])
 
     @property
     def loss(self) -> float | None:
@@ -43,16 +46,35 @@ class StepSums:
 
     @property
     def feature_std(self) -> float | None:
-        """Return how far the features are spread, or None when that is not finite.
+        """Return how far the features are spread, or None when that is not finite."""
+        return _finite(_spread(self.values[2 : 3 + 2 * self._features]))
 
-        It is 1 when they spread equally in all directions, and 0 when all are the same point. It is
-        the standard deviation of each of the F numbers of the normalized vectors, averaged over F
-        and multiplied by sqrt(F).
-        """
-        rows = self.values[2]
-        total, squares = self.values[3:].chunk(2)
-        variance = (squares - total.square() / rows).clamp(min=0) / (rows - 1)
-        return _finite((variance.sqrt().mean() * len(total) ** 0.5).item())
+    @property
+    def projection_std(self) -> float | None:
+        """Return how far the projections are spread, or None when that is not finite."""
+        return _finite(_spread(self.values[3 + 2 * self._features :]))
+
+
+def _sum_directions(vectors: Tensor) -> Tensor:
+    """Count, add and square the vectors [N, F] after each is normalized to length 1.
+
+    Returns:
+        [1 + 2 F] float64: N, the sum of the vectors, and the sum of their squares.
+    """
+    unit = torch.nn.functional.normalize(vectors.double(), dim=1)
+    return torch.cat([unit.new_tensor([len(unit)]), unit.sum(0), unit.square().sum(0)])
+
+
+def _spread(sums: Tensor) -> float:
+    """Compute how far vectors are spread, from the sums [1 + 2 F] of `_sum_directions`.
+
+    It is 1 when they spread equally in all directions, and 0 when all are the same point. It is
+    the standard deviation of each of the F numbers of the normalized vectors, averaged over F and
+    multiplied by sqrt(F).
+    """
+    rows, (total, squares) = sums[0], sums[1:].chunk(2)
+    variance = (squares - total.square() / rows).clamp(min=0) / (rows - 1)
+    return float((variance.sqrt().mean() * len(total) ** 0.5).item())
 
 
 def _finite(value: float) -> float | None:

@@ -1,39 +1,64 @@
 """Log a run to metrics.jsonl, to tensorboard and to the terminal."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Interval
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from engine.log.events import TENSORBOARD, EventLog
+from engine.log.curves import (
+    VIEWS,
+    compare_fields,
+    lay_out_overview,
+    name_curve,
+    show_fields,
+)
+from engine.log.events import EventLog
 from engine.log.journal import JSONL, Journal, Record
 from engine.log.terminal import Terminal
 from engine.method.augment import MEAN, STD
+from engine.method.durations import Duration, Lasting, is_due, simplify
 from shards.errors import printable
 from shards.fields import Operation
 from shards.storage import files
+
+# The keys of the record of step 0, which holds what an encoder has to beat, and their names.
+BASELINES = {
+    "knn_pixels": "raw pixels",
+    "knn_untrained": "untrained encoder",
+    "knn_start": "start weights",
+}
+
+# The keys of a record that differ between two equal runs. All others are equal bit for bit.
+TIMINGS = ("images_per_second", "images_per_second_device", "data_wait", "mfu", "memory_gib")
 
 
 @dataclass(frozen=True)
 class LogConfig:
     """Configure what is logged, and how often."""
 
-    every: Operation[Annotated[int, Interval(ge=1)]] = 10
-    """Steps from one logged step to the next."""
+    every: Operation[Annotated[Duration, Lasting(positive=True)]] = 10
+    """Time from one logged step to the next: steps, such as 10, or epochs, such as
+    '0.1 epochs'."""
     pictures: Operation[Annotated[int, Interval(ge=1, le=1024)]] = 8
     """Number of images whose two views are shown in tensorboard, at the start and at
     evaluations."""
+    ranks_every: Operation[Annotated[int, Interval(ge=0)]] = 1000
+    """Steps from one table of the slowest processes to the next. It is printed at logged steps and
+    at the end, when there are several processes. 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        simplify(self, "every")
 
     def due(self, step: int) -> bool:
         """Return whether `step` is logged."""
-        return step % self.every == 0
+        return is_due(self.every, step)
 
 
 class Timer:
@@ -44,29 +69,34 @@ class Timer:
     """
 
     def __init__(self) -> None:
-        self.steps, self._start, self._waited = 0, time.perf_counter(), 0.0
+        self.steps, self.waited, self._start = 0, 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds since the timer was made."""
+        return time.perf_counter() - self._start
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the time of the block as waiting for data."""
         start = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - start
+        self.waited += time.perf_counter() - start
 
     def read(self, batch: int) -> dict[str, float]:
         """Return the images per second, and the share (0 to 1) of the time spent waiting for data.
 
         `batch` is the number of images in each step.
         """
-        seconds = time.perf_counter() - self._start
+        seconds = self.seconds
         return {
             "images_per_second": self.steps * batch / seconds,
-            "data_wait": self._waited / seconds,
+            "data_wait": self.waited / seconds,
         }
 
 
 class MetricsLog:
-    """Write RUN/metrics.jsonl and RUN/tensorboard, and move the progress bar.
+    """Write RUN/metrics.jsonl and tensorboard's files, and move the progress bar.
 
     The log is opened at step `start`. Later steps that an earlier process logged are dropped,
     because training makes those steps again. On an object store new lines and events wait in
@@ -86,9 +116,9 @@ class MetricsLog:
         The progress bar ends at step `stop`.
         """
         self.console = terminal.console
-        self._run = run
+        self._run, self._start = run, start
         self._journal = Journal(run, start, terminal.report)
-        self._events = EventLog(files.join(run, TENSORBOARD), start)
+        self._events = EventLog(run, start)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
         self._storing: Future[None] | None = None
         self._failing = False
@@ -113,6 +143,17 @@ class MetricsLog:
         """Return the newest record, which an earlier process may have logged."""
         return self._journal.last
 
+    @property
+    def baseline(self) -> dict[str, float]:
+        """Return the accuracies before the first step by their names, if the run has them."""
+        record = self._baseline_record().items()
+        return {BASELINES[key]: value for key, value in record if isinstance(value, float)}
+
+    def find_newest(self, key: str) -> float | None:
+        """Return the newest value of a figure, which an earlier process may have logged."""
+        values = (record.get(key) for record in reversed(self._journal.after(-1)))
+        return next((value for value in values if isinstance(value, float)), None)
+
     def advance(self) -> None:
         self._progress.advance(self._task)
 
@@ -127,6 +168,12 @@ class MetricsLog:
         self._store()
         self._show(record)
 
+    def describe(self, fields: dict[str, Any], method: Collection[str]) -> None:
+        """Show the recipe in tensorboard, and let runs be compared by its `method` fields."""
+        compared = {name: value for name, value in fields.items() if name in method}
+        shown = show_fields(fields), compare_fields(compared), lay_out_overview()
+        self._events.show(*shown, step=self._start)
+
     def pictures(self, views: Tensor, step: int) -> None:
         """Log both views [2, n, 3, S, S] as one picture, with one row for each view.
 
@@ -135,7 +182,7 @@ class MetricsLog:
         mean, std = (views.new_tensor(values)[:, None, None] for values in (MEAN, STD))
         images = (views * std + mean).clamp(0, 1).flatten(0, 1).float().cpu()
         grid = make_grid(images, nrow=views.shape[1]).mul(255).round().byte()
-        self._events.picture("views", grid.permute(1, 2, 0).numpy(), step)
+        self._events.picture(VIEWS, grid.permute(1, 2, 0).numpy(), step)
         self._store()
 
     def flush(self) -> None:
@@ -174,12 +221,24 @@ class MetricsLog:
         lines, events = self._journal.unwritten, self._events.unwritten
         reason = printable(reason)
         self.console.print(
-            f"{reason}; not written are {lines} lines of {JSONL}, {events} events of {TENSORBOARD}"
+            f"{reason}; not written are {lines} lines of {JSONL}, {events} events of tensorboard"
         )
 
     def _plot(self, record: Record, known: Record) -> None:
-        points = {k: v for k, v in record.items() if isinstance(v, float) and k not in known}
+        """Add the record's numbers to the curves, except for the keys that are known there."""
+        figures = {key: value for key, value in record.items() if key not in known}
+        if "knn_top1" in figures:  # the baselines are drawn as lines beside it
+            figures = self._baseline_record() | figures
+        points = {
+            name_curve(key): float(value)
+            for key, value in figures.items()
+            if type(value) in (int, float) and key != "step"
+        }
         self._events.scalars(points, record["step"])
+
+    def _baseline_record(self) -> Record:
+        record = self._journal.find(0)
+        return {key: record[key] for key in BASELINES if key in record}
 
     def _store(self) -> None:
         """Write to a local disk now. For an object store, let the thread write what is due.
@@ -205,6 +264,8 @@ class MetricsLog:
 
     def _show(self, record: Record) -> None:
         status = ""
+        if record["step"] == 0:  # the baselines, which are told when they are measured
+            return
         if "loss" in record:  # a step that is only evaluated has none
             loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
             status = f"loss {loss}  {record.get('images_per_second') or 0:,.0f} images/s"
@@ -241,10 +302,20 @@ class NoLog(MetricsLog):
     def last(self) -> None:
         return None
 
+    @property
+    def baseline(self) -> dict[str, float]:
+        return {}
+
+    def find_newest(self, key: str) -> None:
+        pass
+
     def advance(self) -> None:
         pass
 
     def write(self, record: Record) -> None:
+        pass
+
+    def describe(self, fields: dict[str, Any], method: Collection[str]) -> None:
         pass
 
     def pictures(self, views: Tensor, step: int) -> None:

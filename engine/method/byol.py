@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 
 from engine.method.norm import BatchNorm
 from engine.method.resnet import ResNet, ResNetConfig, initialize
+from shards.fields import Operation
 
 VIEWS = 2
 
@@ -31,6 +32,15 @@ class BYOLConfig:
 
     projection: Annotated[int, Interval(ge=1, le=2**20)] = 256
     """Size of the projections that the loss compares."""
+
+    start: Operation[str] = ""
+    """URL of the weights that a new run starts from: of a run, of one of its checkpoints, or of a
+    third-party checkpoint file of a ResNet. By default all weights are drawn. A run goes on without
+    the file, and with another one only if its weights are the same."""
+
+    start_prefix: Operation[str | None] = None
+    """What stands before conv1.weight in the encoder's tensor names in the file of model.start. It
+    is needed only when the file holds several encoders, and the error message then lists them."""
 
 
 class OnlineOutput(NamedTuple):

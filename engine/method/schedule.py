@@ -8,10 +8,11 @@ Source: BYOL (arXiv 2006.07733), "Implementation details".
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Interval
 
+from engine.method.durations import Duration, Lasting, parse, simplify
 from shards.fields import UnitInterval
 
 
@@ -22,8 +23,9 @@ class ScheduleConfig:
     epochs: Annotated[float, Interval(ge=1e-9, le=1e9)] = 1000
     """Passes over the data set. It may be a fraction."""
 
-    warmup_epochs: Annotated[float, Interval(ge=0)] = 10
-    """Epochs in which the learning rate rises linearly from zero."""
+    warmup: Annotated[Duration, Lasting()] = "10 epochs"
+    """Time in which the learning rate rises linearly from zero: steps, such as 300, or epochs, such
+    as '10 epochs'."""
 
     base_lr: Annotated[float, Interval(ge=0, le=1e9)] = 0.2
     """Peak learning rate at batch size 256; see lr_rule."""
@@ -43,21 +45,39 @@ class ScheduleConfig:
     """Batch size that base_tau is meant for when tau_rule is power, and base_lr when lr_rule is
     fixed. Otherwise it has no effect."""
 
+    rewarm: Annotated[Duration, Lasting()] = 0
+    """Steps, such as 300, or epochs, such as '1 epoch', after a branch in which a factor on the
+    learning rate rises linearly from zero to one; see checkpoint.branch."""
+
+    def __post_init__(self) -> None:
+        simplify(self, "warmup")
+        simplify(self, "rewarm")
+
     def total_steps(self, samples: int, batch: int) -> int:
         """Return the number of updates of the whole training, by `steps_of`."""
         return steps_of(self.epochs, samples, batch)
 
     def warmup_steps(self, samples: int, batch: int) -> int:
-        """Return the number of updates of the warm-up, by `steps_of`."""
-        return steps_of(self.warmup_epochs, samples, batch)
+        """Return the number of updates of the warm-up; `steps_of` counts those of epochs."""
+        return _steps(self.warmup, samples, batch)
 
-    def peak_lr(self, batch: int) -> float:
-        """Return the learning rate at the end of the warm-up."""
-        return self.base_lr * (batch if self.lr_rule == "linear" else self.paper_batch) / 256
+    def rewarm_steps(self, samples: int, batch: int) -> int:
+        """Return the number of updates of the ramp after a branch, as `warmup_steps` does."""
+        return _steps(self.rewarm, samples, batch)
+
+    def peak_lr(self, batch: int, base: float | None = None) -> float:
+        """Return the learning rate at the end of the warm-up; `base` stands in for base_lr."""
+        base = self.base_lr if base is None else base
+        return base * (batch if self.lr_rule == "linear" else self.paper_batch) / 256
 
     def tau_power(self, batch: int) -> float:
         """Return kappa, the power that `tau` is raised to."""
         return batch / self.paper_batch if self.tau_rule == "power" else 1.0
+
+
+def _steps(duration: int | str, samples: int, batch: int) -> int:
+    number, unit = parse(duration)
+    return int(number) if unit == "step" else steps_of(float(number), samples, batch)
 
 
 def steps_of(epochs: float, samples: int, batch: int) -> int:
@@ -71,17 +91,32 @@ def steps_of(epochs: float, samples: int, batch: int) -> int:
     return int(most * samples // batch)
 
 
-def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
+class Ramp(NamedTuple):
+    """A factor that rises linearly from 0 at step `first` to 1 over `steps` steps."""
+
+    first: int = 0
+    steps: int = 0
+
+    def factor(self, step: int) -> float:
+        """Return the factor of a step that is not before the first one."""
+        return min(1.0, (step - self.first) / self.steps) if self.steps else 1.0
+
+
+_NO_RAMP = Ramp()
+
+
+def learning_rate(step: int, peak: float, warmup: int, total: int, ramp: Ramp = _NO_RAMP) -> float:
     """Return the learning rate of a step.
 
     It rises linearly from 0 to `peak` over `warmup` steps, which may be 0. Then it falls along a
-    cosine to 0 at step `total`.
+    cosine to 0 at step `total`. All of it is multiplied by the factor of `ramp`.
     """
     if step >= total:
         return 0.0
     if step < warmup:
-        return peak * step / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+        return peak * step / warmup * ramp.factor(step)
+    cosine = math.cos(math.pi * (step - warmup) / (total - warmup))
+    return peak * (1 + cosine) / 2 * ramp.factor(step)
 
 
 def tau(step: int, base: float, total: int, power: float = 1.0) -> float:

@@ -5,15 +5,17 @@ RUN/checkpoints/step_00000100/        one checkpoint (state/checkpoint.py)
 RUN/lease/00000001.json               which job holds the run (state/lease.py)
 RUN/compile/                          what torch.compile made (state/artefacts.py)
 RUN/metrics.jsonl, RUN/metrics/       the log, line by line (log/journal.py)
-RUN/tensorboard/                      event files (log/events.py)
+RUN/events.out.tfevents.*             tensorboard's files (log/events.py)
 RUN/evaluations/                      results of launch/evaluate.py (evaluation/session.py)
+RUN/probe/                            packed folders of images (evaluation/probe_sets.py)
+RUN/report.html                       what a browser shows of the run (engine/report)
 RUN/debug_step/                       exists while --debug-step runs
+RUN/replay/step_00000100/             what --replay found of a step (replay/report.py)
 """
 
 import re
 from typing import Any
 
-from engine.log.events import TENSORBOARD as TENSORBOARD
 from engine.log.journal import JSONL as JSONL
 from engine.log.journal import PARTS as PARTS
 from shards.errors import InputError
@@ -24,9 +26,17 @@ CHECKPOINTS = "checkpoints"
 LEASE = "lease"
 COMPILE = "compile"
 EVALUATIONS = "evaluations"
-DEBUG_STEP = "debug_step"
+REPORT = "report.html"
 
-NAMES = (RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, DEBUG_STEP, JSONL, PARTS, TENSORBOARD)
+TOTAL = "total_steps"  # the key of recipe.json for the number of steps of the whole run
+DEBUG_STEP = "debug_step"
+REPLAY = "replay"
+PROBE = "probe"
+
+NAMES = (
+    *(RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, PROBE, DEBUG_STEP, REPLAY),
+    *(JSONL, PARTS),
+)
 
 
 _FILES = (RECIPE, JSONL, "commit.json", "index.json", ".metadata")

@@ -270,6 +270,7 @@ class _Sides:
 
     def _own_step(self) -> StepOutput:
         self.trainer.augment = lambda *_: self.images
+        self.trainer.step = 1  # each round has the rates of the first
         return self.trainer.train_step(self.data)
 
     def _augmented(self) -> Tensor:
@@ -288,7 +289,7 @@ class _Sides:
     def _train(self) -> Cost:
         """Measure some steps of training as `fit` takes them, and note the share of data waits."""
         trainer = self.trainer
-        trainer.augment = self.augment
+        trainer.augment, trainer.step = self.augment, 1
         with closing(trainer.batches()) as batches:
 
             def step() -> None:

@@ -9,8 +9,9 @@ import torch
 
 from engine.log.terminal import Terminal
 from engine.method.adamw import AdamWConfig
+from engine.method.schedule import ScheduleConfig
 from engine.processes.world import World
-from engine.recipe import Recipe, load, method_fields, operation_names
+from engine.recipe import Recipe, in_todays_terms, load, method_fields, operation_names
 from engine.run import Run, open_run
 from launch.command_line import parse_recipe
 from shards.errors import InputError
@@ -44,7 +45,7 @@ def test_paper_schedules() -> None:
         schedule = recipe.schedule
         decay = recipe.optimizer.weight_decay
         assert (schedule.epochs, schedule.base_lr, decay, schedule.base_tau) == expected
-        assert (recipe.batch.size, schedule.warmup_epochs) == (4096, 10)
+        assert (recipe.batch.size, schedule.warmup) == (4096, "10 epochs")
 
 
 def test_defaults_are_the_official_method() -> None:
@@ -62,6 +63,14 @@ def test_overrides() -> None:
         assert parse_recipe([QUICKSTART, name, "a"]).run == "a"
     assert (recipe.batch.size, recipe.compile, recipe.precision) == (64, True, "fp64")
     assert recipe.optimizer == load(QUICKSTART).optimizer
+
+
+@pytest.mark.parametrize(
+    ("given", "every"), [("1 epoch", "1 epoch"), ("0.5epochs", "0.5 epochs"), ("300", 300)]
+)
+def test_durations_of_the_command_line(given: str, every: int | str) -> None:
+    recipe = parse_recipe([QUICKSTART, "--probe.every", given, "--schedule.warmup", given])
+    assert (recipe.probe.every, recipe.schedule.warmup) == (every, every)
 
 
 def test_kinds_of_fields() -> None:
@@ -96,6 +105,12 @@ def test_kinds_of_fields() -> None:
         ([QUICKSTART, "--schedule.epochs", "inf"], "schedule.epochs must be from"),
         ([QUICKSTART, "--schedule.base-tau", "2"], "schedule.base_tau must be from 0 to 1"),
         ([QUICKSTART, "--checkpoint.every", "-1"], "checkpoint.every must be at least 0, not -1"),
+        (
+            [QUICKSTART, "--probe.every", "often"],
+            "probe.every takes a number of steps or of epochs",
+        ),
+        ([QUICKSTART, "--log.every", "0 epochs"], "log.every must be more than 0, not 0"),
+        ([QUICKSTART, "--schedule.warmup", "15 epochs"], "must be at most schedule.epochs 14, not"),
         ([QUICKSTART, "--views.view2.brightness", "-1"], "views.view2.brightness must be from 0"),
         ([QUICKSTART, "--views.view2.hue", "0.6"], "views.view2.hue must be from 0 to 0.5"),
         ([QUICKSTART, "--views.view1.blur-sigma", "2", "1"], "blur_sigma must be two rising"),
@@ -107,7 +122,6 @@ def test_kinds_of_fields() -> None:
         ([QUICKSTART, "--threads", "100000000"], "threads must be from 1 to 1024"),
         ([QUICKSTART, "--run", ""], "run is not set"),
         ([QUICKSTART, "--data.train", ""], "data.train is not set"),
-        ([QUICKSTART, "--data.val", ""], "evaluations are on but data.val is not set"),
         ([QUICKSTART, "--schedule.epochs", "0"], "schedule.epochs"),
     ],
 )
@@ -137,6 +151,19 @@ def test_unreadable_recipe_file(tmp_path: Path, source: str, text: str) -> None:
     assert text in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_warm_up_in_epochs_is_the_same_as_before() -> None:
+    """Runs of earlier versions have schedule.warmup_epochs, a number."""
+    for before, now in ((10, "10 epochs"), (0.5, "0.5 epochs"), (1 / 3, f"{1 / 3} epochs"), (0, 0)):
+        recipe = dataclasses.replace(load(QUICKSTART), schedule=ScheduleConfig(warmup=now))
+        there = method_fields(recipe) | {"schedule.warmup_epochs": before}
+        del there["schedule.warmup"]
+        assert differences(in_todays_terms(there), method_fields(recipe)) == []
+        there["schedule.warmup_epochs"] = before + 1
+        assert len(differences(in_todays_terms(there), method_fields(recipe))) == 1
+    strange = {"schedule.warmup_epochs": "many"}
+    assert in_todays_terms(strange).items() >= strange.items()
 
 
 def test_run_of_another_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:

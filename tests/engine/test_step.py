@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from engine.method.byol import update_target
 from engine.method.norm import BatchNorm
+from engine.method.schedule import learning_rate
 from engine.recipe import Recipe
 from engine.trainer import Trainer
 from shards.loader import DataConfig
@@ -113,7 +114,6 @@ def run_both(data: DataConfig, run: Path, steps: int = 4) -> tuple[float, float]
         for k in range(first, first + steps):
             batch = next(batches)
             output = trainer.train_step(batch)
-            trainer.step += 1
             view1, view2 = output.images.chunk(2)
             expected = replay.step(k, view1, view2, batch.labels)
             assert math.isfinite(output.loss.item())
@@ -175,6 +175,17 @@ def test_replay_finds_planted_faults(
     fault(monkeypatch)
     loss, state = run_both(tiny_data, tmp_path)
     assert max(loss, state) > 1e3 * TOLERANCE
+
+
+def test_a_step_counts_itself(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """A loop of one's own moves along the schedule without touching the trainer."""
+    trainer = open_trainer(tiny.recipe(tiny_data, tmp_path))
+    with contextlib.closing(trainer.batches()) as batches:
+        outputs = [trainer.train_step(next(batches)) for _ in range(3)]
+    assert trainer.step == 3
+    expected = [learning_rate(step, trainer.peak_lr, 3, 20) for step in range(3)]
+    assert [output.lr for output in outputs] == expected
+    assert len(set(expected)) == 3
 
 
 def test_micro_batches_average_gradients(tiny_data: DataConfig, tmp_path: Path) -> None:

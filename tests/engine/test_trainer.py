@@ -14,7 +14,8 @@ import torch
 
 from engine.debug import debug_step
 from engine.evaluation.during_training import ProbeConfig
-from engine.log.metrics import LogConfig
+from engine.log.curves import VIEWS
+from engine.log.metrics import TIMINGS, LogConfig
 from engine.method import precision
 from engine.method.schedule import ScheduleConfig
 from engine.recipe import Recipe
@@ -30,15 +31,13 @@ from tests.helpers.training import finish, open_trainer, training
 
 pytestmark = pytest.mark.versions
 
-TIMING = {"images_per_second", "data_wait"}
-
 
 def lines(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def comparable(run: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines(run)]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines(run)]
 
 
 def train(recipe: Recipe) -> Trainer:
@@ -75,11 +74,12 @@ def test_metrics_of_a_run(whole_run: Path) -> None:
     for record in records:
         assert record["epoch"] == record["step"] // steps_per_epoch
         assert 0 <= record["loss"] <= 8
-        assert TIMING | {"lr", "tau", "feature_std", "data_digest"} <= record.keys()
+        assert {"images_per_second", "data_wait", "lr", "tau"} <= record.keys()
+        assert {"feature_std", "data_digest", "grad_norm", "update_ratio"} <= record.keys()
         assert ("knn_top1" in record) == (record["step"] % 5 == 0)
         assert ("online_top1" in record) == (record["step"] % 5 == 0)
     assert len({record["data_digest"] for record in records}) == len(records)
-    assert any((whole_run / "tensorboard").iterdir())
+    assert len(list(whole_run.glob("events.out.tfevents.*"))) == 1
 
 
 def test_equal_runs_are_equal_bit_for_bit(
@@ -166,12 +166,42 @@ def test_old_checkpoints_are_removed(whole_run: Path) -> None:
 def test_views_are_shown_in_tensorboard(whole_run: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(whole_run / "tensorboard"), size_guidance={"images": 0})
+    events = EventAccumulator(str(whole_run), size_guidance={"images": 0})
     events.Reload()
-    assert events.Tags()["images"] == ["views"]
-    assert [event.step for event in events.Images("views")] == [1, 5, 10, 15, 20]
-    (losses, records) = events.Scalars("loss"), lines(whole_run)
+    assert events.Tags()["images"] == [VIEWS]
+    assert [event.step for event in events.Images(VIEWS)] == [1, 5, 10, 15, 20]
+    (losses, records) = events.Scalars("train/loss"), lines(whole_run)
     assert [event.step for event in losses] == [record["step"] for record in records]
+
+
+def test_baselines_stay_in_the_run_and_are_shown_after_a_resume(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are measured once, also when the first start ended before its first checkpoint."""
+    probe = ProbeConfig(every=5, neighbours=5, baseline=True)
+    config = tiny.recipe(tiny_data, tmp_path, probe=probe)
+    tables = []
+    for stop in (0, 5, 7):
+        train(dataclasses.replace(config, steps=stop))
+        tables.append(capsys.readouterr().out)
+    first, *others = lines(tmp_path)
+    assert [first["step"], *(record["step"] for record in others)] == list(range(8))
+    assert first.keys() == {"step", "epoch", "knn_pixels", "knn_untrained"}
+    assert [text.count("kNN of raw pixels") for text in tables] == [1, 0, 0]
+    assert "kNN accuracy on data.val" not in tables[0]
+    for text in tables[1:]:
+        assert f"raw pixels {first['knn_pixels']:14.1%}" in text
+        assert f"untrained encoder  {first['knn_untrained']:6.1%}" in text
+        assert f"trained encoder    {others[4]['knn_top1']:6.1%}" in text
+
+
+@pytest.mark.parametrize(("every", "steps"), [(4, [1, 4, 8, 9]), (100, [1, 9])])
+def test_the_first_and_the_last_step_are_logged(
+    tiny_data: DataConfig, tmp_path: Path, every: int, steps: list[int]
+) -> None:
+    config = tiny.recipe(tiny_data, tmp_path, log=LogConfig(every=every), probe=tiny.NO_PROBE)
+    train(dataclasses.replace(config, steps=9))
+    assert [record["step"] for record in lines(tmp_path)] == steps
 
 
 def test_data_digest_tells_audited_pixels_apart(
@@ -256,7 +286,7 @@ def test_diverged_state_is_not_saved(tiny_data: DataConfig, tmp_path: Path) -> N
     config = tiny.recipe(
         tiny_data,
         tmp_path,
-        schedule=ScheduleConfig(epochs=2, warmup_epochs=1, base_lr=1e30),
+        schedule=ScheduleConfig(epochs=2, warmup="1 epoch", base_lr=1e30),
         log=LogConfig(every=1000),
         probe=ProbeConfig(),
         checkpoint=CheckpointConfig(every=1, keep=1),
@@ -265,6 +295,32 @@ def test_diverged_state_is_not_saved(tiny_data: DataConfig, tmp_path: Path) -> N
         train(config)
     (saved,) = (tmp_path / "checkpoints").iterdir()
     assert saved.name == "step_00000001"  # at learning rate 0; the next step blows up
+
+
+def test_epochs_of_the_recipe_are_steps_of_the_run(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """An epoch has 6 steps: 0.5 epochs are 3 of them, and 1/4 of an epoch ends at 2, 3, 5 and 6."""
+    recipe = tiny.recipe(
+        tiny_data,
+        tmp_path,
+        steps=13,
+        log=LogConfig(every="1/4 epochs"),
+        probe=ProbeConfig(every="0.5 epochs", neighbours=5),
+        checkpoint=CheckpointConfig(every="1 epoch"),
+    )
+    train(recipe)
+    logged = lines(tmp_path)
+    # The first and the last step are always logged.
+    assert [line["step"] for line in logged] == [1, 2, 3, 5, 6, 8, 9, 11, 12, 13]
+    assert [line["step"] for line in logged if "knn_top1" in line] == [3, 6, 9, 12]
+    saved = [commit.parent.name for commit in (tmp_path / "checkpoints").glob("*/commit.json")]
+    assert sorted(saved) == ["step_00000006", "step_00000012", "step_00000013"]
+    assert json.loads((tmp_path / "recipe.json").read_text())["probe.every"] == "0.5 epochs"
+
+
+def test_a_warm_up_longer_than_the_run_is_refused(tiny_data: DataConfig, tmp_path: Path) -> None:
+    recipe = tiny.recipe(tiny_data, tmp_path, schedule=ScheduleConfig(epochs=2, warmup=14))
+    with pytest.raises(InputError, match="warmup 14 is 14 steps, but the whole run has 13: give"):
+        open_trainer(recipe)
 
 
 def test_a_skipped_step_leaves_no_trace_but_its_count(
@@ -288,6 +344,7 @@ def test_a_skipped_step_leaves_no_trace_but_its_count(
         trainer.train_step(next(batches))
         assert trainer.guard.skipped == guards[1]["skipped"]
         assert not torch.equal(weight, kept)
+        assert trainer.step == 5  # all three count, also the one that was skipped
 
 
 def test_labels_beyond_the_classes_are_refused(packed: Index, tmp_path: Path) -> None:

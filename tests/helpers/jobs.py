@@ -28,7 +28,7 @@ def small(data: str, run: str, *more: str) -> list[str]:
         *(QUICKSTART, "--data.train", f"{data}/train", "--data.val", f"{data}/val"),
         *("--run-url", run, "--batch.size", "16", "--data.streams", "4", "--threads", "1"),
         *("--model.encoder.width", "0.125", "--model.hidden", "32", "--model.projection", "16"),
-        *("--schedule.epochs", "1000", "--schedule.warmup-epochs", "1", "--log.every", "1"),
+        *("--schedule.epochs", "1000", "--schedule.warmup", "1 epoch", "--log.every", "1"),
         *("--probe.no-baseline", "--probe.every", "0", "--precision", "fp32", *more),
     ]
 

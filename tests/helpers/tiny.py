@@ -40,7 +40,7 @@ def recipe(data: DataConfig, run: Path | str, **changes: Any) -> Recipe:
         batch=BatchConfig(size=16),
         model=BYOLConfig(encoder=ResNetConfig(depth=10, width=0.125), hidden=32, projection=16),
         views=ViewsConfig(size=32),
-        schedule=ScheduleConfig(epochs=20 * 16 / SAMPLES, warmup_epochs=0.5, base_lr=2.0),
+        schedule=ScheduleConfig(epochs=20 * 16 / SAMPLES, warmup="0.5 epochs", base_lr=2.0),
         data=data,
         probe=ProbeConfig(every=5, neighbours=5),
         checkpoint=CheckpointConfig(every=4),

@@ -220,7 +220,7 @@ def test_stock_takes_the_same_step(encoder: ResNetConfig, tmp_path: Path) -> Non
         batch=BatchConfig(8),
         model=BYOLConfig(encoder, hidden=32, projection=16),
         views=ViewsConfig(size=32),
-        schedule=ScheduleConfig(epochs=20, warmup_epochs=2, base_lr=4.0),
+        schedule=ScheduleConfig(epochs=20, warmup="2 epochs", base_lr=4.0),
     )
     trainer, batch = prepare(recipe, str(tmp_path))
     stock = Stock(trainer.recipe, trainer.classes, trainer.device)

@@ -21,6 +21,7 @@ from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
 from torchvision.models import resnet18
 
 from engine.log import journal
+from engine.log.metrics import TIMINGS
 from engine.processes.preemption import Preemption
 from engine.state import lease
 from launch import evaluate, export
@@ -83,10 +84,10 @@ def test_figures_go_everywhere(
     linear = result(f"{run}/evaluations", "linear-online")
     assert linear["metrics"]["linear_top1"] == after[-1]["linear_top1"]
     assert (linear["step"], linear["network"]) == (20, "online")
-    events = EventAccumulator(f"{run}/tensorboard/evaluations")
+    events = EventAccumulator(f"{run}/evaluations")
     events.Reload()
-    assert {"linear_top1", "knn_k5_t1_top1"} <= set(events.Tags()["scalars"])
-    assert events.Scalars("linear_top1")[0].step == 20
+    assert {"eval/linear_top1", "eval/knn_k5_t1_top1"} <= set(events.Tags()["scalars"])
+    assert events.Scalars("eval/linear_top1")[0].step == 20
     # the same again takes what stands there
     again = told(capsys, "linear", run, *LINEAR)
     assert "measured before" in again
@@ -169,7 +170,7 @@ def test_a_picture_and_the_projector(run: str, tmp_path: Path) -> None:
     assert evaluate.main(["neighbours", run, *few]) == 0
     sheet = PillowImage.open(next(Path(run).glob("**/neighbours.png")))
     assert sheet.size == (5 * 112, 3 * 112)
-    folder = Path(run, "tensorboard", "evaluations")
+    folder = Path(run, "evaluations")
     features = np.frombuffer((folder / "features.bytes").read_bytes(), "<f4")
     assert len(features) == 10 * 64
     assert len((folder / "labels.tsv").read_text().splitlines()) == 11
@@ -224,10 +225,9 @@ def test_a_live_run_is_not_disturbed(tiny_data: DataConfig, tmp_path: Path) -> N
     found, expected = journal.read(url), journal.read(calm)
     apart = result(f"{tmp_path}/out", "knn")["metrics"]
     assert found[7].pop("knn_k5_t0.07_top1") == apart["knn_k5_t0.07_top1"]
-    timings = {"images_per_second", "data_wait"}
     for ours, theirs in zip(found, expected, strict=True):
-        assert {k: v for k, v in ours.items() if k not in timings} == {
-            k: v for k, v in theirs.items() if k not in timings
+        assert {k: v for k, v in ours.items() if k not in TIMINGS} == {
+            k: v for k, v in theirs.items() if k not in TIMINGS
         }
     lines = Path(url, "metrics.jsonl").read_text().splitlines()
     assert "knn_k5_t0.07_top1" in json.loads(lines[7])
@@ -340,7 +340,7 @@ def test_on_a_bucket(run: str, s3: str, tmp_path: Path, tiny_data: DataConfig) -
         (["finetune", "RUN", "--holdout", "1", "--batch", "8"], "is held out to choose"),
         (["semi-supervised", "RUN", "--files", "RUN"], "no such file"),
         (["linear", "RUN/nothing"], "nothing there; give the URL of a run"),
-        (["linear", "RUN/tensorboard"], "no committed checkpoint there"),
+        (["linear", "RUN/lease"], "no committed checkpoint there"),
         (["linear", "s3:/run"], "a URL has two slashes"),
         (["linear", "RUN", "--data.val", "RUN"], "no index.json there"),
         (["linear", "RUN", "--data.val", "OTHER"], "data.val has other classes than data.train"),

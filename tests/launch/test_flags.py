@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from engine.recipe import load
-from launch import evaluate, export, pack
+from launch import evaluate, export, pack, reports
 from launch.benchmarks.checkpoint import bench_checkpoint
 from launch.benchmarks.input import bench_input
 from launch.benchmarks.order import bench_order
@@ -24,6 +24,8 @@ PROTOCOLS = {
     "semi-supervised": evaluate.SemiSupervised,
     "neighbours": evaluate.Neighbours,
     "features": Features,
+    "report": reports.Report,
+    "runs": reports.Runs,
 }
 BENCHES: dict[str, Callable[..., object]] = {
     "input": bench_input,

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from engine.log.metrics import TIMINGS
 from shards.loader import DataConfig
 from tests.helpers.places import ROOT
 
 pytestmark = pytest.mark.versions
 
 QUICKSTART = str(ROOT / "recipes" / "quickstart.py")
-TIMING = {"images_per_second", "data_wait"}
 
 
 def torchrun(*arguments: str, launcher: bool = True) -> subprocess.CompletedProcess[str]:
@@ -47,8 +47,8 @@ def test_quickstart_twice_is_equal_bit_for_bit(tmp_path: Path) -> None:
         assert "tensorboard --logdir" in done.stdout
         assert "step_00000006" in done.stdout
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        records.append([{k: v for k, v in line.items() if k not in TIMING} for line in lines])
-    assert [line["step"] for line in records[0]] == list(range(1, 7))
+        records.append([{k: v for k, v in line.items() if k not in TIMINGS} for line in lines])
+    assert [line["step"] for line in records[0]] == list(range(7))
     assert records[0] == records[1]
 
 
@@ -82,3 +82,23 @@ def test_user_mistake_is_one_line_and_a_failure(tmp_path: Path, tiny_data: DataC
         assert line.startswith("error: ")
         assert text in line
     assert not (tmp_path / "run").exists()
+
+
+def test_explain_and_replay(tmp_path: Path, tiny_data: DataConfig) -> None:
+    run = str(tmp_path / "run")
+    common = (
+        *("--data.train", tiny_data.train, "--data.val", "", "--run-url", run, "--threads", "1"),
+        *("--batch.size", "16", "--probe.every", "0", "--probe.no-baseline", "--log.every", "1"),
+    )
+    done = torchrun(*common, "--explain", "--explain-speed", "7", launcher=False)
+    assert done.returncode == 0, done.stderr
+    assert "7 images a second of each process, as given" in done.stdout
+    assert not Path(run).exists()
+    assert torchrun(*common, "--steps", "2", launcher=False).returncode == 0
+    done = torchrun(*common, "--replay", "2")
+    assert done.returncode == 0, done.stderr
+    assert "data: equal" in done.stdout
+    assert (Path(run) / "replay" / "step_00000002" / "images.csv").exists()
+    done = torchrun(*common, "--replay", "100000", launcher=False)
+    assert done.returncode == 1
+    assert "error: replay 100000: the run has only" in done.stderr

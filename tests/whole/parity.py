@@ -55,7 +55,7 @@ def recipe(data: DataConfig, run: str, **changes: Any) -> Recipe:
         batch=BatchConfig(size=24, micro=micro),
         model=BYOLConfig(ResNetConfig(10, width=0.125, stem="cifar"), hidden=32, projection=16),
         views=ViewsConfig(size=8),
-        schedule=ScheduleConfig(epochs=5, warmup_epochs=0, base_lr=lr, base_tau=0.9),
+        schedule=ScheduleConfig(epochs=5, warmup=0, base_lr=lr, base_tau=0.9),
         optimizer=optimizer,
         probe=ProbeConfig(),
         **changes,
@@ -106,7 +106,6 @@ def _take_steps(config: Recipe, fault: Callable[[Trainer], None] | None) -> Outc
             batch = next(batches)
             ids.append(batch.ids.tolist())
             trainer.train_step(batch)
-            trainer.step += 1
     tensors = {"first gradient": gradients[0], "last gradient": gradients[-1]}
     for kind, network in (("online", trainer.online), ("target", trainer.target)):
         tensors[kind] = {n: whole(p).detach().double() for n, p in network.named_parameters()}

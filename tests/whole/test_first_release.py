@@ -44,7 +44,7 @@ def recipe(**changes: Any) -> Recipe:
         "batch": BatchConfig(size=8),
         "model": BYOLConfig(encoder=network, hidden=8, projection=8),
         "views": ViewsConfig(size=16),
-        "schedule": ScheduleConfig(epochs=2, warmup_epochs=0.5),
+        "schedule": ScheduleConfig(epochs=2, warmup="0.5 epochs"),
         "data": DataConfig(train="data", streams=4),
     }
     return Recipe(run="run", threads=1, compile=False, **given | changes)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from engine.evaluation.during_training import FAILED
+from engine.log.metrics import TIMINGS
 from engine.processes.parallel import ParallelConfig
 from engine.processes.world import rank
 from engine.recipe import Recipe
@@ -92,7 +93,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 def without_measures(record: dict[str, Any]) -> dict[str, Any]:
-    left_out = {"knn_top1", "online_top1", "feature_rank", "images_per_second", "data_wait", FAILED}
+    left_out = {"knn_top1", "online_top1", "feature_rank", *TIMINGS, FAILED}
     return {name: value for name, value in record.items() if name not in left_out}
 
 

@@ -37,7 +37,8 @@ def points(folder: str, name: str) -> list[tuple[int, float]]:
 
 def pictures(folder: str) -> list[int]:
     found = read(folder)
-    return [p.step for p in found.Images("views")] if "views" in found.Tags()["images"] else []
+    names = found.Tags()["images"]
+    return [p.step for name in names for p in found.Images(name)]
 
 
 def pixels(seed: int) -> Any:

@@ -103,9 +103,9 @@ def test_killed_and_resumed(run: str) -> None:
     assert journal.read(run) == expected
     lines = files.read(f"{run}/metrics.jsonl").splitlines()
     assert [json.loads(line) for line in lines] == expected
-    folder = f"{run}/tensorboard"
-    assert [step for step, _ in points(folder, "loss")] == [1, 2, 3, 4, 5, 6]
-    assert points(folder, "head_loss") == [(5, 0.5), (6, 0.5)]
+    folder = run
+    assert [step for step, _ in points(folder, "train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert points(folder, "train/online_head_loss") == [(5, 0.5), (6, 0.5)]
     assert pictures(folder) == [2, 5]
 
 
@@ -115,7 +115,7 @@ def test_pictures_look_as_before_the_normalization(memory: str) -> None:
     log = open_log(memory, 0)
     log.pictures(views, 1)
     close(log)
-    (picture,) = read(f"{memory}/tensorboard").Images("views")
+    (picture,) = read(memory).Images("views/batch")
     grid = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
     for view in range(2):
         for n in range(3):
@@ -140,20 +140,22 @@ def test_a_record_completed_by_the_next_process(memory: str, flushed: str) -> No
     second.flush()
     close(open_log(memory, 3))
     assert journal.read(memory) == [record(1), record(2, knn_top1=0.5), record(3)]
-    folder = f"{memory}/tensorboard"
-    assert [step for step, _ in points(folder, "loss")] == [1, 2, 3]
-    assert points(folder, "knn_top1") == [(2, 0.5)]
+    folder = memory
+    assert [step for step, _ in points(folder, "train/loss")] == [1, 2, 3]
+    assert points(folder, "eval/knn_top1") == [(2, 0.5)]
 
 
-def test_curves_come_back_when_their_folder_was_removed(run: str) -> None:
+def test_curves_come_back_when_their_files_were_removed(run: str) -> None:
     first = open_log(run, 0)
     first.write(record(1))
     close(first)
-    files.remove(f"{run}/tensorboard")
+    for name in files.list_names(run):
+        if ".tfevents." in name:
+            files.remove(f"{run}/{name}")
     second = open_log(run, 1)
     second.write(record(2))
     close(second)
-    assert [step for step, _ in points(f"{run}/tensorboard", "loss")] == [1, 2]
+    assert [step for step, _ in points(run, "train/loss")] == [1, 2]
 
 
 def test_a_local_log_is_there_at_once(tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_a_local_log_is_there_at_once(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         log.write(record(step))
         assert journal.read(str(tmp_path))[-1] == record(step)
-        assert points(f"{tmp_path}/tensorboard", "loss")[-1][0] == step
+        assert points(str(tmp_path), "train/loss")[-1][0] == step
 
 
 @pytest.mark.usefixtures("hurried")
@@ -169,7 +171,7 @@ def test_a_remote_log_is_written_on_the_way(memory: str) -> None:
     log = open_log(memory, 0)
     for step in (1, 2, 3):
         log.write(record(step))
-    while len(journal.read(memory)) < 3 or len(points(f"{memory}/tensorboard", "loss")) < 3:
+    while len(journal.read(memory)) < 3 or len(points(memory, "train/loss")) < 3:
         log.write(record(3))
     assert journal.read(memory) == [record(1), record(2), record(3)]
 
@@ -215,7 +217,7 @@ def test_an_outage_is_told_once_and_costs_nothing(
     monkeypatch.setattr(files, "write", write)
     close(log)
     assert journal.read(memory) == [record(step) for step in (1, 2, 3)]
-    assert [step for step, _ in points(f"{memory}/tensorboard", "loss")] == [1, 2, 3]
+    assert [step for step, _ in points(memory, "train/loss")] == [1, 2, 3]
     assert "not written" not in output.getvalue()
 
 
@@ -259,7 +261,7 @@ def test_another_jobs_run_is_left_alone(memory: str) -> None:
         with pytest.raises(InputError, match="taken over"):
             run.compact(late)
     assert journal.read(memory) == [record(1), record(2, head_loss=0.5)]
-    assert points(f"{memory}/tensorboard", "loss") == []
+    assert points(memory, "train/loss") == []
 
 
 def test_digest_is_order_free_and_tells_samples_apart() -> None:
@@ -274,11 +276,17 @@ def test_digest_is_order_free_and_tells_samples_apart() -> None:
     assert data_digest(ids, crcs) != digest
 
 
-def feature_std(features: Tensor) -> float | None:
+def step_sums(features: Tensor) -> StepSums:
+    """Take the last 48 numbers of the features, in reversed order, for projections."""
     zero = torch.zeros(())
     # As two processes with different numbers of rows add them up.
-    parts = [StepSums.of(zero, zero, part).values for part in features.split(3000)]
-    return StepSums(torch.stack(parts).sum(0)).feature_std
+    both = zip(features.split(3000), features.flip(1)[:, :48].split(3000), strict=True)
+    parts = [StepSums.of(zero, zero, part, other).values for part, other in both]
+    return StepSums(torch.stack(parts).sum(0), features.shape[1])
+
+
+def feature_std(features: Tensor) -> float | None:
+    return step_sums(features).feature_std
 
 
 def test_feature_std_from_collapse_to_spread() -> None:
@@ -290,6 +298,9 @@ def test_feature_std_from_collapse_to_spread() -> None:
     assert feature_std(spread) == pytest.approx(1, abs=0.02)
     assert feature_std(spread[:1].expand(4096, -1)) == pytest.approx(0, abs=1e-6)
     assert feature_std(spread * float("nan")) is None
+    last = torch.nn.functional.normalize(spread[:, -48:].double(), dim=1)
+    exact = (last.std(dim=0).mean() * 48**0.5).item()
+    assert step_sums(spread).projection_std == pytest.approx(exact, rel=1e-12)
 
 
 @pytest.mark.parametrize("directions", [1, 3, 8])
@@ -312,4 +323,4 @@ def test_keys_and_steps_of_strangers(memory: str) -> None:
     close(log)
     assert "step 1    kNN 50.0%" in output.getvalue()
     assert "\x1b" not in output.getvalue()
-    assert points(f"{memory}/tensorboard", "\\ud800\\x1b[2J\\n[/x]") == [(1, 0.5)]
+    assert points(memory, "train/\\ud800\\x1b[2J\\n[/x]") == [(1, 0.5)]

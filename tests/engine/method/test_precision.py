@@ -56,7 +56,6 @@ def take_steps(config: Recipe, first_scale: float, fault: bool) -> Scaled:
         with closing(trainer.batches()) as batches:
             for _ in range(STEPS):
                 trainer.train_step(next(batches))
-                trainer.step += 1
                 scales.append(guard.scale.item())
                 skipped.append(int(guard.skipped))
         return Scaled(scales, skipped, gradients[-1])

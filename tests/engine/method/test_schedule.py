@@ -61,7 +61,7 @@ def test_step_counts_are_exact() -> None:
     for batch in (3, 7, 4096):
         assert ScheduleConfig(epochs=999).total_steps(samples, batch) == 999 * samples // batch
     assert ScheduleConfig(epochs=0.5).total_steps(1000, 8) == 62
-    assert ScheduleConfig(warmup_epochs=0).warmup_steps(1000, 8) == 0
+    assert ScheduleConfig(warmup=0).warmup_steps(1000, 8) == 0
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**7), st.integers(1, 2**14), st.integers(0, 3))
@@ -74,8 +74,8 @@ def test_step_counts_are_those_of_the_number_that_was_written(
     with localcontext(Context(prec=60)):
         expected = int(written * samples // batch)
     assert steps_of(float(str(written)), samples, batch) == expected
-    assert ScheduleConfig(float(written), float(written)).total_steps(samples, batch) == expected
-    assert ScheduleConfig(float(written), float(written)).warmup_steps(samples, batch) == expected
+    assert ScheduleConfig(float(written)).total_steps(samples, batch) == expected
+    assert ScheduleConfig(1, f"{written:f} epochs").warmup_steps(samples, batch) == expected
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**7), st.integers(1, 2**14))

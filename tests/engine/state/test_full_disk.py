@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from engine.log.metrics import TIMINGS
 from engine.state import checkpoint, saver
 from engine.state.checkpoint import CheckpointConfig
 from shards.loader import DataConfig
@@ -26,9 +27,7 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def records(run: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for record in found:
-        del record["images_per_second"], record["data_wait"]
-    return found
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in found]
 
 
 def checkpoints(run: Path) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 
 from engine.log import journal
 from engine.log.journal import Journal, add, read
+from engine.log.metrics import TIMINGS
 from engine.state import checkpoint
 from engine.trainer import Trainer
 from launch import export
@@ -21,7 +22,6 @@ from tests.conftest import Files
 from tests.engine.log.test_events import points
 from tests.engine.log.test_journal import fail, parts, record, records
 from tests.engine.state.test_checkpoint import ALONE
-from tests.engine.test_trainer import TIMING
 from tests.helpers import tiny
 from tests.helpers.fault_proxy import FaultProxy
 from tests.helpers.training import finish, open_trainer, train
@@ -148,7 +148,7 @@ def killed_at(trainer: Trainer, step: int, last: int) -> None:
 
 
 def without_timing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_a_run_goes_on_and_ends_as_any(
     expected = without_timing(read(alone.run))
     assert [line["step"] for line in expected] == [*range(1, 12)]
     assert without_timing(read(recipe.run)) == expected
-    assert [step for step, _ in points(f"{recipe.run}/tensorboard", "loss")] == [*range(1, 12)]
+    assert [step for step, _ in points(recipe.run, "train/loss")] == [*range(1, 12)]
     # What a reader that was not told of parts would take for the log.
     proxy.deny("")
     assert without_timing(read(recipe.run)) == expected

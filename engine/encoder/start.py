@@ -1,0 +1,162 @@
+"""Read the weights that a new run starts from: of a run, a checkpoint, or a file of others."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+from torch import Size, Tensor, nn
+
+from engine.encoder import foreign
+from engine.encoder.foreign_files import read_tensors
+from engine.encoder.source import digest_of, find_kind, read_newest
+from engine.method.byol import BYOLConfig, Online, Target
+from engine.method.resnet import ResNet, ResNetConfig
+from engine.processes.world import World
+from engine.state import checkpoint
+from engine.state.checkpoint import Commit
+from engine.state.origin import Weights
+from shards.documents import shown
+from shards.errors import InputError
+from shards.fields import as_option
+from shards.storage import files
+
+FIELD = "model.start"
+_ENCODER = "model.encoder."
+_DIGITS = 16
+
+
+class StartWeights(NamedTuple):
+    """Hold the weights that a run starts from, by the names of the networks' state dicts."""
+
+    online: dict[str, Tensor]
+    target: dict[str, Tensor]
+    source: Weights
+    report: str  # one line that says what was taken
+
+    def fill(self, online: Online, target: Target) -> None:
+        """Copy the weights into networks that hold all of their parameters."""
+        online.load_state_dict(self.online, strict=False)
+        target.load_state_dict(self.target, strict=False)
+
+
+def read_start(
+    config: BYOLConfig, classes: int, world: World, report: Callable[[str], None]
+) -> StartWeights:
+    """Read the weights at `config.start`. All processes call it together.
+
+    Args:
+        classes: Number of classes of the online head; 0 when there is none.
+        report: Takes a line about checkpoints that are skipped.
+
+    Raises InputError when there are none, or when they are of another encoder.
+    """
+    url = config.start
+    if world.on_main(lambda: find_kind(url, FIELD)) == "file":
+        return world.on_all(lambda: _of_file(config, classes))
+    if config.start_prefix is not None:
+        raise InputError(
+            f"model.start_prefix is for files that others made: {files.redact(url)} is a run"
+        )
+
+    def read() -> StartWeights:
+        return _of_run(checkpoint.find(url, world, report, FIELD), config, classes, world)
+
+    return read_newest(url, world, report, read)
+
+
+def _of_file(config: BYOLConfig, classes: int) -> StartWeights:
+    place = f"{FIELD} {files.redact(config.start)}"
+    tensors = read_tensors(config.start)
+    found = foreign.match(tensors, "online", place, config.start_prefix, "--model.start-prefix")
+    with torch.device("meta"):
+        own = _shapes(ResNet(config.encoder, views=1))
+    if own != {name: value.shape for name, value in found.state.items()}:
+        there = {_ENCODER + name: value for name, value in asdict(found.config).items()}
+        raise _other_encoder(place, there, config.encoder)
+    state = {f"encoder.{name}": value for name, value in found.state.items()}
+    content = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        content.update(f"{name} {list(value.shape)}".encode())
+        content.update(value.contiguous().numpy().tobytes())
+    drawn = "projector and predictor are" if not classes else "projector, predictor and head are"
+    return StartWeights(
+        state,
+        dict(state),
+        Weights(files.redact(config.start), content.hexdigest()[:_DIGITS]),
+        f"{place}: {found.report}; the encoder starts both networks, {drawn} drawn",
+    )
+
+
+def _of_run(commit: Commit, config: BYOLConfig, classes: int, world: World) -> StartWeights:
+    place = f"{FIELD} {files.redact(commit.url)}"
+    held = checkpoint.shapes(commit, world)
+    with torch.device("meta"):
+        online, target = Online(config, classes), Target(config)
+        wanted = {
+            **{f"online.{name}": value for name, value in online.state_dict().items()},
+            **{f"target.{name}": value for name, value in target.state_dict().items()},
+        }
+    fitting = {name for name, value in wanted.items() if held.get(name) == value.shape}
+
+    def fits(part: str) -> bool:
+        return all(name in fitting for name in wanted if name.startswith(f"{part}."))
+
+    if not fits("online.encoder"):
+        raise _other_encoder(place, commit.method, config.encoder)
+    whole = all(map(fits, ("online.projector", "online.predictor", "target")))
+    parts = ["online.encoder"]
+    if whole:
+        parts += ["online.projector", "online.predictor", "target"]
+    if whole and classes and fits("online.classifier"):
+        parts.append("online.classifier")
+    state = {
+        name: torch.empty(value.shape, dtype=value.dtype, device="cpu")
+        for name, value in wanted.items()
+        if any(name.startswith(f"{part}.") for part in parts)
+    }
+    checkpoint.load(commit, state, world)
+    own, other = (
+        {n.removeprefix(f"{side}."): v for n, v in state.items() if n.startswith(f"{side}.")}
+        for side in ("online", "target")
+    )
+    return StartWeights(
+        own,
+        other if whole else dict(own),
+        Weights(files.redact(commit.url), digest_of(commit)),
+        f"{place}: {_describe(whole, classes, parts, held)}",
+    )
+
+
+def _describe(whole: bool, classes: int, parts: list[str], held: Mapping[str, Size]) -> str:
+    if not whole:
+        head = ", predictor and head" if classes else " and predictor"
+        return (
+            "the encoder starts both networks; the heads there have other shapes, so the "
+            f"projector{head} are drawn"
+        )
+    if not classes:
+        return "all networks are taken"
+    if "online.classifier" in parts:
+        return f"all networks are taken, and the online head of {classes} classes"
+    there = next(iter(held.get("online.classifier.weight", ())), 0)
+    return (
+        "all networks are taken; the online head is drawn, because it has "
+        f"{there} classes there and {classes} here"
+    )
+
+
+def _shapes(network: nn.Module) -> dict[str, Size]:
+    return {name: value.shape for name, value in network.state_dict().items()}
+
+
+def _other_encoder(place: str, there: Mapping[str, object], own: ResNetConfig) -> InputError:
+    """Return the error that names the fields in which the encoder there is another one."""
+    mine = {_ENCODER + name: value for name, value in asdict(own).items()}
+    other = {name: there[name] for name, value in mine.items() if there.get(name, value) != value}
+    if not other:
+        return InputError(f"{place}: is damaged: it does not hold the encoder that it names")
+    listed = "; ".join(f"{n}: there {shown(v)}, here {shown(mine[n])}" for n, v in other.items())
+    mend = " ".join(as_option(name, value) for name, value in other.items())
+    return InputError(f"{place}: is of another encoder ({listed}): give {mend}")

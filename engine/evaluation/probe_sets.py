@@ -1,0 +1,129 @@
+"""Open the two sets of images that a run is measured on, and say what can be measured on them."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from engine.processes.world import World, check_alike
+from engine.state.layout import PROBE
+from shards import index as indexes
+from shards.errors import InputError
+from shards.index import Index
+from shards.making.convert import PixelOptions
+from shards.making.packed_folder import keep_packed
+from shards.storage import files
+
+
+class ProbeSets(NamedTuple):
+    """Hold the set that neighbors are searched in, the set that is measured, and their fields."""
+
+    train: Index
+    val: Index
+    names: tuple[str, str]  # of the fields that gave them, for messages
+    knn: bool  # whether both have labels, of the same classes
+    head: bool  # whether val has the classes that the online head learns
+
+
+def open_probe_sets(
+    places: tuple[str, str],
+    train: Index,
+    val: Index | None,
+    run: str,
+    world: World,
+    *,
+    max_pixels: int,
+    threads: int,
+    report: Callable[[str], None],
+) -> ProbeSets:
+    """Open the sets at the URLs `places`; where one is empty, take data.train or data.val.
+
+    A folder of images is packed to RUN/probe first. All processes call it together.
+
+    Args:
+        places: The values of probe.train and probe.val.
+        train: data.train, whose window of values a folder of images gets too.
+        max_pixels: Images of more pixels are not decoded.
+        report: Takes a line about what cannot be measured, on the first process.
+
+    Raises InputError when a set is none, has no labels, or has other classes than the other one.
+    """
+    options = PixelOptions(max_pixels, None, train.pixels.get("window"))
+    found: list[Index | None] = [train, val]
+    names = ["data.train", "data.val"]
+    for i, field in enumerate(("probe.train", "probe.val")):
+        if place := places[i]:
+            names[i], cache = field, files.join(run, PROBE, field.partition(".")[2])
+            index = _open(place, cache, field, options, world, threads, report)
+            if world.main and (doubt := indexes.compare_windows(train, index, (names[0], field))):
+                report(doubt)
+            found[i] = index
+    fields = names[0], names[1]
+    bank, queries = found[0] or train, found[1]
+    if fault := _find_fault(bank, queries, fields):
+        _say(world, report, f"evaluations measure no kNN, because {fault}: {_REMEDY}")
+        return ProbeSets(bank, queries or bank, fields, knn=False, head=False)
+    assert queries is not None
+    _check_classes(bank, queries, fields)
+    head = queries.classes == train.classes
+    if train.classes and not head:
+        _say(world, report, f"{fields[1]} has other classes than data.train: no online_top1")
+    check_alike(
+        world, {f"digest of {fields[0]}": bank.digest, f"digest of {fields[1]}": queries.digest}
+    )
+    return ProbeSets(bank, queries, fields, knn=True, head=head)
+
+
+_REMEDY = "give --probe.train URL and --probe.val URL, which have labels, to have it"
+
+
+def _say(world: World, report: Callable[[str], None], text: str) -> None:
+    if world.main:
+        report(text)
+
+
+def _open(
+    url: str,
+    cache: str,
+    name: str,
+    options: PixelOptions,
+    world: World,
+    threads: int,
+    report: Callable[[str], None],
+) -> Index:
+    """Open the shards at `url`, or pack the folder of images there to `cache` and open that.
+
+    Raises InputError on all processes when there is neither, and when there are no labels.
+    """
+
+    def find() -> str:
+        if files.exists(files.join(url, indexes.NAME)):
+            return url
+        return keep_packed(url, cache, options, name=name, threads=threads, report=report)
+
+    packed = world.on_main(find)
+    index = world.on_all(lambda: indexes.load(packed, name))
+    if not index.classes:
+        raise InputError(
+            f"{name} {files.redact(url)}: has no labels: give a set that has, or a folder of "
+            "images with one folder for each class"
+        )
+    return index
+
+
+def _find_fault(bank: Index, queries: Index | None, fields: tuple[str, str]) -> str:
+    """Return why no kNN can be measured; "" when it can."""
+    if queries is None:
+        return "data.val is not set"
+    for index, field in zip((bank, queries), fields, strict=True):
+        if not index.classes:
+            return f"{field} has no labels"
+    return ""
+
+
+def _check_classes(bank: Index, queries: Index, fields: tuple[str, str]) -> None:
+    """Raise InputError unless a label means the same class in both sets."""
+    try:
+        indexes.check_same_classes(bank, queries, fields)
+    except InputError as error:
+        absent = {"probe.train", "probe.val"} - set(fields)
+        more = "".join(f", or give --{field} URL too" for field in absent if len(absent) == 1)
+        raise InputError(f"{error}{more}") from None

@@ -1,0 +1,84 @@
+"""Find the memory that one process needs, by the strategy that spreads a step over processes."""
+
+from typing import NamedTuple
+
+from torch import nn
+
+from engine.explain.sizes import Fakes, StepCost
+from engine.processes.parallel import Strategy
+from shards.loader import BATCHES_AHEAD
+
+
+class Held(NamedTuple):
+    """The bytes that a process holds all the time, or from the backward pass to the optimizer."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    target: int
+    gathered: int  # of parameters and gradients of other processes, which are whole for a moment
+
+    @property
+    def state(self) -> int:
+        """Return the bytes of parameters, gradients, optimizer and target."""
+        return self.parameters + self.gradients + self.optimizer + self.target
+
+
+def hold(fakes: Fakes, shards: int) -> Held:
+    """Return what the first process holds when `shards` processes share out the rows.
+
+    The first process has the largest part.
+    """
+    online, target = (_part(network, shards) for network in (fakes.online, fakes.target))
+    slots = fakes.recipe.optimizer.slots
+    # The optimizer's other tensors are one number for each parameter, which are never shared out.
+    single = fakes.optimizer - slots * _part(fakes.online, 1)
+    optimizer = slots * online + single
+    return Held(online, online, optimizer, target + fakes.buffers, _whole(fakes, shards))
+
+
+def _part(module: nn.Module, shards: int) -> int:
+    """Return the bytes of the rows of all parameters that the first of `shards` processes has."""
+    return sum(
+        -(-len(p) // shards) * (p.numel() // len(p)) * p.element_size() for p in module.parameters()
+    )
+
+
+def _whole(fakes: Fakes, shards: int) -> int:
+    """Return the most bytes that are gathered at one time, by an estimate.
+
+    The online network's outermost parameters stay whole from its forward to its backward pass.
+    Beside them there are two blocks: the one that computes and the one that is fetched next.
+    """
+    if shards == 1:
+        return 0
+    blocks = [_part(block, 1) for block in fakes.online.encoder.blocks()]
+    outermost = _part(fakes.online, 1) - sum(blocks)
+    return 2 * (outermost + sum(sorted(blocks)[-2:]))  # parameters, and gradients of this size
+
+
+def strategies(processes: int, shard: int) -> dict[Strategy, int]:
+    """Return the strategies that `processes` can use, each with how many share out the rows.
+
+    `shard` is the number of processes in a group of hsdp.
+    """
+    if processes == 1:
+        return {"none": 1}
+    found: dict[Strategy, int] = {"ddp": 1, "fsdp": processes}
+    if 1 < shard < processes and processes % shard == 0:
+        found["hsdp"] = shard
+    return found
+
+
+def need(held: Held, step: StepCost, views: int) -> int:
+    """Return the bytes that a process needs on its device in a step, in eager mode.
+
+    `views` is the bytes of its uint8 views of a batch.
+    """
+    # The optimizer makes its updates when the activations are gone.
+    return held.state + held.gathered + max(step.peak, held.gradients) + views
+
+
+def host_views(views: int) -> int:
+    """Return the bytes of views that wait in host memory, of which `views` are in a batch."""
+    return views * (BATCHES_AHEAD + 1)

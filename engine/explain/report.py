@@ -1,0 +1,317 @@
+"""--explain: print what a run will take, before anything is spent on it."""
+
+from typing import Any, NamedTuple
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from engine.data import check_batches, check_micro
+from engine.explain import memory, plan, traffic
+from engine.explain.plan import Speed, date_of
+from engine.explain.sizes import LEAST, Fakes, StepCost
+from engine.log import journal
+from engine.log.terminal import Terminal
+from engine.processes.world import World
+from engine.recipe import Recipe, in_steps
+from engine.state import checkpoint
+from shards import index as indexes
+from shards.errors import InputError
+from shards.index import Index, Shard
+from shards.loader import REMOTE_FETCHES
+from shards.making import synthetic
+from shards.order import Order
+from shards.storage import files
+
+MACHINE = 8  # processes of a machine, where only one process was started to explain
+UNIT = 1000.0  # images a second, where no speed is known
+
+
+class Known(NamedTuple):
+    """What the storage tells of the data and the run, and what is missing."""
+
+    train: Index | None
+    samples: int | None
+    classes: int
+    at: int  # step of the newest checkpoint
+    speed: Speed | None
+    missing: list[str]
+
+
+def explain(recipe: Recipe, world: World, terminal: Terminal) -> None:
+    """Print networks, batch, memory, landmarks, requests and checkpoints of a run.
+
+    One process calls it. It reads the index of the data and the log of the run, and no sample. It
+    writes nothing.
+
+    Raises InputError when the recipe cannot be run with these processes or this data.
+    """
+    processes = recipe.explain_processes or world.size
+    share = plan.share_batch(recipe, processes)
+    known = look(recipe, processes)
+    order = _order(recipe, known)
+    if known.samples is not None:
+        recipe = in_steps(recipe, known.samples // recipe.batch.size)
+    fakes = Fakes(recipe, known.classes)
+    costs = [fakes.measure_step(share.rows[1], recompute=again) for again in (False, True)]
+    machine = world.local_size if world.size > 1 else MACHINE
+    tables = [
+        _networks(recipe, fakes, costs[0], share),
+        _batch(recipe, processes, share),
+        _memory(recipe, fakes, costs, processes, machine, share),
+        _landmarks(recipe, known),
+        _reading(recipe, known, order, processes, share),
+        _saving(recipe, known, fakes, processes),
+        _doing(recipe, fakes),
+    ]
+    for table in filter(None, tables):
+        terminal.console.print(table)
+    for text in known.missing:
+        terminal.say(text)
+
+
+def _order(recipe: Recipe, known: Known) -> Order | None:
+    """Return the order of data.train, when it is there, and check the batches in any case."""
+    streams, batch = recipe.data.streams, recipe.batch.size
+    if known.train is not None:
+        order = Order(known.train, recipe.seed, streams, batch)
+        check_batches(recipe, order)
+        return order
+    shard = Shard("", known.samples or batch, 0, None, "")  # it stands for what is not there
+    Order(Index("", [shard]), recipe.seed, streams, batch)
+    check_micro(recipe)
+    return None
+
+
+def look(recipe: Recipe, processes: int) -> Known:
+    """Read the index of data.train, and where the run stands; nothing of it has to be there."""
+    index: Index | None = None
+    samples, classes, missing = None, 0, []
+    try:
+        index = indexes.load(recipe.data.train, "data.train")
+        samples, classes = index.samples, len(index.classes)
+    except InputError as error:
+        missing.append(f"not read: {error}")
+        if recipe.data.draw:
+            samples, classes = recipe.data.draw, len(synthetic.CLASSES)
+            missing.append(f"the run will draw {samples:,} images there, whose bytes are not known")
+        else:
+            missing.append("so schedule, requests and the online head are left out")
+    at, log = 0, []
+    try:
+        saved = [
+            url
+            for url in checkpoint.steps(recipe.run)
+            if files.exists(files.join(url, checkpoint.COMMIT))
+        ]
+        at = int(saved[-1][-8:]) if saved else 0
+        log = journal.read(recipe.run) if recipe.explain_speed is None else []
+    except OSError as error:
+        missing.append(f"the run was not read: {error}")
+    origin = recipe.checkpoint.resume or recipe.checkpoint.branch
+    if origin and not at:
+        missing.append(f"steps count from 0, not from where {files.redact(origin)} stands")
+    speed = plan.find_speed(recipe.explain_speed, log, processes)
+    if speed is None:
+        missing.append(
+            "the speed is not known, because the run has no log: give --explain-speed, the images "
+            "a second of each process, for dates and rates"
+        )
+    return Known(index, samples, classes, at, speed, missing)
+
+
+def _table(title: str, *columns: str) -> Table:
+    style: dict[str, Any] = {"box": SIMPLE_HEAD, "pad_edge": False, "show_edge": False}
+    style |= {"title_justify": "left", "title_style": "bold", "caption_justify": "left"}
+    table = Table(title=f"\n{title}", show_header=bool(columns), **style)
+    for number, name in enumerate(columns or ("", "")):
+        table.add_column(name, justify="left" if number == 0 or not columns else "right")
+    return table
+
+
+def _networks(recipe: Recipe, fakes: Fakes, cost: StepCost, share: plan.Share) -> Table:
+    encoder = recipe.model.encoder
+    table = _table(f"Networks: ResNet-{encoder.depth} x{encoder.width:g}", "part", "parameters")
+    for name, number in fakes.parts().items():
+        table.add_row(name, f"{number:,}")
+    table.add_row("an image's features", f"{fakes.online.encoder.feature_dim:,} numbers")
+    operations = cost.operations / max(share.rows[1], LEAST) / 1e9
+    table.add_row("a step, for each image (both views)", f"{operations:,.2f} GFLOP")
+    return table
+
+
+def _batch(recipe: Recipe, processes: int, share: plan.Share) -> Table:
+    table = _table(f"Batch: {recipe.batch.size:,} images on {_processes(processes)}")
+    table.add_row("images of a process", _range(share.images))
+    table.add_row("its streams", f"{_range(share.streams)} of {recipe.data.streams}")
+    table.add_row("micro-batches, one after the other", f"{recipe.batch.micro}")
+    table.add_row("images of a process in a micro-batch", _range(share.rows))
+    table.add_row("images that share norm statistics", f"{share.norm_rows:,} for each view")
+    return table
+
+
+def _memory(
+    recipe: Recipe,
+    fakes: Fakes,
+    costs: list[StepCost],
+    processes: int,
+    machine: int,
+    share: plan.Share,
+) -> Table:
+    """Compare the strategies by what a process needs on its device."""
+    options = memory.strategies(processes, recipe.parallel.shard or machine)
+    columns = [
+        f"{name} ({size} to a group)" if size > 1 else name for name, size in options.items()
+    ]
+    table = _table("Memory of a process on its device, GiB, in eager mode", "", *columns)
+    held = [memory.hold(fakes, size) for size in options.values()]
+    for name, number in (
+        ("parameters", 0),
+        ("gradients", 1),
+        ("optimizer", 2),
+        ("target network", 3),
+        ("gathered for a moment, about", 4),
+    ):
+        table.add_row(name, *(_gib(one[number]) for one in held))
+    views = 2 * share.images[1] * 3 * recipe.views.size**2
+    plain, again = costs
+    table.add_row("a step's other tensors, at the peak", *(_gib(plain.peak) for _ in held))
+    table.add_row("the same with --parallel.recompute", *(_gib(again.peak) for _ in held))
+    table.add_section()
+    for name, cost in (("all together", plain), ("with --parallel.recompute", again)):
+        table.add_row(name, *(_gib(memory.need(one, cost, views)) for one in held))
+    table.caption = (
+        "CUDA, its libraries and fragments of memory come on top (1 to 2 GiB); torch.compile "
+        "keeps less.\n"
+        f"On the host, {_gib(memory.host_views(views))} GiB of views wait in each process, and "
+        f"{_gib(fakes.checkpoint)} GiB of a checkpoint are shared out.\n"
+        f"--parallel.strategy auto takes ddp where a device has more than {_gib(2 * held[0].state)}"
+        " GiB."
+    )
+    return table
+
+
+def _landmarks(recipe: Recipe, known: Known) -> Table | None:
+    if known.samples is None:
+        return None
+    batch, schedule = recipe.batch.size, recipe.schedule
+    total, each = schedule.total_steps(known.samples, batch), known.samples // batch
+    title = f"Schedule: {schedule.epochs:g} epochs of {known.samples:,} images, {total:,} steps"
+    table = _table(title, "landmark", "step", "epoch", "learning rate", "tau", "date (UTC)")
+    for mark in plan.find_landmarks(recipe, known.samples, known.at):
+        date = "passed" if mark.step < known.at else "now"
+        if mark.step > known.at:
+            left = (mark.step - known.at) * batch
+            date = date_of(left / known.speed.images) if known.speed else "?"
+        epoch = f"{mark.step * batch / known.samples:,.2f}"
+        table.add_row(mark.name, f"{mark.step:,}", epoch, f"{mark.lr:.4g}", f"{mark.tau:.6f}", date)
+    evaluations, logged = (
+        plan.count_due(plan.cadence(every), total) if every else 0
+        for every in (recipe.probe.every, recipe.log.every)
+    )
+    table.caption = (
+        f"steps an epoch: {each:,}; logged steps: about {logged:,}; evaluations: {evaluations:,}, "
+        "whose time is not counted"
+    )
+    if known.speed:
+        images, source = known.speed
+        table.caption += f"\nat {images:,.1f} images a second of all processes ({source})"
+    return table
+
+
+def _reading(
+    recipe: Recipe, known: Known, order: Order | None, processes: int, share: plan.Share
+) -> Table | None:
+    index = known.train
+    if index is None or order is None:
+        return None
+    epoch, speed = traffic.read_epoch(recipe, order), known.speed
+    about = "up to " if epoch.exact else "about "
+    table = _table("Reading data.train, by all processes together", "", "an epoch", "a second")
+    rate = speed.images if speed else UNIT
+
+    def add(name: str, requests: float, size: float) -> None:
+        seconds = epoch.images / rate
+        both = f"{about}{requests:,.0f} GETs, {_gb(size)}"
+        table.add_row(name, both, f"{requests / seconds:,.2f} GETs, {_gb(size / seconds)}")
+
+    add("without a cache", epoch.requests, epoch.bytes)
+    if epoch.kept_requests:
+        left = epoch.requests - epoch.kept_requests
+        add("with data.cache, once it is full", left, epoch.bytes - epoch.kept_bytes)
+    fetches = min(REMOTE_FETCHES, share.streams[1] * (1 + recipe.data.prefetch))
+    cores = rate / traffic.DECODED
+    table.caption = (
+        ("" if speed else f"A second is one of {UNIT:,.0f} images of all processes.\n")
+        + f"The data set has {_gb(sum(shard.bytes for shard in index.shards))} in "
+        f"{len(index.shards):,} shards. Each process has up to {fetches} requests under way.\n"
+        f"Decoding takes about {cores:,.1f} cores, {cores / processes:,.1f} for each process, at "
+        f"{traffic.DECODED:g} images a second of a core.\nThat was measured with ImageNet's JPEGs "
+        "at 224 pixels (recipes/README.md); measure yours with launch/bench.py input."
+    )
+    return table
+
+
+def _saving(recipe: Recipe, known: Known, fakes: Fakes, processes: int) -> Table:
+    table = _table("Checkpoints")
+    size = fakes.checkpoint
+    table.add_row("one of them", f"{_gb(size)}, in up to {processes + 2:,} files")
+    if known.samples is not None:
+        total = recipe.schedule.total_steps(known.samples, recipe.batch.size)
+        saving = traffic.save_run(recipe, size, total)
+        table.add_row(
+            "written until the end", f"{saving.written:,}, {_gb(saving.written * size)} together"
+        )
+        table.add_row("of them stay", f"{saving.kept:,}, {_gb(saving.kept * size)} together")
+    if recipe.checkpoint.keep_best:
+        table.add_row("and", f"the best one by {recipe.checkpoint.keep_best}")
+    every = float(plan.cadence(recipe.checkpoint.every))
+    if known.speed and every:
+        year = plan.YEAR * known.speed.images / recipe.batch.size / every
+        table.add_row("written in a year of it", f"{year:,.0f}, {_gb(year * size)} together")
+        seconds = every * recipe.batch.size / known.speed.images
+        table.add_row("from one to the next", f"{seconds / 60:,.1f} minutes")
+    return table
+
+
+def _doing(recipe: Recipe, fakes: Fakes) -> Table:
+    table = _table("What is compiled, spread and saved")
+    blocks = len(fakes.online.encoder.blocks())
+    compiled = (
+        f"{blocks} blocks, stem and heads of both networks, the directions of LARS, the moving "
+        "average and, on a GPU, the augmentation"
+    )
+    kept = files.redact(recipe.compile_folder) or "RUN/compile"
+    table.add_row("compiled", compiled if recipe.compile else "nothing")
+    if recipe.compile:
+        table.add_row("kept of that", kept if recipe.compile_artefacts else "nothing")
+    table.add_row(
+        "spread",
+        "the batch, always; with fsdp and hsdp also parameters, gradients, optimizer and target",
+    )
+    table.add_row(
+        "saved",
+        "parameters and running statistics of both networks, the optimizer, counters of skipped "
+        "steps",
+    )
+    table.add_row("written", f"{files.redact(recipe.run)}: checkpoints, metrics.jsonl, tensorboard")
+    return table
+
+
+def _processes(number: int) -> str:
+    return "1 process" if number == 1 else f"{number:,} processes"
+
+
+def _range(pair: tuple[int, int]) -> str:
+    low, high = pair
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.3f}"
+
+
+def _gb(size: float) -> str:
+    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
+        if size >= unit:
+            return f"{size / unit:,.2f} {name}"
+    return f"{size / 1e3:,.1f} kB"

@@ -1,0 +1,157 @@
+"""Take the training steps of a process, and measure those that are logged."""
+
+import resource
+import socket
+import sys
+import time
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from engine.log.journal import Record
+from engine.log.metrics import Timer
+from engine.log.ranks import RankTimes
+from engine.method.flops import count_flops, find_peak
+from engine.method.update_norms import UpdateNorms
+from engine.trainer import StepOutput, Trainer
+from shards.loader import Batch
+
+
+class Meter:
+    """Measure the steps of one process. What costs time is measured at logged steps only."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        """Prepare what is measured. All processes call it together."""
+        self._trainer = trainer
+        self._norms = UpdateNorms(trainer.optimizer, trainer.online, trainer.parallel.shard_group)
+        self._ranks = RankTimes(trainer.world.all_gather_object(socket.gethostname()))
+        self._peak = _find_peak(trainer)
+        self._flops = 0.0  # of a step, for each image
+        self._preparing = _Preparing(trainer)
+        self._timer = Timer()
+
+    def logs(self, step: int) -> bool:
+        """Return whether `step` is logged.
+
+        The first and the last step always are, and those of evaluations.
+        """
+        recipe, trainer = self._trainer.recipe, self._trainer
+        return (
+            recipe.log.due(step)
+            or step in (1, trainer.last_step)
+            or recipe.probe.due(step, trainer.total_steps)
+        )
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Count the time of the block as waiting for data."""
+        return self._timer.waiting()
+
+    def take_step(self, batch: Batch) -> StepOutput:
+        """Train on a batch."""
+        trainer = self._trainer
+        self._preparing.begin()
+        with self._norms.measuring(self.logs(trainer.step + 1)):
+            output = trainer.train_step(batch)
+        self._timer.steps += 1
+        return output
+
+    def read(self, output: StepOutput, batch: Batch) -> Record:
+        """Return the record of the last step. All processes call it together."""
+        trainer = self._trainer
+        record = trainer.measure(output, batch) | self._norms.read() | self._read_speeds()
+        if self._ranks.steps >= trainer.recipe.log.ranks_every:
+            self.show_ranks()
+        return record
+
+    def _read_speeds(self) -> Record:
+        trainer, timer = self._trainer, self._timer
+        world, recipe = trainer.world, trainer.recipe
+        speeds: Record = dict(timer.read(recipe.batch.size))
+        speed = speeds["images_per_second"] / world.size
+        speeds["images_per_second_device"] = speed
+        alone = timer.waited + self._preparing.read(timer.steps)
+        rows = torch.zeros(world.size, 4, dtype=torch.float64)
+        own = [timer.seconds, timer.waited, alone, _peak_memory(trainer.device)]
+        rows[world.rank] = rows.new_tensor(own)
+        found = world.all_reduce(rows).numpy()
+        self._ranks.add(found[:, :3], timer.steps)
+        speeds["memory_gib"] = float(found[:, 3].max())
+        if self._peak is not None:
+            speeds["mfu"] = self._count_flops() * speed / self._peak
+        return speeds
+
+    def _count_flops(self) -> float:
+        if not self._flops:
+            recipe = self._trainer.recipe
+            self._flops = count_flops(recipe.model, self._trainer.classes, recipe.views.size)
+        return self._flops
+
+    def show_ranks(self) -> None:
+        """Print a table of the slowest processes since the last such table, on the first one."""
+        table = self._ranks.table()
+        if table and self._trainer.recipe.log.ranks_every:
+            self._trainer.terminal.console.print(table)
+
+    def restart(self) -> None:
+        """Start the clock anew, so that the time of evaluations and checkpoints does not count."""
+        self._timer = Timer()
+        self._preparing.restart()
+
+
+class _Preparing:
+    """Measure how long a process takes for its images before it meets the others in a step.
+
+    On a GPU that is known of the last step only, without waiting for it.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._augment, trainer.augment = trainer.augment, self._augment_timed
+        self._cuda = trainer.device.type == "cuda"
+        if self._cuda:
+            self._marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self._open, self._start = False, 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        self._seconds = 0.0
+
+    def begin(self) -> None:
+        """Note that a step begins."""
+        self._open, self._start = True, time.perf_counter()
+        if self._cuda:
+            self._marks[0].record()
+
+    def read(self, steps: int) -> float:
+        """Return the seconds of `steps` steps. The last step must be over."""
+        if self._cuda:
+            return steps * float(self._marks[0].elapsed_time(self._marks[1])) / 1000
+        return self._seconds
+
+    def _augment_timed(self, views: Tensor, params: Tensor) -> Tensor:
+        images: Tensor = self._augment(views, params)
+        if self._open:  # of several micro-batches, the first
+            self._open = False
+            self._seconds += time.perf_counter() - self._start
+            if self._cuda:
+                self._marks[1].record()
+        return images
+
+
+def _find_peak(trainer: Trainer) -> float | None:
+    """Return the operations that this process's GPU can do in a second, if that is known."""
+    if trainer.device.type != "cuda":
+        return None
+    name, tf32 = torch.cuda.get_device_name(trainer.device), torch.backends.cudnn.allow_tf32
+    return find_peak(name, trainer.recipe.precision, tf32)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Return the most memory that tensors had on a GPU, or that this process had on a CPU, in GiB.
+
+    It is counted from the start of the process.
+    """
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device)) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

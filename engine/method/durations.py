@@ -1,0 +1,95 @@
+"""Read durations: a number of steps, or a text such as "1 epoch", "0.5 epochs" or "300 steps".
+
+An epoch has floor(samples / batch) steps here, as `epoch` in the log counts it.
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from shards.documents import shown
+from shards.errors import InputError
+
+Duration = Annotated[int | str, tyro.conf.arg(metavar="STEPS|EPOCHS")]
+
+_NUMBER = r"\d{1,30}(?:\.\d{1,30})?|\.\d{1,30}|\d{1,30}/\d{1,30}"
+_TEXT = re.compile(rf"\s*({_NUMBER})\s*(steps?|epochs?)?\s*", re.IGNORECASE | re.ASCII)
+EXAMPLES = "300, '1 epoch' or '0.5 epochs'"
+
+
+@dataclass(frozen=True)
+class Lasting:
+    """The bounds of a duration, as an annotation on a field: at least 0, or more than 0."""
+
+    positive: bool = False
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise InputError naming the field `name` unless `value` is a duration within bounds."""
+        if type(value) is int and value < 0:
+            raise InputError(f"{name} must be at least {int(self.positive)}, not {shown(value)}")
+        try:
+            number, _ = parse(value)
+        except ValueError:
+            given = shown(value)
+            raise InputError(
+                f"{name} takes a number of steps or of epochs, such as {EXAMPLES}, not {given}"
+            ) from None
+        if self.positive and not number:
+            raise InputError(f"{name} must be more than 0, not {shown(value)}")
+
+
+def parse(duration: int | str) -> tuple[Fraction, Literal["step", "epoch"]]:
+    """Return the number and the unit of a duration. Raises ValueError when it is none."""
+    if type(duration) is int and duration >= 0:
+        return Fraction(duration), "step"
+    found = _TEXT.fullmatch(duration) if isinstance(duration, str) else None
+    if found is None:
+        raise ValueError(duration)
+    try:
+        number = Fraction(found[1])
+    except ZeroDivisionError:
+        raise ValueError(duration) from None
+    return number, "epoch" if (found[2] or "").lower().startswith("epoch") else "step"
+
+
+def simplify(config: Any, name: str) -> None:
+    """Give a new config's field the shortest way to write the same duration.
+
+    So two recipes that mean the same are equal, and a duration of zero is always 0. What is no
+    duration stays, because the recipe's check reports it.
+    """
+    try:
+        number, unit = parse(getattr(config, name))
+    except ValueError:
+        return
+    object.__setattr__(config, name, _written(number, unit))
+
+
+def to_steps(duration: int | str, steps_per_epoch: int) -> int | str:
+    """Return the same duration in steps; a part of an epoch may be a fraction, as "7/2 steps"."""
+    number, unit = parse(duration)
+    return _written(number * (steps_per_epoch if unit == "epoch" else 1), "step")
+
+
+def is_due(every: int | str, step: int) -> bool:
+    """Return whether something that happens every so many steps happens after `step`.
+
+    Of every 7/2 steps, these are the steps 4, 7, 11 and 14, so that ends of epochs are hit. 0 never
+    happens. `every` is in steps: see `to_steps`.
+    """
+    number, unit = (every, "step") if isinstance(every, int) else parse(every)
+    if unit != "step":
+        raise ValueError(f"{every} must be turned to steps before")
+    return number > 0 and step % number < 1
+
+
+def _written(number: Fraction, unit: str) -> int | str:
+    if not number or (unit == "step" and number.denominator == 1):
+        return int(number)
+    decimal = repr(float(number))
+    exact = "e" not in decimal and Fraction(decimal) == number
+    text = decimal.removesuffix(".0") if exact else str(number)
+    return f"{text} {unit}" + "s" * (number != 1)

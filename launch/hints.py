@@ -1,0 +1,128 @@
+"""Say which field is meant by an option of another name, such as --lr or --epochs."""
+
+import difflib
+
+from engine.method.adamw import AdamWConfig
+from engine.method.lars import LARSConfig
+from engine.recipe import Recipe
+from shards.fields import flatten
+
+# Names that other programs have, and the fields that do the same here. The first one that the
+# recipe has is proposed. What follows is said too.
+FIELDS: dict[str, tuple[list[str], str]] = {
+    "lr learning-rate base-learning-rate blr": (
+        ["schedule.base-lr"],
+        "it is the peak at batch size 256, and goes in proportion to the batch",
+    ),
+    "epoch max-epochs num-epochs n-epochs": (["schedule.epochs"], ""),
+    "max-steps num-steps iterations iters max-iters": (
+        ["steps"],
+        "it stops this process, and --schedule.epochs is the length of the schedule",
+    ),
+    "batch batch-size bs batchsize global-batch-size b": (
+        ["batch.size"],
+        "it counts the images of all processes together",
+    ),
+    "accumulate accumulation accumulate-grad-batches gradient-accumulation-steps micro-batch": (
+        ["batch.micro"],
+        "it is the number of parts of a batch",
+    ),
+    "init init-from pretrained weights load load-from load-weights start start-from finetune": (
+        ["model.start", "checkpoint.resume"],
+        "",
+    ),
+    "checkpoint ckpt checkpoint-path ckpt-path": (
+        ["checkpoint.resume"],
+        "it starts a new run from another run's state, and the same command continues a run",
+    ),
+    "workers num-workers n-workers j jobs num-threads": (
+        ["threads"],
+        "threads of each process do what worker processes do elsewhere",
+    ),
+    "wd weight-decay decay": (["optimizer.weight-decay"], ""),
+    "beta betas beta1 beta2": (["optimizer.betas"], ""),
+    "optim optimiser opt": (["optimizer"], "a recipe file sets it"),
+    "arch architecture depth backbone encoder network net": (["model.encoder.depth"], ""),
+    "width width-multiplier": (["model.encoder.width"], ""),
+    "proj-dim projection-dim projection-size out-dim dim": (["model.projection"], ""),
+    "hidden-dim hidden-size mlp-dim projection-hidden-size": (["model.hidden"], ""),
+    "output out output-dir out-dir log-dir logdir run-dir save-dir exp-dir rundir dir name": (
+        ["run-url"],
+        "it is the URL of the run's directory",
+    ),
+    "data dataset data-dir data-path root train train-dir images": (
+        ["data.train"],
+        "it is a folder of shards, which launch/pack.py writes",
+    ),
+    "val val-dir valid validation test eval-data val-data": (["data.val"], ""),
+    "amp fp16 half bf16 mixed-precision dtype fp32 autocast": (
+        ["precision"],
+        "it is fp32, bf16 or fp16",
+    ),
+    "image-size img-size imsize crop-size resolution input-size size-crops": (["views.size"], ""),
+    "crop crop-scale min-scale scale": (["views.area"], ""),
+    "tau ema ema-decay ema-momentum momentum moving-average-decay m target-decay": (
+        ["schedule.base-tau"],
+        "it is the target's averaging rate, and that of the optimizer is --optimizer.momentum",
+    ),
+    "warmup-epochs warm-up warmup-steps warmup-iters": (
+        ["schedule.warmup"],
+        "it takes steps, such as 300, or epochs, such as '10 epochs'",
+    ),
+    "schedule.warmup-epochs": (
+        ["schedule.warmup"],
+        "it takes epochs with their unit, such as '10 epochs', because a bare number counts steps",
+    ),
+    "eval-every eval-interval eval-freq val-every evaluate-every": (["probe.every"], ""),
+    "save-every save-interval save-freq checkpoint-every": (["checkpoint.every"], ""),
+    "log-every log-interval print-freq log-freq": (["log.every"], ""),
+    "knn knn-k k": (["probe.neighbours"], ""),
+    "random-seed manual-seed": (["seed"], ""),
+    "strategy ddp fsdp distributed": (["parallel.strategy"], "it is auto, ddp, fsdp or hsdp"),
+    "debug dry-run fast-dev-run": (["debug-step"], ""),
+}
+
+# What is no field at all.
+ADVICE: dict[str, str] = {
+    "resume auto-resume continue resume-from restart": (
+        "the same command continues its run by itself; --checkpoint.resume URL starts a new run "
+        "from another run's state"
+    ),
+    "gpus gpu num-gpus ngpu devices device world-size nproc nproc-per-node local-rank nodes": (
+        "torchrun starts one process for each GPU: torchrun --nproc-per-node=N launch/train.py "
+        "RECIPE"
+    ),
+    "config cfg recipe": "the recipe is the first argument, without an option's name",
+}
+
+
+def hint(option: str, recipe: Recipe) -> str:
+    """Return what an unknown option may have meant, as half a sentence.
+
+    Args:
+        option: The option without its dashes.
+    """
+    name = option.lower().replace("_", "-")
+    known = [field.replace("_", "-") for field in flatten(recipe)] + ["run-url"]
+    for names, text in ADVICE.items():
+        if name in names.split():
+            return text
+    for names, (targets, text) in FIELDS.items():
+        there = [target for target in targets if target in known]
+        if name in names.split() and there:
+            return f"did you mean --{there[0]}?" + f" ({text})" * bool(text)
+    leaves = [field for field in known if field.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = (
+        difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        or leaves[:4]
+        or difflib.get_close_matches(name, known, n=1)
+    )
+    if not near:
+        return "--help lists the fields"
+    return f"did you mean {' or '.join(f'--{one}' for one in near)}?"
+
+
+def fields_of_all_recipes() -> set[str]:
+    """Return the options of the fields that a recipe can have, without dashes."""
+    recipes = (Recipe(optimizer=LARSConfig()), Recipe(optimizer=AdamWConfig()))
+    return {name.replace("_", "-") for recipe in recipes for name in flatten(recipe)} | {"run-url"}

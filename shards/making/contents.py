@@ -1,0 +1,52 @@
+"""Convert image files while they are packed, and count what was done and what is unusable."""
+
+from collections.abc import Iterator
+from threading import Lock
+
+from shards.dimensions import MOST_PIXELS, image_size
+from shards.making.convert import PixelOptions, convert, packed_extension
+from shards.making.left_out import Reasons, leave_out
+from shards.making.pack import Image
+from shards.making.pictures import UnusableError
+
+
+class Contents:
+    """Convert image files, and count what was converted and what cannot be used."""
+
+    def __init__(self, options: PixelOptions) -> None:
+        self._bad: Reasons = {}
+        self._converted: Reasons = {}  # by what was done
+        self._large = (0, "")  # pixels and path of the largest image
+        self._options, self._lock = options, Lock()  # several threads convert
+
+    def convert(self, image: Image, content: bytes) -> tuple[str, bytes]:
+        """Return the extension and the content to pack. What cannot be used stays as it is."""
+        try:
+            extension, content, done = convert(image.path, content, self._options)
+        except UnusableError as error:
+            with self._lock:
+                leave_out(self._bad, str(error), image.path)
+            return packed_extension(image.path, content), content
+        width, height = image_size(content) or (0, 0)
+        with self._lock:
+            self._large = max(self._large, (width * height, image.path))
+            if done:
+                leave_out(self._converted, done, image.path)
+        return extension, content
+
+    def list_conversions(self) -> Iterator[str]:
+        """Yield one line for each thing that was done to images."""
+        for done, some in sorted(self._converted.items()):
+            yield f"converted: {some.number:,} {done}, such as {some.example}"
+
+    def list_faults(self, total: int) -> Iterator[str]:
+        """Yield one line for each fault of the `total` images, and one for too large an image."""
+        for reason, bad in sorted(self._bad.items()):
+            share = f"{bad.number:,} of {total:,} images ({reason})"
+            yield f"cannot be decoded: {share}, such as {bad.example}"
+        pixels, path = self._large
+        if pixels > MOST_PIXELS:
+            yield (
+                f"{path} has {pixels:,} pixels: train with --data.max-pixels {pixels}, or shrink "
+                "it with --max-side"
+            )

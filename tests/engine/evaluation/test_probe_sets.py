@@ -1,0 +1,209 @@
+"""Runs on unlabeled images: what is measured on sets of one's own, and what without any labels."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from engine.evaluation.during_training import ProbeConfig
+from engine.processes.parallel import ParallelConfig
+from engine.recipe import Recipe
+from shards.errors import InputError
+from shards.loader import DataConfig
+from shards.making import synthetic
+from shards.png import encode_png
+from shards.storage import files
+from tests.helpers import tiny
+from tests.helpers.labels import draw_some
+from tests.helpers.ranks import Ranks
+from tests.helpers.training import train
+
+NAMES = ("stripes", "checks")  # of the classes, the first two that are drawn
+
+
+@pytest.fixture(scope="module")
+def unlabeled(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    folder = tmp_path_factory.mktemp("unlabeled") / "train"
+    assert not draw_some(folder, tiny.SAMPLES, lambda _: False).classes
+    return DataConfig(train=str(folder), streams=4)
+
+
+def write_folder(url: str, number: int, classes: tuple[str, ...] = NAMES, seed: int = 1) -> str:
+    """A plain folder of images, with one folder for each class."""
+    images, _ = synthetic.draw(seed, np.arange(8 * number), 32)
+    for i in range(number * len(classes)):
+        label, image = i % len(classes), images[8 * (i // len(classes)) + i % len(classes)]
+        name = f"{i}.png"
+        files.write(files.join(url, classes[label], name), encode_png(image[..., 0]))
+    return url
+
+
+def recipe(data: DataConfig, run: str, probe: ProbeConfig, **changes: Any) -> Recipe:
+    given = dataclasses.replace(probe, every=4, neighbours=3)
+    return tiny.recipe(data, run, probe=given, **({"steps": 4} | changes))
+
+
+def last(run: str) -> dict[str, Any]:
+    lines = files.read(files.join(run, "metrics.jsonl")).splitlines()
+    record: dict[str, Any] = json.loads(lines[-1])
+    return record
+
+
+def test_without_any_labels_the_features_are_measured(
+    unlabeled: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(recipe(unlabeled, str(tmp_path), ProbeConfig(baseline=True)))
+    record, output = last(str(tmp_path)), capsys.readouterr().out
+    assert record["feature_rank"] > 1
+    assert record["feature_std"] > 0
+    assert not {"knn_top1", "online_top1", "head_loss", "evaluation_failed"} & record.keys()
+    (line,) = [line for line in output.splitlines() if "measure no kNN" in line]
+    assert "because data.val is not set: give --probe.train URL" in line
+    assert any(b"views" in path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+
+
+def test_one_unlabeled_set_of_two(
+    unlabeled: DataConfig, tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = dataclasses.replace(tiny_data, val=unlabeled.train)
+    train(recipe(data, str(tmp_path), ProbeConfig()))
+    assert "no kNN, because data.val has no labels" in capsys.readouterr().out
+    record = last(str(tmp_path))
+    assert "knn_top1" not in record
+    assert record["feature_rank"] > 1
+    assert record["head_loss"] > 0
+
+
+def test_folders_are_packed_once(
+    unlabeled: DataConfig, store: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = files.join(store, "run")
+    probe = ProbeConfig(
+        train=write_folder(files.join(store, "a"), 20),
+        val=write_folder(files.join(store, "b"), 10, seed=2),
+    )
+    train(recipe(unlabeled, run, probe))
+    assert capsys.readouterr().out.count("for evaluations") == 2
+    record = last(run)
+    assert 0 <= record["knn_top1"] <= 1
+    assert "online_top1" not in record
+    kept = {name: files.list_names(files.join(run, "probe", name)) for name in ("train", "val")}
+    train(recipe(unlabeled, run, probe, steps=5))
+    assert "for evaluations" not in capsys.readouterr().out
+
+    write_folder(files.join(store, "a"), 21)
+    train(recipe(unlabeled, run, probe, steps=6))
+    assert capsys.readouterr().out.count("for evaluations") == 1
+    (changed,) = files.list_names(files.join(run, "probe", "train"))
+    assert [changed] != kept["train"]
+    assert files.list_names(files.join(run, "probe", "val")) == kept["val"]
+
+
+def measured(config: Recipe) -> None:
+    train(config)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_processes_measure_what_one_does(
+    ranks: Ranks, unlabeled: DataConfig, tmp_path: Path, strategy: Any
+) -> None:
+    probe = ProbeConfig(
+        train=write_folder(f"{tmp_path}/a", 20), val=write_folder(f"{tmp_path}/b", 10, seed=2)
+    )
+    found = []
+    for name, size in (("one", 1), ("two", 2)):
+        config = recipe(unlabeled, f"{tmp_path}/{name}", probe, precision="fp64")
+        config = dataclasses.replace(config, parallel=ParallelConfig(strategy, timeout=60))
+        ranks.run(measured, config, size=size)
+        found.append(last(f"{tmp_path}/{name}"))
+    assert found[0]["knn_top1"] == found[1]["knn_top1"]
+    assert found[0]["feature_rank"] == pytest.approx(found[1]["feature_rank"], rel=1e-6)
+
+
+def test_other_classes_than_the_head_learns(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probe = ProbeConfig(
+        train=write_folder(f"{tmp_path}/a", 20), val=write_folder(f"{tmp_path}/b", 10, seed=2)
+    )
+    train(recipe(tiny_data, f"{tmp_path}/run", probe))
+    assert "probe.val has other classes than data.train: no online_top1" in capsys.readouterr().out
+    record = last(f"{tmp_path}/run")
+    assert "knn_top1" in record
+    assert "online_top1" not in record
+    assert record["head_loss"] > 0
+
+
+def splits(folder: Path) -> ProbeConfig:
+    for name in ("train", "val"):
+        write_folder(f"{folder}/a/{name}", 4)
+    return ProbeConfig(train=f"{folder}/a")
+
+
+def no_folder(folder: Path) -> ProbeConfig:
+    return ProbeConfig(val=f"{folder}/nothing")
+
+
+def flat(folder: Path) -> ProbeConfig:
+    write_folder(f"{folder}/a/x", 4)
+    return ProbeConfig(train=f"{folder}/a/x/{NAMES[0]}")
+
+
+def no_images(folder: Path) -> ProbeConfig:
+    (folder / "a").mkdir()
+    (folder / "a" / "x.txt").write_text("x")
+    return ProbeConfig(train=f"{folder}/a")
+
+
+def other_classes(folder: Path) -> ProbeConfig:
+    return ProbeConfig(
+        train=write_folder(f"{folder}/a", 4), val=write_folder(f"{folder}/b", 4, ("x", "checks"))
+    )
+
+
+def no_labels(folder: Path) -> ProbeConfig:
+    draw_some(folder / "a", 20, lambda _: False)
+    return ProbeConfig(val=f"{folder}/a")
+
+
+def one_folder_too_high(folder: Path) -> ProbeConfig:
+    draw_some(folder / "a" / "train", 20, lambda _: True)
+    return ProbeConfig(train=f"{folder}/a")
+
+
+def deep_pixels(folder: Path) -> ProbeConfig:
+    probe = ProbeConfig(train=write_folder(f"{folder}/a", 4))
+    deep = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(deep).save(folder / "a" / NAMES[0] / "deep.png")
+    return probe
+
+
+FAULTS = {
+    splits: "probe.train {}/a: holds the splits train and val: give the folder of one",
+    no_folder: "probe.val {}/nothing: no such folder",
+    flat: "probe.train {}/a/x/stripes: its images have no labels",
+    no_images: "probe.train {}/a: no images there: .txt files (1)",
+    other_classes: "probe.val has other classes than probe.train (2 and 2, differing in stripes)",
+    no_labels: "probe.val {}/a: has no labels: give a set that has",
+    one_folder_too_high: "probe.train {0}/a: no index.json there; there is one in {0}/a/train",
+    deep_pixels: "probe.train {}/a: 1 of its images, such as stripes/deep.png, have more than 8",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_a_fault_is_one_line(fault: Any, unlabeled: DataConfig, tmp_path: Path) -> None:
+    probe = fault(tmp_path)
+    with pytest.raises(InputError) as caught:
+        train(recipe(unlabeled, f"{tmp_path}/run", probe))
+    assert str(caught.value).startswith(FAULTS[fault].format(tmp_path))
+    assert not Path(f"{tmp_path}/run/checkpoints").exists()
+
+
+def test_classes_of_the_set_that_is_not_given(tiny_data: DataConfig, tmp_path: Path) -> None:
+    probe = ProbeConfig(val=write_folder(f"{tmp_path}/b", 4))
+    with pytest.raises(InputError, match=r"^probe.val has other .* or give --probe.train URL too$"):
+        train(recipe(tiny_data, f"{tmp_path}/run", probe))

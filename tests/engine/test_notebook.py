@@ -1,0 +1,150 @@
+"""Training from Python: the page of the README as it stands there, and what it may not do."""
+
+import contextlib
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engine
+from engine import open_session
+from engine.evaluation.during_training import ProbeConfig
+from engine.method.schedule import ScheduleConfig
+from engine.recipe import Recipe
+from shards.errors import InputError
+from shards.loader import DataConfig
+from shards.making import synthetic
+from tests.helpers import tiny
+from tests.helpers.places import ROOT
+from tests.helpers.training import open_trainer, train
+
+PAGE = (ROOT / "engine" / "README.md").read_text().partition("## From Python")[2]
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.partition("\n## ")[0], re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def recipe(tiny_data: DataConfig, tmp_path: Path) -> Recipe:
+    return tiny.recipe(tiny_data, tmp_path / "run")
+
+
+def test_the_page_works_as_it_stands_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Block after block, on less data than the quickstart draws."""
+    monkeypatch.chdir(tmp_path)
+    for name, samples in (("train", 256), ("val", 64)):
+        synthetic.write(f"data/quickstart/{name}", samples, 32, seed=0)
+    assert len(BLOCKS) >= 4
+    names: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        for block in BLOCKS:
+            exec(block, names)
+            if "session" in names:
+                stack.callback(names["session"].close)
+        session = names["session"]
+        assert session.trainer.step == 10
+        assert capsys.readouterr().out.count("loss") == 10
+        assert names["picture"].dtype == torch.uint8
+        assert (tmp_path / "views.png").exists()
+        assert names["features"].shape == (64, 128)
+        assert names["logits"].shape == (64, 8)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_session_takes_the_steps_of_a_training(recipe: Recipe) -> None:
+    """Bit for bit, and views, images and features in between change nothing."""
+    train(replace(recipe, steps=3))
+    expected = open_trainer(recipe)
+    fresh = replace(recipe, run=f"{recipe.run}-fresh")
+    with open_session(fresh) as session:
+        for _ in range(3):
+            session.views(2)
+            record = session.step()
+            session.features(session.images(8).images)
+        assert (session.trainer.step, record["step"], expected.step) == (3, 3, 3)
+        for name, value in expected.state()["online"].items():
+            assert torch.equal(value, session.trainer.online.state_dict()[name]), name
+    assert not Path(fresh.run).exists()
+
+
+def test_a_run_is_continued_only_when_asked(recipe: Recipe) -> None:
+    train(replace(recipe, steps=4))
+    before = {path: path.read_bytes() for path in Path(recipe.run).rglob("*") if path.is_file()}
+    for continue_run, step in ((False, 0), (True, 4)):
+        with open_session(recipe, continue_run=continue_run) as session:
+            assert session.trainer.step == step
+            session.step()
+    after = {path: path.read_bytes() for path in Path(recipe.run).rglob("*") if path.is_file()}
+    assert before == after
+
+
+def test_features_are_those_of_an_evaluation(recipe: Recipe) -> None:
+    with open_session(recipe) as session:
+        session.step()
+        images = session.images(1000)
+        features = session.features(images.images)
+        probe = session.trainer.probe
+        assert probe is not None
+        expected = probe.extract(probe.val)
+        assert torch.equal(images.ids, expected.ids)
+        torch.testing.assert_close(features, expected.features)
+        top1 = (session.logits(features).argmax(1) == images.labels).float().mean().item()
+        assert top1 == pytest.approx(probe.evaluate()["online_top1"])
+        assert session.trainer.online.training
+        assert len(session.images(5, "train").ids) == 5
+
+
+def test_views_are_those_that_are_trained_on(recipe: Recipe) -> None:
+    with open_session(recipe) as session:
+        picture = session.views(3)
+        assert picture.shape == (3, 2 * 34 + 2, 3 * 34 + 2)
+        assert torch.equal(picture, session.views(3))  # the batch is not used up
+        seen = session._take()
+        session.trainer.train_step(seen)
+        assert session.trainer.step == 1
+        assert not torch.equal(picture, session.views(3))
+        assert session.views(1000).shape[2] == 16 * 34 + 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 32, 32), torch.uint8), ((2, 3, 32, 32), torch.float32)]
+)
+def test_wrong_images_are_told(recipe: Recipe, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    with open_session(recipe) as session, pytest.raises(InputError, match=r"images must be uint8"):
+        session.features(torch.zeros(shape, dtype=dtype))
+
+
+def test_the_end_of_the_schedule_is_told(recipe: Recipe) -> None:
+    short = replace(recipe, schedule=ScheduleConfig(epochs=2 * 16 / tiny.SAMPLES, warmup=0))
+    with open_session(short) as session:
+        session.step()
+        session.step()
+        with pytest.raises(InputError, match="all 2 steps of the schedule are done"):
+            session.step()
+
+
+def test_what_a_recipe_lacks_is_told(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = replace(recipe, data=replace(recipe.data, val=""), probe=ProbeConfig())
+    with open_session(alone) as session, pytest.raises(InputError, match=r"data\.val is not set"):
+        session.images(3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="a session is one process"):
+        open_session(recipe)
+
+
+def test_importing_the_engine_does_no_work() -> None:
+    code = "import sys, engine; assert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_every_name_of_the_engine_is_there() -> None:
+    for name in engine._PLACES:
+        assert getattr(engine, name).__name__ in (name, "load")
+        assert name in dir(engine)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        engine.nothing  # noqa: B018

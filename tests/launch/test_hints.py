@@ -1,0 +1,70 @@
+"""What --lr and other names of other programs mean here."""
+
+import pytest
+
+from launch.command_line import parse_recipe
+from launch.hints import ADVICE, FIELDS, fields_of_all_recipes, hint
+from shards.errors import InputError
+from tests.helpers.places import RECIPES
+
+QUICKSTART = str(RECIPES / "quickstart.py")
+LARS = str(RECIPES / "imagenette.py")
+
+
+def test_every_hint_leads_somewhere() -> None:
+    known = fields_of_all_recipes()
+    assert {"schedule.base-lr", "optimizer.betas", "optimizer.trust-coefficient"} <= known
+    for names, (targets, _) in FIELDS.items():
+        assert [target for target in targets if target in known], names
+        assert not set(names.split()) & known, names
+    named = {target for targets, _ in FIELDS.values() for target in targets}
+    assert named - known <= {"model.start"}
+    words = [name for names in [*FIELDS, *ADVICE] for name in names.split()]
+    assert len(words) == len(set(words))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--lr", "3"], "unknown field --lr: did you mean --schedule.base-lr? (it is the peak"),
+        (["--lr=3"], "unknown field --lr: did you mean --schedule.base-lr?"),
+        (["--learning_rate", "3"], "did you mean --schedule.base-lr?"),
+        (["--epochs", "3"], "did you mean --schedule.epochs?"),
+        (["--batch-size", "3"], "did you mean --batch.size?"),
+        (["--batch_size", "3"], "did you mean --batch.size?"),
+        (["--Batch-Size", "3"], "did you mean --batch.size?"),
+        (["--bs", "3"], "did you mean --batch.size?"),
+        (["--resume"], "the same command continues its run by itself; --checkpoint.resume URL"),
+        (["--num-workers", "3"], "did you mean --threads?"),
+        (["--wd", "3"], "did you mean --optimizer.weight-decay?"),
+        (["--arch", "resnet50"], "did you mean --model.encoder.depth?"),
+        (["--output", "x"], "did you mean --run-url?"),
+        (["--data", "x"], "did you mean --data.train?"),
+        (["--gpus", "8"], "torchrun starts one process for each GPU"),
+        (["--fp16"], "did you mean --precision?"),
+        (["--image-size", "96"], "did you mean --views.size?"),
+        (["--ema", "0.99"], "did you mean --schedule.base-tau?"),
+        (["--momentum", "0.9"], "did you mean --schedule.base-tau? (it is the target's"),
+        (["--schedule.warmup-epochs", "1"], "did you mean --schedule.warmup? (it takes epochs"),
+        (["--every", "3"], "did you mean --probe.every or --checkpoint.every or --log.every?"),
+        (["--probe.evry", "3"], "did you mean --probe.every?"),
+        (["--xyzzy", "3"], "unknown field --xyzzy: --help lists the fields"),
+        (["--probe.every", "1", "epoch"], "a duration is one value, such as '1 epoch' in quotes"),
+    ],
+)
+def test_other_names_are_understood(arguments: list[str], text: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse_recipe([QUICKSTART, *arguments])
+    assert text in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["--init", "--pretrained", "--weights", "--load"])
+def test_weights_to_start_from(name: str) -> None:
+    with pytest.raises(InputError, match=r"did you mean --(model\.start|checkpoint\.resume)\?"):
+        parse_recipe([QUICKSTART, name, "x"])
+
+
+def test_a_field_of_another_recipe_is_not_proposed() -> None:
+    recipe = parse_recipe([LARS])
+    assert "--optimizer.betas?" not in hint("betas", recipe)
+    assert hint("betas", parse_recipe([QUICKSTART])) == "did you mean --optimizer.betas?"
