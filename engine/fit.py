@@ -9,10 +9,12 @@ from engine.measuring import Meter
 from engine.method.precision import slow_on
 from engine.processes.preemption import Preemption
 from engine.processes.world import World
+from engine.report.report import write_at_end
 from engine.state import checkpoint
 from engine.state.saver import Saver
 from engine.trainer import Trainer
 from shards.storage import files
+from shards.storage.commands import quote
 
 
 def fit(trainer: Trainer, preemption: Preemption) -> bool:
@@ -29,7 +31,7 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
     run, first, stop = trainer.run, trainer.step, trainer.last_step
     if trainer.probe is not None:
         trainer.probe.check_val()
-    run.write_recipe()
+    run.write_recipe(trainer.total_steps)
     with run.open_log(first, stop) as log:
         _log_baseline(trainer, log)
         stopping = _train(trainer, preemption, log)
@@ -169,8 +171,10 @@ def _farewell(trainer: Trainer, log: MetricsLog) -> None:
             say(f"  {name:<18} {accuracy:6.1%}")
     if trainer.step:
         say(f"checkpoint    {checkpoint.step_url(run, trainer.step)}")
-    say(f"curves        tensorboard --logdir {run}")
+    say(f"curves        tensorboard --logdir {quote(run)}")
     _tell_best(trainer)
+    if trainer.step == trainer.last_step:  # after a signal there may be no time for it
+        write_at_end(trainer.run.url, trainer.world.main, say)
     if trainer.step < trainer.total_steps:
         option = "" if trainer.recipe.steps is None else " with a larger --steps, or without it,"
         say(f"the same command{option} goes on")

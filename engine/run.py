@@ -18,10 +18,10 @@ from engine.state.checkpoint import Commit
 from engine.state.origin import Origin
 from shards.errors import InputError
 from shards.fields import differences, flatten
-from shards.storage import files, misplaced
+from shards.storage import files, local_files, misplaced
 
 DIGEST = "index_digest"
-_FACTS = {DIGEST, origin.WEIGHTS, origin.BRANCH}  # in recipe.json, beside the fields
+_FACTS = {DIGEST, layout.TOTAL, origin.WEIGHTS, origin.BRANCH}  # in recipe.json, beside the fields
 
 
 class Found(NamedTuple):
@@ -58,9 +58,15 @@ class Run:
         """How the run began. engine/beginning.py completes it before anything is written."""
         self._recipe, self._digest, self._world, self._held = recipe, index_digest, world, held
 
-    def write_recipe(self) -> None:
-        """Write this start's resolved recipe and the digest of its data to RUN/recipe.json."""
-        self._world.on_main(lambda: _write_recipe(self._recipe, self._digest, self.origin))
+    def write_recipe(self, total_steps: int | None = None) -> None:
+        """Write this start's resolved recipe and the digest of its data to RUN/recipe.json.
+
+        `total_steps` is the number of steps of the whole run, for those who read it.
+        """
+        facts = {DIGEST: self._digest} | self.origin.fields()
+        if total_steps is not None:
+            facts[layout.TOTAL] = total_steps
+        self._world.on_main(lambda: _write_recipe(self._recipe, facts))
 
     def artefacts(self, strategy: str) -> Artefacts:
         """Open the store of compiled artefacts, in RUN or in the recipe's `compile_folder`."""
@@ -276,6 +282,8 @@ def _find_parent(
 
 def _without_secrets(recipe: Recipe) -> dict[str, Any]:
     fields = flatten(recipe)
+    for name in ("data.train", "data.val", "probe.train", "probe.val"):
+        fields[name] = local_files.absolute(fields[name])  # an evaluation may start elsewhere
     return {k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
 
 
@@ -330,9 +338,8 @@ def _describe(known: Origin) -> str:
     return "" if point is None else f"step {point.step} of {point.url}"
 
 
-def _write_recipe(recipe: Recipe, index_digest: str, began: Origin) -> None:
-    document = _without_secrets(recipe)
-    document |= {DIGEST: index_digest} | began.fields()
+def _write_recipe(recipe: Recipe, facts: dict[str, Any]) -> None:
+    document = _without_secrets(recipe) | facts
     files.write(files.join(recipe.run, layout.RECIPE), json.dumps(document, indent=1).encode())
 
 

@@ -2,6 +2,8 @@
 
 CHECKPOINT is the URL of a run (its newest checkpoint is used), of one of its checkpoints, or of a
 third-party checkpoint file of a ResNet. For several processes use torchrun launch/evaluate.py ...
+
+The commands `report RUN` and `runs URL` measure nothing. They show what runs have written.
 """
 
 import os
@@ -34,8 +36,10 @@ from engine.evaluation.session import Evaluation, EvaluationDataConfig
 from engine.log.terminal import flush_output
 from engine.processes import world
 from engine.processes.failures import report_failure
+from launch.feature_command import Features
 from launch.help_texts import join_help_lines
 from launch.plain_errors import plain_errors
+from launch.reports import Report, Runs
 from shards.errors import InputError
 from shards.fields import as_flag, check_bounds
 
@@ -153,13 +157,16 @@ def _measure(evaluation: Evaluation, measure: Callable[[], Result | None]) -> No
             evaluation.publish(result)
 
 
-Protocol = Linear | KNN | Finetune | SemiSupervised | Neighbours
+Protocol = Linear | KNN | Finetune | SemiSupervised | Neighbours | Features | Report | Runs
 _PROTOCOLS: dict[str, type[Protocol]] = {
     "linear": Linear,
     "knn": KNN,
     "finetune": Finetune,
     "semi-supervised": SemiSupervised,
     "neighbours": Neighbours,
+    "features": Features,
+    "report": Report,
+    "runs": Runs,
 }
 
 
@@ -200,7 +207,7 @@ def main(arguments: list[str]) -> int:
         world.leave()
     except KeyboardInterrupt:
         if world.rank() == 0:
-            print("interrupted: the same command begins again", file=sys.stderr)
+            print("interrupted: the same command goes on from what is saved", file=sys.stderr)
         return 130
     except Exception as error:
         report_failure(error)

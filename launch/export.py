@@ -18,17 +18,20 @@ if __name__ == "__main__":  # the imports below would fail with a less helpful m
 
 import torch
 import tyro
+from annotated_types import Interval
 
 from engine.encoder import card
+from engine.encoder.classifier import attach, read_head
 from engine.encoder.export import Format
 from engine.encoder.source import EncoderConfig, Source, open_encoder
 from engine.log.terminal import Terminal
 from engine.method.resnet import ResNet
-from engine.processes.world import World
+from engine.processes.world import World, share_of_cores
 from launch.help_texts import join_help_lines
 from launch.plain_errors import plain_errors
 from shards import index as indexes
 from shards.errors import InputError, printable
+from shards.fields import check_range
 from shards.index import Index
 from shards.storage import files
 
@@ -54,6 +57,11 @@ class Export:
     """URL of the folder that is written to."""
     format: tuple[Format, ...] = ("safetensors", "state-dict", "torchscript", "torch-export")
     """Formats that are written. onnx needs pip install 'byol-engine[onnx]'."""
+    head: str = ""
+    """URL of the head.safetensors of a linear evaluation, or of the model.safetensors of a
+    fine-tuning. The classifier is then written, which is the encoder with this head."""
+    threads: Annotated[int | None, Interval(ge=1, le=1024)] = None
+    """Threads of torch. By default they are the cores that the job may use."""
     encoder: Annotated[EncoderConfig, tyro.conf.arg(name="")] = field(default_factory=EncoderConfig)
     data: ExportDataConfig = field(default_factory=ExportDataConfig)
 
@@ -66,13 +74,19 @@ class Export:
             raise InputError("--format needs at least one format")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError("an export is one process: python launch/export.py CHECKPOINT OUT")
+        head = read_head(self.head) if self.head else None
+        torch.set_num_threads(self.threads or share_of_cores())
         alone = World(0, 1, 0, 1, torch.device("cpu"))
         source, encoder = open_encoder(self.checkpoint_url, self.encoder, alone, _terminal.say)
         if not isinstance(encoder, ResNet):
             raise InputError("--network pixels is no encoder: there is nothing to export")
         _terminal.say(source.report)
         images = card.sample_images(source, self._open_val(source), _terminal.say)
-        card.write(source, encoder.eval(), self.format, self.out, images, _terminal.say)
+        classes = head.classes if head else None
+        if head:
+            encoder = attach(encoder, head, source, self.head)
+        say = _terminal.say
+        card.write(source, encoder.eval(), self.format, self.out, images, say, classes)
 
     def _open_val(self, source: Source) -> Index | None:
         if self.data.val:
@@ -94,7 +108,9 @@ def parse(arguments: list[str]) -> Export:
     join_help_lines(Export, arguments)
     try:
         with plain_errors():
-            return tyro.cli(Export, prog="export.py", args=arguments)
+            given = tyro.cli(Export, prog="export.py", args=arguments)
+        check_range("--threads", given.threads, Interval(ge=1, le=1024))
+        return given
     except InputError as error:
         if not arguments or not arguments[0].startswith("-"):
             raise

@@ -16,6 +16,7 @@ from shards.making.contents import Contents
 from shards.making.convert import PixelOptions
 from shards.making.survey import ReadImage, choose_window
 from shards.storage import files
+from shards.storage.commands import quote
 
 MB = 1_000_000
 _SINGULAR = {"samples": "sample", "classes": "class", "shards": "shard"}
@@ -123,7 +124,8 @@ def summarize(name: str, index: Index, note: str) -> None:
     url = files.redact(index.url)
     counts = {"samples": index.samples, "classes": len(index.classes), "shards": len(index.shards)}
     held = ", ".join(f"{n:,} {_SINGULAR[what] if n == 1 else what}" for what, n in counts.items())
-    print(f"{note}{held}, {size:,.1f} MB: {files.join(url, 'index.json')}; use {option} {url}")
+    place = files.join(url, "index.json")
+    print(f"{note}{held}, {size:,.1f} MB: {place}; use {option} {quote(index.url)}")
 
 
 def note(text: str) -> None:

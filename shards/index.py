@@ -21,6 +21,7 @@ from shards.documents import Natural, Sum32, build, shown, without_gc
 from shards.errors import InputError
 from shards.samples import Layout
 from shards.storage import files, misplaced, names
+from shards.storage.commands import spell_program
 from shards.tar import BLOCK
 
 VERSION = 1
@@ -261,8 +262,9 @@ def _hint(url: str, field_name: str) -> str:
     if near:
         return f"there is one in {files.redact(near[0])}: give that folder"
     if any(folder.endswith(".tar") for folder in misplaced.folders_below(url)):
-        return f"index the tars there: python launch/pack.py --index-only {files.redact(url)}"
-    return "pack images with `python launch/pack.py`, or index existing tars with its --index-only"
+        return f"index the tars there: {spell_program('pack.py', '--index-only', url)}"
+    packing = spell_program("pack.py")
+    return f"pack images with `{packing}`, or index existing tars with its --index-only"
 
 
 def check_same_classes(

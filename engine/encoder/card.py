@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.encoder.classifier import Classifier
 from engine.encoder.export import FILES, TOLERANCE, Format, convert, verify, verify_timm
+from engine.encoder.hub import CONFIG, describe_network
+from engine.encoder.preprocessing import transform as transform
 from engine.encoder.source import Source
 from engine.encoder.torchvision_twin import recipe_lines
 from engine.log import journal
@@ -45,16 +48,18 @@ def write(
     out: str,
     images: Tensor,
     say: Callable[[str], None],
+    classes: list[str] | None = None,
 ) -> None:
     """Write the files and then the card to the folder `out`.
 
     Args:
         source: Where the encoder came from.
-        encoder: The encoder in evaluation mode, float32, on the CPU.
+        encoder: The encoder or the classifier in evaluation mode, float32, on the CPU.
         formats: The formats to write.
         out: URL of the folder.
         images: [N, 3, S, S] normalized. Every file is compared with the encoder on them.
         say: Is called with a line about each file.
+        classes: The names of a classifier's classes.
 
     Raises InputError when a file would give other features than the encoder, which is then not
     written, and when the encoder's own features are all zero or not finite.
@@ -66,12 +71,14 @@ def write(
             f"{files.redact(source.url)}: the encoder's features are all zero or not finite: "
             "there is nothing to export"
         )
+    names = {name: _file(name, encoder) for name in dict.fromkeys(formats)}
     # Files that an earlier export left do not belong to the new card.
     once = cache(say)
-    for stale in [CARD, *(FILES[other] for other in sorted(FILES.keys() - set(formats)))]:
+    ours = {CARD, CONFIG, *FILES.values(), *(_classifier(name) for name in FILES.values())}
+    for stale in [CARD, *sorted(ours - {CARD} - set(names.values()))]:
         files.discard_or_empty(files.join(out, stale), out, once)
     written = {}
-    for name in dict.fromkeys(formats):
+    for name, file in names.items():
         content = convert(encoder, source.config, name, source.size)
         difference = verify(content, name, encoder, source.config, images)
         if not difference <= TOLERANCE:  # True for nan as well
@@ -79,9 +86,9 @@ def write(
                 f"--format {name}: its features differ from the checkpoint's by {difference:.1e} "
                 f"of the largest, more than {TOLERANCE:g}: not written; choose another format"
             )
-        url = files.join(out, FILES[name])
+        url = files.join(out, file)
         files.write(url, content)
-        written[FILES[name]] = {
+        written[file] = {
             "format": name,
             "bytes": len(content),
             "sha256": digest(content, 64),
@@ -93,9 +100,30 @@ def write(
         say(f"timm's resnet{source.config.depth} with these weights: equal within {timm:.0e}")
     document = describe(source, encoder, len(images), say)
     document |= {"files": written, "timm_difference": timm}
+    document |= {"classes": classes or []} if isinstance(encoder, Classifier) else {}
+    weights = [names[name] for name in ("safetensors", "state-dict") if name in names]
+    if weights:
+        _write_config(files.join(out, CONFIG), source, encoder, weights[0], classes or [])
     url = files.join(out, CARD)
     files.write(url, json.dumps(document, indent=1).encode())
     say(files.redact(url))
+
+
+def _write_config(
+    url: str, source: Source, encoder: ResNet, weights: str, classes: list[str]
+) -> None:
+    count = encoder.fc.out_features if isinstance(encoder, Classifier) else 0
+    found = describe_network(source, weights, encoder.feature_dim, classes, count)
+    files.write(url, json.dumps(found, indent=1).encode())
+
+
+def _file(name: Format, encoder: ResNet) -> str:
+    """Return the name of a file, which says whether it is of an encoder or of a classifier."""
+    return _classifier(FILES[name]) if isinstance(encoder, Classifier) else FILES[name]
+
+
+def _classifier(file: str) -> str:
+    return file.replace("encoder", "classifier")
 
 
 def describe(
@@ -120,13 +148,17 @@ def describe(
             "size": source.size,
             "resize_shorter_side": round(source.size / source.crop),
             "center_crop": source.size,
+            "crop_fraction": source.crop,
             "interpolation": "bicubic, no antialiasing",
             "exif_orientation": source.rules.exif,
+            "max_pixels": source.rules.max_pixels,
             "scale": 1 / 255,
             "mean": MEAN,
             "std": STD,
         },
-        "build": recipe_lines(config),
+        "build": recipe_lines(
+            config, encoder.fc.out_features if isinstance(encoder, Classifier) else 0
+        ),
         "compared_on_images": compared,
         "recipe": source.fields,
         "metrics": _metrics(source, say),

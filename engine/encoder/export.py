@@ -1,4 +1,4 @@
-"""Convert the encoder to files that other software reads without this package.
+"""Convert an encoder or a classifier to files that other software reads without this package.
 
 The files of weights have torchvision's names. The files of programs are traced from torchvision's
 network (torchvision_twin.py) with these weights. A tracer also stores call stacks. They are
@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from engine.encoder.hub import timm_name
 from engine.encoder.torchvision_twin import stock_resnet
 from engine.method.resnet import ResNet, ResNetConfig
 from shards.errors import InputError
@@ -151,16 +152,14 @@ def verify_timm(
 
     Return None when timm is not installed or has no such network.
     """
-    if config.stem != "imagenet" or config.width != 1 or config.projection_shortcut:
+    if not timm_name(config):
         return None
     try:
         import timm
     except ImportError:
         return None
-    name = f"resnet{config.depth}"
-    if not timm.is_model(name):
-        return None
-    network = timm.create_model(name, num_classes=0)
+    classes = len(state["fc.weight"]) if "fc.weight" in state else 0
+    network = timm.create_model(timm_name(config), num_classes=classes)
     network.load_state_dict(state, strict=True)
     return _difference(encoder(images), network.eval()(images))
 
@@ -181,6 +180,9 @@ def _stock_with(state: dict[str, Tensor], config: ResNetConfig) -> nn.Module:
     """Build the stock network in evaluation mode with these tensors, uncopied, as its weights."""
     with torch.device("meta"):  # so that no weights are drawn
         network: nn.Module = stock_resnet(config)
+        if "fc.weight" in state:
+            classes, features = state["fc.weight"].shape
+            network.fc = nn.Linear(features, classes)
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval()
 

@@ -38,8 +38,11 @@ def stock_resnet(config: ResNetConfig) -> torchvision.models.ResNet:
     return model
 
 
-def recipe_lines(config: ResNetConfig) -> list[str]:
-    """Return lines of Python that build `stock_resnet(config)` as `model`."""
+def recipe_lines(config: ResNetConfig, classes: int = 0) -> list[str]:
+    """Return lines of Python that build `stock_resnet(config)` as `model`.
+
+    With a number of classes the network ends in a classifier.
+    """
     block, blocks, channels = _block(config), list(config.blocks), config.channels
     c1, name = channels[0], block.__name__
     named, resized = config.depth in NAMED, config.width != 1
@@ -67,7 +70,9 @@ def recipe_lines(config: ResNetConfig) -> list[str]:
             f"    torch.nn.Conv2d({c1}, {c1}, 1, bias=False), torch.nn.BatchNorm2d({c1})",
             ")",
         ]
-    lines.append("model.fc = torch.nn.Identity()")
+    features = channels[3] * block.expansion
+    end = f"Linear({features}, {classes})" if classes else "Identity()"
+    lines.append(f"model.fc = torch.nn.{end}")
     return lines
 
 

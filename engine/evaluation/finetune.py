@@ -6,6 +6,7 @@ that is best on held-out training images is chosen, and its accuracy on data.val
 Source: BYOL (arXiv 2006.07733), section 4.2 and appendix C.2.
 """
 
+import json
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from annotated_types import Interval, MinLen
 from numpy.typing import NDArray
-from safetensors.torch import save as save_tensors
 from torch import Generator as RandomNumbers
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from engine.encoder.classifier import save_head
+from engine.encoder.hub import CONFIG, describe_network
 from engine.evaluation.features import Accuracy, forward, measure_accuracy
 from engine.evaluation.results import Result, Row, show_chosen
 from engine.evaluation.session import Evaluation
@@ -33,6 +35,9 @@ from engine.evaluation.supervised import (
     SupervisedConfig,
     check_held_out,
     check_labels,
+    count_epoch,
+    fit_batch,
+    hint_at_edge,
     hold_out,
     list_momenta,
     load_crops,
@@ -83,17 +88,19 @@ def evaluate(evaluation: Evaluation, config: FinetuneConfig, split: Split) -> Re
 
     Return None when a signal stopped the training. Raises InputError when every training diverged.
     """
+    config = fit_batch(config, split.source, evaluation)
     training = Finetuning(evaluation, config, split)
     check_labels(evaluation, *split)
     if not train(training, training.batches, evaluation, config.save_every):
         return None
     if training.scores.max() < 0:
         raise InputError("training diverged with every --lr: give lower ones")
+    rates = [lr for lr, _ in training.choices]
+    hint_at_edge(rates, training.scores.tolist(), evaluation)
     training.take(training.best)
     found = training.measure(evaluation.val)
     if evaluation.world.main:
-        tensors = save_tensors(training.model.tensors())
-        files.write(files.join(evaluation.url, MODEL), tensors)
+        _write(evaluation, training.model)
     table: list[Row] = []
     scores = training.scores.tolist()
     for (lr, epochs), score in zip(training.choices, scores, strict=True):
@@ -102,6 +109,15 @@ def evaluate(evaluation: Evaluation, config: FinetuneConfig, split: Split) -> Re
         table.append(row | show_chosen(found, len(table) == scores.index(max(scores))))
     metrics = {evaluation.name("top1"): found.top1, evaluation.name("top5"): found.top5}
     return Result(metrics, table)
+
+
+def _write(evaluation: Evaluation, model: "Classifier") -> None:
+    """Write the network, and the config by which timm and others build it."""
+    classes, source = evaluation.train.classes, evaluation.source
+    files.write(files.join(evaluation.url, MODEL), save_head(model.tensors(), classes))
+    features = model.encoder.feature_dim
+    config = describe_network(source, MODEL, features, classes, len(classes))
+    files.write(files.join(evaluation.url, CONFIG), json.dumps(config, indent=1).encode())
 
 
 class Classifier(nn.Module):
@@ -153,6 +169,13 @@ class Finetuning:
         self._first = self._copy()
         self.best = self._copy()
         self.scores = torch.full((len(self.choices),), -1.0, dtype=torch.float64)
+
+    def in_hand(self) -> str:
+        """Say which learning rate, epoch and training the next step belongs to."""
+        choice, step = self._place(min(self.step, self.total_steps - 1))
+        lr, epochs = self.choices[choice]
+        epoch = count_epoch(step, self._steps[choice], epochs)
+        return f"lr {lr:g}, {epoch}, training {choice + 1} of {len(self.choices)}"
 
     def train_step(self, batch: Examples) -> Tensor:
         """Update the model once from images [B, 3, S, S].

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Interval
 from numpy.typing import NDArray
-from safetensors.torch import save as save_tensors
 from torch import Generator as RandomNumbers
 from torch import Tensor, nn
 
+from engine.encoder.classifier import name_weights, save_head
 from engine.evaluation.features import Accuracy, Features, measure_accuracy
 from engine.evaluation.results import Result, Row, show_chosen
 from engine.evaluation.session import Evaluation
@@ -30,6 +30,9 @@ from engine.evaluation.supervised import (
     SupervisedConfig,
     check_held_out,
     check_labels,
+    count_epoch,
+    fit_batch,
+    hint_at_edge,
     hold_out,
     list_momenta,
     load_crops,
@@ -69,6 +72,7 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
     held_ids = np.flatnonzero(held(np.arange(index.samples)))
     check_held_out(len(held_ids))
     check_labels(evaluation, index, held, index, held_ids)
+    config = fit_batch(config, index, evaluation)
     if config.fast:
         bank = evaluation.extract(index)
         batches, steps = make_batches(bank, index.samples, config, held)
@@ -88,12 +92,15 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
     aside = evaluation.extract(index, ids=held_ids)
     chosen_on = measure(training.heads, aside, evaluation, "data.train")
     best = max(range(len(config.lr)), key=lambda number: chosen_on[number].top1)
+    hint_at_edge(config.lr, [found.top1 for found in chosen_on], evaluation)
     queries = evaluation.extract(evaluation.val)
     found = measure(training.heads, queries, evaluation, "data.val")[best]
     if evaluation.world.main:
         head = training.heads.each[best]
         tensors = {"fc.weight": head.weight.detach().cpu(), "fc.bias": head.bias.detach().cpu()}
-        files.write(files.join(evaluation.url, HEAD), save_tensors(tensors))
+        learned_on = name_weights(evaluation.source)
+        saved = save_head(tensors, evaluation.train.classes, learned_on)
+        files.write(files.join(evaluation.url, HEAD), saved)
     table: list[Row] = []
     for number, (lr, there) in enumerate(zip(config.lr, chosen_on, strict=True)):
         row: Row = {"lr": f"{lr:g}", "held-out top-1": there.top1}
@@ -136,6 +143,13 @@ class LinearTraining:
         self.heads = Heads(len(config.lr), features, classes, config.seed).to(world.device)
         groups = [{"params": list(head.parameters())} for head in self.heads.each]
         self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=True)
+
+    def in_hand(self) -> str:
+        """Say which learning rates and which epoch the next step belongs to."""
+        rates = sorted({f"{lr:g}": lr for lr in self.config.lr}.items(), key=lambda item: item[1])
+        shown = rates[0][0] + (f" to {rates[-1][0]}" if len(rates) > 1 else "")
+        epoch = count_epoch(self.step, self.total_steps, self.config.epochs)
+        return f"lr {shown}, {epoch}"
 
     def train_step(self, batch: Examples) -> Tensor:
         """Update every head once from features [B, F].

@@ -19,6 +19,7 @@ from shards.errors import printable
 from shards.index import Index
 from shards.png import encode_png
 from shards.storage import files
+from shards.storage.commands import quote
 
 SHEET = "neighbours.png"
 SIDE = 96  # side of an image on the sheet, in pixels
@@ -154,7 +155,7 @@ def _write_projector(evaluation: Evaluation, found: Features) -> None:
         ("projector_config.pbtxt", settings.encode()),
     ):
         files.write(files.join(folder, name), content)
-    evaluation.terminal.say(f"projector  tensorboard --logdir {files.redact(folder)}")
+    evaluation.terminal.say(f"projector  tensorboard --logdir {quote(folder)}")
 
 
 def _bytes(features: Tensor) -> bytes:

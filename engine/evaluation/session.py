@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from annotated_types import Interval
 from numpy.typing import NDArray
-from rich.progress import Progress
 from torch import Tensor
 
 from engine.encoder.source import EncoderConfig, open_encoder
@@ -25,6 +24,7 @@ from engine.evaluation.results import Result, read_result, show
 from engine.log import journal
 from engine.log.curves import name_curve
 from engine.log.events import EventLog
+from engine.log.progress import show_progress
 from engine.log.terminal import Terminal
 from engine.method.precision import slow_on
 from engine.processes.identity import agent_identity
@@ -90,6 +90,7 @@ class Evaluation:
         """
         self.world, self.protocol = world, protocol
         self.terminal = Terminal(world.main)
+        self.terminal.say(f"{protocol}: opening {files.redact(checkpoint_url)}")
         self.threads = threads or share_of_cores()
         self.corrupt = data.corrupt
         files.check(out, "--out")
@@ -179,17 +180,14 @@ class Evaluation:
             )
 
     def _show_progress(self, batches: Iterable[EvalBatch], total: int) -> Iterator[EvalBatch]:
-        """Yield the batches and show a progress bar when there is a terminal.
+        """Yield the batches and show how many images are done.
 
-        The bar assumes that all processes are as fast as this one.
+        All processes are assumed to be as fast as this one.
         """
-        console = self.terminal.console
-        off = not console.is_terminal or console.quiet
-        with Progress(console=console, transient=True, disable=off) as progress:
-            task = progress.add_task("features", total=total)
+        with show_progress(self.terminal, "features", total) as progress:
             for batch in batches:
                 yield batch
-                progress.advance(task, len(batch.ids) * self.world.size)
+                progress.advance(len(batch.ids) * self.world.size)
 
     def name(self, figure: str) -> str:
         """Return a figure's name in the run's metrics, such as linear_top1 or linear_target_top1.

@@ -5,11 +5,10 @@ that was stopped continues with the same command, as a training run does.
 """
 
 import math
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any, NamedTuple, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from engine.evaluation.session import Evaluation
+from engine.log.progress import show_progress
 from engine.method.augment import flip
 from engine.method.schedule import steps_of
 from engine.processes import world as processes
@@ -34,7 +34,8 @@ from shards.views import crop_and_flip
 
 STREAMS = 64  # parallel readers of an epoch; fewer when this does not divide the batch
 GRACE = 25.0  # seconds after a signal within which the state is saved and the process ends
-LINES = 50  # lines of progress that a training prints
+LINES = 50  # The losses are shown so many times.
+BATCH = 1024
 
 LearningRates = Annotated[tuple[float, ...], Interval(ge=1e-12, le=1e9), MinLen(1)]
 
@@ -45,8 +46,9 @@ Held = Callable[[NDArray[np.int64]], NDArray[np.bool_]]  # ids [N] -> [N], True 
 class SupervisedConfig:
     """Options that linear evaluation and fine-tuning share. The defaults are the paper's."""
 
-    batch: Annotated[int, Interval(ge=2, le=2**31)] = 1024  # a batch norm needs two rows
-    """Images in a batch of all processes together."""
+    batch: Annotated[int, Interval(ge=2, le=2**31)] = BATCH  # a batch norm needs two rows
+    """Images in a batch of all processes together. When there are fewer than 1,024 to learn from,
+    the default is all of them."""
     momentum: Annotated[float, Interval(ge=1e-9, le=1)] = 0.9
     """Nesterov momentum of SGD."""
     holdout: Annotated[int, Interval(ge=1, le=2**31)] = 10_000
@@ -64,6 +66,9 @@ class SupervisedConfig:
         return {name: value for name, value in asdict(self).items() if name != "save_every"}
 
 
+_Config = TypeVar("_Config", bound=SupervisedConfig)
+
+
 class Examples(NamedTuple):
     """One process's rows of a batch."""
 
@@ -77,6 +82,10 @@ class Training(Protocol):
 
     step: int
     total_steps: int
+
+    def in_hand(self) -> str:
+        """Say what the next step belongs to: the learning rate and the epoch."""
+        ...
 
     def train_step(self, batch: Examples) -> Tensor:
         """Make one update. Returns this process's share of the losses [H]."""
@@ -98,31 +107,35 @@ def train(training: Training, batches: Batches, evaluation: Evaluation, save_eve
 
     Raises OSError when the state could not be saved, and InputError when the data is at fault.
     """
-    world, url = evaluation.world, evaluation.url
+    world, url, total = evaluation.world, evaluation.url, training.total_steps
     commit = checkpoint.latest(url, world, evaluation.terminal.report)
     if commit is not None:
         state = training.state()
         checkpoint.load(commit, state, world)
         training.step = commit.step
-        evaluation.terminal.say(f"resumed at step {commit.step} of {training.total_steps}")
-    first, begun, stopping = training.step, time.monotonic(), False
-    with Preemption(world, GRACE) as preemption, closing(batches(first)) as data:
-        while training.step < training.total_steps and not stopping:
+        evaluation.terminal.say(f"resumed at step {commit.step} of {total}")
+    first, stopping, shown, loss = training.step, False, "", ""
+    with (
+        Preemption(world, GRACE) as preemption,
+        closing(batches(first)) as data,
+        show_progress(evaluation.terminal, training.in_hand(), total, first) as progress,
+    ):
+        while training.step < total and not stopping:
+            now = training.in_hand()
             losses = training.train_step(next(data))
             if training.step == first + 1:
                 processes.set_timeout(ParallelConfig.timeout, [])
             stopping = preemption.agreed()
-            if training.step % max(1, training.total_steps // LINES) == 0:
+            if training.step == first + 1 or training.step % max(1, total // LINES) == 0:
                 world.all_reduce(losses)
-                speed = (training.step - first) / (time.monotonic() - begun)
-                left = int((training.total_steps - training.step) / speed)
-                evaluation.terminal.say(
-                    f"step {training.step} of {training.total_steps}  loss {losses.min():.4f}  "
-                    f"{left // 60}m{left % 60:02}s left"
-                )
+                loss = f", loss {losses.min():.4f}"
+            if now + loss != shown:
+                shown = now + loss
+                progress.name(shown)
+            progress.advance()
             step, digest = training.step, evaluation.train.digest
             # The last step is saved too, because the measurement that follows may fail.
-            if stopping or step % save_every == 0 or step == training.total_steps:
+            if stopping or step % save_every == 0 or step == total:
                 report = evaluation.terminal.report
                 checkpoint.save(url, step, training.state(), {}, digest, world, report=report)
                 if world.main:
@@ -132,6 +145,42 @@ def train(training: Training, batches: Batches, evaluation: Evaluation, save_eve
             f"stopped after step {training.step} by {preemption.reason}: the same command goes on"
         )
     return not stopping
+
+
+def count_epoch(step: int, steps: int, epochs: float) -> str:
+    """Return which epoch a step from 0 to `steps` is in, such as `epoch 12 of 80`."""
+    return f"epoch {math.floor(step * epochs / steps) + 1} of {epochs:g}"
+
+
+def fit_batch(config: _Config, index: Index, evaluation: Evaluation) -> _Config:
+    """Make the default batch one of all images, when there are fewer.
+
+    With several processes it is smaller, so that it can be shared out to them. All processes call
+    it together, and the result says which batch it was.
+    """
+    size = evaluation.world.size
+    if config.batch != BATCH or index.samples >= BATCH or index.samples < 2 * size:
+        return config
+    parts = 2 ** math.ceil(math.log2(size)) if size <= STREAMS else 1
+    batch = index.samples - index.samples % parts
+    evaluation.settings = evaluation.settings | {"batch": batch}
+    evaluation.terminal.say(f"batch {batch:,}: there are {index.samples:,} images to learn from")
+    return replace(config, batch=batch)
+
+
+def hint_at_edge(rates: Sequence[float], scores: Sequence[float], evaluation: Evaluation) -> None:
+    """Tell the user when the best learning rate is the highest or the lowest that was tried.
+
+    Args:
+        rates: The learning rate of each training.
+        scores: The accuracy of each on held-out images.
+    """
+    best = {rate for rate, score in zip(rates, scores, strict=True) if score == max(scores)}
+    for edge, word in ((max(rates), "higher"), (min(rates), "lower")):
+        if best == {edge} and len(set(rates)) > 1:
+            evaluation.terminal.say(
+                f"the best --lr is the {word[:-2]}est that was tried, {edge:g}: try {word} ones too"
+            )
 
 
 def hold_out(samples: int, wanted: int, seed: int) -> Held:

@@ -33,13 +33,16 @@ _PLAIN = (int, float, str, bool, type(None))
 _NUMBERS = ("epoch", "loss", "lr", "tau", "images_per_second", "knn_top1", "online_top1")
 
 
-def read(run: str) -> list[Record]:
+def read(run: str, tail: int | None = None) -> list[Record]:
     """Read the log of a run, which may still be training: one record for each step, in order.
 
     The list is empty when there is no log. When a step was written twice, the later values count.
     Lines that are not records, such as half-written ones, are left out. Raises OSError.
+
+    Args:
+        tail: Read only about so many bytes at the end of metrics.jsonl, which must have more.
     """
-    content, parts = _contents(run)
+    content, parts = _contents(run, tail)
     return _merged([content, *parts.values()])
 
 
@@ -252,14 +255,15 @@ def _line(record: Record) -> bytes:
     return (json.dumps(record) + "\n").encode()
 
 
-def _contents(run: str) -> tuple[bytes, dict[str, bytes]]:
+def _contents(run: str, tail: int | None = None) -> tuple[bytes, dict[str, bytes]]:
     """Return the content of metrics.jsonl, and those of the parts by name.
 
     The content of a file that does not exist is empty.
     """
     parts = _read_parts(run, _parts(run))
     # metrics.jsonl is read last: if a part was removed meanwhile, its lines are in metrics.jsonl.
-    return _read_if_there(files.join(run, JSONL)), parts
+    url = files.join(run, JSONL)
+    return _read_if_there(url) if tail is None else _read_end(url, tail), parts
 
 
 def _parts(run: str) -> list[str]:
@@ -279,6 +283,12 @@ def _read_if_there(url: str) -> bytes:
         return files.read(url)
     except FileNotFoundError:
         return b""
+
+
+def _read_end(url: str, tail: int) -> bytes:
+    """Read about the last `tail` bytes of a file that only grows, and then whole lines alone."""
+    size = files.size(url)
+    return files.read(url, max(0, size - tail), size).partition(b"\n")[2]
 
 
 def _merged(contents: list[bytes]) -> list[Record]:

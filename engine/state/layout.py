@@ -8,6 +8,7 @@ RUN/metrics.jsonl, RUN/metrics/       the log, line by line (log/journal.py)
 RUN/events.out.tfevents.*             tensorboard's files (log/events.py)
 RUN/evaluations/                      results of launch/evaluate.py (evaluation/session.py)
 RUN/probe/                            packed folders of images (evaluation/probe_sets.py)
+RUN/report.html                       what a browser shows of the run (engine/report)
 RUN/debug_step/                       exists while --debug-step runs
 RUN/replay/step_00000100/             what --replay found of a step (replay/report.py)
 """
@@ -25,6 +26,9 @@ CHECKPOINTS = "checkpoints"
 LEASE = "lease"
 COMPILE = "compile"
 EVALUATIONS = "evaluations"
+REPORT = "report.html"
+
+TOTAL = "total_steps"  # the key of recipe.json for the number of steps of the whole run
 DEBUG_STEP = "debug_step"
 REPLAY = "replay"
 PROBE = "probe"

@@ -21,7 +21,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from annotated_types import Interval, MaxLen
 
@@ -30,6 +30,7 @@ from engine.state.layout import LEASE
 from shards.documents import Natural, build, parse_json
 from shards.errors import InputError
 from shards.storage import files
+from shards.storage.entries import list_entries
 
 PERIOD = 10.0  # seconds between two beats
 LONGEST_PERIOD = 3600.0  # seconds; a file with a longer period counts as damaged
@@ -195,6 +196,28 @@ def acquire(run: str, agents: Sequence[str], period: float, report: Callable[[st
             if number < record.number and not files.discard(_url(run, number), run, report):
                 break
     return lease
+
+
+class Sight(NamedTuple):
+    """What somebody who does not train sees of the job that holds or held a run."""
+
+    host: str
+    released: bool
+    dead: bool  # whether it is known to have ended, which only its own machine can tell
+    silent: float | None  # seconds since its last beat, by the clocks of the store and of here
+    period: float  # seconds between two beats
+
+
+def look(run: str) -> Sight | None:
+    """Look who holds the run, without waiting. It is None when nobody ever has. Raises OSError."""
+    newest = _newest(run)
+    if newest is None:
+        return None
+    name = f"{newest.number:08d}.json"
+    there = list_entries(files.join(run, LEASE))
+    beaten = next((entry.modified for entry in there if entry.name == name), None)
+    silent = None if beaten is None else max(0.0, time.time() - beaten)
+    return Sight(newest.host, newest.released, newest.is_dead(), silent, newest.period)
 
 
 def is_free(run: str) -> bool:

@@ -1,5 +1,6 @@
 """Find the images, classes and splits in a folder, and say what is left out and why."""
 
+import contextlib
 import os
 import re
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from shards.errors import InputError
 from shards.making.left_out import Reasons, explain, leave_out
 from shards.making.pack import Image, ImageSet
 from shards.storage import files, local_files, misplaced
+from shards.storage.commands import spell_program
 from shards.tar import is_tar
 
 EXTENSIONS = (
@@ -52,6 +54,63 @@ def find_images(source: str, *, follow_links: bool = False) -> Found:
     neither, when several splits stand among other folders, and
     when two folders are the same split.
     """
+    found, left_out, empty, tars = _list_images(source, follow_links, "SOURCE")
+    if not found:
+        return Found([], left_out, [])
+    place = files.redact(source)
+    splits = _find_splits(found, place)
+    # An empty folder counts as if there were a file in it.
+    paths = [*(path for path, _ in found), *(f"{path}/." for path in empty)]
+    if not splits:
+        sets = [_image_set("", "", found, _class_names(paths, ""))]
+        return Found(sets, left_out, _doubts(sets[0].classes, sets, tars))
+    classes = sorted({name for folder in splits for name in _class_names(paths, folder)})
+    sets = [_image_set(name, folder, found, classes) for folder, name in splits.items()]
+    for path, _ in found:
+        if path.split("/", 1)[0] not in splits:
+            leave_out(left_out, f"images outside of {', '.join(splits)}", path)
+    return Found(sets, left_out, _doubts(classes, sets, tars))
+
+
+def find_all_images(source: str, name: str, *, follow_links: bool = False) -> Found:
+    """Find all images in a folder and below it, as one data set.
+
+    The first folder names the class, or the second one where the first folders are splits.
+
+    Args:
+        name: The name of the argument that gave the folder, for messages.
+
+    Raises InputError when there are no images.
+    """
+    found, left_out, _, tars = _list_images(source, follow_links, name)
+    place = files.redact(source)
+    if not found:
+        raise InputError(
+            f"{name} {place}: holds tars, such as {min(tars)}: index them first, by "
+            f"`{spell_program('pack.py', '--index-only', source)}`"
+        )
+    splits: dict[str, str] = {}
+    with contextlib.suppress(InputError):  # Here, splits may stand among other folders.
+        splits = _find_splits(found, place)
+    names = []
+    for path, _ in found:
+        top = path.partition("/")[0]
+        names.append(_class_name(path, top if top in splits else "") or "")
+    classes = sorted(set(names) - {""})
+    labels = {known: i for i, known in enumerate(classes)} | {"": -1}
+    images = [
+        Image(path, size, labels[own]) for (path, size), own in zip(found, names, strict=True)
+    ]
+    return Found([ImageSet("", images, classes)], left_out, [])
+
+
+def _list_images(
+    source: str, follow_links: bool, name: str
+) -> tuple[list[tuple[str, int]], Reasons, list[str], list[str]]:
+    """List a folder: the images with their sizes, what is left out, empty folders, and tars.
+
+    Raises InputError when there is neither an image nor a tar.
+    """
     found: list[tuple[str, int]] = []
     left_out: Reasons = {}
     empty: list[str] = []
@@ -75,24 +134,11 @@ def find_images(source: str, *, follow_links: bool = False) -> Found:
     place = files.redact(source)
     if not found and not files.exists(source):
         hint = PATTERN_HINT if set(source) & set("*?") else ""
-        raise InputError(f"SOURCE {place}: no such folder{hint}")
-    if not found:
-        if tars:
-            return Found([], left_out, [])
-        raise InputError(f"SOURCE {place}: no images there{_hint(source, left_out)}")
+        raise InputError(f"{name} {place}: no such folder{hint}")
+    if not found and not tars:
+        raise InputError(f"{name} {place}: no images there{_hint(source, left_out)}")
     found.sort()
-    splits = _find_splits(found, place)
-    # An empty folder counts as if there were a file in it.
-    paths = [*(path for path, _ in found), *(f"{path}/." for path in empty)]
-    if not splits:
-        sets = [_image_set("", "", found, _class_names(paths, ""))]
-        return Found(sets, left_out, _doubts(sets[0].classes, sets, tars))
-    classes = sorted({name for folder in splits for name in _class_names(paths, folder)})
-    sets = [_image_set(name, folder, found, classes) for folder, name in splits.items()]
-    for path, _ in found:
-        if path.split("/", 1)[0] not in splits:
-            leave_out(left_out, f"images outside of {', '.join(splits)}", path)
-    return Found(sets, left_out, _doubts(classes, sets, tars))
+    return found, left_out, empty, tars
 
 
 def is_junk(path: str) -> bool:

@@ -24,6 +24,15 @@ def is_local(url: str) -> bool:
     return "://" not in url or url.startswith(("file://", "local://"))
 
 
+def absolute(url: str) -> str:
+    """Return a URL that names the same place from any folder. An empty one stays empty."""
+    if not url or "://" in url:
+        return url
+    path = os.path.join(os.getcwd(), os.path.expanduser(url))
+    # Behind a link, what `..` leads to cannot be told from the path alone.
+    return path if ".." in path.split("/") else os.path.normpath(path)
+
+
 @contextlib.contextmanager
 def new_file(path: str) -> Iterator[tuple[BinaryIO, str]]:
     """Yield a new file beside `path`, and its name, which is unique to this call.

@@ -314,7 +314,7 @@ def test_on_a_bucket(run: str, s3: str, tmp_path: Path, tiny_data: DataConfig) -
     assert b"linear_top1" in files.read(f"{s3}/run/metrics.jsonl")
     formats = ["--format", "safetensors", "torchscript"]
     assert export.main([f"{s3}/run", f"{s3}/export", *formats, *data[2:4]]) == 0
-    exported = ["card.json", "encoder.safetensors", "encoder.ts"]
+    exported = ["card.json", "config.json", "encoder.safetensors", "encoder.ts"]
     assert files.list_names(f"{s3}/export") == exported
     knn = ["--size", "32", "--k", "5", *data, "--out", f"{s3}/of_file"]
     assert evaluate.main(["knn", f"{s3}/export/encoder.safetensors", *knn]) == 0

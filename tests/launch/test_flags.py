@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from engine.recipe import load
-from launch import evaluate, export, pack
+from launch import evaluate, export, pack, reports
 from launch.benchmarks.checkpoint import bench_checkpoint
 from launch.benchmarks.input import bench_input
 from launch.benchmarks.order import bench_order
 from launch.benchmarks.plan import bench_plan
 from launch.benchmarks.step import bench_step
+from launch.feature_command import Features
 from tests.helpers.command_help import field_texts, options, parameter_texts, squeeze
 from tests.helpers.places import GOLDEN, ROOT
 
@@ -22,6 +23,9 @@ PROTOCOLS = {
     "finetune": evaluate.Finetune,
     "semi-supervised": evaluate.SemiSupervised,
     "neighbours": evaluate.Neighbours,
+    "features": Features,
+    "report": reports.Report,
+    "runs": reports.Runs,
 }
 BENCHES: dict[str, Callable[..., object]] = {
     "input": bench_input,

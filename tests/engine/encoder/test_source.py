@@ -1,6 +1,8 @@
 """An encoder from a run: sharded or not, the newest or a given one, while others are removed."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from engine.processes.world import World
 from engine.recipe import Recipe
 from engine.state import checkpoint
 from engine.state.checkpoint import CheckpointConfig
+from launch import evaluate
 from shards.decode import PixelRules
 from shards.errors import InputError
 from shards.loader import DataConfig
@@ -141,3 +144,22 @@ def test_a_recipe_of_another_time(
     monkeypatch.setattr(encoder_source, "_find", older)
     with pytest.raises(InputError, match=message):
         open_encoder(run, EncoderConfig(), ALONE, ignore)
+
+
+def test_a_run_of_relative_paths_is_evaluated_from_elsewhere(
+    tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its recipe.json has absolute ones, and the run goes on with the same command."""
+    place = tmp_path / "work here"
+    place.mkdir()
+    shutil.copytree(Path(tiny_data.train).parent, place / "data")
+    monkeypatch.chdir(place)
+    data = dataclasses.replace(tiny_data, train="data/train", val="./data/val")
+    assert train(tiny.recipe(data, "run", steps=1, probe=tiny.NO_PROBE))
+    recipe = json.loads(Path("run/recipe.json").read_text())
+    assert recipe["data.train"] == f"{place}/data/train"
+    assert recipe["data.val"] == f"{place}/data/val"
+    assert train(tiny.recipe(data, "run", steps=2, probe=tiny.NO_PROBE))
+    monkeypatch.chdir("/")
+    knn = ["knn", f"{place}/run", "--k", "5", "--threads", "1"]
+    assert evaluate.main(knn) == 0

@@ -1,0 +1,110 @@
+"""An encoder with the linear classifier that an evaluation learned on its features."""
+
+import json
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from engine.encoder.foreign_files import read_tensors
+from engine.encoder.source import Source
+from engine.method.resnet import ResNet, ResNetConfig
+from shards.documents import check, parse_json
+from shards.errors import InputError
+from shards.storage import files
+
+WEIGHT, BIAS = "fc.weight", "fc.bias"  # torchvision's names
+
+
+class Classifier(ResNet):
+    """An encoder and a linear classifier: [N, 3, H, W] -> [N, C]. Its names are torchvision's."""
+
+    def __init__(self, config: ResNetConfig, classes: int) -> None:
+        super().__init__(config, views=1)
+        self.fc = nn.Linear(self.feature_dim, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(super().forward(x))
+        return logits
+
+
+class Head(NamedTuple):
+    """A linear classifier that was read from a file."""
+
+    weight: Tensor  # [C, F]
+    bias: Tensor  # [C]
+    classes: list[str]  # the names of the C classes; empty where the file has none
+    learned_on: str  # the name of the encoder's weights; "" where the file does not say
+
+
+def name_weights(source: Source) -> str:
+    """Return the name of an encoder's weights, such as `online 0123456789abcdef`."""
+    return f"{source.network} {source.digest}"
+
+
+def save_head(tensors: dict[str, Tensor], classes: list[str], learned_on: str = "") -> bytes:
+    """Return the content of a safetensors file with these tensors and the names of the classes.
+
+    Args:
+        learned_on: The name of the weights of the encoder, which stayed as they were.
+    """
+    facts = {"format": "pt", "classes": json.dumps(classes)}
+    return save(tensors, facts | ({"learned_on": learned_on} if learned_on else {}))
+
+
+def read_head(url: str) -> Head:
+    """Read a linear classifier. Raises InputError when the file has none or is damaged."""
+    place = f"--head {files.redact(url)}"
+    files.check(url, "--head")
+    try:
+        tensors = read_tensors(url)
+        weight, bias = tensors[WEIGHT], tensors[BIAS]
+        facts = _read_metadata(files.read(url))
+        names = facts.get("classes", "[]")
+        classes: list[str] = check(list[str], parse_json(names.encode()), "classes")
+    except KeyError as missing:
+        raise InputError(
+            f"{place}: has no {missing.args[0]}: give the head.safetensors of a linear evaluation, "
+            "or the model.safetensors of a fine-tuning"
+        ) from None
+    except InputError as error:
+        raise InputError(f"--head {error}") from None
+    except ValueError as error:
+        raise InputError(f"{place}: is damaged: {error}") from None
+    if weight.ndim != 2 or bias.shape != weight.shape[:1] or len(classes) not in (0, len(weight)):
+        raise InputError(f"{place}: is damaged: its weight, bias and classes do not fit together")
+    return Head(weight.float(), bias.float(), classes, facts.get("learned_on", ""))
+
+
+def attach(encoder: ResNet, head: Head, source: Source, url: str) -> Classifier:
+    """Return the encoder with the classifier on top. `url` is the classifier's, for messages.
+
+    Raises InputError when the classifier was learned on other weights or on other features.
+    """
+    place = f"--head {files.redact(url)}"
+    if head.weight.shape[1] != encoder.feature_dim:
+        raise InputError(
+            f"{place}: takes {head.weight.shape[1]:,} features, and the encoder has "
+            f"{encoder.feature_dim:,}: give the head of this encoder"
+        )
+    if head.learned_on not in ("", name_weights(source)):
+        raise InputError(
+            f"{place}: was learned on other weights ({head.learned_on}) than those of "
+            f"{files.redact(source.url)} ({name_weights(source)}): give their --checkpoint and "
+            "--network"
+        )
+    with torch.device("meta"):
+        made = Classifier(source.config, len(head.weight))
+    state = encoder.state_dict() | {WEIGHT: head.weight, BIAS: head.bias}
+    made.load_state_dict(state, strict=True, assign=True)
+    return made.eval()
+
+
+def _read_metadata(content: bytes) -> dict[str, str]:
+    """Return the texts in the header of a safetensors file. They are empty for other files."""
+    if content[8:9] != b"{":
+        return {}
+    header: Any = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    found = header.get("__metadata__", {})
+    return {str(name): str(value) for name, value in found.items()}

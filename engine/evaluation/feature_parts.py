@@ -1,0 +1,222 @@
+"""Keep the parts of features that are being written, and join them in the end.
+
+Each part has a record of its rows, which is written after it. So a call that was stopped goes on
+with the parts that are missing. An index, which is written last, describes the whole.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from numpy.typing import NDArray
+
+from engine.evaluation import feature_files
+from engine.evaluation.feature_files import Format, Header, Part, Rows, as_text
+from shards.documents import Natural, build
+from shards.errors import InputError
+from shards.fields import differences
+from shards.storage import files, misplaced
+
+INDEX = "features.json"
+_PARTS = re.compile(r"features-[0-9]{5,}\.[a-z]+")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where features are written."""
+
+    url: str
+    format: Format
+    single: bool  # True for one file at `url`, False for a folder of parts
+
+    @property
+    def work(self) -> str:
+        """The folder of what is unfinished."""
+        return f"{self.url}.parts" if self.single else files.join(self.url, ".parts")
+
+    @property
+    def index(self) -> str:
+        """The JSON file that describes the features."""
+        if self.single:
+            return f"{self.url.rpartition('.')[0]}.json"
+        return files.join(self.url, INDEX)
+
+    @property
+    def part_folder(self) -> str:
+        """The folder of the parts' features."""
+        return self.work if self.single else self.url
+
+    def part(self, number: int) -> str:
+        """The name of the file of a part's features."""
+        return f"features-{number:05d}.{'npy' if self.single else self.format}"
+
+    def record(self, number: int) -> str:
+        """The name of a part's record."""
+        return f"features-{number:05d}.json"
+
+
+def choose_output(url: str, format: Format | None) -> Output:
+    """Return where features go: to one file when OUT ends in a format, or else to a folder.
+
+    Raises InputError when OUT is empty, and when it and the format contradict each other.
+    """
+    files.check(url, "OUT")
+    name = misplaced.last_name(url)
+    stem, _, suffix = name.rpartition(".")
+    if not name.strip() or url.strip() in (".", ".."):
+        raise InputError("OUT must be the URL of a folder, or of a file such as out.npz")
+    named = next((one for one in feature_files.FORMATS if stem and one == suffix.lower()), None)
+    if named and format not in (None, named):
+        raise InputError(f"OUT {files.redact(url)} and --format {format} differ: leave one out")
+    chosen = named or format or "npz"
+    feature_files.check_format(chosen)
+    return Output(url.rstrip("/"), chosen, single=named is not None)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An image that was left out."""
+
+    id: Natural
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a part that was written."""
+
+    files: dict[str, Natural]  # their lengths in bytes
+    ids: list[Natural]
+    labels: list[int]
+    names: list[str]
+    left_out: list[Fault]
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.ids, self.labels, self.names)
+
+
+class Parts:
+    """The parts of one output."""
+
+    def __init__(
+        self, output: Output, settings: dict[str, Any], header: Header, count: int
+    ) -> None:
+        """Describe the parts, `count` of them. `settings` is all that decides the features."""
+        self.output, self.header, self.numbers = output, header, range(count)
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+
+    def claim(self) -> bool:
+        """Claim OUT for these features. Return False when it already holds all of them.
+
+        Raises InputError when it holds something else.
+        """
+        output = self.output
+        work = files.join(output.work, INDEX)
+        for url in (output.index, work):
+            try:
+                there = files.read_json(url)
+            except FileNotFoundError:
+                continue
+            except ValueError:
+                there = None
+            known = there.get("settings") if isinstance(there, dict) else None
+            if known != self.settings:
+                listed = ["no features"]
+                if isinstance(known, dict):
+                    listed = differences(known, self.settings)
+                raise InputError(
+                    f"OUT {files.redact(output.url)}: holds something else ({'; '.join(listed)}): "
+                    "choose another OUT, or remove what is there"
+                )
+            return url == work
+        for url in self._others():
+            raise InputError(
+                f"OUT {files.redact(url)}: is there already: choose another OUT, or remove it"
+            )
+        files.write(work, json.dumps({"settings": self.settings}).encode())
+        return True
+
+    def _others(self) -> list[str]:
+        """List what is there that would be overwritten, although it is not of these features."""
+        output = self.output
+        if output.single:
+            names = [output.url, feature_files.names_url(output.url)]
+            return [url for url in names if files.exists(url)]
+        found = filter(_PARTS.fullmatch, files.list_names(output.url))
+        return [files.join(output.url, name) for name in found]
+
+    def find_done(self) -> list[int]:
+        """Find the parts that an earlier call wrote."""
+        there = set(files.list_names(self.output.work))
+        known = [number for number in self.numbers if self.output.record(number) in there]
+        return [number for number in known if self.read(number) is not None]
+
+    def read(self, number: int) -> Record | None:
+        """Read a part's record. Return None when it or one of its files is missing or damaged."""
+        folder = self.output.part_folder
+        try:
+            url = files.join(self.output.work, self.output.record(number))
+            record = build(Record, files.read_json(url))
+            sizes = {name: files.size(files.join(folder, name)) for name in record.files}
+        except (FileNotFoundError, ValueError, InputError):
+            return None
+        return record if sizes == record.files else None
+
+    def write(self, number: int, rows: Rows, features: NDArray[Any], left_out: list[Fault]) -> None:
+        """Write a part and then its record."""
+        output = self.output
+        url = files.join(output.part_folder, output.part(number))
+        part = Part(rows, lambda: features)
+        if output.single:  # The names stand in the record.
+            names = feature_files.write_npy(url, self.header, [part])
+        else:
+            names = feature_files.write_features(url, output.format, self.header, [part])
+        sizes = {name: files.size(files.join(output.part_folder, name)) for name in names}
+        record = asdict(Record(sizes, *rows, left_out))
+        place = files.join(output.work, output.record(number))
+        files.write(place, json.dumps(record).encode())
+
+    def finish(self, facts: dict[str, Any], report: Callable[[str], None]) -> list[Fault]:
+        """Join the parts where one file is wanted, and write the index. Return what is left out.
+
+        Args:
+            facts: What the index says besides.
+            report: Takes a message when a store refuses to remove what is not needed any more.
+        """
+        output, left_out = self.output, list[Fault]()
+        counts: dict[str, int] = {}
+        parts: list[Part] = []
+        for number in self.numbers:
+            record = self.read(number)
+            if record is None:
+                place = files.redact(files.join(output.part_folder, output.part(number)))
+                raise InputError(f"OUT {place}: is gone or was changed: run the command again")
+            left_out += record.left_out
+            counts |= dict.fromkeys(record.files, len(record.ids))
+            if output.single:
+                url = files.join(output.part_folder, output.part(number))
+                parts.append(Part(record.rows, partial(feature_files.read_npy, url)))
+        rows = sum(count for name, count in counts.items() if not name.endswith(".csv"))
+        if not rows:
+            raise InputError("no image of DATA can be decoded: repair them")
+        if output.single:
+            names = feature_files.write_features(output.url, output.format, self.header, parts)
+            counts = dict.fromkeys(names, rows)
+        document = {
+            "rows": rows,
+            "shape": list(self.header.shape),
+            "classes": [as_text(name) for name in self.header.classes],
+            "files": [{"name": name, "rows": count} for name, count in sorted(counts.items())],
+            "left_out": [asdict(fault) for fault in left_out],
+            **facts,
+            "settings": self.settings,
+        }
+        files.write(output.index, json.dumps(document, indent=1).encode())
+        place = misplaced.folder_of(output.url) if output.single else output.url
+        files.discard(output.work, place, report)
+        return left_out

@@ -1,0 +1,204 @@
+"""Collect what a run has written about itself. All of it may be a stranger's, or be damaged."""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from engine.log import journal
+from engine.log.journal import Record
+from engine.report.thinning import Values
+from engine.report.views import find_views
+from engine.state import layout
+from shards.documents import build, parse_json
+from shards.errors import InputError
+from shards.storage import files
+from shards.storage.entries import Entry, list_entries
+
+RESULT, SHEET = "result.json", "neighbours.png"
+BRANCHED = "branched_from"  # key of recipe.json for the checkpoint that a run began from
+NOT_FIELDS = {
+    "index_digest",
+    layout.TOTAL,
+    BRANCHED,
+}  # keys of recipe.json that are no fields of a recipe
+MOST_EVALUATIONS = 100
+_SMALLEST, _LARGEST = 1e-99, 1e99  # of the numbers that a chart can show
+MOST_BYTES = 20_000_000  # of a result or of a sheet
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class EvaluationFacts:
+    """One result of launch/evaluate.py. The field `place` is its folder below RUN/evaluations."""
+
+    metrics: dict[str, float]
+    protocol: str = ""
+    network: str = ""
+    step: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    place: str = ""
+
+
+@dataclass
+class RunFacts:
+    """What one run says of itself."""
+
+    url: str
+    recipe: dict[str, Any] = field(default_factory=dict)  # all of recipe.json, by dotted names
+    records: list[Record] = field(default_factory=list)
+    evaluations: list[EvaluationFacts] = field(default_factory=list)
+    views: tuple[int, bytes] | None = None  # the newest picture of the views, and its step
+    sheet: tuple[str, bytes] | None = None  # the newest sheet of neighbors, and its place
+    faults: list[str] = field(default_factory=list)  # what could not be read, and why
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Return the recipe's fields, without what else recipe.json has."""
+        return {key: value for key, value in self.recipe.items() if key not in NOT_FIELDS}
+
+    @property
+    def total_steps(self) -> int | None:
+        """Return the number of steps of the whole run. It is None when nobody has noted it."""
+        total = self.recipe.get(layout.TOTAL)
+        return total if type(total) is int and total >= 0 else None
+
+    def last(self, key: str) -> Any:
+        """Return the newest value of a key, or None."""
+        values = (record.get(key) for record in reversed(self.records))
+        return next((value for value in values if value is not None), None)
+
+    def numbers(self, key: str) -> tuple[Values, Values]:
+        """Return the steps [N] that have a value of `key`, and the values [N].
+
+        A value that is not finite is NaN. So is null where the key is `loss`, because that is how
+        a step with no finite loss is logged.
+        """
+        found = [
+            (record["step"], as_number(record[key]))
+            for record in self.records
+            if key in record and (record[key] is not None or key == "loss")
+        ]
+        pairs = [pair for pair in found if pair[1] is not None]
+        steps, values = (
+            np.array([p[0] for p in pairs], float),
+            np.array([p[1] for p in pairs], float),
+        )
+        return steps, np.where(np.isfinite(values), values, np.nan)
+
+
+def as_number(value: object) -> float | None:
+    """Return a logged value as a number: NaN for null, and None for a text."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return math.inf
+    return number if _SMALLEST <= abs(number) <= _LARGEST else 0.0 if abs(number) < 1 else math.inf
+
+
+def collect(url: str, name: str = "RUN", pictures: bool = True) -> RunFacts:
+    """Read what a run has written. What cannot be read is a fault, unless nothing can be.
+
+    Args:
+        name: What the user gave the URL for, for messages.
+        pictures: Whether the picture of the views is needed.
+
+    Raises InputError when there is no run at the URL, and OSError when it cannot be read at all.
+    """
+    files.check(url, name)
+    run = RunFacts(url.rstrip("/") or url)
+    names = {entry.name for entry in list_entries(url)}
+    if layout.RECIPE in names:
+        run.recipe = _read_recipe(run)
+    elif not names & {layout.JSONL, layout.PARTS}:
+        near = f": is there a run below it? launch/evaluate.py runs {files.redact(url)} tells"
+        raise InputError(
+            f"{name} {files.redact(url)}: is no run, because it has neither {layout.RECIPE} nor "
+            f"{layout.JSONL}" + (near if names else ": give the URL of a run")
+        )
+    else:
+        run.faults.append(f"{layout.RECIPE} is missing")
+    run.records = _attempt(run, layout.JSONL, lambda: journal.read(run.url)) or []
+    if layout.EVALUATIONS in names:
+        _attempt(run, layout.EVALUATIONS, lambda: _read_evaluations(run))
+    if pictures:
+        run.views = _attempt(run, "the picture of the views", lambda: find_views(run.url))
+    return run
+
+
+def read_recipe(url: str) -> dict[str, Any]:
+    """Read all of a run's recipe.json. Raises ValueError when it is damaged, and OSError."""
+    document = parse_json(files.read(files.join(url, layout.RECIPE)))
+    if not isinstance(document, dict):
+        raise ValueError("it is no JSON object")
+    return document
+
+
+def _read_recipe(run: RunFacts) -> dict[str, Any]:
+    return _attempt(run, layout.RECIPE, lambda: read_recipe(run.url)) or {}
+
+
+def _attempt(run: RunFacts, what: str, read: Callable[[], _T]) -> _T | None:
+    """Return what `read` returns, or note a fault of the run and return None."""
+    try:
+        return read()
+    except (OSError, ValueError, InputError) as error:
+        run.faults.append(f"{what} cannot be read: {files.redact(str(error))}")
+        return None
+
+
+def _read_evaluations(run: RunFacts) -> None:
+    """Read the results and the newest sheet of neighbors below RUN/evaluations."""
+    home = files.join(run.url, layout.EVALUATIONS)
+    steps = [entry.name for entry in list_entries(home) if entry.is_folder]
+    with ThreadPoolExecutor(8, thread_name_prefix="report") as threads:
+        listed = threads.map(lambda step: list_entries(files.join(home, step)), steps)
+        folders = [
+            f"{step}/{entry.name}"
+            for step, entries in zip(steps, listed, strict=True)
+            for entry in entries
+            if entry.is_folder
+        ]
+        folders.sort(reverse=True)  # the newest step comes first
+        if len(folders) > MOST_EVALUATIONS:
+            more = len(folders) - MOST_EVALUATIONS
+            run.faults.append(f"{more} folders of older evaluations are left out")
+        kept = folders[:MOST_EVALUATIONS]
+        held = list(threads.map(lambda folder: list_entries(files.join(home, folder)), kept))
+        there = [(folder, e) for folder, entries in zip(kept, held, strict=True) for e in entries]
+        results = [(folder, e) for folder, e in there if e.name == RESULT]
+        read = list(threads.map(lambda found: _read_result(run, home, *found), results))
+    run.evaluations = [one for one in read if one is not None]
+    sheets = [(folder, e) for folder, e in there if e.name == SHEET]
+    if sheets:
+        folder, entry = max(sheets, key=lambda found: (found[1].modified or 0, found[0]))
+        _attempt(run, f"{folder}/{SHEET}", lambda: _read_sheet(run, home, folder, entry))
+
+
+def _read_result(run: RunFacts, home: str, folder: str, entry: Entry) -> EvaluationFacts | None:
+    def read() -> EvaluationFacts:
+        document = parse_json(_read_bounded(files.join(home, folder, RESULT), entry))
+        if not isinstance(document, dict):
+            raise ValueError("it is no JSON object")
+        return build(EvaluationFacts, document | {"place": folder})
+
+    return _attempt(run, f"{folder}/{RESULT}", read)
+
+
+def _read_sheet(run: RunFacts, home: str, folder: str, entry: Entry) -> None:
+    run.sheet = folder, _read_bounded(files.join(home, folder, SHEET), entry)
+
+
+def _read_bounded(url: str, entry: Entry) -> bytes:
+    if entry.size > MOST_BYTES:
+        raise ValueError(f"it has {entry.size:,} bytes, more than {MOST_BYTES:,}")
+    return files.read(url)

@@ -1,0 +1,260 @@
+"""Write the sections of a report that are no curves."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from engine.report.charts import read_baselines
+from engine.report.curves import is_fraction, show_number
+from engine.report.facts import BRANCHED, EvaluationFacts, RunFacts, as_number
+from engine.report.html import Child, Html, breakable, join, tag
+from engine.report.pictures import embed
+from engine.report.recipes import changed_fields, defaults, differing_fields, show
+from engine.report.tables import fold, make_table
+from shards.storage import files
+
+_TILES = {
+    "loss": "loss",
+    "knn_top1": "kNN",
+    "online_top1": "online head",
+    "feature_std": "spread of the features",
+    "feature_rank": "rank of the features",
+}
+_FAILED = "evaluation_failed"
+
+
+def write_tiles(run: RunFacts) -> Html:
+    """Show the newest figures at a glance."""
+    total = run.total_steps
+    step = run.records[-1]["step"] if run.records else 0
+    share = f" ({step / total:.0%})" if total else ""
+    tiles = [_tile(f"{step:,}", f"of {total:,} steps{share}" if total else "steps logged")]
+    for key, title in _TILES.items():
+        value = as_number(run.last(key))
+        if value is not None and value == value:
+            levels = read_baselines(run) if key == "knn_top1" else {}
+            more = [f", {name} {show_number(key, level)}" for name, level in levels.items()]
+            tiles.append(_tile(show_number(key, value), title + _best(run, key) + "".join(more)))
+    _, speeds = run.numbers("images_per_second")
+    if np.isfinite(speeds).any():
+        median = float(np.nanmedian(speeds))
+        tiles.append(_tile(show_number("images_per_second", median), "images per second, median"))
+    if hours := _hours(run):
+        tiles.append(_tile(hours, "spent in the logged steps"))
+    return tag("div", *tiles, class_="tiles")
+
+
+def _tile(value: str, title: str) -> Html:
+    return tag("div", tag("b", value), tag("span", title), class_="tile")
+
+
+def _best(run: RunFacts, key: str) -> str:
+    """Name the best value of an accuracy where it is not the newest one."""
+    steps, values = run.numbers(key)
+    if not is_fraction(key) or not np.isfinite(values).any():
+        return ""
+    best = int(np.nanargmax(values))
+    if values[best] == values[-1]:
+        return ""
+    return f", best {show_number(key, float(values[best]))} at step {int(steps[best]):,}"
+
+
+def _hours(run: RunFacts) -> str:
+    """Estimate the time of the training from the speed of the logged steps."""
+    batch = as_number(run.recipe.get("batch.size"))
+    steps, speeds = run.numbers("images_per_second")
+    if not batch or not len(steps):
+        return ""
+    good = np.isfinite(speeds) & (speeds > 0)
+    seconds = float((np.diff(steps, prepend=0.0)[good] * batch / speeds[good]).sum())
+    if seconds < 5400:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def write_health(run: RunFacts) -> Html:
+    """Say what the training reported about itself, and what of the run could not be read."""
+    found: list[Child] = list(run.faults)
+    for key, before in (("health", ""), (_FAILED, "An evaluation failed: ")):
+        found += [before + line for line in _tell(run, key)]
+    skipped = as_number(run.last("skipped"))
+    if skipped:
+        found.append(f"{skipped:,.0f} steps were skipped because a gradient was not finite.")
+    _, losses = run.numbers("loss")
+    if lost := int((~np.isfinite(losses)).sum()):
+        found.append(f"The loss of {lost:,} logged steps was not finite.")
+    if not found:
+        return tag("p", "Nothing was reported.", class_="card good")
+    return tag("div", tag("ul", *(tag("li", line) for line in found[:100])), class_="card warn")
+
+
+def _tell(run: RunFacts, key: str) -> list[str]:
+    """List the different texts of a key, the newest first, with the steps they were logged at."""
+    found: dict[str, list[int]] = {}
+    for record in run.records:
+        text = record.get(key)
+        if isinstance(text, str) and text:
+            found.setdefault(text, []).append(record["step"])
+    lines = []
+    for text, steps in sorted(found.items(), key=lambda item: -item[1][-1]):
+        place = f"step {steps[0]:,}"
+        if len(steps) > 1:
+            place = f"{len(steps):,} logged steps from {steps[0]:,} to {steps[-1]:,}"
+        lines.append(f"{text[:500]} ({place})")
+    return lines
+
+
+def write_views(run: RunFacts) -> Html:
+    """Show the newest picture of both views."""
+    if run.views is None:
+        return tag("p", "The run has logged no picture of its views.", class_="soft")
+    step, content = run.views
+    try:
+        picture = embed(content, "both views of some images")
+    except ValueError as error:
+        return _missing("The picture of the views", error)
+    text = (
+        f"Both views of the first images of the batch of step {step:,}, one row each, as the "
+        "network saw them."
+    )
+    return join(tag("p", text, class_="soft"), tag("div", picture, class_="picture"))
+
+
+def write_neighbours(run: RunFacts) -> Html:
+    """Show the newest sheet of neighbors, or say how to draw one."""
+    if run.sheet is None:
+        command = tag("code", f"python launch/evaluate.py neighbours {files.redact(run.url)}")
+        text = "No sheet of neighbors was drawn yet. This command draws one: "
+        return tag("p", text, command, class_="soft")
+    place, content = run.sheet
+    try:
+        picture = embed(content, "images beside their nearest neighbors")
+    except ValueError as error:
+        return _missing(f"The sheet of neighbors {place}", error)
+    text = (
+        "Each row shows an image of data.val and then its nearest images of data.train. The border "
+        f"is green for the same label and red for another one. It is from {place}."
+    )
+    return join(tag("p", text, class_="soft"), tag("div", picture, class_="picture"))
+
+
+def _missing(what: str, error: Exception) -> Html:
+    return tag("p", f"{what} cannot be shown: {files.redact(str(error))}.", class_="card warn")
+
+
+def write_evaluations(run: RunFacts) -> Html:
+    """List the results of launch/evaluate.py, the newest step first."""
+    if not run.evaluations:
+        command = tag("code", f"python launch/evaluate.py linear {files.redact(run.url)}")
+        text = "No evaluation was made yet. This command makes the paper's: "
+        return tag("p", text, command, class_="soft")
+    rows = [
+        [
+            one.protocol or one.place,
+            "" if one.step is None else f"{one.step:,}",
+            one.network,
+            join(*(tag("div", breakable(k), f" {v:.2%}") for k, v in _first_metrics(one))),
+            _show_settings(one.settings),
+        ]
+        for one in run.evaluations
+    ]
+    head = ["protocol", "step", "network", "figures", "settings"]
+    return make_table(head, rows, numbers=[1], long=[3, 4])
+
+
+def _first_metrics(one: EvaluationFacts) -> list[tuple[str, float]]:
+    return list(one.metrics.items())[:8]
+
+
+def _show_settings(settings: dict[str, object]) -> str:
+    return ", ".join(f"{key} {show(value)}" for key, value in list(settings.items())[:30])
+
+
+def write_comparison(runs: Sequence[RunFacts], names: Sequence[str]) -> Html | None:
+    """Compare the report's own run with the others: their figures and their recipes."""
+    if len(runs) < 2:
+        return None
+    keys = ["loss", "knn_top1", "online_top1", "feature_std", "feature_rank", "images_per_second"]
+    rows: list[list[Child]] = [["step", *(_last_step(run) for run in runs)]]
+    for key in keys:
+        values = [as_number(run.last(key)) for run in runs]
+        if any(value is not None for value in values):
+            rows.append(
+                [breakable(key), *("" if v is None else show_number(key, v) for v in values)]
+            )
+    results = sorted({name for run in runs for one in run.evaluations for name in one.metrics})
+    for name in results[:40]:
+        rows.append([breakable(name), *(_newest_result(run, name) for run in runs)])
+    head = ["", *names]
+    differing = differing_fields([run.fields for run in runs])
+    fields = [[breakable(name), *values] for name, values in differing.items()]
+    return join(
+        tag("h3", "Newest figures"),
+        make_table(head, rows),
+        tag("h3", "Fields of the recipe that differ"),
+        make_table(head, fields) if fields else tag("p", "The recipes are equal.", class_="soft"),
+    )
+
+
+def _last_step(run: RunFacts) -> str:
+    return f"{run.records[-1]['step']:,}" if run.records else ""
+
+
+def _newest_result(run: RunFacts, name: str) -> str:
+    found = [one for one in run.evaluations if name in one.metrics]
+    if not found:
+        return ""
+    newest = max(found, key=lambda one: one.step or 0)
+    return f"{newest.metrics[name]:.2%} (step {newest.step or 0:,})"
+
+
+def write_parent(run: RunFacts) -> Html | None:
+    """Say which checkpoint the run began from, and which fields of the recipe changed then."""
+    given = run.recipe.get(BRANCHED)
+    parent = given if isinstance(given, dict) else {}
+    url = parent.get("url") or run.recipe.get("checkpoint.resume")
+    if not url:
+        return None
+    step = parent.get("step")
+    place = f" at step {step:,}" if type(step) is int else ""
+    lines: list[Child] = [tag("p", "The run began from ", tag("code", show(url)), f"{place}.")]
+    rest = {key: value for key, value in parent.items() if key not in ("url", "step")}
+    for key, value in rest.items():
+        rows = _parent_rows(value)
+        lines.append(make_table([key, "there", "here"], rows))
+    if not rest:
+        lines.append(tag("p", "No field of the method differs from the run there.", class_="soft"))
+    return join(*lines)
+
+
+def _parent_rows(value: object) -> list[list[Child]]:
+    """Turn what recipe.json tells about changed fields into rows: field, there, here."""
+    if isinstance(value, dict):
+        return [[breakable(name), *_pair(change)] for name, change in sorted(value.items())]
+    items = value if isinstance(value, list) else [value]
+    return [[show(item), "", ""] for item in items]
+
+
+def _pair(change: object) -> list[str]:
+    if isinstance(change, dict) and len(change) == 2:
+        change = [change.get("there", ""), change.get("here", "")]
+    if isinstance(change, list) and len(change) == 2:
+        return [show(change[0]), show(change[1])]
+    return [show(change), ""]
+
+
+def write_recipe(run: RunFacts) -> Html:
+    """List the fields that differ from the defaults, and fold all of them."""
+    fields = run.fields
+    if not fields:
+        return tag("p", "The run has no recipe that can be read.", class_="soft")
+    there = defaults(fields)
+    changed = [[breakable(name), value, base] for name, base, value in changed_fields(fields)]
+    everything = [[breakable(name), show(value)] for name, value in sorted(fields.items())]
+    lacking = sorted(there.keys() - fields.keys())
+    text = "The run is of an earlier release, which did not have these fields: "
+    note = tag("p", text, tag("code", ", ".join(lacking)), class_="soft") if lacking else None
+    return join(
+        make_table(["field", "value", "default"], changed),
+        fold(f"All {len(everything)} fields", make_table(["field", "value"], everything), note),
+    )

@@ -1,0 +1,178 @@
+"""Look at all runs below a URL: which there are, how far they are, and whether they are alive."""
+
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.log import journal
+from engine.report.facts import NOT_FIELDS, RESULT, RunFacts, read_recipe
+from engine.state import layout, lease
+from shards.errors import InputError
+from shards.storage import files
+from shards.storage.entries import Entry, list_entries
+
+MOST_FOLDERS = 10_000  # that are listed in the search for runs
+TAIL = 1 << 20  # bytes at the end of a long log that are read for its newest figures
+THREADS = 16  # folders and runs that are read at once
+FIGURES = ("loss", "knn_top1", "online_top1", "feature_std", "feature_rank", "health")
+_SIGNS = {layout.JSONL, layout.CHECKPOINTS, layout.LEASE}  # of a run without a recipe
+
+
+@dataclass
+class RunSummary:
+    """What the table of runs shows of one run."""
+
+    url: str
+    fields: dict[str, Any] = field(default_factory=dict)  # the recipe, by dotted names
+    step: int | None = None
+    total_steps: int | None = None
+    figures: dict[str, Any] = field(default_factory=dict)  # the newest of FIGURES
+    state: str = ""  # in words
+    age: float | None = None  # seconds since the log was last written to
+    faults: list[str] = field(default_factory=list)  # what could not be read, and why
+
+
+@dataclass
+class Survey:
+    """All runs below a URL, and what was left out of the search."""
+
+    runs: list[RunSummary]
+    notes: list[str]
+
+
+def survey_runs(url: str, depth: int) -> Survey:
+    """Find the runs below a URL, and read their recipes, leases and newest figures.
+
+    Nothing is written. Folders are listed one by one, and those of checkpoints never.
+
+    Args:
+        depth: Number of levels of folders below the URL that are searched.
+
+    Raises InputError when there is no run, and OSError when the URL cannot be listed.
+    """
+    files.check(url, "URL")
+    notes: list[str] = []
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="runs") as threads:
+        found = list(_find(url.rstrip("/") or url, depth, threads, notes))
+        runs = list(threads.map(lambda place: _summarize(*place), found))
+    if not runs:
+        more = "".join(f"; {note}" for note in notes)
+        raise InputError(
+            f"URL {files.redact(url)}: there is no run within {depth} levels of folders{more}: "
+            "give the folder that your runs lie in, or a larger --depth"
+        )
+    return Survey(sorted(runs, key=lambda run: run.url), notes)
+
+
+def _find(
+    url: str, depth: int, threads: ThreadPoolExecutor, notes: list[str]
+) -> Iterator[tuple[str, list[Entry]]]:
+    """Yield the URL of each run, and what lies in it, level by level.
+
+    A run may lie in another run's folder, beside the other's own files.
+    """
+    level, looked = [url], 0
+    for below in range(depth + 1):
+        if looked + len(level) > MOST_FOLDERS:
+            notes.append(f"{looked + len(level) - MOST_FOLDERS} folders or more were not searched")
+            level = level[: MOST_FOLDERS - looked]
+        looked += len(level)
+        following = []
+        for place, entries in zip(level, threads.map(_list, level), strict=True):
+            if isinstance(entries, OSError):
+                if place == url:
+                    raise entries
+                notes.append(f"{files.redact(place)} cannot be listed ({entries})")
+                continue
+            names = {entry.name for entry in entries}
+            # The folder of an evaluation's result has a lease too.
+            is_run = layout.RECIPE in names or (names & _SIGNS and RESULT not in names)
+            if is_run:
+                yield place, entries
+            own = layout.NAMES if is_run else ()
+            folders = [entry.name for entry in entries if entry.is_folder]
+            following += [files.join(place, name) for name in folders if name not in own]
+        level = following if below < depth else []
+
+
+def _list(url: str) -> list[Entry] | OSError:
+    try:
+        return list_entries(url)
+    except OSError as error:
+        return error
+
+
+def _summarize(url: str, entries: list[Entry]) -> RunSummary:
+    """Read what the table shows of a run. What cannot be read is a fault of the run."""
+    run = RunSummary(url)
+    there = {entry.name: entry for entry in entries}
+    try:
+        if layout.RECIPE in there:
+            document = read_recipe(url)
+            run.total_steps = RunFacts(url, document).total_steps
+            run.fields = {k: v for k, v in document.items() if k not in NOT_FIELDS}
+        else:
+            run.faults.append(f"{layout.RECIPE} is missing")
+    except (OSError, ValueError) as error:
+        run.faults.append(f"{layout.RECIPE} cannot be read: {error}")
+    try:
+        _read_log(run, there)
+    except (OSError, ValueError) as error:
+        run.faults.append(f"{layout.JSONL} cannot be read: {error}")
+    try:
+        run.state = _tell_state(run)
+    except (OSError, InputError) as error:
+        run.faults.append(f"{layout.LEASE} cannot be read: {error}")
+    return run
+
+
+def _read_log(run: RunSummary, there: dict[str, Entry]) -> None:
+    """Take the newest figures from the end of the log, and from the whole of it if need be."""
+    parts = list_entries(files.join(run.url, layout.PARTS)) if layout.PARTS in there else []
+    log = there.get(layout.JSONL)
+    times = [e.modified for e in [*parts, *([log] if log else [])] if e.modified is not None]
+    run.age = max(0.0, time.time() - max(times)) if times else None
+    is_long = log is not None and log.size > TAIL
+    records = journal.read(run.url, tail=TAIL if is_long else None)
+    if is_long and run.fields.get("probe.every") and not any("knn_top1" in r for r in records):
+        records = journal.read(run.url)
+    if records:
+        run.step = records[-1]["step"]
+    elif log or parts:
+        run.faults.append("the log has no line that can be read")
+    for key in FIGURES:
+        values = (record[key] for record in reversed(records) if key in record)
+        value = next(values, None)
+        if value is not None:
+            run.figures[key] = value
+        elif key == "loss" and records and "loss" in records[-1]:
+            run.figures[key] = math.nan
+
+
+def _tell_state(run: RunSummary) -> str:
+    """Say in a word or two whether a job trains the run.
+
+    A job that holds the run and has not shown itself for three of its periods is silent.
+    """
+    sight = lease.look(run.url)
+    if sight is None or sight.released:
+        is_done = run.step is not None and run.step == run.total_steps
+        return "done" if is_done else "stopped"
+    if sight.dead:
+        return "dead"
+    if sight.silent is not None and sight.silent > 3 * sight.period:
+        return f"silent for {show_duration(sight.silent)}"
+    return "trains"
+
+
+def show_duration(seconds: float) -> str:
+    """Write a time in its two largest units."""
+    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
+    if minutes < 1:
+        return f"{int(seconds)} s"
+    if hours < 1:
+        return f"{minutes} min"
+    return f"{hours} h {minutes % 60} min" if days < 1 else f"{days} d {hours % 24} h"

@@ -1,0 +1,214 @@
+"""The report's page: complete, bounded, and nothing in it is taken for markup."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.log.events import EventLog
+from engine.report.facts import RunFacts, collect
+from engine.report.html import tag
+from engine.report.page import MOST_BYTES, make_page, name_runs
+from engine.report.pictures import embed
+from engine.report.views import find_views
+from shards.errors import InputError
+from shards.png import encode_png
+from tests.helpers.web_pages import WebPage, read_page
+
+TAGS = {
+    *("html", "head", "meta", "title", "style", "body", "main", "section", "nav", "footer", "div"),
+    *("h1", "h2", "h3", "p", "a", "b", "i", "span", "code", "ul", "li", "img", "figure"),
+    *("figcaption", "svg", "g", "line", "path", "text", "table", "thead", "tbody", "tr", "th"),
+    *("td", "details", "summary", "wbr"),
+}
+HOSTILE = (
+    "</title></style><script>alert(1)</script><img src=x onerror=alert(2)>\"'><!--&lt;\u202e\n"
+)
+
+
+def write_run(folder: Path, text: str = "", **more: Any) -> str:
+    """Write a run that has everything a report shows. `text` stands in every text of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = {"run": f"runs/{text}", "seed": 3, "batch.size": 64, f"field{text}": [text, 1]}
+    recipe |= {"optimizer": f"LARSConfig{text}", "index_digest": f"abc{text}", "total_steps": 100}
+    change = {"there": f"1{text}", "here": f"2{text}"}
+    recipe["branched_from"] = {
+        "url": f"parent{text}",
+        "step": 7,
+        f"changed{text}": {"seed": change},
+    }
+    (folder / "recipe.json").write_text(json.dumps(recipe | more))
+    records: list[dict[str, Any]] = [{"step": 0, "knn_pixels": 0.25, "knn_untrained": 0.31}]
+    for step in range(10, 60, 10):
+        speeds = {"images_per_second": 100.0, "data_wait": 0.1, f"other{text}": 1.0 * step}
+        records.append({"step": step, "loss": 4 / step, "lr": 0.1, "tau": 0.99} | speeds)
+    records[-1] |= {"knn_top1": 0.5, "health": f"The loss rises.{text}", "skipped": 2}
+    records[-2] |= {"evaluation_failed": f"a shard is gone{text}"}
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
+    name = text.replace("/", "").replace("\n", "")
+    result = folder / "evaluations" / f"step_00000050{name}" / f"linear-online-1{name}"
+    result.mkdir(parents=True)
+    document = {"protocol": f"linear{text}", "network": f"online{text}", "step": 50}
+    document |= {"metrics": {f"linear_top1{text}": 0.625}, "settings": {f"lr{text}": [text, 0.1]}}
+    (result / "result.json").write_text(json.dumps(document))
+    (result / "neighbours.png").write_bytes(encode_png(np.zeros((40, 90, 3), np.uint8)))
+    events = EventLog(str(folder), 0)
+    noise = np.random.default_rng(0).integers(0, 255, (20, 40, 3), np.uint8)
+    for step in (1, 50):
+        events.scalars({"loss": 1.0}, step)
+        events.picture("views", noise, step)
+    events.picture("another", noise, 60)
+    events.flush()
+    return str(folder)
+
+
+def page_of(*urls: str) -> WebPage:
+    content = make_page([collect(url) for url in urls], datetime(2026, 1, 2, 3, 4, tzinfo=UTC))
+    assert len(content) < MOST_BYTES
+    return read_page(content)
+
+
+def test_the_page_has_everything(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "mine"))
+    assert page.tags <= TAGS
+    for text in (
+        *("mine", "of 100 steps (50%)", "50.0%", "raw pixels 25.0%", "untrained 31.0%"),
+        *("The loss rises. (step 50)", "a shard is gone", "2 steps were skipped", "Loss"),
+        *("batch of step 50", "parent", "step 7", "seed", "2026-01-02"),
+        *("Fields", "All", "Images per second", "Time spent waiting for data", "Other figures"),
+    ):
+        assert text.lower() in page.text.lower(), text
+    pictures = [value for tag, name, value in page.attributes if (tag, name) == ("img", "src")]
+    assert len(pictures) == 2
+    assert "No sheet" not in page.text
+
+
+def test_the_page_loads_nothing_and_runs_nothing(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "mine"))
+    policy = next(v for _, name, v in page.attributes if name == "content" and "default" in v)
+    assert "default-src 'none'" in policy
+    assert "script" not in page.tags
+    for _, name, value in page.attributes:
+        assert not name.startswith("on")
+        if name in ("src", "href"):
+            assert value.startswith(("data:image/", "#"))
+
+
+def test_no_text_is_taken_for_markup(tmp_path: Path) -> None:
+    """It stands in every text that a report shows; the same page comes out, with longer texts."""
+    name = HOSTILE.replace("/", "").replace("\n", "")
+    plain, hostile = (write_run(tmp_path / f"a{n}", t) for n, t in (("", ""), (name, HOSTILE)))
+    first, second = page_of(plain, plain), page_of(hostile, hostile)
+    assert second.tags == first.tags
+    names = {(tag, name) for tag, name, _ in first.attributes}
+    assert {(tag, name) for tag, name, _ in second.attributes} == names
+    assert second.text.count("<script>alert(1)</script>") >= 15
+    assert all(c.isprintable() or c == "\n" for c in second.text)
+    assert "\u202e" not in second.text
+    urls = {value for _, name, value in second.attributes if name in ("src", "href")}
+    assert all(url.startswith(("data:image/", "#")) for url in urls)
+
+
+def test_secrets_in_urls_are_left_out(tmp_path: Path) -> None:
+    facts = collect(write_run(tmp_path / "run"))
+    facts.url = "s3://KEY:SECRET@bucket/run"
+    facts.recipe["branched_from"]["url"] = "s3://KEY:SECRET@bucket/parent"
+    facts.recipe["data.train"] = "https://KEY:SECRET@host/data"
+    content = make_page([facts, facts])
+    assert b"SECRET" not in content
+    assert b"bucket/parent" in content
+
+
+def test_a_page_of_the_largest_runs_is_bounded() -> None:
+    values = np.random.default_rng(0).normal(size=(20_000, 30)).tolist()
+    records = [
+        {"step": i, "loss": row[0], "knn_top1": row[1], "health": f"trouble {i}"}
+        | {f"key{j}": value for j, value in enumerate(row)}
+        for i, row in enumerate(values)
+    ]
+    recipe = {f"field{i}": "x" * 10_000 for i in range(5000)}
+    runs = [RunFacts(f"run{i}", recipe | {"a": i}, records) for i in range(8)]
+    content = make_page(runs)
+    assert len(content) < MOST_BYTES
+    page = read_page(content)
+    assert "more rows are left out" in page.text
+    assert "Loss" in page.text
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"a": NaN}', b"[" * 100_000])
+def test_damaged_files_are_faults(tmp_path: Path, content: bytes) -> None:
+    run = Path(write_run(tmp_path / "run"))
+    for path in (run / "recipe.json", *run.glob("evaluations/*/*/*")):
+        path.write_bytes(content)
+    for path in run.glob("*.tfevents.*"):
+        path.write_bytes(content)
+    facts = collect(str(run))
+    page = read_page(make_page([facts]))
+    assert "result.json cannot be read" in page.text
+    assert "no picture of its views" in page.text
+    assert "Loss" in page.text
+    if content != b'{"a": NaN}':
+        assert "recipe.json cannot be read" in page.text
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\x89PNG\r\n\x1a\n" * 9])
+def test_a_damaged_picture_is_said(tmp_path: Path, damage: bytes) -> None:
+    run = Path(write_run(tmp_path / "run"))
+    next(run.glob("evaluations/*/*/neighbours.png")).write_bytes(damage)
+    assert "cannot be shown" in page_of(str(run)).text
+
+
+def test_a_cut_off_picture_is_said() -> None:
+    content = encode_png(np.random.default_rng(0).integers(0, 255, (50, 50, 3), np.uint8))
+    with pytest.raises(ValueError, match="damaged"):
+        embed(content[:3000], "")
+    large = content[:16] + (10**6).to_bytes(4, "big") * 2 + content[24:]
+    with pytest.raises(ValueError, match="pixels"):
+        embed(large, "")
+
+
+def test_a_large_picture_becomes_small() -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (2000, 4000, 3), np.uint8)
+    assert len(embed(encode_png(noise), "")) < 2_500_000
+
+
+def test_the_newest_views_are_found_beside_a_half_written_event(tmp_path: Path) -> None:
+    run = Path(write_run(tmp_path / "run"))
+    (path,) = run.glob("*.tfevents.*")
+    whole = find_views(str(run))
+    assert whole is not None
+    assert whole[0] == 50
+    path.write_bytes(path.read_bytes()[:-100])
+    assert find_views(str(run)) == whole
+    EventLog(str(run), 50).flush()
+    assert find_views(str(run)) == whole
+
+
+def test_no_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"RUN .*/nothing: is no run.*: give the URL of a run"):
+        collect(str(tmp_path / "nothing"))
+    write_run(tmp_path / "runs" / "mine")
+    with pytest.raises(InputError, match="is there a run below it"):
+        collect(str(tmp_path / "runs"))
+    with pytest.raises(InputError, match="s3:/x"):
+        collect("s3:/x/y")
+
+
+def test_a_run_that_has_just_begun_has_a_report(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{}")
+    text = page_of(str(tmp_path)).text
+    assert "Nothing has been logged yet" in text
+
+
+def test_names_are_short_and_differ() -> None:
+    assert name_runs(["s3://b/runs/a", "s3://b/runs/c"]) == ["a", "c"]
+    assert name_runs(["runs/1/a", "runs/2/a"]) == ["1/a", "2/a"]
+    assert name_runs(["a", "a"]) == ["a (1)", "a (2)"]
+
+
+def test_only_void_elements_have_no_end() -> None:
+    assert tag("td") == "<td></td>"
+    assert tag("td", "<", title='"') == '<td title="&quot;">&lt;</td>'

@@ -1,0 +1,181 @@
+"""launch/evaluate.py runs: all runs below a URL, also the damaged ones, by few requests."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.report import survey
+from engine.report.survey import RunSummary, show_duration, survey_runs
+from launch import evaluate
+from shards.errors import InputError
+from shards.storage import entries, files
+from tests.helpers import leases
+
+
+def write_run(url: str, steps: int = 5, total: int | None = 10, **fields: Any) -> str:
+    """Write the recipe and the log of a run, and a checkpoint."""
+    document = {"seed": 0, "batch.size": 64, "index_digest": "a", "run": url} | fields
+    document |= {} if total is None else {"total_steps": total}
+    files.write(f"{url}/recipe.json", json.dumps(document).encode())
+    records = [{"step": i, "loss": 1 / i, "knn_top1": i / 10} for i in range(1, steps + 1)]
+    files.write(f"{url}/metrics.jsonl", b"".join(json.dumps(r).encode() + b"\n" for r in records))
+    files.write(f"{url}/checkpoints/step_00000005/commit.json", b"{}")
+    return url
+
+
+def found(url: str, depth: int = 3) -> dict[str, RunSummary]:
+    """The runs below a URL, by what follows it."""
+    runs = survey_runs(url, depth).runs
+    return {run.url.removeprefix(url).lstrip("/"): run for run in runs}
+
+
+def test_runs_are_found_on_every_store(store: str) -> None:
+    write_run(f"{store}/a", seed=1)
+    write_run(f"{store}/b/c/d", steps=10)
+    write_run(f"{store}/b/c/d/inside")
+    write_run(f"{store}/b/c/d/e/f/too_deep")
+    files.write(f"{store}/data/train/index.json", b"{}")
+    runs = found(store)
+    assert list(runs) == ["a", "b/c/d"]
+    assert list(found(store, 4)) == ["a", "b/c/d", "b/c/d/inside"]
+    assert list(found(f"{store}/a", 0)) == [""]
+    a, d = runs["a"], runs["b/c/d"]
+    assert (a.step, a.total_steps, a.state, a.fields["seed"]) == (5, 10, "stopped", 1)
+    assert (d.step, d.state, d.figures["loss"], d.figures["knn_top1"]) == (10, "done", 0.1, 1.0)
+    assert a.age is not None
+    assert 0 <= a.age < 60
+    with pytest.raises(InputError, match=r"nothing: there is no run within 3 levels of folders: "):
+        survey_runs(f"{store}/nothing", 3)
+
+
+def test_checkpoints_are_never_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[str] = []
+
+    def list_and_note(url: str) -> list[entries.Entry]:
+        listed.append(url)
+        return entries.list_entries(url)
+
+    monkeypatch.setattr(survey, "list_entries", list_and_note)
+    write_run(f"{tmp_path}/a")
+    assert list(found(str(tmp_path))) == ["a"]
+    assert listed == [str(tmp_path), f"{tmp_path}/a"]
+
+
+def test_the_lease_tells_who_is_alive(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    for name in ("held", "old", "released", "dead"):
+        write_run(f"{url}/{name}")
+    leases.leave(f"{url}/held", 3, period=10.0)
+    leases.leave(f"{url}/old", 3, period=10.0)
+    past = time.time() - 7500
+    os.utime(f"{url}/old/lease/00000003.json", (past, past))
+    leases.leave(f"{url}/released", 3, released=True)
+    jobs = leases.Jobs()
+    jobs.acquire(f"{url}/dead")
+    try:
+        states = {name: run.state for name, run in found(url).items()}
+        assert states["dead"] == "trains"
+    finally:
+        jobs.close()
+    assert states["held"] == "trains"
+    assert states["old"] == "silent for 2 h 5 min"
+    assert states["released"] == "stopped"
+    before = sorted(tmp_path.rglob("*"))
+    found(url)
+    assert sorted(tmp_path.rglob("*")) == before  # nothing is written
+
+
+def test_damaged_runs_are_listed_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(f"{tmp_path}/good")
+    write_run(f"{tmp_path}/no_recipe")
+    (tmp_path / "no_recipe" / "recipe.json").unlink()
+    write_run(f"{tmp_path}/half")
+    (tmp_path / "half" / "recipe.json").write_text('{"seed"')
+    write_run(f"{tmp_path}/list")
+    (tmp_path / "list" / "recipe.json").write_text("[1]")
+    write_run(f"{tmp_path}/no_lines")
+    (tmp_path / "no_lines" / "metrics.jsonl").write_text("\x00\x00{")
+    leases.leave(f"{tmp_path}/begun", 1)
+    assert evaluate.main(["runs", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "no_recipe: recipe.json is missing\n" in out
+    assert "begun: recipe.json is missing\n" in out
+    assert "half: recipe.json cannot be read: " in out
+    assert "list: recipe.json cannot be read: it is no JSON object\n" in out
+    assert "no_lines: the log has no line that can be read\n" in out
+    assert len([line for line in out.splitlines() if line.startswith("good")]) == 1
+
+
+def test_the_table_shows_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(f"{tmp_path}/a", seed=1, note="x" * 500)
+    write_run(f"{tmp_path}/b", steps=7, seed=2, note="\x1b[2J[red]\n")
+    assert evaluate.main(["runs", f"{tmp_path}/", "--depth", "1"]) == 0
+    head, a, b = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["run", "step", "state"]
+    assert "5 of 10" in a
+    assert "70.0%" in b
+    assert "seed=1" in a
+    assert "seed=2" in b
+    assert "batch.size" not in a
+    assert r"\x1b[2J[red]\n" in b
+    assert f"{'x' * 60}..." in a
+
+
+def test_a_long_log_is_read_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(f"{tmp_path}/a", steps=500)
+    monkeypatch.setattr(survey, "TAIL", 300)
+    run = found(str(tmp_path))["a"]
+    assert (run.step, run.figures["loss"]) == (500, 1 / 500)
+    log = tmp_path / "a" / "metrics.jsonl"
+    log.write_text(log.read_text() + "".join(f'{{"step": {i}}}\n' for i in range(501, 600)))
+    assert "knn_top1" not in found(str(tmp_path))["a"].figures
+    write_run(f"{tmp_path}/b", **{"probe.every": 1})
+    (tmp_path / "b" / "metrics.jsonl").write_text(log.read_text())
+    assert found(str(tmp_path))["b"].figures["knn_top1"] == 50
+
+
+def test_a_loss_that_is_not_finite_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(f"{tmp_path}/a")
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": null, "health": "The loss is not finite."}\n')
+    assert evaluate.main(["runs", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "a: health: The loss is not finite.\n" in out
+    assert "not finite" in out.splitlines()[1]
+
+
+def test_too_many_folders_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(20):
+        (tmp_path / f"{i:02}").mkdir()
+    write_run(f"{tmp_path}/00")
+    monkeypatch.setattr(survey, "MOST_FOLDERS", 11)
+    assert survey_runs(str(tmp_path), 3).notes == ["10 folders or more were not searched"]
+
+
+def test_links_in_a_circle_end(tmp_path: Path) -> None:
+    write_run(f"{tmp_path}/a")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert "a" in found(str(tmp_path), 8)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (119, "1 min"), (3660, "1 h 1 min"), (90_000, "1 d 1 h")]
+)
+def test_durations_are_short(seconds: float, text: str) -> None:
+    assert show_duration(seconds) == text
+
+
+@pytest.mark.parametrize("arguments", [["s3:/b"], ["{0}", "--depth", "9"], ["{0}/nothing"], []])
+def test_mistakes_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert evaluate.main(["runs", *(one.format(tmp_path) for one in arguments)]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
