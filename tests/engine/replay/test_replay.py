@@ -378,6 +378,23 @@ def test_a_gradient_of_a_weight_alone(tiny_data: DataConfig, tmp_path: Path) -> 
     assert text == "the gradient of online.encoder.layer2.0.conv2.weight"
 
 
+def test_the_bad_gradient_nearest_to_the_loss_is_named(
+    tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    """Of a weight's and, further from the loss, an output's."""
+
+    def explode(_: nn.Module, __: Any, output: Tensor) -> None:
+        output.register_hook(lambda gradient: gradient * torch.inf)
+
+    def spoil(trainer: Trainer) -> None:
+        trainer.online.get_submodule("encoder.layer2.0.bn1").register_forward_hook(explode)
+        weight = trainer.online.get_parameter("projector.0.weight")
+        weight.register_hook(lambda gradient: gradient * torch.inf)
+
+    text = watched(new(tiny_data, tmp_path), spoil)
+    assert text == "the gradient of online.projector.0.weight"
+
+
 def test_a_skipped_step_is_explained(
     tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
