@@ -8,10 +8,10 @@ import tyro
 from annotated_types import Interval
 from rich.table import Table
 
+from engine.log.health import ADVICE, HEALTHY
 from engine.log.terminal import Terminal
 from engine.processes import world
 from engine.report.curves import show_number
-from engine.report.facts import HEALTHY
 from engine.report.page import name_runs
 from engine.report.recipes import differing_fields
 from engine.report.report import write_report
@@ -82,7 +82,8 @@ def show_runs(url: str, depth: int) -> None:
         for fault in run.faults:
             terminal.say(f"{name}: {fault}")
         if (health := run.figures.get("health")) not in (None, "", HEALTHY):
-            terminal.say(f"{name}: health: {health}")
+            meaning = f": {ADVICE[health].meaning}" if health in ADVICE else ""
+            terminal.say(f"{name}: health: {health}{meaning}")
     for note in survey.notes:
         terminal.say(note)
 

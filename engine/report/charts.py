@@ -82,4 +82,4 @@ def _draw(
 def read_baselines(run: RunFacts) -> dict[str, float]:
     """Return the accuracies of kNN before the first step, by the names that a report gives them."""
     found = {title: as_number(run.last(key)) for key, title in BASELINES.items()}
-    return {title: value for title, value in found.items() if value == value and value is not None}
+    return {title: value for title, value in found.items() if value is not None}

@@ -21,7 +21,6 @@ from shards.storage.entries import Entry, list_entries
 RESULT, SHEET = "result.json", "neighbours.png"
 # The keys of recipe.json that are no fields of a recipe.
 NOT_FIELDS = {"index_digest", layout.TOTAL, origin.WEIGHTS, origin.BRANCH}
-HEALTHY = "healthy"  # the value of `health` when nothing is wrong
 MOST_EVALUATIONS = 100
 _SMALLEST, _LARGEST = 1e-99, 1e99  # of the numbers that a chart can show
 MOST_BYTES = 20_000_000  # of a result or of a sheet
@@ -77,7 +76,7 @@ class RunFacts:
         a step with no finite loss is logged.
         """
         found = [
-            (record["step"], as_number(record[key]))
+            (record["step"], math.nan if record[key] is None else as_number(record[key]))
             for record in self.records
             if key in record and (record[key] is not None or key == "loss")
         ]
@@ -90,9 +89,7 @@ class RunFacts:
 
 
 def as_number(value: object) -> float | None:
-    """Return a logged value as a number: NaN for null, and None for a text."""
-    if value is None:
-        return math.nan
+    """Return a logged value as a number, which may be infinite, and None for what is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     try:

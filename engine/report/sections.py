@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engine.log.health import ADVICE, HEALTHY
 from engine.report.charts import read_baselines
 from engine.report.curves import is_fraction, show_number
-from engine.report.facts import HEALTHY, EvaluationFacts, RunFacts, as_number
+from engine.report.facts import EvaluationFacts, RunFacts, as_number
 from engine.report.html import Child, Html, breakable, join, tag
 from engine.report.pictures import embed
 from engine.report.recipes import changed_fields, defaults, differing_fields, show
@@ -33,7 +34,7 @@ def write_tiles(run: RunFacts) -> Html:
     tiles = [_tile(f"{step:,}", f"of {total:,} steps{share}" if total else "steps logged")]
     for key, title in _TILES.items():
         value = as_number(run.last(key))
-        if value is not None and value == value:
+        if value is not None:
             levels = read_baselines(run) if key == "knn_top1" else {}
             more = [f", {name} {show_number(key, level)}" for name, level in levels.items()]
             tiles.append(_tile(show_number(key, value), title + _best(run, key) + "".join(more)))
@@ -76,9 +77,11 @@ def _hours(run: RunFacts) -> str:
 
 def write_health(run: RunFacts) -> Html:
     """Say what the training reported about itself, and what of the run could not be read."""
-    found: list[Child] = list(run.faults)
-    for key, before in (("health", ""), (_FAILED, "An evaluation failed: ")):
-        found += [before + line for line in _tell(run, key)]
+    troubles = _tell(run, "health")
+    found: list[Child] = [*run.faults, *troubles]
+    if troubles and run.last("health") == HEALTHY:
+        found.append("The newest steps are healthy again.")
+    found += [f"An evaluation failed: {line}" for line in _tell(run, _FAILED)]
     skipped = as_number(run.last("skipped"))
     if skipped:
         found.append(f"{skipped:,.0f} steps were skipped because a gradient was not finite.")
@@ -102,8 +105,16 @@ def _tell(run: RunFacts, key: str) -> list[str]:
         place = f"step {steps[0]:,}"
         if len(steps) > 1:
             place = f"{len(steps):,} logged steps from {steps[0]:,} to {steps[-1]:,}"
-        lines.append(f"{text[:500]} ({place})")
+        lines.append(f"{text[:500]} ({place}){_advise(text) if key == 'health' else ''}")
     return lines
+
+
+def _advise(status: str) -> str:
+    """Return what a status of the training means and what may help, as the training said it."""
+    if status not in ADVICE:
+        return ""
+    meaning, causes, change = ADVICE[status]
+    return f": {meaning}. Likely {causes}. Try {change}."
 
 
 def write_views(run: RunFacts) -> Html:

@@ -240,3 +240,29 @@ def test_the_page_names_what_a_run_began_from(tmp_path: Path) -> None:
     assert "the weights of weights.pth" in page_of(str(tmp_path)).text
     (tmp_path / "recipe.json").write_text('{"seed": 3}')
     assert "began" not in page_of(str(tmp_path)).text
+
+
+def test_the_page_explains_what_is_wrong_with_the_training(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    records = [
+        {"step": i, "loss": 1.0, "health": "collapsing" if 2 < i < 5 else "healthy"}
+        for i in range(9)
+    ]
+    lines = "".join(f"{json.dumps(record)}\n" for record in records)
+    (tmp_path / "run" / "metrics.jsonl").write_text(lines)
+    text = page_of(run).text
+    assert "collapsing (2 logged steps from 3 to 4): the projections of different" in text
+    assert "Try a lower --schedule.base-lr" in text
+    assert "healthy again" in text
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(records[0]))
+    assert "Nothing was reported" in page_of(run).text
+
+
+def test_what_is_absent_is_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{}")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "images_per_second": 9.0}')
+    text = page_of(str(tmp_path), str(tmp_path)).text
+    assert "nan" not in text
+    assert "not finite" not in text
+    assert "spent in" not in text
+    assert "online_top1" not in text
