@@ -32,7 +32,7 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
     if trainer.probe is not None:
         trainer.probe.check_val()
     run.write_recipe(trainer.total_steps)
-    with run.open_log(first, stop) as log:
+    with run.open_log(first, stop, trainer.total_steps) as log:
         _log_baseline(trainer, log)
         stopping = _train(trainer, preemption, log)
     if stopping:
@@ -47,11 +47,13 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> bool:
     with (
         closing(trainer.batches()) as data,
         Saver(trainer.world, recipe.checkpoint.background, trainer.terminal.report) as saver,
+        Meter(trainer) as meter,
     ):
         _greet(trainer, data.block_memory)
         best = trainer.run.find_best(first)
         best.note(first, _catch_up(trainer, log))
-        meter, stopping = Meter(trainer), False
+        meter.restart()
+        stopping = False
         while trainer.step < stop and not stopping:
             with meter.waiting():
                 batch = next(data)
@@ -81,7 +83,6 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> bool:
                 meter.restart()
 
         saver.finish()
-    meter.show_ranks()
     return stopping
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.log.journal import Record
 from engine.log.metrics import Timer
+from engine.log.profiling import StepProfiler, parse_steps
 from engine.log.ranks import RankTimes
 from engine.method.flops import count_flops, find_peak
 from engine.method.update_norms import UpdateNorms
@@ -23,13 +24,27 @@ class Meter:
 
     def __init__(self, trainer: Trainer) -> None:
         """Prepare what is measured. All processes call it together."""
-        self._trainer = trainer
+        self._trainer, recipe = trainer, trainer.recipe
         self._norms = UpdateNorms(trainer.optimizer, trainer.online, trainer.parallel.shard_group)
         self._ranks = RankTimes(trainer.world.all_gather_object(socket.gethostname()))
         self._peak = _find_peak(trainer)
         self._flops = 0.0  # of a step, for each image
         self._preparing = _Preparing(trainer)
+        steps = parse_steps(recipe.profile if trainer.world.main else "")
+        self._profiler = StepProfiler(steps, recipe.run, trainer.device, trainer.terminal)
+        self._profiler.check(trainer.step + 1, trainer.last_step)
         self._timer = Timer()
+
+    def __enter__(self) -> "Meter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Write and show what has been gathered, unless training has failed."""
+        if kind is not None:
+            self._profiler.cancel()
+            return
+        self._profiler.write(self._trainer.step)
+        self.show_ranks()
 
     def logs(self, step: int) -> bool:
         """Return whether `step` is logged.
@@ -50,10 +65,12 @@ class Meter:
     def take_step(self, batch: Batch) -> StepOutput:
         """Train on a batch."""
         trainer = self._trainer
+        self._profiler.begin(trainer.step + 1)
         self._preparing.begin()
         with self._norms.measuring(self.logs(trainer.step + 1)):
             output = trainer.train_step(batch)
         self._timer.steps += 1
+        self._profiler.end(trainer.step)
         return output
 
     def read(self, output: StepOutput, batch: Batch) -> Record:

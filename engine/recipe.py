@@ -21,6 +21,7 @@ from annotated_types import Interval
 from engine import recipe_files
 from engine.evaluation.during_training import ProbeConfig
 from engine.log.metrics import LogConfig
+from engine.log.profiling import parse_steps
 from engine.method.adamw import AdamWConfig
 from engine.method.byol import BYOLConfig
 from engine.method.durations import parse, to_steps
@@ -86,6 +87,9 @@ class Recipe:
     precision: Precision = "fp32"
     """Number format of the forward passes. fp32, bf16 and fp16 keep the parameters in float32, and
     fp16 scales the loss. fp64 computes everything in float64, for verification."""
+    profile: Operation[str] = ""
+    """Steps FIRST:LAST, such as 10:12, that the first process profiles. The trace and a table of
+    the most expensive operations go to RUN/profile."""
     debug_step: Operation[bool] = False
     """Take one batch through training, evaluation and checkpoint, report what was seen, and
     stop."""
@@ -140,6 +144,7 @@ class Recipe:
         for name in (*places, *beginnings):
             files.check(attrgetter(name)(self), name)
         layout.check_run(self.run)
+        parse_steps(self.profile)
         if key := self.checkpoint.keep_best:
             best.check_key(key, "checkpoint.keep_best")
             if key in best.MEASURED and not self.probe.every:

@@ -11,6 +11,7 @@ from rich.table import Table
 from engine.log.terminal import Terminal
 from engine.processes import world
 from engine.report.curves import show_number
+from engine.report.facts import HEALTHY
 from engine.report.page import name_runs
 from engine.report.recipes import differing_fields
 from engine.report.report import write_report
@@ -29,7 +30,7 @@ class Report:
 
     run_url: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """URL of the run, which may still be training."""
-    compare: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--with"])] = ()
+    compare: tuple[str, ...] = ()
     """URLs of other runs, at most 7. Their curves are drawn over the run's, and their recipes and
     figures are compared with its own."""
     out: str = ""
@@ -80,7 +81,7 @@ def show_runs(url: str, depth: int) -> None:
     for run, name in zip(survey.runs, names, strict=True):
         for fault in run.faults:
             terminal.say(f"{name}: {fault}")
-        if isinstance(health := run.figures.get("health"), str) and health:
+        if (health := run.figures.get("health")) not in (None, "", HEALTHY):
             terminal.say(f"{name}: health: {health}")
     for note in survey.notes:
         terminal.say(note)

@@ -8,7 +8,8 @@ Paper        The paper has no such row. The network is that of the official smal
 Data         python launch/pack.py IMAGES data/mine   (train/ and val/, or --data.train data/mine)
 Command      torchrun launch/train.py recipes/own_images.py --data.train data/mine/train
                  --data.val data/mine/val --run-url runs/mine
-             Images without labels need --data.val ''.
+             Images without labels need --data.val '', or labeled sets of yours for the
+             evaluations: --probe.train LABELED/train --probe.val LABELED/val.
 Hardware     one GPU of 8 GB or more. On CPU cores add --model.encoder.depth 10
              --model.encoder.width 0.25 --model.hidden 512 --model.projection 128
              --views.size 64 --schedule.epochs 50.

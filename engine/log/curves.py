@@ -22,6 +22,8 @@ _TAGS = {
     "loss_scale": "train/loss_scale",
     "head_loss": "train/online_head_loss",
     "feature_std": "train/spread_feature_std",
+    "projection_std": "train/spread_projection_std",
+    "view_correlation": "train/spread_view_correlation",
     "grad_norm": "train/update_grad_norm",
     "update_ratio": "train/update_ratio",
     "skipped": "train/skipped",
@@ -29,6 +31,7 @@ _TAGS = {
     "online_top1": "eval/online_top1",
     "knn_pixels": "eval/reference_knn_pixels",
     "knn_untrained": "eval/reference_knn_untrained",
+    "knn_start": "eval/reference_knn_start",
     "feature_rank": "eval/spread_feature_rank",
     **{key: f"schedule/{key}" for key in ("lr", "tau", "epoch")},
     **{key: f"system/{key}" for key in ("images_per_second", "images_per_second_device")},
@@ -38,9 +41,9 @@ _TAGS = {
 # The charts of the overview, with the curves of each.
 _CHARTS = {
     "loss": ["loss"],
-    "kNN accuracy on data.val": ["knn_top1", "knn_pixels", "knn_untrained"],
+    "kNN accuracy on data.val": ["knn_top1", "knn_pixels", "knn_untrained", "knn_start"],
     "accuracy of the online head on data.val": ["online_top1"],
-    "spread of the features: std": ["feature_std"],
+    "spread of the features and the projections: std": ["feature_std", "projection_std"],
     "spread of the features: rank": ["feature_rank"],
     "images a second": ["images_per_second"],
 }

@@ -30,7 +30,10 @@ PARTS = "metrics"
 Record = dict[str, Any]
 
 _PLAIN = (int, float, str, bool, type(None))
-_NUMBERS = ("epoch", "loss", "lr", "tau", "images_per_second", "knn_top1", "online_top1")
+_NUMBERS = (
+    *("epoch", "loss", "lr", "tau", "images_per_second", "knn_top1", "online_top1"),
+    *("feature_std", "feature_rank", "grad_norm", "knn_pixels", "knn_untrained"),
+)
 
 
 def read(run: str, tail: int | None = None) -> list[Record]:
