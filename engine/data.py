@@ -6,6 +6,7 @@ from typing import NamedTuple
 from engine.evaluation.probe_sets import ProbeSets, open_probe_sets
 from engine.processes.world import World, check_alike
 from engine.recipe import Recipe, shared_fields
+from engine.state import layout
 from shards import index as indexes
 from shards.errors import InputError
 from shards.index import Index
@@ -57,18 +58,21 @@ def open_own_probe_sets(
     """Open the sets that the run is measured on; return None when it is never measured.
 
     All processes call it together. A folder of images is packed into RUN, which this job holds.
+    With `debug_step` nobody holds RUN, and it is packed to where everything is removed again.
 
     Raises InputError when a set does not fit the other one, and when the figure that the recipe
     ranks checkpoints by cannot be measured.
     """
-    probe = recipe.probe
+    probe, home = recipe.probe, recipe.run
+    if recipe.debug_step:
+        home = files.join(home, layout.DEBUG_STEP)
     if not (probe.every or probe.baseline):
         return None
     sets = open_probe_sets(
         (probe.train, probe.val),
         data.train,
         data.val,
-        recipe.run,
+        files.join(home, layout.PROBE),
         world,
         max_pixels=recipe.data.max_pixels,
         threads=threads,

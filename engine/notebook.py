@@ -32,7 +32,8 @@ class Session:
     """A training in this process, which moves when it is told to.
 
     `trainer` has the networks, the optimizer and the step. A session writes nothing, except for the
-    images that `data.draw` asks for.
+    images that `data.draw` asks for, and for those of a folder that `probe.train` or `probe.val`
+    names, which are packed into RUN.
     """
 
     def __init__(self, trainer: Trainer) -> None:

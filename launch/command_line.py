@@ -24,6 +24,7 @@ Train an encoder by BYOL, or continue a run that was stopped:
   torchrun launch/train.py RECIPE [--field.name value ...]
   torchrun --nproc-per-node=8 launch/train.py RECIPE ...      one process for each of 8 GPUs
   python launch/train.py RECIPE ...                           one process
+  byol-train RECIPE ...                                       the same after pip install
 
 The same command starts a run and continues it. RECIPE is a Python file that defines `recipe`, or
 the bare name of one that comes along:

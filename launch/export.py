@@ -77,6 +77,7 @@ class Export:
         head = read_head(self.head) if self.head else None
         torch.set_num_threads(self.threads or share_of_cores())
         alone = World(0, 1, 0, 1, torch.device("cpu"))
+        _terminal.say(f"opening {files.redact(self.checkpoint_url)}")
         source, encoder = open_encoder(self.checkpoint_url, self.encoder, alone, _terminal.say)
         if not isinstance(encoder, ResNet):
             raise InputError("--network pixels is no encoder: there is nothing to export")

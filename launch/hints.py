@@ -28,9 +28,10 @@ FIELDS: dict[str, tuple[list[str], str]] = {
         "it is the number of parts of a batch",
     ),
     "init init-from pretrained weights load load-from load-weights start start-from finetune": (
-        ["model.start", "checkpoint.resume"],
-        "",
+        ["model.start"],
+        "it is the URL of the weights that training starts from",
     ),
+    "branch fork": (["checkpoint.branch"], ""),
     "checkpoint ckpt checkpoint-path ckpt-path": (
         ["checkpoint.resume"],
         "it starts a new run from another run's state, and the same command continues a run",
@@ -86,7 +87,7 @@ FIELDS: dict[str, tuple[list[str], str]] = {
 ADVICE: dict[str, str] = {
     "resume auto-resume continue resume-from restart": (
         "the same command continues its run by itself; --checkpoint.resume URL starts a new run "
-        "from another run's state"
+        "from another run's state, and --checkpoint.branch URL one with other fields"
     ),
     "gpus gpu num-gpus ngpu devices device world-size nproc nproc-per-node local-rank nodes": (
         "torchrun starts one process for each GPU: torchrun --nproc-per-node=N launch/train.py "

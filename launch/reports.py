@@ -11,6 +11,7 @@ from rich.table import Table
 from engine.log.terminal import Terminal
 from engine.processes import world
 from engine.report.curves import show_number
+from engine.report.facts import HEALTHY
 from engine.report.page import name_runs
 from engine.report.recipes import differing_fields
 from engine.report.report import write_report
@@ -80,7 +81,7 @@ def show_runs(url: str, depth: int) -> None:
     for run, name in zip(survey.runs, names, strict=True):
         for fault in run.faults:
             terminal.say(f"{name}: {fault}")
-        if isinstance(health := run.figures.get("health"), str) and health:
+        if (health := run.figures.get("health")) not in (None, "", HEALTHY):
             terminal.say(f"{name}: health: {health}")
     for note in survey.notes:
         terminal.say(note)

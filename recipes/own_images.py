@@ -8,12 +8,14 @@ Paper        The paper has no such row. The network is that of the official smal
 Data         python launch/pack.py IMAGES data/mine   (train/ and val/, or --data.train data/mine)
 Command      torchrun launch/train.py recipes/own_images.py --data.train data/mine/train
                  --data.val data/mine/val --run-url runs/mine
-             Images without labels need --data.val '' --probe.every 0.
+             Images without labels need --data.val '', or labeled sets of yours for the
+             evaluations: --probe.train LABELED/train --probe.val LABELED/val.
 Hardware     one GPU of 8 GB or more. On CPU cores add --model.encoder.depth 10
-             --model.encoder.width 0.25 --views.size 64 --schedule.epochs 50.
-Time         It has not been measured on a GPU yet. recipes/README.md has figures of two CPU cores.
+             --model.encoder.width 0.25 --model.hidden 512 --model.projection 128
+             --views.size 64 --schedule.epochs 50.
+Time         It has not been measured on a GPU yet.
 Expected     It depends on the images. Compare kNN with the untrained encoder and with raw pixels,
-             which --probe.baseline measures.
+             which --probe.baseline measures. recipes/README.md has figures of 1,500 images.
 
 Size         --views.size is the side of what the network sees. Take the side at which you can still
              tell the classes apart: 32 for icons, 128 for objects, 224 for photographs with detail.

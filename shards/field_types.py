@@ -54,7 +54,8 @@ def _fits(hint: Any, value: Any) -> bool:
     if dataclasses.is_dataclass(hint):
         return isinstance(value, hint)  # type: ignore[arg-type]
     if hint in (int, float, bool):  # True is no number, and a whole number is a number
-        return type(value) is hint or (hint is float and type(value) is int)
+        number = type(value) is int or isinstance(value, float)  # also numpy's float64
+        return type(value) is hint or (hint is float and number)
     return isinstance(value, origin or hint)
 
 

@@ -8,16 +8,7 @@ annotations too: `Annotated[int, Interval(ge=1)]`.
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from typing import (
-    Annotated,
-    Any,
-    Protocol,
-    TypeVar,
-    get_args,
-    get_origin,
-    get_type_hints,
-    runtime_checkable,
-)
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from annotated_types import Interval, MaxLen, MinLen
 
@@ -34,12 +25,12 @@ _LONGEST = 200  # characters of a value in a message
 _MOST_DIFFERENCES = 100
 
 
-@runtime_checkable
-class Rule(Protocol):
-    """A bound that checks a value itself, as an annotation on a field."""
+class Rule:
+    """An annotation on a field that checks the type and the bounds of a value itself."""
 
     def check(self, name: str, value: Any) -> None:
-        """Raise InputError naming the field `name` when the value is out of bounds."""
+        """Raise InputError naming the field `name` when it cannot have this value."""
+        raise NotImplementedError
 
 
 UnitInterval = Annotated[float, Interval(ge=0, le=1)]

@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+import engine
 from tests.helpers.imports import allowed, arrows, cycle, modules
 from tests.helpers.places import ROOT
 
@@ -60,6 +61,14 @@ def test_the_order_is_as_designed(module: str, below: str, may: bool) -> None:
 def test_imports_point_downward(name: str) -> None:
     for below in arrows(MODULES[name].read_text(), MODULES):
         assert allowed(name, below), f"{name} -> {below}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith("recipes.")])
+def test_only_recipes_take_what_the_engine_exports(name: str) -> None:
+    """`from engine import Trainer` would hide from where a module imports."""
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "engine":
+            assert not {alias.name for alias in node.names} & engine._PLACES.keys()
 
 
 def test_no_imports_in_a_circle() -> None:

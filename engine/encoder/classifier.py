@@ -50,7 +50,13 @@ def save_head(tensors: dict[str, Tensor], classes: list[str], learned_on: str = 
         learned_on: The name of the weights of the encoder, which stayed as they were.
     """
     facts = {"format": "pt", "classes": json.dumps(classes)}
-    return save(tensors, facts | ({"learned_on": learned_on} if learned_on else {}))
+    facts |= {"learned_on": learned_on} if learned_on else {}
+    # The library writes metadata in a random order, and equal heads shall be equal files.
+    content = save(tensors)
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps({"__metadata__": facts} | json.loads(content[8:start])).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[start:]
 
 
 def read_head(url: str) -> Head:

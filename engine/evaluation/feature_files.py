@@ -77,7 +77,7 @@ def write_features(url: str, format: Format, header: Header, parts: list[Part]) 
 
 def names_url(url: str) -> str:
     """Return the URL of the CSV file that lies beside a file of features."""
-    return f"{url.rpartition('.')[0]}.csv"
+    return f"{url}.csv"
 
 
 def as_text(name: str) -> str:

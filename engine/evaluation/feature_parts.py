@@ -21,7 +21,7 @@ from shards.fields import differences
 from shards.storage import files, misplaced
 
 INDEX = "features.json"
-_PARTS = re.compile(r"features-[0-9]{5,}\.[a-z]+")
+_PARTS = re.compile(r"features-[0-9]{5,}\.[a-z]+(\.csv)?")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Output:
     def index(self) -> str:
         """The JSON file that describes the features."""
         if self.single:
-            return f"{self.url.rpartition('.')[0]}.json"
+            return f"{self.url}.json"
         return files.join(self.url, INDEX)
 
     @property
@@ -146,7 +146,8 @@ class Parts:
         output = self.output
         if output.single:
             names = [output.url, feature_files.names_url(output.url)]
-            return [url for url in names if files.exists(url)]
+            with_text = output.format in ("npz", "parquet")
+            return [url for url in names[: 1 if with_text else 2] if files.exists(url)]
         found = filter(_PARTS.fullmatch, files.list_names(output.url))
         return [files.join(output.url, name) for name in found]
 

@@ -1,11 +1,12 @@
 """Open the two sets of images that a run is measured on, and say what can be measured on them."""
 
+import json
 from collections.abc import Callable
 from typing import NamedTuple
 
 from engine.processes.world import World, check_alike
-from engine.state.layout import PROBE
 from shards import index as indexes
+from shards.digest import digest
 from shards.errors import InputError
 from shards.index import Index
 from shards.making.convert import PixelOptions
@@ -27,7 +28,7 @@ def open_probe_sets(
     places: tuple[str, str],
     train: Index,
     val: Index | None,
-    run: str,
+    cache: str,
     world: World,
     *,
     max_pixels: int,
@@ -36,7 +37,7 @@ def open_probe_sets(
 ) -> ProbeSets:
     """Open the sets at the URLs `places`; where one is empty, take data.train or data.val.
 
-    A folder of images is packed to RUN/probe first. All processes call it together.
+    A folder of images is packed to `cache` first. All processes call it together.
 
     Args:
         places: The values of probe.train and probe.val.
@@ -46,18 +47,24 @@ def open_probe_sets(
 
     Raises InputError when a set is none, has no labels, or has other classes than the other one.
     """
-    options = PixelOptions(max_pixels, None, train.pixels.get("window"))
+    window = train.pixels.get("window")
+    options = PixelOptions(max_pixels, None, tuple(window) if window else None)
     found: list[Index | None] = [train, val]
     names = ["data.train", "data.val"]
     for i, field in enumerate(("probe.train", "probe.val")):
         if place := places[i]:
-            names[i], cache = field, files.join(run, PROBE, field.partition(".")[2])
-            index = _open(place, cache, field, options, world, threads, report)
-            if world.main and (doubt := indexes.compare_windows(train, index, (names[0], field))):
-                report(doubt)
-            found[i] = index
+            own = files.join(cache, field.partition(".")[2])
+            index = _open(place, own, field, options, world, threads, report)
+            if doubt := indexes.compare_windows(train, index, ("data.train", field)):
+                _say(world, report, doubt)
+            names[i], found[i] = field, index
     fields = names[0], names[1]
     bank, queries = found[0] or train, found[1]
+    # Otherwise a process could measure, and wait for one that does not.
+    for name, known in (("data.train", train), (fields[0], bank), (fields[1], queries)):
+        if known is not None:
+            same = digest(json.dumps(known.classes))
+            check_alike(world, {f"digest of {name}": known.digest, f"classes of {name}": same})
     if fault := _find_fault(bank, queries, fields):
         _say(world, report, f"evaluations measure no kNN, because {fault}: {_REMEDY}")
         return ProbeSets(bank, queries or bank, fields, knn=False, head=False)
@@ -66,9 +73,6 @@ def open_probe_sets(
     head = queries.classes == train.classes
     if train.classes and not head:
         _say(world, report, f"{fields[1]} has other classes than data.train: no online_top1")
-    check_alike(
-        world, {f"digest of {fields[0]}": bank.digest, f"digest of {fields[1]}": queries.digest}
-    )
     return ProbeSets(bank, queries, fields, knn=True, head=head)
 
 
@@ -96,17 +100,21 @@ def _open(
 
     def find() -> str:
         if files.exists(files.join(url, indexes.NAME)):
-            return url
+            return ""
         return keep_packed(url, cache, options, name=name, threads=threads, report=report)
 
     packed = world.on_main(find)
-    index = world.on_all(lambda: indexes.load(packed, name))
-    if not index.classes:
-        raise InputError(
-            f"{name} {files.redact(url)}: has no labels: give a set that has, or a folder of "
-            "images with one folder for each class"
-        )
-    return index
+
+    def load() -> Index:
+        index = indexes.load(packed or url, name)  # machines may have the shards in other places
+        if not index.classes:
+            raise InputError(
+                f"{name} {files.redact(url)}: has no labels: give a set that has, or a folder of "
+                "images with one folder for each class"
+            )
+        return index
+
+    return world.on_all(load)
 
 
 def _find_fault(bank: Index, queries: Index | None, fields: tuple[str, str]) -> str:

@@ -110,6 +110,8 @@ def look(recipe: Recipe, processes: int) -> Known:
     origin = recipe.checkpoint.resume or recipe.checkpoint.branch
     if origin and not at:
         missing.append(f"steps count from 0, not from where {files.redact(origin)} stands")
+    if recipe.schedule.rewarm:
+        missing.append("learning rates are without the ramp of schedule.rewarm")
     speed = plan.find_speed(recipe.explain_speed, log, processes)
     if speed is None:
         missing.append(

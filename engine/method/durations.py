@@ -6,12 +6,14 @@ An epoch has floor(samples / batch) steps here, as `epoch` in the log counts it.
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from shards.documents import shown
 from shards.errors import InputError
+from shards.fields import Rule
 
 Duration = Annotated[int | str, tyro.conf.arg(metavar="STEPS|EPOCHS")]
 
@@ -21,7 +23,7 @@ EXAMPLES = "300, '1 epoch' or '0.5 epochs'"
 
 
 @dataclass(frozen=True)
-class Lasting:
+class Lasting(Rule):
     """The bounds of a duration, as an annotation on a field: at least 0, or more than 0."""
 
     positive: bool = False
@@ -45,7 +47,14 @@ def parse(duration: int | str) -> tuple[Fraction, Literal["step", "epoch"]]:
     """Return the number and the unit of a duration. Raises ValueError when it is none."""
     if type(duration) is int and duration >= 0:
         return Fraction(duration), "step"
-    found = _TEXT.fullmatch(duration) if isinstance(duration, str) else None
+    if not isinstance(duration, str):
+        raise ValueError(duration)
+    return _parse_text(duration)
+
+
+@lru_cache(64)
+def _parse_text(duration: str) -> tuple[Fraction, Literal["step", "epoch"]]:
+    found = _TEXT.fullmatch(duration)
     if found is None:
         raise ValueError(duration)
     try:

@@ -69,6 +69,7 @@ def replay(recipe: Recipe, step: int, world: World, data: Data, terminal: Termin
     skipped = int(trainer.guard.skipped) - skipped
     record = trainer.measure(output, batch)
     record.pop("data_digest")
+    record |= sum_norms(watch.layers)
     summary: dict[str, Any] = {"step": step, "weights": weights.text, "exact": weights.exact}
     summary |= {"processes": world.size, "skipped": bool(skipped), "replayed": record}
     summary |= compare(trainer, batch, record, step)
@@ -190,6 +191,11 @@ def show(terminal: Terminal, summary: dict[str, Any], layers: list[Layer], folde
     terminal.say(f"data: {summary['data']} (data_digest {summary['data_digest']})")
     here, there = (one and _number(one["loss"]) for one in (replayed, logged))
     terminal.say(f"loss: {here} here, {f'{there} in the log' if logged else 'not logged'}")
+    gradient = replayed["grad_norm"]
+    there = logged and logged["grad_norm"]
+    terminal.say(
+        f"gradient norm: {gradient:.6g} here" + (f", {there:.6g} in the log" if there else "")
+    )
     for row in summary["highest_losses"]:
         terminal.say(f"  {row['loss']:.4f}  sample {row['sample']}  {row['shard']}: {row['key']}")
     table = Table("layers", "gradient", "weight", "gradient / weight", "update / weight")
@@ -222,6 +228,16 @@ def _groups(layers: list[Layer]) -> dict[str, tuple[float, float, float]]:
         name: (math.sqrt(sums[0]), math.sqrt(sums[1]), math.sqrt(sums[2]))
         for name, sums in squares.items()
     }
+
+
+def sum_norms(layers: list[Layer]) -> dict[str, float]:
+    """Return what the log calls grad_norm and update_ratio, from the norms of the layers."""
+    weights = [layer for layer in layers if len(layer.shape) > 1]
+    gradient = math.hypot(*(layer.gradient for layer in layers))
+    update, weight = (
+        math.hypot(*(getattr(layer, name) for layer in weights)) for name in ("update", "weight")
+    )
+    return {"grad_norm": gradient, "update_ratio": update / weight if weight else math.nan}
 
 
 def _columns(layer: Layer) -> Row:

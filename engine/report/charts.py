@@ -18,6 +18,9 @@ GROUPS: dict[str, dict[str, str]] = {
     "Features": {
         "feature_std": "Spread of the features",
         "feature_rank": "Rank of the features",
+        "projection_std": "Spread of the projections",
+        "view_std": "Spread of the views' pixels",
+        "view_correlation": "Likeness of different images' views",
     },
     "Optimization": {
         "lr": "Learning rate",

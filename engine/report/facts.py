@@ -12,19 +12,16 @@ from engine.log import journal
 from engine.log.journal import Record
 from engine.report.thinning import Values
 from engine.report.views import find_views
-from engine.state import layout
+from engine.state import layout, origin
 from shards.documents import build, parse_json
 from shards.errors import InputError
 from shards.storage import files
 from shards.storage.entries import Entry, list_entries
 
 RESULT, SHEET = "result.json", "neighbours.png"
-BRANCHED = "branched_from"  # key of recipe.json for the checkpoint that a run began from
-NOT_FIELDS = {
-    "index_digest",
-    layout.TOTAL,
-    BRANCHED,
-}  # keys of recipe.json that are no fields of a recipe
+# The keys of recipe.json that are no fields of a recipe.
+NOT_FIELDS = {"index_digest", layout.TOTAL, origin.WEIGHTS, origin.BRANCH}
+HEALTHY = "healthy"  # the value of `health` when nothing is wrong
 MOST_EVALUATIONS = 100
 _SMALLEST, _LARGEST = 1e-99, 1e99  # of the numbers that a chart can show
 MOST_BYTES = 20_000_000  # of a result or of a sheet

@@ -6,11 +6,12 @@ import numpy as np
 
 from engine.report.charts import read_baselines
 from engine.report.curves import is_fraction, show_number
-from engine.report.facts import BRANCHED, EvaluationFacts, RunFacts, as_number
+from engine.report.facts import HEALTHY, EvaluationFacts, RunFacts, as_number
 from engine.report.html import Child, Html, breakable, join, tag
 from engine.report.pictures import embed
 from engine.report.recipes import changed_fields, defaults, differing_fields, show
 from engine.report.tables import fold, make_table
+from engine.state.origin import BRANCH
 from shards.storage import files
 
 _TILES = {
@@ -93,7 +94,7 @@ def _tell(run: RunFacts, key: str) -> list[str]:
     found: dict[str, list[int]] = {}
     for record in run.records:
         text = record.get(key)
-        if isinstance(text, str) and text:
+        if isinstance(text, str) and text not in ("", HEALTHY):
             found.setdefault(text, []).append(record["step"])
     lines = []
     for text, steps in sorted(found.items(), key=lambda item: -item[1][-1]):
@@ -209,37 +210,38 @@ def _newest_result(run: RunFacts, name: str) -> str:
 
 
 def write_parent(run: RunFacts) -> Html | None:
-    """Say which checkpoint the run began from, and which fields of the recipe changed then."""
-    given = run.recipe.get(BRANCHED)
-    parent = given if isinstance(given, dict) else {}
-    url = parent.get("url") or run.recipe.get("checkpoint.resume")
-    if not url:
-        return None
-    step = parent.get("step")
-    place = f" at step {step:,}" if type(step) is int else ""
-    lines: list[Child] = [tag("p", "The run began from ", tag("code", show(url)), f"{place}.")]
-    rest = {key: value for key, value in parent.items() if key not in ("url", "step")}
-    for key, value in rest.items():
-        rows = _parent_rows(value)
-        lines.append(make_table([key, "there", "here"], rows))
-    if not rest:
-        lines.append(tag("p", "No field of the method differs from the run there.", class_="soft"))
-    return join(*lines)
+    """Say which checkpoint or which weights the run began from, and what changed then."""
+    resumed, weights = run.recipe.get("checkpoint.resume"), run.recipe.get("model.start")
+    given = run.recipe.get(BRANCH)
+    if isinstance(given, dict):
+        return _write_branch(given)
+    if resumed:
+        text = "The run began from the full state of "
+        return tag("p", text, tag("code", show(resumed)), ". The method is the same there.")
+    if weights:
+        return tag("p", "The run began with the weights of ", tag("code", show(weights)), ".")
+    return None
 
 
-def _parent_rows(value: object) -> list[list[Child]]:
-    """Turn what recipe.json tells about changed fields into rows: field, there, here."""
-    if isinstance(value, dict):
-        return [[breakable(name), *_pair(change)] for name, change in sorted(value.items())]
-    items = value if isinstance(value, list) else [value]
-    return [[show(item), "", ""] for item in items]
+def _write_branch(point: dict[str, object]) -> Html:
+    """Describe the place where a run left its parent, as recipe.json does."""
+    step, here, order = (point.get(key) for key in ("step", "step_here", "order"))
+    text = f", step {show(step)}" if step is not None else ""
+    if here is not None:
+        text += f", as step {show(here)} of this run"
+    where = tag("p", "The run branched from ", tag("code", show(point.get("url"))), f"{text}.")
+    images = tag("p", f"There {order}.", class_="soft") if isinstance(order, str) else None
+    changed = point.get("changed")
+    if not isinstance(changed, dict) or not changed:
+        return join(where, images, tag("p", "No field of the method changed.", class_="soft"))
+    rows = [[breakable(str(name)), *_pair(change)] for name, change in sorted(changed.items())]
+    return join(where, images, make_table(["field of the method", "there", "here"], rows))
 
 
 def _pair(change: object) -> list[str]:
-    if isinstance(change, dict) and len(change) == 2:
-        change = [change.get("there", ""), change.get("here", "")]
-    if isinstance(change, list) and len(change) == 2:
-        return [show(change[0]), show(change[1])]
+    """Return the values of a changed field there and here."""
+    if isinstance(change, dict):
+        return [show(change[key]) if key in change else "" for key in ("there", "here")]
     return [show(change), ""]
 
 

@@ -71,7 +71,7 @@ def _keep_packed(
     if not files.exists(files.join(url, indexes.NAME)):
         report(f"packing {len(images.images):,} images of {files.redact(source)} for evaluations")
         for line in lines:
-            report(line.strip())
+            report(line.strip().replace("SOURCE", name))
         with warnings.catch_warnings():  # those of Pillow that matter are counted
             warnings.filterwarnings("ignore", module=r"PIL\.")
             _check_depth(images, read, options, source, threads)

@@ -1,12 +1,16 @@
 """Recipe files of one's own: helpers beside them, and errors that say where."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+import engine.method.lars
+from engine import recipe_files
 from engine.recipe import load, load_file
 from shards.errors import InputError
+from tests.helpers.places import ROOT
 
 HEAD = "from engine import Recipe, ScheduleConfig\n"
 
@@ -42,17 +46,14 @@ def test_helpers_of_equal_names_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_a_recipe_at_the_top_of_the_clone_keeps_the_engine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its folder holds engine/ too, whose modules must stay the ones that are there."""
-    (tmp_path / "engine").mkdir()
-    mine = write(tmp_path, mine=f"{HEAD}import engine.method.lars\nrecipe = Recipe()")
-    lars = sys.modules["engine.method.lars"]
-    monkeypatch.setattr(lars, "__file__", f"{tmp_path}/engine/method/lars.py")
+    """Its folder holds engine/ too, and a module that came twice would be two of each class."""
+    monkeypatch.setattr(engine.method, "lars", engine.method.lars)
     monkeypatch.delitem(sys.modules, "engine.method.lars")
-    load(mine)
+    with recipe_files.running(str(ROOT / "mine.py"), str):
+        import_module("engine.method.lars")
     assert "engine.method.lars" in sys.modules
-    monkeypatch.setitem(sys.modules, "engine.method.lars", lars)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ class WebPage(HTMLParser):
 
     @property
     def text(self) -> str:
-        return " ".join(self.texts)
+        """Return all texts, with single spaces between their words."""
+        return " ".join(" ".join(self.texts).split())
 
 
 def read_page(content: bytes) -> WebPage:

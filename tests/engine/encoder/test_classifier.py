@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
@@ -175,3 +175,12 @@ def test_mistakes_are_one_line(
 def test_its_names_are_torchvisions() -> None:
     ours = Classifier(ResNetConfig(18), 7).state_dict()
     assert ours.keys() == torchvision.models.resnet18(num_classes=7).state_dict().keys()
+
+
+def test_equal_heads_are_equal_files() -> None:
+    """And every reader of the format takes them."""
+    tensors = {"fc.weight": torch.randn(3, 5), "fc.bias": torch.randn(3), "x": torch.ones(1)}
+    made = {save_head(tensors, ["é", "b", "c"], "online 0123") for _ in range(20)}
+    assert len(made) == 1
+    found = safetensors.torch.load(made.pop())
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())

@@ -19,6 +19,7 @@ from PIL import Image as PillowImage
 from safetensors.torch import load, load_file
 
 from engine.encoder import card
+from engine.encoder.source import open_encoder
 from engine.evaluation import feature_extraction, feature_parts
 from engine.evaluation.features import extract
 from engine.method.augment import normalize
@@ -87,10 +88,10 @@ def test_shards_to_one_file(run: str, tiny_data: DataConfig, store: str) -> None
     bank = extract(lambda x: forward(state, x), crops, torch.device("cpu"))
     assert found["labels"].tolist() == bank.labels.tolist()
     np.testing.assert_allclose(found["features"], bank.features.numpy(), rtol=1e-4, atol=1e-5)
-    facts = index_of(f"{store}/out/found.json")
+    facts = index_of(f"{store}/out/found.npz.json")
     assert facts["files"] == [{"name": "found.npz", "rows": tiny.SAMPLES}]
     assert (facts["rows"], facts["shape"], facts["left_out"]) == (tiny.SAMPLES, [64], [])
-    assert files.list_names(f"{store}/out") == ["found.json", "found.npz"]
+    assert files.list_names(f"{store}/out") == ["found.npz", "found.npz.json"]
 
 
 _exported: dict[str, Any] = {}
@@ -138,24 +139,49 @@ def test_a_folder_equals_the_exported_encoder(
         inputs = torch.stack([transform(folder / name) for name in found["names"].tolist()])
         expected = export_of(run)(inputs).numpy()
     np.testing.assert_allclose(found["features"], expected, rtol=1e-4, atol=1e-5)
-    facts = index_of(f"{tmp_path}/out.json")["not_images"]
+    facts = index_of(f"{tmp_path}/out.npz.json")["not_images"]
     assert facts == {".txt files": {"number": 1, "example": "notes.txt"}}
+
+
+def test_a_folder_in_a_bucket(
+    run: str, tiny_data: DataConfig, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that look like patterns mean themselves, and something is told before any access."""
+    folder = unpack(tiny_data.val, tmp_path / "images")
+    place = f"{store}/a [b] #1"
+    for path in folder.glob("*/*.png"):
+        name = str(path.relative_to(folder)).replace("a00", "é *?")
+        files.write(f"{place}/{name}", path.read_bytes())
+    said: list[str] = []
+
+    def open_later(*arguments: Any) -> Any:
+        said.append(capture.getvalue())
+        return open_encoder(*arguments)
+
+    monkeypatch.setattr("launch.feature_command.open_encoder", open_later)
+    capture = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", capture)
+    assert features(run, place, f"{store}/out.npz") == 0
+    assert said == [f"opening {run}\n"]
+    assert features(run, str(folder), f"{tmp_path}/local.npz") == 0
+    found, expected = npz(f"{store}/out.npz"), npz(f"{tmp_path}/local.npz")
+    names = [str(name).replace("é *?", "a00") for name in found["names"]]
+    order = np.argsort(names)
+    assert [names[i] for i in order] == expected["names"].tolist()
+    np.testing.assert_allclose(found["features"][order], expected["features"], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("small_parts")
 def test_formats_hold_the_same(run: str, tiny_data: DataConfig, tmp_path: Path) -> None:
     for suffix in ("npz", "npy", "safetensors"):
         assert features(run, tiny_data.val, f"{tmp_path}/f.{suffix}") == 0
-        (tmp_path / "f.json").rename(tmp_path / f"{suffix}.json")
-        if suffix != "npz":
-            (tmp_path / "f.csv").rename(tmp_path / f"{suffix}.csv")
     archive, plain = npz(f"{tmp_path}/f.npz"), np.load(tmp_path / "f.npy")
     tensors = load_file(f"{tmp_path}/f.safetensors")
     assert np.array_equal(archive["features"], plain)
     assert np.array_equal(archive["features"], tensors["features"].numpy())
     assert np.array_equal(archive["labels"], tensors["labels"].numpy())
     for name in ("npy", "safetensors"):
-        with open(tmp_path / f"{name}.csv", newline="") as file:
+        with open(tmp_path / f"f.{name}.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         assert [row["name"] for row in rows] == archive["names"].tolist()
         assert [int(row["id"]) for row in rows] == archive["ids"].tolist()
@@ -173,8 +199,6 @@ def test_parquet(
         assert "parquet needs `pip install 'byol-engine[parquet]'`" in capsys.readouterr().err
         return
     assert features(run, tiny_data.val, f"{tmp_path}/f.parquet") == 0
-    assert features(run, tiny_data.val, f"{tmp_path}/f.npz", "--format", "npz") == 1
-    (tmp_path / "f.json").unlink()
     assert features(run, tiny_data.val, f"{tmp_path}/f.npz") == 0
     table, expected = pyarrow.parquet.read_table(f"{tmp_path}/f.parquet"), npz(f"{tmp_path}/f.npz")
     assert np.array_equal(np.stack(table["features"].to_numpy()), expected["features"])
@@ -262,13 +286,13 @@ def test_other_features_are_refused(
     capsys.readouterr()
     assert features(run, tiny_data.val, out) == 0
     assert "already there" in capsys.readouterr().out
-    Path(f"{tmp_path}/mine.csv").write_text("mine")
-    Path(f"{tmp_path}/other.json").write_text("[]")
+    Path(f"{tmp_path}/mine.npy.csv").write_text("mine")
+    Path(f"{tmp_path}/other.npz.json").write_text("[]")
     for arguments, text in (
         ([run, tiny_data.train, out], "images: there 40, here 104"),
         ([run, tiny_data.val, out, "--layer", "layer2"], "layer: there layer4, here layer2"),
         ([run, tiny_data.val, out, "--checkpoint", "16"], "weights: there"),
-        ([run, tiny_data.val, f"{tmp_path}/mine.npy"], "mine.csv: is there already"),
+        ([run, tiny_data.val, f"{tmp_path}/mine.npy"], "mine.npy.csv: is there already"),
         ([run, tiny_data.val, f"{tmp_path}/other.npz"], "holds something else (no features)"),
         ([run, tiny_data.val, out, "--format", "npy"], "--format npy differ"),
         ([run, tiny_data.val, ""], "OUT must be the URL"),
@@ -317,7 +341,7 @@ def test_wide_images_need_a_window(
     assert line.startswith(f"error: DATA {tmp_path}/images: 1 of its images")
     window = ["--data.window", "0", "4000"]
     assert features(run, f"{tmp_path}/images", f"{tmp_path}/yes.npz", *window) == 0
-    assert index_of(f"{tmp_path}/yes.json")["settings"]["window"] == [0, 4000]
+    assert index_of(f"{tmp_path}/yes.npz.json")["settings"]["window"] == [0, 4000]
 
 
 def test_features_cluster_by_class(run: str, tmp_path: Path) -> None:

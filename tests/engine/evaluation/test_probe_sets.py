@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engine.debug import debug_step
 from engine.evaluation.during_training import ProbeConfig
 from engine.processes.parallel import ParallelConfig
+from engine.processes.world import rank
 from engine.recipe import Recipe
 from shards.errors import InputError
 from shards.loader import DataConfig
@@ -20,7 +23,7 @@ from shards.storage import files
 from tests.helpers import tiny
 from tests.helpers.labels import draw_some
 from tests.helpers.ranks import Ranks
-from tests.helpers.training import train
+from tests.helpers.training import open_trainer, train
 
 NAMES = ("stripes", "checks")  # of the classes, the first two that are drawn
 
@@ -63,7 +66,7 @@ def test_without_any_labels_the_features_are_measured(
     assert not {"knn_top1", "online_top1", "head_loss", "evaluation_failed"} & record.keys()
     (line,) = [line for line in output.splitlines() if "measure no kNN" in line]
     assert "because data.val is not set: give --probe.train URL" in line
-    assert any(b"views" in path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    assert any(b"views" in path.read_bytes() for path in tmp_path.glob("**/events.out.*"))
 
 
 def test_one_unlabeled_set_of_two(
@@ -207,3 +210,33 @@ def test_classes_of_the_set_that_is_not_given(tiny_data: DataConfig, tmp_path: P
     probe = ProbeConfig(val=write_folder(f"{tmp_path}/b", 4))
     with pytest.raises(InputError, match=r"^probe.val has other .* or give --probe.train URL too$"):
         train(recipe(tiny_data, f"{tmp_path}/run", probe))
+
+
+def test_a_debug_step_leaves_nothing(unlabeled: DataConfig, tmp_path: Path) -> None:
+    probe = ProbeConfig(
+        train=write_folder(f"{tmp_path}/a", 20), val=write_folder(f"{tmp_path}/b", 10, seed=2)
+    )
+    debug_step(open_trainer(recipe(unlabeled, f"{tmp_path}/run", probe, debug_step=True)))
+    assert [path for path in (tmp_path / "run").glob("**/*") if path.is_file()] == []
+
+
+def open_elsewhere(config: Recipe, places: list[str]) -> str:
+    """On a rank: what is said when probe.val is at another place on each machine."""
+    probe = dataclasses.replace(config.probe, val=places[rank()])
+    try:
+        return open_trainer(dataclasses.replace(config, probe=probe)).probe.val.url  # type: ignore[union-attr]
+    except InputError as error:
+        return str(error)
+
+
+def test_machines_have_the_same_set_in_other_places(
+    ranks: Ranks, tiny_data: DataConfig, unlabeled: DataConfig, tmp_path: Path
+) -> None:
+    other = shutil.copytree(tiny_data.val, tmp_path / "val")
+    config = recipe(tiny_data, f"{tmp_path}/run", ProbeConfig())
+    places = [tiny_data.val, str(other)]
+    assert ranks.run(open_elsewhere, config, places, size=2) == places
+    said = ranks.run(open_elsewhere, config, [tiny_data.val, tiny_data.train], size=2)
+    assert all("digest of probe.val: there" in text for text in said), said
+    said = ranks.run(open_elsewhere, config, [tiny_data.val, unlabeled.train], size=2)
+    assert all("has no labels" in text for text in said), said

@@ -96,6 +96,8 @@ def test_the_step_is_the_same_bit_for_bit(recipe: Recipe, step: int, weights: st
         assert found["replayed"][key] == logged[key], key
     assert (found["data"], found["loss_difference"]) == ("equal", 0.0)
     assert found["data_digest"] == logged["data_digest"]
+    for key in ("grad_norm", "update_ratio"):
+        assert found["replayed"][key] == pytest.approx(logged[key], rel=1e-4), key
     assert found["first_not_finite"] is None
     rows = table(recipe, step, "images.csv")
     assert np.mean([float(row["loss"]) for row in rows]) == pytest.approx(logged["loss"], 1e-5)
@@ -261,6 +263,18 @@ def test_several_processes(
             assert float(a[norm]) == pytest.approx(float(b[norm]), rel=1e-3, abs=1e-6)
 
 
+def test_a_branch_and_its_first_step(recipe: Recipe, tmp_path: Path) -> None:
+    """The weights of the first steps are the parent's, as long as the branch has none before."""
+    branch = CheckpointConfig(every=0, branch=f"{recipe.run}/checkpoints/step_00000004")
+    child = dataclasses.replace(recipe, run=str(tmp_path / "child"), checkpoint=branch, steps=7)
+    train(child)
+    assert [url[-2:] for url in checkpoint.steps(child.run)] == ["07"]
+    for step in (5, 7):
+        found = replayed(child, step)
+        assert found["exact"]
+        assert (found["data"], found["loss_difference"]) == ("equal", 0.0)
+
+
 def test_a_run_in_a_bucket(tiny_data: DataConfig, s3: str) -> None:
     recipe = tiny.recipe(tiny_data, f"{s3}/run", steps=3, probe=tiny.NO_PROBE)
     train(recipe)
@@ -362,6 +376,23 @@ def test_a_gradient_of_a_weight_alone(tiny_data: DataConfig, tmp_path: Path) -> 
 
     text = watched(new(tiny_data, tmp_path), spoil)
     assert text == "the gradient of online.encoder.layer2.0.conv2.weight"
+
+
+def test_the_bad_gradient_nearest_to_the_loss_is_named(
+    tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    """Of a weight's and, further from the loss, an output's."""
+
+    def explode(_: nn.Module, __: Any, output: Tensor) -> None:
+        output.register_hook(lambda gradient: gradient * torch.inf)
+
+    def spoil(trainer: Trainer) -> None:
+        trainer.online.get_submodule("encoder.layer2.0.bn1").register_forward_hook(explode)
+        weight = trainer.online.get_parameter("projector.0.weight")
+        weight.register_hook(lambda gradient: gradient * torch.inf)
+
+    text = watched(new(tiny_data, tmp_path), spoil)
+    assert text == "the gradient of online.projector.0.weight"
 
 
 def test_a_skipped_step_is_explained(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.log.curves import VIEWS
 from engine.log.events import EventLog
 from engine.report.facts import RunFacts, collect
 from engine.report.html import tag
@@ -15,7 +16,7 @@ from engine.report.page import MOST_BYTES, make_page, name_runs
 from engine.report.pictures import embed
 from engine.report.views import find_views
 from shards.errors import InputError
-from shards.png import encode_png
+from shards.png import decode_png, encode_png
 from tests.helpers.web_pages import WebPage, read_page
 
 TAGS = {
@@ -35,11 +36,13 @@ def write_run(folder: Path, text: str = "", **more: Any) -> str:
     recipe = {"run": f"runs/{text}", "seed": 3, "batch.size": 64, f"field{text}": [text, 1]}
     recipe |= {"optimizer": f"LARSConfig{text}", "index_digest": f"abc{text}", "total_steps": 100}
     change = {"there": f"1{text}", "here": f"2{text}"}
-    recipe["branched_from"] = {
+    branch = {
         "url": f"parent{text}",
         "step": 7,
-        f"changed{text}": {"seed": change},
+        "step_here": 3,
+        "order": f"the order goes on{text}",
     }
+    recipe["branched_from"] = branch | {"changed": {f"seed{text}": change}}
     (folder / "recipe.json").write_text(json.dumps(recipe | more))
     records: list[dict[str, Any]] = [{"step": 0, "knn_pixels": 0.25, "knn_untrained": 0.31}]
     for step in range(10, 60, 10):
@@ -59,7 +62,7 @@ def write_run(folder: Path, text: str = "", **more: Any) -> str:
     noise = np.random.default_rng(0).integers(0, 255, (20, 40, 3), np.uint8)
     for step in (1, 50):
         events.scalars({"loss": 1.0}, step)
-        events.picture("views", noise, step)
+        events.picture(VIEWS, noise, step)
     events.picture("another", noise, 60)
     events.flush()
     return str(folder)
@@ -77,7 +80,13 @@ def test_the_page_has_everything(tmp_path: Path) -> None:
     for text in (
         *("mine", "of 100 steps (50%)", "50.0%", "raw pixels 25.0%", "untrained 31.0%"),
         *("The loss rises. (step 50)", "a shard is gone", "2 steps were skipped", "Loss"),
-        *("batch of step 50", "parent", "step 7", "seed", "2026-01-02"),
+        *(
+            "batch of step 50",
+            "branched from parent , step 7, as step 3 of",
+            "order goes on",
+            "seed",
+            "2026-01-02",
+        ),
         *("Fields", "All", "Images per second", "Time spent waiting for data", "Other figures"),
     ):
         assert text.lower() in page.text.lower(), text
@@ -187,6 +196,16 @@ def test_the_newest_views_are_found_beside_a_half_written_event(tmp_path: Path) 
     assert find_views(str(run)) == whole
 
 
+def test_views_of_earlier_releases_are_found(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (20, 40, 3), np.uint8)
+    events = EventLog(f"{tmp_path}/tensorboard", 0)
+    events.picture("views", noise, 7)
+    events.flush()
+    found = find_views(str(tmp_path))
+    assert found is not None
+    assert (found[0], decode_png(found[1]).tolist()) == (7, noise.tolist())
+
+
 def test_no_run_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"RUN .*/nothing: is no run.*: give the URL of a run"):
         collect(str(tmp_path / "nothing"))
@@ -212,3 +231,12 @@ def test_names_are_short_and_differ() -> None:
 def test_only_void_elements_have_no_end() -> None:
     assert tag("td") == "<td></td>"
     assert tag("td", "<", title='"') == '<td title="&quot;">&lt;</td>'
+
+
+def test_the_page_names_what_a_run_began_from(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text('{"checkpoint.resume": "runs/first"}')
+    assert "full state of runs/first . The method is the same" in page_of(str(tmp_path)).text
+    (tmp_path / "recipe.json").write_text('{"model.start": "weights.pth", "branched_from": 3}')
+    assert "the weights of weights.pth" in page_of(str(tmp_path)).text
+    (tmp_path / "recipe.json").write_text('{"seed": 3}')
+    assert "began" not in page_of(str(tmp_path)).text
