@@ -30,7 +30,7 @@ class Report:
 
     run_url: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """URL of the run, which may still be training."""
-    compare: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--with"])] = ()
+    compare: tuple[str, ...] = ()
     """URLs of other runs, at most 7. Their curves are drawn over the run's, and their recipes and
     figures are compared with its own."""
     out: str = ""

@@ -159,7 +159,7 @@ class Case:
             views=ViewsConfig(size=self.size),
             schedule=ScheduleConfig(
                 epochs=epochs,
-                warmup_epochs=epochs * self.warmup,
+                warmup=f"{epochs * self.warmup} epochs",
                 base_lr=self.lr,
                 lr_rule="fixed",
                 paper_batch=256,

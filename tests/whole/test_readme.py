@@ -143,7 +143,16 @@ def helped(call: Callable[[], object]) -> str:
 def helps() -> Iterator[str]:
     for recipe in ("quickstart", "r50_4096"):  # with AdamW and with LARS
         yield helped(partial(parse_recipe, [str(RECIPES / f"{recipe}.py"), "--help"]))
-    for protocol in ("linear", "knn", "finetune", "semi-supervised", "neighbours", "features"):
+    for protocol in (
+        "linear",
+        "knn",
+        "finetune",
+        "semi-supervised",
+        "neighbours",
+        "features",
+        "report",
+        "runs",
+    ):
         yield helped(partial(evaluate.parse, [protocol, "--help"]))
     yield helped(lambda: export.parse(["--help"]))
     with mock.patch.object(sys, "argv", ["chaos.py"]):

@@ -75,7 +75,7 @@ def test_a_link_in_its_place_is_replaced_and_not_followed(tmp_path: Path) -> Non
 
 def test_the_command_compares_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = (write_run(tmp_path / name, seed=name) for name in ("one", "two"))
-    assert evaluate.main(["report", first, "--with", second, "--out", f"{tmp_path}/a.html"]) == 0
+    assert evaluate.main(["report", first, "--compare", second, "--out", f"{tmp_path}/a.html"]) == 0
     assert capsys.readouterr().out == f"report  {tmp_path}/a.html\n"
     page = read_page((tmp_path / "a.html").read_bytes())
     assert "Fields of the recipe that differ" in page.text
@@ -89,7 +89,7 @@ def test_the_command_compares_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     ("arguments", "text"),
     [
         (["{run}", "--compare", "{run}/evaluations"], "--compare {run}/evaluations: is no run"),
-        (["{run}", "--with", *["{run}"] * 8], "at most 7 runs, not 8"),
+        (["{run}", "--compare", *["{run}"] * 8], "at most 7 runs, not 8"),
         (["{run}", "--out", "{run}/"], "is a folder: give the URL of a file"),
         (["{run}", "--out", "s3:/b/x"], "--out s3:/b/x"),
         (["{run}x"], "RUN {run}x: is no run"),
