@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.report.html import Html, join, tag
-from engine.report.thinning import Values, thin
+from engine.report.thinning import Points, Values, average, is_long, thin
 
 WIDTH, HEIGHT = 380, 200  # of a chart, in the SVG's own units
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 8, 24  # margins
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 24  # margins
 COLUMNS = WIDTH - LEFT - RIGHT
 COLORS = 8  # different colors of the style sheet, s0 to s7
 _WIDE = 50  # a curve whose maximum is so many medians high gets a logarithmic axis
+_SIZES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _KINDS = {"top1": "%", "top5": "%", "data_wait": "%", "mfu": "%"}
 
 
@@ -60,12 +61,13 @@ def shorten(value: float, digits: int = 3) -> str:
     """Return a number with so many digits, without an exponent as long as that is short."""
     if value == 0:
         return "0"
-    if abs(value) >= 10**digits and abs(value) < 1e15:
-        for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-            if abs(value) >= 10 * size:
-                return f"{value / size:.{digits}g}{letter}".replace("e+02", "00")
+    if abs(value) < 10**digits:
+        return f"{value:.{digits}g}".replace("e-0", "e-")
+    if abs(value) < 10_000:
         return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
+    size, letter = next(pair for pair in _SIZES if abs(value) >= pair[0])
+    rounded = float(f"{value / size:.{digits}g}")
+    return f"{rounded:g}{letter}"
 
 
 def draw_chart(
@@ -165,17 +167,23 @@ def _ticks(axis: Axis, wanted: int) -> list[float]:
 
 
 def _draw_curve(key: str, one: Series, across: Axis, up: Axis) -> Html:
-    pieces = thin(one.steps, one.values, across.low, across.high, COLUMNS)
+    span = across.low, across.high, COLUMNS
+    kind = f"curve s{one.color % COLORS}" + (" first" if one.color == 0 else "")
+    whole = _draw_path(thin(one.steps, one.values, *span), kind, across, up)
+    if is_long(one.steps, COLUMNS):  # its range is shown behind its mean
+        mean = _draw_path(average(one.steps, one.values, *span), kind, across, up)
+        whole = join(tag("g", whole, class_="range"), mean)
+    return tag("g", tag("title", _describe(key, one)), whole)
+
+
+def _draw_path(pieces: list[Points], kind: str, across: Axis, up: Axis) -> Html:
     path = []
     for piece in pieces:
         places = [f"{across.place(x):.1f} {up.place(y):.1f}" for x, y in piece]
         if len(places) == 1:  # a line of no length with round ends is a dot
             places *= 2
         path.append("M" + "L".join(places))
-    kind = f"curve s{one.color % COLORS}" + (" first" if one.color == 0 else "")
-    return tag(
-        "g", tag("title", _describe(key, one)), tag("path", class_=kind, d=Html("".join(path)))
-    )
+    return tag("path", class_=kind, d=Html("".join(path)))
 
 
 def _head(key: str, one: Series, alone: bool) -> Html:

@@ -112,15 +112,21 @@ def collect(url: str, name: str = "RUN", pictures: bool = True) -> RunFacts:
     Raises InputError when there is no run at the URL, and OSError when it cannot be read at all.
     """
     files.check(url, name)
+    if not url.strip():
+        raise InputError(f"{name} is empty: give the URL of a run")
     run = RunFacts(url.rstrip("/") or url)
     names = {entry.name for entry in list_entries(url)}
     if layout.RECIPE in names:
         run.recipe = _read_recipe(run)
     elif not names & {layout.JSONL, layout.PARTS}:
-        near = f": is there a run below it? launch/evaluate.py runs {files.redact(url)} tells"
+        mend = "give the URL of a run"
+        if (home := origin.home(run.url)) != run.url:
+            mend = f"give {files.redact(home)}, whose checkpoint it is"
+        elif names:
+            mend = f"launch/evaluate.py runs {files.redact(url)} lists the runs below it"
         raise InputError(
             f"{name} {files.redact(url)}: is no run, because it has neither {layout.RECIPE} nor "
-            f"{layout.JSONL}" + (near if names else ": give the URL of a run")
+            f"{layout.JSONL}: {mend}"
         )
     else:
         run.faults.append(f"{layout.RECIPE} is missing")

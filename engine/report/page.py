@@ -71,8 +71,8 @@ def _wrap(title: str, main: Html, made: datetime) -> bytes:
     size = len(main.encode())
     note = (
         f"Made on {made:%Y-%m-%d at %H:%M} UTC from the run's own files. The page has "
-        f"{size / 1e6:.1f} MB. It loads nothing and runs nothing. Curves keep the first, the "
-        "smallest, the largest and the last value of each column of pixels."
+        f"{size / 1e6:.1f} MB. It loads nothing and runs nothing. A long curve is the mean "
+        "of each column of pixels, before the range from its smallest to its largest value."
     )
     head = tag(
         "head",

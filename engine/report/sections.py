@@ -13,6 +13,7 @@ from engine.report.recipes import changed_fields, defaults, differing_fields, sh
 from engine.report.tables import fold, make_table
 from engine.state.origin import BRANCH
 from shards.storage import files
+from shards.storage.commands import spell_program
 
 _TILES = {
     "loss": "loss",
@@ -124,7 +125,7 @@ def write_views(run: RunFacts) -> Html:
 def write_neighbours(run: RunFacts) -> Html:
     """Show the newest sheet of neighbors, or say how to draw one."""
     if run.sheet is None:
-        command = tag("code", f"python launch/evaluate.py neighbours {files.redact(run.url)}")
+        command = tag("code", spell_program("evaluate.py", "neighbours", run.url))
         text = "No sheet of neighbors was drawn yet. This command draws one: "
         return tag("p", text, command, class_="soft")
     place, content = run.sheet
@@ -146,7 +147,7 @@ def _missing(what: str, error: Exception) -> Html:
 def write_evaluations(run: RunFacts) -> Html:
     """List the results of launch/evaluate.py, the newest step first."""
     if not run.evaluations:
-        command = tag("code", f"python launch/evaluate.py linear {files.redact(run.url)}")
+        command = tag("code", spell_program("evaluate.py", "linear", run.url))
         text = "No evaluation was made yet. This command makes the paper's: "
         return tag("p", text, command, class_="soft")
     rows = [

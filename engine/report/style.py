@@ -49,6 +49,7 @@ svg text { font-size: 11px; fill: var(--soft); font-variant-numeric: tabular-num
 svg text.level { font-size: 10.5px; paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
 .grid { stroke: var(--line); } line.level { stroke: var(--soft); stroke-dasharray: 5 4; }
 .curve { fill: none; stroke-width: 1.4; stroke-linejoin: round; stroke-linecap: round; }
+.range { opacity: 0.3; }
 .curve.first { stroke-width: 1.9; }
 .mark { display: inline-block; width: 12px; height: 4px; border-radius: 2px; margin-right: 5px;
   vertical-align: middle; }

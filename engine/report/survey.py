@@ -54,6 +54,8 @@ def survey_runs(url: str, depth: int) -> Survey:
     Raises InputError when there is no run, and OSError when the URL cannot be listed.
     """
     files.check(url, "URL")
+    if not url.strip():
+        raise InputError("URL is empty: give the folder that your runs lie in")
     notes: list[str] = []
     with ThreadPoolExecutor(THREADS, thread_name_prefix="runs") as threads:
         found = list(_find(url.rstrip("/") or url, depth, threads, notes))

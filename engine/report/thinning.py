@@ -21,13 +21,8 @@ def thin(steps: Values, values: Values, low: float, high: float, columns: int) -
         high: The step at the right end.
         columns: The number of columns of pixels.
     """
-    if len(steps) <= 2 * columns:
-        groups = [np.array([i]) for i in range(len(steps))]
-    else:
-        column = ((steps - low) / max(high - low, 1e-9) * columns).astype(np.int64)
-        groups = np.split(np.arange(len(steps)), np.flatnonzero(np.diff(column)) + 1)
     pieces: list[Points] = [[]]
-    for group in groups:
+    for group in _group(steps, low, high, columns):
         finite = group[np.isfinite(values[group])]
         if not len(finite):
             if pieces[-1]:
@@ -37,3 +32,29 @@ def thin(steps: Values, values: Values, low: float, high: float, columns: int) -
         kept = {finite[0], finite[there.argmin()], finite[there.argmax()], finite[-1]}
         pieces[-1] += [(float(steps[i]), float(values[i])) for i in sorted(kept)]
     return [piece for piece in pieces if piece]
+
+
+def average(steps: Values, values: Values, low: float, high: float, columns: int) -> list[Points]:
+    """Return the mean of each column of pixels of a curve, as `thin` returns its extremes."""
+    pieces: list[Points] = [[]]
+    for group in _group(steps, low, high, columns):
+        finite = group[np.isfinite(values[group])]
+        if len(finite):
+            pieces[-1].append((float(steps[finite].mean()), float(values[finite].mean())))
+        elif pieces[-1]:
+            pieces.append([])
+    return [piece for piece in pieces if piece]
+
+
+def is_long(steps: Values, columns: int) -> bool:
+    """Return whether a curve has more points than a picture can show."""
+    return len(steps) > 2 * columns
+
+
+def _group(steps: Values, low: float, high: float, columns: int) -> list[NDArray[np.intp]]:
+    """Split a long curve's points by columns of pixels, and a short one's into single points."""
+    if not is_long(steps, columns):
+        return [np.array([i]) for i in range(len(steps))]
+    column = ((steps - low) * columns / max(high - low, 1e-9)).astype(np.int64)
+    column = np.minimum(column, columns - 1)  # where the last step is, too
+    return np.split(np.arange(len(steps)), np.flatnonzero(np.diff(column)) + 1)

@@ -9,7 +9,7 @@ import pytest
 from engine.report.curves import COLUMNS, HEIGHT, WIDTH, Series, draw_chart, shorten, show_number
 from engine.report.facts import RunFacts, as_number
 from engine.report.html import Html
-from engine.report.thinning import thin
+from engine.report.thinning import average, thin
 
 
 def chart(values: list[float], key: str = "loss") -> Html | None:
@@ -44,6 +44,14 @@ def test_a_long_curve_keeps_its_extremes_and_is_bounded() -> None:
     for c in (0, 17, COLUMNS - 1):
         kept = [y for x, y in points if int(x / (count - 1) * COLUMNS) == c]
         assert (min(kept), max(kept)) == (values[column == c].min(), values[column == c].max())
+
+
+def test_a_long_curve_shows_its_mean_before_its_range() -> None:
+    values = np.random.default_rng(0).normal(size=10_000)
+    (points,) = average(np.arange(10_000.0), values, 0, 10_000, 100)
+    assert np.allclose([y for _, y in points], values.reshape(100, 100).mean(axis=1))
+    assert str(chart(values.tolist())).count("<path") == 2
+    assert str(chart(values[:100].tolist())).count("<path") == 1
 
 
 def test_a_curve_is_broken_where_nothing_is_finite() -> None:
@@ -102,7 +110,17 @@ def test_ticks_tell_from_each_other() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.12345, "0.123"), (999, "999"), (1234, "1,234"), (56_000, "56k"), (2.5e7, "25M")],
+    [
+        (0, "0"),
+        (0.12345, "0.123"),
+        (999, "999"),
+        (1234, "1,234"),
+        (56_000, "56k"),
+        (2.5e7, "25M"),
+        (1e6, "1M"),
+        (999_999, "1000k"),
+        (2e-7, "2e-7"),
+    ],
 )
 def test_numbers_are_short(value: float, text: str) -> None:
     assert shorten(value) == text

@@ -210,7 +210,7 @@ def test_no_run_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"RUN .*/nothing: is no run.*: give the URL of a run"):
         collect(str(tmp_path / "nothing"))
     write_run(tmp_path / "runs" / "mine")
-    with pytest.raises(InputError, match="is there a run below it"):
+    with pytest.raises(InputError, match="lists the runs below it"):
         collect(str(tmp_path / "runs"))
     with pytest.raises(InputError, match="s3:/x"):
         collect("s3:/x/y")

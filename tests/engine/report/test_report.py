@@ -93,6 +93,8 @@ def test_the_command_compares_runs(tmp_path: Path, capsys: pytest.CaptureFixture
         (["{run}", "--out", "{run}/"], "is a folder: give the URL of a file"),
         (["{run}", "--out", "s3:/b/x"], "--out s3:/b/x"),
         (["{run}x"], "RUN {run}x: is no run"),
+        (["{run}/checkpoints/step_00000020"], "give {run}, whose checkpoint it is"),
+        ([""], "RUN is empty"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -131,5 +133,5 @@ def test_every_store_takes_a_report(store: str, tmp_path: Path) -> None:
     for text in ("batch of step 50", "62.50%", "The loss rises"):
         assert text in page.text
     assert sum(tag == "img" for tag, name, _ in page.attributes if name == "src") == 2
-    with pytest.raises(InputError, match="is there a run below it"):
+    with pytest.raises(InputError, match="lists the runs below it"):
         write_report(f"{store}/runs")

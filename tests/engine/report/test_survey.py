@@ -2,12 +2,14 @@
 
 import json
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engine.processes.identity import identity
 from engine.report import survey
 from engine.report.survey import RunSummary, show_duration, survey_runs
 from launch import evaluate
@@ -173,9 +175,20 @@ def test_durations_are_short(seconds: float, text: str) -> None:
     assert show_duration(seconds) == text
 
 
-@pytest.mark.parametrize("arguments", [["s3:/b"], ["{0}", "--depth", "9"], ["{0}/nothing"], []])
+@pytest.mark.parametrize(
+    "arguments", [["s3:/b"], [""], ["{0}", "--depth", "9"], ["{0}/nothing"], []]
+)
 def test_mistakes_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     assert evaluate.main(["runs", *(one.format(tmp_path) for one in arguments)]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_job_that_ended_without_a_word_is_dead(tmp_path: Path) -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    ended = identity(process.pid)
+    process.kill()
+    process.wait()
+    leases.leave(write_run(f"{tmp_path}/a"), 1, process=ended, agents=[ended])
+    assert found(str(tmp_path))["a"].state == "dead"
