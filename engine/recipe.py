@@ -265,19 +265,25 @@ def _checked(found: object, path: str, fault: str) -> Recipe:
 
 
 def _explain(error: BaseException) -> str:
-    """Say which field was meant where a config was given one that it does not have."""
-    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    if found is None or not isinstance(error, TypeError):
+    """Say what is wrong where a config was given a field that it does not have, or lacks one."""
+    kinds = {kind.__name__: [entry.name for entry in fields(kind)] for kind in _configs(Recipe)}
+    text = str(error) if isinstance(error, TypeError) else ""
+    if found := re.search(r"(\w+)\.__init__\(\) missing \d+ required .*?: (.*)", text):
+        return f"{found[1]} needs {found[2]}" if found[1] in kinds else ""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    if found is None or found[1] not in kinds:
         return ""
-    name = found[2]
-    known = [
-        one.name for kind in _configs(Recipe) if kind.__name__ == found[1] for one in fields(kind)
-    ]
-    near = difflib.get_close_matches(name, known, n=1)
-    advice = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+    kind, name = found[1], found[2]
+    near = difflib.get_close_matches(name, kinds[kind], n=1)
+    others = sorted(other for other, known in kinds.items() if name in known)
+    advice = f"it has {', '.join(kinds[kind])}"
     if name == WARMUP_BEFORE.rpartition(".")[2]:
         advice = "write warmup='10 epochs', because a bare number counts steps"
-    return f"{found[1]} has no field {name}: {advice}" if known else ""
+    elif others:
+        advice = f"it is one of {' and '.join(others)}"
+    elif near:
+        advice = f"did you mean {near[0]}?"
+    return f"{kind} has no field {name}: {advice}"
 
 
 def _configs(kind: Any) -> set[Any]:

@@ -62,7 +62,9 @@ class ProbeConfig:
     """Side of the central crop as a fraction of the image's shorter side."""
     head_lr: Annotated[float | None, Interval(ge=0, le=1e9)] = None
     """Peak learning rate of the online head at batch size 256, which takes the place of
-    schedule.base_lr. By default the head has the rate of the networks, as in the official code."""
+    schedule.base_lr. By default the head has the rate of the networks, as in the official code. In
+    a short run that is too low: after 580 of 875 steps of the quickstart, the head had 39% with it,
+    49% with 10 to 30 times the rate, and a linear probe 79%."""
     baseline: Operation[bool] = False
     """Measure kNN on raw pixels and on the untrained encoder before the first step."""
 

@@ -32,6 +32,7 @@ _TAGS = {
     "knn_pixels": "eval/reference_knn_pixels",
     "knn_untrained": "eval/reference_knn_untrained",
     "knn_start": "eval/reference_knn_start",
+    "knn_chance": "eval/reference_knn_chance",
     "feature_rank": "eval/spread_feature_rank",
     **{key: f"schedule/{key}" for key in ("lr", "tau", "epoch")},
     **{key: f"system/{key}" for key in ("images_per_second", "images_per_second_device")},
@@ -41,7 +42,13 @@ _TAGS = {
 # The charts of the overview, with the curves of each.
 _CHARTS = {
     "loss": ["loss"],
-    "kNN accuracy on data.val": ["knn_top1", "knn_pixels", "knn_untrained", "knn_start"],
+    "kNN accuracy on data.val": [
+        "knn_top1",
+        "knn_pixels",
+        "knn_untrained",
+        "knn_start",
+        "knn_chance",
+    ],
     "accuracy of the online head on data.val": ["online_top1"],
     "spread of the features and the projections: std": ["feature_std", "projection_std"],
     "spread of the features: rank": ["feature_rank"],
@@ -51,7 +58,8 @@ _CHARTS = {
 
 def name_curve(key: str) -> str:
     """Return the tag of a figure's curve, by the figure's key in metrics.jsonl."""
-    group = "eval" if "top1" in key or "top5" in key else "train"
+    measured = ("top1" in key, "top5" in key, key.startswith("knn_"))
+    group = "eval" if any(measured) else "train"
     return _TAGS.get(key, f"{group}/{printable(key)}")
 
 

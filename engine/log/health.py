@@ -8,7 +8,7 @@ were measured with `python -m tests.whole.health_runs`, and engine/README.md has
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import NamedTuple
 
 from engine.log.journal import Record
@@ -21,8 +21,9 @@ COLLAPSED = 0.15  # projection_std; it begins at about 0.8 in every network
 COLLAPSING = 0.45
 UNRELATED = 4.0  # the loss of vectors that have nothing to do with each other
 RISEN = 0.7  # times the loss of the first logged steps, after it was below half of that
+GROWN = 4.0  # times the gradient's norm at the first logged step
 SKIPPED = 0.2  # of the steps
-ALIKE = 0.03  # view_correlation
+ALIKE = 0.04  # view_correlation, as a mean plus its standard error
 FLAT, TOO_WIDE = 0.03, 2.5  # view_std; views of clipped pixels cannot exceed 2.3
 TRIED = 1 / 3  # fraction of the run after which kNN has to beat the untrained encoder
 INFORMED = 1.3  # times chance; labels on which the untrained encoder gets less tell nothing
@@ -183,6 +184,9 @@ def _find_fault(history: History) -> str:
 
 
 def _find_divergence(history: History) -> str:
+    norms, before = history.newest("grad_norm"), _number(history.first[0], "grad_norm")
+    if norms and before and median(norms) > GROWN * before:
+        return f"grad_norm is {median(norms):.3g}, and was {before:.3g} at first"
     losses, first = history.newest("loss"), history.first_loss
     if not losses:
         return ""
@@ -221,7 +225,8 @@ def _find_bad_views(history: History) -> str:
 
 def _find_equal_images(history: History) -> str:
     alike = history.newest("view_correlation", LONG)
-    if not alike or fmean(alike) >= ALIKE:
+    # In small batches a correlation is uncertain, and a mean below the bound says little.
+    if not alike or fmean(alike) + stdev(alike) / LONG**0.5 >= ALIKE:
         return ""
     return f"view_correlation is {fmean(alike):.2f}: the features do not tell images apart"
 
@@ -238,7 +243,7 @@ def _find_lost_accuracy(history: History) -> str:
 
 def _find_starvation(history: History) -> str:
     waits = history.newest("data_wait")
-    if not waits or min(waits) < STARVED:
+    if not waits or median(waits) < STARVED:
         return ""
     return f"data_wait is {median(waits):.0%} of the time"
 

@@ -152,8 +152,8 @@ class MetricsLog:
     @property
     def baseline(self) -> dict[str, float]:
         """Return the accuracies before the first step by their names, if the run has them."""
-        record = self._baseline_record().items()
-        return {BASELINES[key]: value for key, value in record if isinstance(value, float)}
+        found = {name: self._journal.find(0).get(key) for key, name in BASELINES.items()}
+        return {name: value for name, value in found.items() if isinstance(value, float)}
 
     def find_newest(self, key: str) -> float | None:
         """Return the newest value of a figure, which an earlier process may have logged."""
@@ -247,7 +247,7 @@ class MetricsLog:
 
     def _baseline_record(self) -> Record:
         record = self._journal.find(0)
-        return {key: record[key] for key in BASELINES if key in record}
+        return {key: record[key] for key in (*BASELINES, "knn_chance") if key in record}
 
     def _store(self) -> None:
         """Write to a local disk now. For an object store, let the thread write what is due.

@@ -104,7 +104,6 @@ def set_out(config: Recipe, parent: Trainer) -> Trainer:
     batches = trainer.batches()
     while trainer.step < trainer.total_steps:
         trainer.train_step(next(batches))
-        trainer.step += 1
     batches.close()
     return trainer
 
@@ -247,9 +246,13 @@ def test_what_a_branch_cannot_change_is_refused(tiny_data: DataConfig, tmp_path:
     train(recipe(tiny_data, there, steps=4))
     encoder = ResNetConfig(depth=18, width=0.125)
     model = BYOLConfig(encoder=encoder, hidden=64, projection=16)
+    short = ScheduleConfig(epochs=0.6, warmup=0)
     for changes, text in (
         ({"model": model}, r"give --model.encoder.depth 10 --model.hidden 32, or .*--model.start"),
-        ({"epochs": 0.6}, r"begin at step 4, and the recipe ends at step 3: .*--schedule.epochs"),
+        (
+            {"schedule": short},
+            r"begin at step 4, and the recipe ends at step 3: .*--schedule.epochs",
+        ),
     ):
         with pytest.raises(InputError, match=text):
             train(recipe(tiny_data, run, checkpoint=branch(there), **changes))

@@ -70,6 +70,15 @@ def test_a_recipe_at_the_top_of_the_clone_keeps_the_engine(
             {"mine": f"{HEAD}\nScheduleConfig(warmup_epochs=1)"},
             "line 3: ScheduleConfig has no field warmup_epochs: write warmup='10 epochs', because",
         ),
+        ({"mine": f"{HEAD}Recipe(epochs=1)"}, "no field epochs: it is one of ScheduleConfig"),
+        (
+            {"mine": f"{HEAD}Recipe(xyzzy=1)"},
+            "Recipe has no field xyzzy: it has run, seed, steps, ",
+        ),
+        (
+            {"mine": "import a", "a": "from engine import ViewConfig\n\nViewConfig(blur=0)"},
+            "a.py, line 3: ViewConfig needs 'solarize'",
+        ),
         ({"mine": "def f(a): ...\nf(b=1)"}, "line 2: TypeError: f() got an unexpected keyword"),
         ({"mine": f"{HEAD}recipe = Recipe(seed='7')"}, "mine.py: seed takes a whole number, not"),
         ({"mine": f"{HEAD}recipe = Recipe(batch=256)"}, "batch takes a BatchConfig, not 256"),

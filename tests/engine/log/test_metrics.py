@@ -349,7 +349,8 @@ def test_the_terminal_has_the_signs_of_a_collapse(memory: str) -> None:
     log.write({"step": 2, "loss": None, "feature_std": None, "grad_norm": None})
     log.write(record(3, feature_std=0.5, grad_norm=1.0, knn_top1=0.5, feature_rank=17.26))
     close(log)
-    first, second, third = output.getvalue().splitlines()
+    lines = [line for line in output.getvalue().splitlines() if line.startswith("step ")]
+    first, second, third = lines
     assert "loss 0.3000  std 0.912  grad 1.5e-05  1 images/s" in first
     assert "loss not finite  std not finite  grad not finite" in second
     assert "std 0.5  grad 1  1 images/s  kNN 50.0%  rank 17.3" in third
