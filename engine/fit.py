@@ -32,7 +32,7 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
     if trainer.probe is not None:
         trainer.probe.check_val()
     run.write_recipe(trainer.total_steps)
-    with run.open_log(first, stop) as log:
+    with run.open_log(first, stop, trainer.total_steps) as log:
         _log_baseline(trainer, log)
         stopping = _train(trainer, preemption, log)
     if stopping:

@@ -141,8 +141,10 @@ class Run:
             log.compact()
 
     @contextmanager
-    def open_log(self, step: int, stop: int) -> Iterator[MetricsLog]:
+    def open_log(self, step: int, stop: int, total_steps: int = 0) -> Iterator[MetricsLog]:
         """Open the log for the steps from `step` to `stop`, and write its last lines at the end.
+
+        The whole run has `total_steps`, by default `stop`.
 
         Nothing is written at the end when another job has taken over the run, because the log is
         then that job's.
@@ -150,7 +152,7 @@ class Run:
         if not self._world.main:
             yield NoLog()
             return
-        log = MetricsLog(self.url, step, stop, self.terminal)
+        log = MetricsLog(self.url, step, stop, self.terminal, total_steps)
         log.describe(_without_secrets(self._recipe), method_fields(self._recipe))
         if self.branches and log.last is None:
             log.write({"step": step, origin.BRANCH: _describe(self.origin)})

@@ -253,8 +253,8 @@ class Trainer:
         """Measure and report the kNN accuracies before the first step of the run.
 
         Returns:
-            The accuracies by their keys in the log; nothing when the recipe asks for none or the
-            run has begun.
+            The accuracies by their keys in the log, with that of a guess; nothing when the recipe
+            asks for none or the run has begun.
         """
         if self.probe is None or not self.recipe.probe.baseline or self.step:
             return {}
@@ -267,7 +267,7 @@ class Trainer:
         }
         for key, accuracy in found.items():
             self.terminal.say(f"kNN of {BASELINES[key]}: {accuracy:.1%}")
-        return found
+        return found | {"knn_chance": 1 / len(self.probe.train.classes)}
 
     # Reports about a step --------------------------------------------------------------------
 
@@ -276,9 +276,9 @@ class Trainer:
 
         All processes call it together.
         """
-        features, projections = output.features, output.projections
-        own = StepSums.of(output.loss, output.head_loss, features, projections)
-        sums = StepSums(self.world.all_reduce(own.values), features.shape[1])
+        losses, vectors = output[:2], (output.features, output.projections)
+        own = StepSums.of(*losses, *vectors, output.images)
+        sums = StepSums(self.world.all_reduce(own.values), output.features.shape[1])
         digest = self.world.all_reduce(data_digest(batch.ids, batch.crcs)).item()
         record: dict[str, Any] = {
             "step": self.step,
@@ -288,6 +288,8 @@ class Trainer:
             "tau": output.tau,
             "feature_std": sums.feature_std,
             "projection_std": sums.projection_std,
+            "view_std": sums.view_std,
+            "view_correlation": sums.view_correlation,
             "data_digest": f"{digest % 2**64:016x}",
             "skipped": int(self.guard.skipped),
         }

@@ -22,6 +22,8 @@ _TAGS = {
     "loss_scale": "train/loss_scale",
     "head_loss": "train/online_head_loss",
     "feature_std": "train/spread_feature_std",
+    "projection_std": "train/spread_projection_std",
+    "view_correlation": "train/spread_view_correlation",
     "grad_norm": "train/update_grad_norm",
     "update_ratio": "train/update_ratio",
     "skipped": "train/skipped",

@@ -11,28 +11,36 @@ from torch import Tensor
 class StepSums:
     """Hold the figures of a step as sums, which can be added over processes.
 
-    `values` is [2 + (1 + 2 F) + (1 + 2 D)] float64 on the CPU: the loss, the head loss, and the
-    sums that `_sum_directions` makes of the features [N, F] and of the projections [N, D].
+    `values` is [3 + (2 + 3 F) + (2 + 3 D)] float64 on the CPU: the loss, the head loss, the sum of
+    `_log_contrasts`, and the sums that `_sum_directions` makes of the features [2 B, F] and of the
+    projections [2 B, D].
     """
 
     def __init__(self, values: Tensor, features: int) -> None:
         """Take the sums of a step, in which a feature vector has `features` numbers."""
-        self.values, self._features = values, features
+        self.values = values
+        self._features, self._projections = values[3:].tensor_split([2 + 3 * features])
 
     @classmethod
     def of(
-        cls, loss: Tensor, head_loss: Tensor, features: Tensor, projections: Tensor
+        cls,
+        loss: Tensor,
+        head_loss: Tensor,
+        features: Tensor,
+        projections: Tensor,
+        images: Tensor,
     ) -> "StepSums":
         """Compute the sums of one process.
 
         Args:
             loss: [], this process's share of the global mean.
             head_loss: [], this process's share of the global mean.
-            features: [N, F], not normalized.
-            projections: [N, D], not normalized.
+            features: [2 B, F], view 1 first, not normalized.
+            projections: [2 B, D], likewise.
+            images: [2 B, 3, S, S], likewise, as the network sees them.
         """
-        losses = torch.stack([loss.double(), head_loss.double()])
-        values = [losses, _sum_directions(features), _sum_directions(projections)]
+        heads = [loss.double(), head_loss.double(), _log_contrasts(images).double().sum()]
+        values = [torch.stack(heads), _sum_directions(features), _sum_directions(projections)]
         return cls(torch.cat(values).cpu(), features.shape[1])
 
     @property
@@ -45,34 +53,73 @@ class StepSums:
         return _finite(self.values[1].item())
 
     @property
+    def view_std(self) -> float | None:
+        """Return the contrast of the views, or None when it is not finite.
+
+        It is the standard deviation of the normalized pixels of a view about the mean of each
+        channel. Of an image's two views the smaller one counts. The result is the geometric mean
+        over the images. It is 0.001 when each view has one color, and it cannot exceed 2.3.
+        """
+        return _finite((self.values[2] / self._features[0]).exp().item())
+
+    @property
     def feature_std(self) -> float | None:
         """Return how far the features are spread, or None when that is not finite."""
-        return _finite(_spread(self.values[2 : 3 + 2 * self._features]))
+        return _finite(_spread(self._features))
 
     @property
     def projection_std(self) -> float | None:
         """Return how far the projections are spread, or None when that is not finite."""
-        return _finite(_spread(self.values[3 + 2 * self._features :]))
+        return _finite(_spread(self._projections))
+
+    @property
+    def view_correlation(self) -> float | None:
+        """Return how much the features tell images apart, or None when that is not finite.
+
+        It is 1 when both views of an image have the same features, and about 0 when they are no
+        more alike than views of different images. The features are normalized, and the mean of
+        each view is subtracted.
+        """
+        count, products = self._features[:2]
+        totals = self._features[2:].chunk(3)[:2]
+        means = [total / count for total in totals]
+        spreads = [(1 - mean.square().sum()).clamp(min=1e-12) for mean in means]
+        covariance = products / count - means[0] @ means[1]
+        return _finite((covariance / (spreads[0] * spreads[1]).sqrt()).item())
+
+
+def _log_contrasts(images: Tensor) -> Tensor:
+    """Compute the logarithm [B] of the contrast of each image's two views [2 B, 3, S, S].
+
+    The view with less contrast counts, and one of less than 0.001 counts as 0.001. Blur darkens the
+    rim of a view, so even views of one color get some contrast, but hardly ever both of an image.
+    """
+    first, second = images.float().var(dim=(2, 3), correction=0).mean(1).sqrt().chunk(2)
+    return torch.minimum(first, second).clamp(min=1e-3).log()
 
 
 def _sum_directions(vectors: Tensor) -> Tensor:
-    """Count, add and square the vectors [N, F] after each is normalized to length 1.
+    """Add up the vectors [2 B, F] of both views after each is normalized to length 1.
 
     Returns:
-        [1 + 2 F] float64: N, the sum of the vectors, and the sum of their squares.
+        [2 + 3 F] float64: B, the sum of the scalar products of the two views of an image, the sum
+        of the vectors of view 1, that of view 2, and the sum of the squares of all.
     """
     unit = torch.nn.functional.normalize(vectors.double(), dim=1)
-    return torch.cat([unit.new_tensor([len(unit)]), unit.sum(0), unit.square().sum(0)])
+    first, second = unit.chunk(2)  # [B, F] each
+    heads = torch.stack([unit.new_tensor(len(first)), (first * second).sum()])
+    return torch.cat([heads, first.sum(0), second.sum(0), unit.square().sum(0)])
 
 
 def _spread(sums: Tensor) -> float:
-    """Compute how far vectors are spread, from the sums [1 + 2 F] of `_sum_directions`.
+    """Compute how far vectors are spread, from the sums [2 + 3 F] of `_sum_directions`.
 
     It is 1 when they spread equally in all directions, and 0 when all are the same point. It is
     the standard deviation of each of the F numbers of the normalized vectors, averaged over F and
     multiplied by sqrt(F).
     """
-    rows, (total, squares) = sums[0], sums[1:].chunk(2)
+    rows, (first, second, squares) = 2 * sums[0], sums[2:].chunk(3)
+    total = first + second
     variance = (squares - total.square() / rows).clamp(min=0) / (rows - 1)
     return float((variance.sqrt().mean() * len(total) ** 0.5).item())
 

@@ -20,6 +20,7 @@ from engine.log.curves import (
     show_fields,
 )
 from engine.log.events import EventLog
+from engine.log.health import Watch
 from engine.log.journal import JSONL, Journal, Record
 from engine.log.terminal import Terminal
 from engine.method.augment import MEAN, STD
@@ -36,7 +37,10 @@ BASELINES = {
 }
 
 # The keys of a record that differ between two equal runs. All others are equal bit for bit.
-TIMINGS = ("images_per_second", "images_per_second_device", "data_wait", "mfu", "memory_gib")
+# `health` can be "starved", which depends on data_wait.
+TIMINGS = (
+    *("images_per_second", "images_per_second_device", "data_wait", "mfu", "memory_gib", "health"),
+)
 
 
 @dataclass(frozen=True)
@@ -110,15 +114,17 @@ class MetricsLog:
         start: int,
         stop: int,
         terminal: Terminal,
+        total_steps: int = 0,
     ) -> None:
         """Open the log, and drop later steps that an earlier process left. Raises OSError.
 
-        The progress bar ends at step `stop`.
+        The progress bar ends at step `stop`. The whole run has `total_steps`, by default `stop`.
         """
         self.console = terminal.console
         self._run, self._start = run, start
         self._journal = Journal(run, start, terminal.report)
         self._events = EventLog(run, start)
+        self._watch = Watch(total_steps or stop, self._journal.after(-1), terminal.say)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
         self._storing: Future[None] | None = None
         self._failing = False
@@ -160,9 +166,11 @@ class MetricsLog:
     def write(self, record: Record) -> None:
         """Log a step to metrics.jsonl, to tensorboard and to the terminal.
 
-        The step that was logged last may be logged again with more keys.
+        The step that was logged last may be logged again with more keys. The health of the run is
+        added to the record.
         """
         last = self._journal.last
+        record = record | self._watch.judge(record)
         self._plot(record, last if last and last["step"] == record["step"] else {})
         self._journal.write(record)
         self._store()

@@ -186,7 +186,7 @@ def test_baselines_stay_in_the_run_and_are_shown_after_a_resume(
         tables.append(capsys.readouterr().out)
     first, *others = lines(tmp_path)
     assert [first["step"], *(record["step"] for record in others)] == list(range(8))
-    assert first.keys() == {"step", "epoch", "knn_pixels", "knn_untrained"}
+    assert first.keys() == {"step", "epoch", "knn_pixels", "knn_untrained", "knn_chance"}
     assert [text.count("kNN of raw pixels") for text in tables] == [1, 0, 0]
     assert "kNN accuracy on data.val" not in tables[0]
     for text in tables[1:]:

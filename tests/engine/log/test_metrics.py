@@ -279,9 +279,13 @@ def test_digest_is_order_free_and_tells_samples_apart() -> None:
 def step_sums(features: Tensor) -> StepSums:
     """Take the last 48 numbers of the features, in reversed order, for projections."""
     zero = torch.zeros(())
+    views = features.unflatten(0, (2, -1))  # [2, B, F]
     # As two processes with different numbers of rows add them up.
-    both = zip(features.split(3000), features.flip(1)[:, :48].split(3000), strict=True)
-    parts = [StepSums.of(zero, zero, part, other).values for part, other in both]
+    parts_of_views = [part.flatten(0, 1) for part in views.split(len(views[0]) * 2 // 3, dim=1)]
+    both = [
+        (part, part.flip(1)[:, :48], part[:, :48].reshape(-1, 3, 4, 4)) for part in parts_of_views
+    ]
+    parts = [StepSums.of(zero, zero, *vectors).values for vectors in both]
     return StepSums(torch.stack(parts).sum(0), features.shape[1])
 
 
@@ -301,6 +305,32 @@ def test_feature_std_from_collapse_to_spread() -> None:
     last = torch.nn.functional.normalize(spread[:, -48:].double(), dim=1)
     exact = (last.std(dim=0).mean() * 48**0.5).item()
     assert step_sums(spread).projection_std == pytest.approx(exact, rel=1e-12)
+
+
+def test_views_are_compared_with_each_other_and_with_one_color() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(4096, 64, generator=generator)
+    noise = torch.randn(4096, 64, generator=generator)
+    for share in (0.0, 0.6, 1.0):  # of what the views have in common
+        second = share * first + (1 - share**2) ** 0.5 * noise
+        means = torch.ones(64), torch.arange(64) / 64  # those of a view do not count
+        sums = step_sums(torch.cat([first + 2 * means[0], second + 2 * means[1]]))
+        unit = torch.nn.functional.normalize
+        centered = [unit(x.double(), dim=1) for x in (first + 2 * means[0], second + 2 * means[1])]
+        centered = [x - x.mean(0) for x in centered]
+        norms = [x.square().sum().sqrt() for x in centered]
+        exact = (centered[0] * centered[1]).sum() / (norms[0] * norms[1])
+        assert sums.view_correlation == pytest.approx(exact.item(), rel=1e-9, abs=1e-12)
+        assert sums.view_correlation == pytest.approx(share, abs=0.1)
+
+    pixels = torch.cat([first, noise])[:, :48].reshape(2, 4096, 3, 16)
+    deviations = pixels.double().numpy().std(axis=3)  # [2, 4096, 3]
+    least = np.sqrt((deviations**2).mean(axis=2)).min(axis=0)
+    found = step_sums(torch.cat([first, noise])).view_std
+    assert found == pytest.approx(np.exp(np.log(least).mean()), rel=1e-6)
+    flat = torch.ones(8, 64)
+    flat[:4] = first[:4]
+    assert step_sums(flat).view_std == pytest.approx(0.001)
 
 
 @pytest.mark.parametrize("directions", [1, 3, 8])

@@ -1,0 +1,147 @@
+"""What `health` says of runs, by their logs: of real ones, which were saved, and of made ones."""
+
+import io
+import secrets
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from engine.log import health, journal
+from engine.log.health import ADVICE, HEALTHY, History, judge
+from engine.log.metrics import MetricsLog
+from engine.log.terminal import Terminal
+from tests.whole.health_runs import CASES, find_alarm, judge_all, load
+
+SAVED = load()
+EARLY, LATE = 0.25, 0.5  # of the run
+SHORT = ["batch 256", "batch 16", "few images", "64 pixels", "bf16"]  # sound recipes
+# Only evaluations, or many batches together, show that these fail, or they fail late.
+SLOW = [*SHORT, "weight decay 1", "white views", "rate 0", "one image repeated"]
+
+
+def record(step: int, **more: Any) -> dict[str, Any]:
+    """A step of a healthy run."""
+    figures = {"loss": 1.5, "feature_std": 0.5, "projection_std": 0.7, "view_correlation": 0.4}
+    return {"step": step, **figures, "view_std": 0.8, "skipped": 0, "data_wait": 0.1, **more}
+
+
+def statuses(records: list[dict[str, Any]], total_steps: int = 100) -> list[str]:
+    return [found.status for _, found in judge_all(total_steps, records)]
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_saved_runs(name: str) -> None:
+    wanted = CASES[name].wanted.split(" or ")
+    status, progress, reason = find_alarm(judge_all(*SAVED[name]))
+    assert status in wanted, reason
+    if status != HEALTHY:
+        assert progress <= (LATE if name in SLOW else EARLY)
+
+
+@pytest.mark.parametrize("name", [*SHORT, "LARS", "labels shuffled"])
+def test_sound_recipes_without_evaluations_are_healthy(name: str) -> None:
+    total_steps, records = SAVED[name]
+    plain = [{key: one[key] for key in one if key != "knn_top1"} for one in records]
+    assert find_alarm(judge_all(total_steps, plain))[0] == HEALTHY
+
+
+def test_enough_kinds_of_runs_are_saved() -> None:
+    healthy = [name for name in SAVED if CASES[name].wanted == HEALTHY]
+    assert len({*healthy, *SHORT}) >= 8
+    assert len(SAVED) - len({*healthy, *SHORT}) >= 8
+
+
+@pytest.mark.parametrize(
+    ("threshold", "wrong"),
+    [
+        *(("COLLAPSING", 0.8), ("COLLAPSING", 0.05), ("ALIKE", 0.5), ("FLAT", 0.7), ("GROWN", 0.5)),
+        *(("GROWN", 1e9), ("TRIED", 2), ("STARVED", 0.001), ("RISEN", 0.3)),
+    ],
+)
+def test_wrong_thresholds_are_found(
+    threshold: str, wrong: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health, threshold, wrong)
+    found = {name: find_alarm(judge_all(*run))[0] for name, run in SAVED.items()}
+    assert any(status not in CASES[name].wanted.split(" or ") for name, status in found.items())
+
+
+def test_diverging() -> None:
+    assert statuses([record(n, loss=None) for n in (1, 2)]) == ["diverging"] * 2
+    calm = [record(n) for n in range(10)]
+    assert set(statuses(calm)) == {HEALTHY}
+    rising = [record(n, loss=4.0 if n < 5 else 1.5) for n in range(20)]
+    rising += [record(n, loss=3.5) for n in range(20, 26)]
+    assert set(statuses(rising)[:21]) == {HEALTHY}
+    assert statuses(rising)[-1] == "diverging"
+    growing = [record(n, grad_norm=1.5 if n < 9 else 9.0) for n in range(1, 20)]
+    assert statuses(growing) == [HEALTHY] * 10 + ["diverging"] * 9
+    skips = [record(n, skipped=max(0, n - 10)) for n in range(1, 20)]
+    assert statuses(skips)[9] == HEALTHY
+    assert statuses(skips)[-1] == "diverging"
+
+
+def test_starved_after_several_records_and_not_by_the_first() -> None:
+    waits = [0.99, 0.1, 0.9, 0.1, 0.9, 0.9, 0.9, 0.1, 0.1, 0.1]
+    found = statuses([record(n, data_wait=wait) for n, wait in enumerate(waits, start=1)])
+    assert found == [HEALTHY] * 4 + ["starved"] * 5 + [HEALTHY]
+
+
+@pytest.mark.parametrize("chance", [0.125, 0.2, None])
+def test_not_learning_when_knn_stays_below_the_untrained_encoders(chance: float | None) -> None:
+    baseline = {"step": 0, "knn_untrained": 0.24, "knn_chance": chance}
+    run = [record(n) for n in range(1, 100)]
+    for n in (10, 40, 60, 80):
+        run[n - 1]["knn_top1"] = 0.22 if n < 80 else 0.3
+    found = statuses([baseline, *run])
+    told = chance != 0.2  # the labels say nothing when the untrained encoder is at chance
+    assert found[38] == HEALTHY
+    assert found[39] == ("not learning" if told else HEALTHY)
+    assert found[79] == HEALTHY
+    assert set(statuses(run)) == {HEALTHY}  # without a baseline
+
+
+def test_records_of_other_versions_and_strangers_do_no_harm() -> None:
+    old = [{"step": n, "loss": 4 - n / 50, "feature_std": 0.5, "skipped": 0} for n in range(1, 90)]
+    assert set(statuses(old)) == {HEALTHY}
+    odd = {"projection_std": "x", "view_std": True, "skipped": "\x1b[2J", "data_wait": None}
+    assert set(statuses([record(n, **odd) for n in range(30)])) == {HEALTHY}
+    assert judge(History(0)).status == HEALTHY
+
+
+def test_a_step_that_is_logged_again_counts_once() -> None:
+    waits = [0.9] * 4
+    run = [record(n, data_wait=wait) for n, wait in enumerate(waits, start=1)]
+    history = History(100, [*run, run[-1] | {"knn_top1": 0.5}])
+    assert judge(history).status == HEALTHY
+    assert [one["step"] for one in history.evaluated] == [4]
+
+
+def test_the_log_keeps_health_and_tells_when_it_turns() -> None:
+    """A second process continues where the first one was killed, without a line of its own."""
+    run, output = f"memory://{secrets.token_hex(6)}/run", io.StringIO()
+    spreads = [0.7] * 5 + [0.3] * 30 + [0.7] * 5
+    lines = [record(n, projection_std=value) for n, value in enumerate(spreads, start=1)]
+    for first, last in ((0, 15), (12, 40)):
+        terminal = Terminal(main=True)
+        terminal.console = Console(file=output, width=9999)
+        log = MetricsLog(run, first, 40, terminal, total_steps=100)
+        for line in lines[first:last]:
+            log.write(line)
+        log.stop()
+        log.finish()
+    found = [line["health"] for line in journal.read(run)]
+    assert found == statuses(lines)
+    assert found == [HEALTHY] * 6 + ["collapsing"] * 13 + ["collapsed"] * 17 + [HEALTHY] * 4
+    told = [line for line in output.getvalue().splitlines() if line.startswith("health at")]
+    assert [line[:30].split(" (")[0] for line in told] == [
+        "health at step 7: collapsing",
+        "health at step 20: collapsed",
+        "health at step 37: healthy aga",
+    ]
+    assert ADVICE["collapsing"].change in told[0]
+    log = MetricsLog(run, 40, 40, terminal)
+    log.write({"step": 41, "knn_top1": 0.5})  # it has no figures of a step
+    log.stop()
+    assert "health" not in (log.last or {})
