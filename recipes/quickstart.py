@@ -36,7 +36,7 @@ recipe = Recipe(
     schedule=ScheduleConfig(epochs=14, warmup="1 epoch", base_lr=4e-3, base_tau=0.97),
     optimizer=AdamWConfig(weight_decay=1e-4),
     data=DataConfig(train="data/quickstart/train", val="data/quickstart/val", draw=8000, streams=8),
-    probe=ProbeConfig(every="5 epochs", neighbours=20, crop=1.0, baseline=True, head_lr=0.1),
+    probe=ProbeConfig(every="5 epochs", neighbours=20, crop=1.0, baseline=True, head_lr=0.4),
     checkpoint=CheckpointConfig(every=500),
     log=LogConfig(every=25),
 )
