@@ -55,7 +55,9 @@ class Session:
         self._loader, self._batches = None, iter(())
 
     def step(self) -> dict[str, Any]:
-        """Train on the next batch, and return what metrics.jsonl would have of this step.
+        """Train on the next batch, and return its figures by the keys of metrics.jsonl.
+
+        Speeds and the norms of the update are not among them.
 
         Raises InputError at the end of the schedule, and when training has diverged.
         """
