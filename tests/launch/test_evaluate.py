@@ -331,7 +331,7 @@ def test_on_a_bucket(run: str, s3: str, tmp_path: Path, tiny_data: DataConfig) -
             ["linear", "RUN", "--checkpoint", "5"],
             "checkpoint of step 5; there are: 12, 16, 20",
         ),
-        (["linear", "RUN", "--checkpoint", "newest"], "latest or the number of a step"),
+        (["linear", "RUN", "--checkpoint", "newest"], "latest, best or the number of a step"),
         (["linear", "RUN/checkpoints/step_00000012", "--checkpoint", "5"], "there are: none"),
         (["linear", "RUN", "--prefix", "a."], "--prefix is for files that others made"),
         (["linear", "FILE", "--checkpoint", "5"], "--checkpoint 5 is for runs"),

@@ -44,7 +44,7 @@ def test_a_wide_terminal_shows_each_text_in_one_line(
     texts = [" ".join(text.split()) for _, text in documented]
     texts = [text for text in texts if len(text) < LONGEST]
     assert len(texts) >= 8
-    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.setenv("COLUMNS", "1300")
     with pytest.raises(SystemExit):
         run([*arguments, "--help"])
     shown = capsys.readouterr().out

@@ -245,7 +245,8 @@ def test_collectives_of_a_step(
     assert found["statistics"] == Counter()
     if strategy == "ddp":
         assert found["optimizer"] == Counter()
-        assert whole["allreduce_"] == 1  # one bucket of gradients, after the last micro-batch
+        # One bucket of gradients, after the last micro-batch, and before that the labeled rows.
+        assert whole["allreduce_"] == 2
     else:
         assert found["optimizer"] == Counter({"allreduce_": 1})
         assert whole["_reduce_scatter_base_"] == 4 + 1  # of every block, and of the rest

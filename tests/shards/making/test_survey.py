@@ -9,11 +9,10 @@ import pytest
 from PIL import Image as PillowImage
 
 from launch import pack as pack_command
-from launch import packing
 from shards import index
 from shards.center_crops import CropReader
 from shards.errors import InputError
-from shards.making import survey
+from shards.making import contents, survey
 from tests.conftest import draw_photo
 from tests.shards.making.test_bit_depth import encode_values
 
@@ -164,7 +163,7 @@ def test_index_only_has_no_pixels_to_convert(source: Path) -> None:
 def test_what_training_has_to_admit_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "MOST_PIXELS", 5000)
+    monkeypatch.setattr(contents, "MOST_PIXELS", 5000)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "0.png").write_bytes(draw_photo(2, 100, 51, "PNG"))
     pack(tmp_path / "in", tmp_path / "out")
