@@ -40,6 +40,7 @@ class Session:
         self.trainer, self.recipe = trainer, trainer.recipe
         self._loader: TrainLoader | None = None
         self._batches: Iterator[Batch] = iter(())
+        self._closed = False
         self._encoder = ResNet(self.recipe.model.encoder, VIEWS)
 
     def __enter__(self) -> "Session":
@@ -52,7 +53,7 @@ class Session:
         """End the threads that load images."""
         if self._loader is not None:
             self._loader.close()
-        self._loader, self._batches = None, iter(())
+        self._loader, self._batches, self._closed = None, iter(()), True
 
     def step(self) -> dict[str, Any]:
         """Train on the next batch, and return its figures by the keys of metrics.jsonl.
@@ -93,6 +94,8 @@ class Session:
         The images are central crops [N, 3, S, S] of uint8, with labels [N] and sample numbers [N].
         """
         recipe, trainer = self.recipe, self.trainer
+        if which not in ("train", "val"):
+            raise InputError(f"which must be 'train' or 'val', not {which!r}")
         index = trainer.data.train if which == "train" else trainer.data.val
         if index is None:
             raise InputError("data.val is not set: give the recipe one, or ask for which='train'")
@@ -131,6 +134,8 @@ class Session:
         return torch.nn.functional.linear(features, weight, bias)
 
     def _take(self) -> Batch:
+        if self._closed:
+            raise InputError("the session is closed: open another one")
         if self._loader is None:
             self._loader = self.trainer.batches()
             self._batches = iter(self._loader)

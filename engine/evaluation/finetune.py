@@ -151,10 +151,10 @@ class Finetuning:
             raise InputError("--network pixels has nothing to fine-tune: measure it by linear")
         if source.precision == "fp16":
             raise InputError("fine-tuning in fp16 is not supported: give --precision bf16 or fp32")
-        check_held_out(len(split.chosen_on))
         self.evaluation, self.config, self.split = evaluation, config, split
         self.world = evaluation.world
         self.choices = list(product(config.lr, config.epochs))
+        check_held_out(len(split.chosen_on), len(self.choices), evaluation.terminal.say)
         self._steps = [total_steps(split.source, e, config.batch) for _, e in self.choices]
         self.step, self.total_steps = 0, sum(self._steps)
         self.model = Classifier(network, evaluation.classes)

@@ -70,7 +70,7 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
     index = evaluation.train
     held = hold_out(index.samples, config.holdout, config.seed)
     held_ids = np.flatnonzero(held(np.arange(index.samples)))
-    check_held_out(len(held_ids))
+    check_held_out(len(held_ids), len(config.lr), evaluation.terminal.say)
     check_labels(evaluation, index, held, index, held_ids)
     config = fit_batch(config, index, evaluation)
     if config.fast:

@@ -80,14 +80,16 @@ def take_labels(
             rest = np.setdiff1d(np.flatnonzero(places.labels >= 0), chosen)
             held = hold_out(index.samples, finetune.holdout, finetune.seed)
             aside = rest[held(places.ids[rest])]
-            check_held_out(len(aside))
+            # Whether they are few is told later, also where this was done before.
+            check_held_out(len(aside), 1, evaluation.terminal.say)
             subset.write(index, places.take(aside), others, evaluation.threads)
             subset.write(index, places.take(chosen), some, evaluation.threads)
 
         world.on_main(copy)
     learned, chosen_in = (indexes.load(url, "the subset") for url in (some, others))
     evaluation.terminal.say(
-        f"{learned.samples:,} of {index.samples:,} images have labels: {files.redact(some)}"
+        f"{learned.samples:,} of {index.samples:,} images have labels ({files.redact(some)}), and "
+        f"{chosen_in.samples:,} others with labels choose the learning rate"
     )
     return Split(learned, hold_out_nothing, chosen_in, np.arange(chosen_in.samples))
 

@@ -36,6 +36,7 @@ STREAMS = 64  # parallel readers of an epoch; fewer when this does not divide th
 GRACE = 25.0  # seconds after a signal within which the state is saved and the process ends
 LINES = 50  # The losses are shown so many times.
 BATCH = 1024
+FEW = 50  # held-out images; the accuracy on fewer says little
 
 LearningRates = Annotated[tuple[float, ...], Interval(ge=1e-12, le=1e9), MinLen(1)]
 
@@ -164,7 +165,7 @@ def fit_batch(config: _Config, index: Index, evaluation: Evaluation) -> _Config:
     parts = 2 ** math.ceil(math.log2(size)) if size <= STREAMS else 1
     batch = index.samples - index.samples % parts
     evaluation.settings = evaluation.settings | {"batch": batch}
-    evaluation.terminal.say(f"batch {batch:,}: there are {index.samples:,} images to learn from")
+    evaluation.terminal.say(f"batch {batch:,}: data.train has {index.samples:,} images")
     return replace(config, batch=batch)
 
 
@@ -197,15 +198,21 @@ def hold_out(samples: int, wanted: int, seed: int) -> Held:
     return held
 
 
-def check_held_out(count: int) -> None:
+def check_held_out(count: int, choices: int, say: Callable[[str], None]) -> None:
     """Raise InputError when no image is held out to choose the learning rate on.
 
-    Call it before anything is learned.
+    When the best of several `choices` is to be found on few images, a line says so. Call it before
+    anything is learned.
     """
     if count == 0:
         raise InputError(
             "no image of data.train is held out to choose the learning rate on: raise --holdout, "
             "or give more images"
+        )
+    if count < FEW and choices > 1:
+        say(
+            f"{count} held-out images choose the learning rate, and on so few that is a matter of "
+            "chance: give the one --lr that you want, or more labeled images"
         )
 
 

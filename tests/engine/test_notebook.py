@@ -119,6 +119,15 @@ def test_wrong_images_are_told(recipe: Recipe, shape: tuple[int, ...], dtype: to
         session.features(torch.zeros(shape, dtype=dtype))
 
 
+def test_wrong_names_and_closed_sessions_are_told(recipe: Recipe) -> None:
+    session = open_session(recipe)
+    with pytest.raises(InputError, match="which must be 'train' or 'val', not 'test'"):
+        session.images(4, "test")  # type: ignore[arg-type]
+    session.close()
+    with pytest.raises(InputError, match="the session is closed"):
+        session.step()
+
+
 def test_the_end_of_the_schedule_is_told(recipe: Recipe) -> None:
     short = replace(recipe, schedule=ScheduleConfig(epochs=2 * 16 / tiny.SAMPLES, warmup=0))
     with open_session(short) as session:

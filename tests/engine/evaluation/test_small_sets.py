@@ -12,9 +12,16 @@ import torch
 from engine.evaluation import supervised
 from engine.evaluation.finetune import FinetuneConfig
 from engine.evaluation.linear import LinearConfig, LinearTraining
-from engine.evaluation.supervised import count_epoch, fit_batch, hint_at_edge
+from engine.evaluation.supervised import (
+    FEW,
+    check_held_out,
+    count_epoch,
+    fit_batch,
+    hint_at_edge,
+)
 from engine.processes.world import World
 from launch import evaluate
+from shards.errors import InputError
 from shards.loader import DataConfig
 from tests.helpers import tiny
 from tests.helpers.training import train
@@ -64,7 +71,7 @@ def test_no_batch_need_be_given(
     assert evaluate.main([name, run, *options, *few]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0] == f"{name}: opening {run}"
-    assert "batch 104: there are 104 images to learn from" in told
+    assert "batch 104: data.train has 104 images" in told
     (found,) = tmp_path.glob("**/result.json")
     assert json.loads(found.read_text())["settings"]["batch"] == 104
     assert evaluate.main([name, run, *options, *few]) == 0
@@ -108,3 +115,13 @@ def test_fine_tuning_of_several_lengths_is_told() -> None:
     assert told == []
     hint_at_edge((0.4, 0.4, 0.1, 0.1), [0.5, 0.5, 0.1, 0.2], stand_in(1, told))
     assert len(told) == 1
+
+
+def test_a_choice_on_few_images_is_told() -> None:
+    told: list[str] = []
+    for count, choices in ((FEW, 3), (FEW - 1, 1), (3, 2)):
+        check_held_out(count, choices, told.append)
+    (line,) = told
+    assert line.startswith("3 held-out images choose the learning rate")
+    with pytest.raises(InputError, match="no image of data.train is held out"):
+        check_held_out(0, 2, told.append)
