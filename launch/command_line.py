@@ -94,7 +94,13 @@ def _count_images(recipe: Recipe) -> int:
     files.check(url, "data.train")
     if drawn and not files.exists(files.join(url, indexes.NAME)):
         return drawn
-    return indexes.load(url, "data.train").samples
+    try:
+        return indexes.load(url, "data.train").samples
+    except InputError as error:
+        if not recipe.explain:
+            raise
+        stand_in = "with --data.draw N, N images stand in for what is not there"
+        raise InputError(f"{error}; {stand_in}") from None
 
 
 def _unknown(argument: str, recipe: Recipe) -> str:
