@@ -59,7 +59,9 @@ def parse_recipe(arguments: list[str]) -> Recipe:
     join_help_lines(Recipe, arguments)
     recipe = _override(found.recipe, found, arguments)
     if found.recipe_for is not None and recipe.data.train.strip():
-        recipe = _override(found.for_images(_count_images(recipe)), found, arguments)
+        epochs = recipe.schedule.epochs
+        given = None if epochs == found.recipe.schedule.epochs else epochs
+        recipe = _override(found.for_images(_count_images(recipe), given), found, arguments)
     recipe.check()
     return recipe
 
