@@ -60,7 +60,7 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> bool:
             output = meter.take_step(batch)
             step = trainer.step
             log.advance()
-            trainer.check_skips(output)
+            trainer.check_skips(output, saver.wait)
             trainer.settle(step - first)
             stopping = preemption.agreed()
 
@@ -71,14 +71,15 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> bool:
                 trainer.run.check()
                 record = meter.read(output, batch)
                 if evaluation_due and not stopping:
-                    trainer.check_finite(output)
+                    trainer.check_finite(output, saver.wait)
                     found = _evaluate(trainer, preemption)
                     record, stopping = record | found, not found
-                    best.note(step, found)
+                    best.note(step, {} if trainer.skipped() else found)
                 log.write(record)
                 meter.restart()
-            if recipe.checkpoint.due(step) or stopping or step in (stop, best.step):
-                trainer.check_finite(output)
+            due = recipe.checkpoint.due(step) or step == best.step
+            if stopping or step == stop or (due and not trainer.skipped()):
+                trainer.check_finite(output, saver.wait)
                 _save(trainer, saver, log)
                 meter.restart()
 
@@ -140,8 +141,11 @@ def _evaluate(trainer: Trainer, preemption: Preemption) -> dict[str, Any]:
 
 
 def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
-    """Have the saver write this step's checkpoint and then remove surplus ones."""
-    run, step = trainer.run, trainer.step
+    """Have the saver write this step's checkpoint and then remove surplus ones.
+
+    None is removed for a step that was skipped, because the run may be diverging.
+    """
+    run, step, skipped = trainer.run, trainer.step, trainer.skipped()
 
     def write(state: dict[str, Any], world: World) -> None:
         run.confirm(world)  # a job that was frozen must not touch what the next one writes
@@ -153,7 +157,8 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
                 url = checkpoint.step_url(run.url, step)
                 world.on_main(lambda: files.discard(url, run.url, trainer.terminal.report))
             raise
-        run.prune(step)
+        if not skipped:
+            run.prune(step)
         run.compact(log)
 
     saver.save(step, trainer.state(), write)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from fractions import Fraction
 from functools import partial
+from inspect import signature
 from operator import attrgetter
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
@@ -220,18 +221,21 @@ class RecipeFile(NamedTuple):
 
     path: str
     recipe: Recipe
-    recipe_for: Callable[[int], object] | None
+    recipe_for: Callable[..., object] | None
     """Makes the recipe for a number of training images. Most files define none."""
 
-    def for_images(self, images: int) -> Recipe:
+    def for_images(self, images: int, epochs: float | None = None) -> Recipe:
         """Return the recipe for a number of training images.
+
+        A number of `epochs` that is not the recipe's own is told to a function that takes it.
 
         Raises InputError when the file's function fails or makes none.
         """
         if self.recipe_for is None:
             return self.recipe
         with recipe_files.running(self.path, _explain):
-            found = self.recipe_for(images)
+            takes = epochs is not None and "epochs" in signature(self.recipe_for).parameters
+            found = self.recipe_for(images, epochs=epochs) if takes else self.recipe_for(images)
         return _checked(found, self.path, "recipe_for returns no")
 
 

@@ -34,6 +34,8 @@ from engine.state.branch import without
 from shards.errors import InputError
 from shards.loader import Batch, TrainLoader
 
+Settle = Callable[[], object] | None
+
 
 class StepOutput(NamedTuple):
     """Hold what a step leaves for the log, on the device.
@@ -304,28 +306,40 @@ class Trainer:
         both: Tensor = output.images.unflatten(0, (2, -1))
         return both[:, : self.recipe.log.pictures]
 
-    def check_skips(self, output: StepOutput) -> None:
-        """Raise InputError when too many steps in a row were skipped."""
-        if self.guard.count_skips() >= MOST_SKIPS:
-            raise self._diverged(output)
+    def skipped(self) -> bool:
+        """Return whether the last step was skipped; the host waits for it.
 
-    def check_finite(self, output: StepOutput) -> None:
+        Such a step is not saved, so that a row of them does not displace the checkpoints before it.
+        """
+        return self.guard.in_a_row > 0
+
+    def check_skips(self, output: StepOutput, settle: Settle = None) -> None:
+        """Raise InputError when too many steps in a row were skipped; see `check_finite`."""
+        if self.guard.count_skips() >= MOST_SKIPS:
+            raise self._diverged(output, settle)
+
+    def check_finite(self, output: StepOutput, settle: Settle = None) -> None:
         """Raise InputError when a weight is not finite.
 
         It is called before an evaluation and before a save, because the checkpoints of a diverged
-        run must not displace good ones. All processes call it together.
+        run must not displace good ones. All processes call it together. `settle` waits for a save
+        that is under way, so that the message can name it.
         """
         norms = foreach_norms(local(self.online.parameters()))
         if not_finite(whole_norms(norms, self.parallel.shard_group)):
-            raise self._diverged(output)
+            raise self._diverged(output, settle)
 
-    def _diverged(self, output: StepOutput) -> InputError:
+    def _diverged(self, output: StepOutput, settle: Settle) -> InputError:
+        if settle is not None:
+            settle()
         scale = "" if self.guard.scale is None else f", loss scale {self.guard.scale.item():g}"
         loss = self.world.all_reduce(output.loss.double().cpu()).item()
+        good = self.step - max(self.guard.in_a_row, 1)  # the last step that was not skipped
         return InputError(
             f"training has diverged: gradients or weights are not finite at step {self.step} "
             f"(loss {loss:g}, learning rate {output.lr:g}{scale}); "
-            "the last checkpoint is kept: start a new run with a lower --schedule.base-lr"
+            f"{self.world.on_main(lambda: checkpoint.tell_newest(self.run.url, good))}: start a "
+            "new run with a lower --schedule.base-lr"
             + (" or --precision bf16" if self.recipe.precision == "fp16" else "")
         )
 

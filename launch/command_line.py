@@ -59,7 +59,9 @@ def parse_recipe(arguments: list[str]) -> Recipe:
     join_help_lines(Recipe, arguments)
     recipe = _override(found.recipe, found, arguments)
     if found.recipe_for is not None and recipe.data.train.strip():
-        recipe = _override(found.for_images(_count_images(recipe)), found, arguments)
+        epochs = recipe.schedule.epochs
+        given = None if epochs == found.recipe.schedule.epochs else epochs
+        recipe = _override(found.for_images(_count_images(recipe), given), found, arguments)
     recipe.check()
     return recipe
 
@@ -94,7 +96,13 @@ def _count_images(recipe: Recipe) -> int:
     files.check(url, "data.train")
     if drawn and not files.exists(files.join(url, indexes.NAME)):
         return drawn
-    return indexes.load(url, "data.train").samples
+    try:
+        return indexes.load(url, "data.train").samples
+    except InputError as error:
+        if not recipe.explain:
+            raise
+        stand_in = "with --data.draw N, N images stand in for what is not there"
+        raise InputError(f"{error}; {stand_in}") from None
 
 
 def _unknown(argument: str, recipe: Recipe) -> str:

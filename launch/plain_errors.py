@@ -1,13 +1,19 @@
 """Report the mistakes in a command line, which tyro finds, in one line each."""
 
 import re
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated, Union, get_args, get_origin
 
 from tyro import _errors  # tyro documents its hook for errors in this module only
 from tyro._arguments import ArgumentDefinition
 
 from shards.errors import InputError
+from shards.field_types import describe
+
+# How Python, and tyro for a union, end the message about one value.
+_ONE_VALUE = re.compile(r"""(?:base 10: |to float: |from \[)('[^']*'|"[^"]*")(?:\]\.\n|$)""")
 
 
 @contextmanager
@@ -30,6 +36,9 @@ def _raise_one_line(event: _errors.ParseErrorEvent) -> None:
         case _errors.InvalidChoice(argument=argument, value=value, choices=choices):
             raise InputError(f"{_name(argument)}: {value!r} is not one of {', '.join(choices)}")
         case _errors.InstantiationFailure(argument=argument, message=message):
+            given = _ONE_VALUE.search(message)
+            if argument and given and _is_number(argument):
+                raise InputError(f"{_takes(argument)}, not {given[1]}")
             if argument and "\n" in message:  # Of a union, tyro tells how each type failed.
                 given = re.search(r"from (\[.*?\])\.\n", message)
                 message = f"not {given[1]}" if given else message.split("\n", 1)[0]
@@ -53,4 +62,14 @@ def _name(argument: ArgumentDefinition) -> str:
 def _takes(argument: ArgumentDefinition) -> str:
     if argument.is_positional():
         return _name(argument)
-    return f"{_name(argument)} takes {argument.lowered.metavar}"
+    kind = describe(argument.field.type) if _is_number(argument) else argument.lowered.metavar
+    return f"{_name(argument)} takes {kind}"
+
+
+def _is_number(argument: ArgumentDefinition) -> bool:
+    """Return whether it takes one number, so that a recipe's message for it fits."""
+    hint = argument.field.type
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    union = get_origin(hint) in (Union, types.UnionType)
+    return set(get_args(hint) if union else [hint]) <= {int, float, types.NoneType}

@@ -31,7 +31,7 @@ def check_types(config: Any, prefix: str = "") -> None:
         for rule in rules if get_origin(hint) is Annotated else ():
             rule.check(name, value)
         if not rules and not _fits(hint, value):
-            raise InputError(f"{name} takes {_described(hint)}, not {_given(hint, value)}")
+            raise InputError(f"{name} takes {describe(hint)}, not {_given(hint, value)}")
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             check_types(value, name + ".")
 
@@ -59,17 +59,18 @@ def _fits(hint: Any, value: Any) -> bool:
     return isinstance(value, origin or hint)
 
 
-def _described(hint: Any) -> str:
+def describe(hint: Any) -> str:
+    """Return what a field with this type takes, for messages."""
     origin, given = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _described(given[0])
+        return describe(given[0])
     if origin in (Union, types.UnionType):
-        return " or ".join(map(_described, given))
+        return " or ".join(map(describe, given))
     if origin is Literal:
         return "one of " + ", ".join(map(str, given))
     if origin is tuple:
         number = "" if given[-1] is ... else f"{len(given)} "
-        kinds = " and ".join(dict.fromkeys(_described(one) for one in given if one is not ...))
+        kinds = " and ".join(dict.fromkeys(describe(one) for one in given if one is not ...))
         return f"a tuple of {number}values, each {kinds}"
     if hint in _WORDS:
         return _WORDS[hint]

@@ -31,6 +31,7 @@ _T = TypeVar("_T")
 
 _ENCODER = "model.encoder."
 _ENCODER_FIELDS = get_type_hints(ResNetConfig)
+DataField = Literal["data.train", "data.val", "probe.train", "probe.val"]
 _PLACES = ("data.train", "data.val")
 _HINTS: dict[str, Any] = {  # types and bounds of the fields that are used of a stranger's recipe
     **{_ENCODER + k: v for k, v in get_type_hints(ResNetConfig, include_extras=True).items()},
@@ -105,7 +106,7 @@ class Source:
     fields: dict[str, Any]  # the run's recipe by dotted names; empty for a file that others made
     report: str  # one line that says what was taken
 
-    def data_url(self, name: Literal["data.train", "data.val"]) -> str:
+    def data_url(self, name: DataField) -> str:
         """Return the URL of the run's data set; "" when the run has none.
 
         Raises InputError when it is of a kind that is never opened on the word of a file.

@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from engine.encoder.source import EncoderConfig, open_encoder
 from engine.evaluation.features import Features, encoding, extract
 from engine.evaluation.results import Result, read_result, show
+from engine.evaluation.run_sets import Name, open_index, open_sets
 from engine.log import journal
 from engine.log.curves import name_curve
 from engine.log.events import EventLog
@@ -41,7 +42,6 @@ from shards.index import Index
 from shards.storage import files
 
 RESULT = "result.json"
-_SETS: tuple[Literal["data.train", "data.val"], ...] = ("data.train", "data.val")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class EvaluationDataConfig:
     """URL of the training shards, in which neighbors are searched or from which a head learns. By
     default they are the run's."""
     val: str = ""
-    """URL of the shards that the accuracy is measured on. By default they are the run's."""
+    """URL of the shards that the accuracy is measured on. By default they are the run's. A run
+    whose own images have no labels is measured on its probe.train and probe.val."""
     corrupt: UnitInterval = 0.01
     """Fraction of the images that each process may find undecodable before the evaluation stops. It
     may always find 10."""
@@ -94,16 +95,13 @@ class Evaluation:
         self.threads = threads or share_of_cores()
         self.corrupt = data.corrupt
         files.check(out, "--out")
-        given = {
-            name: _open_index(url, name, world)
-            for name, url in (("data.train", data.train), ("data.val", data.val))
-            if url
-        }
+        named: dict[Name, str] = {"data.train": data.train, "data.val": data.val}
+        given = {name: open_index(url, name, world) for name, url in named.items() if url}
         self.source, self.network = open_encoder(checkpoint_url, encoder, world, self.terminal.say)
-        self.train, self.val = (
-            given.get(name) or _open_index(self.source.data_url(name), name, world)
-            for name in _SETS
+        self.train, self.val = open_sets(
+            given, self.source, world, labels=labels, report=self.terminal.say
         )
+        self._given = bool(given)
         if labels:
             check_classes(self.train, self.val)
         if doubt := indexes.compare_windows(self.train, self.val):
@@ -266,7 +264,7 @@ class Evaluation:
         It is also true when there is nothing to compare with: for a third-party checkpoint file,
         and for a run without data.val.
         """
-        if not self.source.run or not self.source.fields.get("data.val"):
+        if not (self._given and self.source.run and self.source.fields.get("data.val")):
             return True
         if self.train.digest != self.source.data_digest:
             return False
@@ -339,14 +337,6 @@ def _fold(run: str) -> None:
         journal.Journal(run, 1 << 62)  # all steps
     finally:
         held.release()
-
-
-def _open_index(url: str, name: str, world: World) -> Index:
-    """Open a data set. All processes call it together, and an error of one is raised on all."""
-    if not url:
-        raise InputError(f"{name} is not set: give --{name} URL, a folder of shards")
-    files.check(url, name)
-    return world.on_all(lambda: indexes.load(url, name))
 
 
 def check_classes(train: Index, val: Index) -> None:

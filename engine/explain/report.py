@@ -11,6 +11,7 @@ from engine.explain.plan import Speed, date_of
 from engine.explain.sizes import LEAST, Fakes, StepCost
 from engine.log import journal
 from engine.log.terminal import Terminal
+from engine.processes.parallel import Strategy
 from engine.processes.world import World
 from engine.recipe import Recipe, in_steps
 from engine.state import checkpoint
@@ -95,7 +96,10 @@ def look(recipe: Recipe, processes: int) -> Known:
             samples, classes = recipe.data.draw, len(synthetic.CLASSES)
             missing.append(f"the run will draw {samples:,} images there, whose bytes are not known")
         else:
-            missing.append("so schedule, requests and the online head are left out")
+            missing.append(
+                "so schedule, dates, requests and online head are left out: with --data.draw N, "
+                "N images stand in for what is not there"
+            )
     at, log = 0, []
     try:
         saved = [
@@ -161,9 +165,7 @@ def _memory(
 ) -> Table:
     """Compare the strategies by what a process needs on its device."""
     options = memory.strategies(processes, recipe.parallel.shard or machine)
-    columns = [
-        f"{name} ({size} to a group)" if size > 1 else name for name, size in options.items()
-    ]
+    columns = [_name_column(name, size) for name, size in options.items()]
     table = _table("Memory of a process on its device, GiB, in eager mode", "", *columns)
     held = [memory.hold(fakes, size) for size in options.values()]
     for name, number in (
@@ -182,14 +184,31 @@ def _memory(
     for name, cost in (("all together", plain), ("with --parallel.recompute", again)):
         table.add_row(name, *(_gib(memory.need(one, cost, views)) for one in held))
     table.caption = (
-        "CUDA, its libraries and fragments of memory come on top (1 to 2 GiB); torch.compile "
-        "keeps less.\n"
-        f"On the host, {_gib(memory.host_views(views))} GiB of views wait in each process, and "
+        "On a GPU, CUDA, its libraries and fragments of memory come on top (1 to 2 GiB). "
+        "torch.compile keeps less.\n"
+        + _explain_groups(options)
+        + f"On the host, {_gib(memory.host_views(views))} GiB of views wait in each process, and "
         f"{_gib(fakes.checkpoint)} GiB of a checkpoint are shared out.\n"
         f"--parallel.strategy auto takes ddp where a device has more than {_gib(2 * held[0].state)}"
         " GiB."
     )
     return table
+
+
+def _name_column(strategy: Strategy, group: int) -> str:
+    if strategy == "none":
+        return "one process"
+    return f"{strategy} ({group} to a group)" if group > 1 else strategy
+
+
+def _explain_groups(groups: dict[Strategy, int]) -> str:
+    """Return the line that says what a group is, or nothing where there is none."""
+    if max(groups.values()) == 1:
+        return ""
+    line = "The processes of a group share out parameters, gradients, optimizer and target network"
+    if "hsdp" in groups:
+        line += ";\nhsdp has several such groups, usually one for each machine"
+    return f"{line}.\n"
 
 
 def _landmarks(recipe: Recipe, known: Known) -> Table | None:
@@ -269,7 +288,10 @@ def _saving(recipe: Recipe, known: Known, fakes: Fakes, processes: int) -> Table
     every = float(plan.cadence(recipe.checkpoint.every))
     if known.speed and every:
         year = plan.YEAR * known.speed.images / recipe.batch.size / every
-        table.add_row("written in a year of it", f"{year:,.0f}, {_gb(year * size)} together")
+        table.add_row(
+            "a year of training at this pace would write",
+            f"{year:,.0f}, {_gb(year * size)} together",
+        )
         seconds = every * recipe.batch.size / known.speed.images
         table.add_row("from one to the next", f"{seconds / 60:,.1f} minutes")
     return table

@@ -119,6 +119,11 @@ class StepGuard:
         self._in_a_row += 1
         self._in_a_row *= skipped
 
+    @property
+    def in_a_row(self) -> int:
+        """Return how many steps in a row were skipped up to now; the host waits for the last."""
+        return int(self._in_a_row)
+
     def count_skips(self) -> int:
         """Return how many steps in a row were skipped, as of the previous call of this function.
 

@@ -50,7 +50,8 @@ class CheckpointConfig:
 
     every: Operation[Annotated[Duration, Lasting()]] = 1000
     """Time from one checkpoint to the next: steps, such as 1000, or epochs, such as '1 epoch'. The
-    last step of a process is saved too. 0 saves only that one."""
+    last step of a process is saved too. 0 saves only that one. A step whose update was skipped
+    because a gradient was not finite is left out."""
     keep: Operation[Annotated[int, Interval(ge=1)]] = 3
     """Number of newest checkpoints that stay."""
     keep_every: Operation[Annotated[int, Interval(ge=0)]] = 0
@@ -333,6 +334,17 @@ def committed_steps(run: str, until: int = 10**8) -> list[int]:
     """List the steps of a run's committed checkpoints up to the step `until`, rising."""
     found = [(int(url[-8:]), url) for url in steps(run)]
     return [n for n, url in found if n <= until and files.exists(files.join(url, COMMIT))]
+
+
+def tell_newest(run: str, until: int) -> str:
+    """Return a clause that says which committed checkpoint is the newest up to the step `until`."""
+    try:
+        found = committed_steps(run, until)
+    except OSError:  # what went wrong with the training is more important
+        return f"checkpoints up to step {until} are kept"
+    if not found:
+        return "no checkpoint was saved before that"
+    return f"the checkpoint of step {found[-1]}, saved before that, is kept"
 
 
 def steps(run: str) -> list[str]:

@@ -140,3 +140,5 @@ def test_own_images_fit_their_number(images: int, batch: int, epochs: int) -> No
     recipe.check()
     assert (recipe.batch.size, recipe.schedule.epochs) == (batch, epochs)
     assert recipe.batch.size % recipe.data.streams == 0
+    assert recipe.probe.every == recipe.checkpoint.every == f"{epochs // 10} epochs"
+    assert recipe.schedule.warmup == "5 epochs"  # as runs of earlier releases had it

@@ -297,6 +297,69 @@ def test_diverged_state_is_not_saved(tiny_data: DataConfig, tmp_path: Path) -> N
     assert saved.name == "step_00000001"  # at learning rate 0; the next step blows up
 
 
+def poison_gradients(trainer: Trainer, first: int, last: int) -> None:
+    """Make the gradients of the steps `first` to `last` not finite."""
+    parameter = next(trainer.online.parameters())
+
+    def poison(grad: torch.Tensor) -> torch.Tensor:
+        return grad * math.nan if first <= trainer.step + 1 <= last else grad
+
+    parameter.register_hook(poison)
+
+
+def saved_steps(run: Path) -> list[int]:
+    return sorted(int(path.parent.name[-8:]) for path in run.glob("checkpoints/*/commit.json"))
+
+
+def test_skipped_steps_displace_no_checkpoint(tiny_data: DataConfig, tmp_path: Path) -> None:
+    config = tiny.recipe(
+        tiny_data,
+        tmp_path,
+        schedule=ScheduleConfig(epochs=10),
+        probe=ProbeConfig(),
+        checkpoint=CheckpointConfig(every=2, keep=2),
+    )
+    with training(config) as trainer:
+        poison_gradients(trainer, 7, 99)
+        told = r"diverged.*; the checkpoint of step 6, saved before that, is kept: start a new run"
+        with pytest.raises(InputError, match=told):
+            finish(trainer)
+    assert saved_steps(tmp_path) == [4, 6]
+
+
+def test_good_steps_after_skipped_ones_are_saved(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """The last step of a process is saved in any case, but removes nothing where it was skipped."""
+    config = tiny.recipe(
+        tiny_data,
+        tmp_path,
+        steps=9,
+        probe=ProbeConfig(),
+        checkpoint=CheckpointConfig(every=2, keep=2),
+    )
+    with training(config) as trainer:
+        poison_gradients(trainer, 4, 4)
+        poison_gradients(trainer, 9, 9)
+        finish(trainer)
+    assert saved_steps(tmp_path) == [6, 8, 9]
+
+
+def test_message_of_diverged_training_without_checkpoint(
+    tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    config = tiny.recipe(
+        tiny_data,
+        tmp_path,
+        schedule=ScheduleConfig(epochs=10),
+        probe=ProbeConfig(),
+        checkpoint=CheckpointConfig(every=1),
+    )
+    with training(config) as trainer:
+        poison_gradients(trainer, 1, 99)
+        with pytest.raises(InputError, match="; no checkpoint was saved before that: start"):
+            finish(trainer)
+    assert not saved_steps(tmp_path)
+
+
 def test_epochs_of_the_recipe_are_steps_of_the_run(tiny_data: DataConfig, tmp_path: Path) -> None:
     """An epoch has 6 steps: 0.5 epochs are 3 of them, and 1/4 of an epoch ends at 2, 3, 5 and 6."""
     recipe = tiny.recipe(

@@ -116,6 +116,9 @@ def test_a_recipe_is_sized_by_the_images_of_the_command_line(tiny_data: DataConf
     assert (recipe.batch.size, recipe.data.streams, recipe.schedule.epochs) == (8, 8, 1000)
     recipe = parse_recipe(["own_images", *data, "--batch.size", "16", "--schedule.epochs", "10"])
     assert (recipe.batch.size, recipe.schedule.epochs) == (16, 10)
+    for epochs, warmup, every in (("2", "0.5 epochs", "1 epoch"), ("50", "5 epochs", "5 epochs")):
+        recipe = parse_recipe(["own_images", *data, "--schedule.epochs", epochs])
+        assert (recipe.schedule.warmup, recipe.probe.every) == (warmup, every)
 
 
 def test_a_recipe_is_sized_by_the_images_that_will_be_drawn(tmp_path: Path) -> None:

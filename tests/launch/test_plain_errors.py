@@ -18,6 +18,8 @@ class Command:
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     size: int = 1
+    rate: float = 0.1
+    limit: float | None = None
     betas: tuple[float, float] = (0.9, 0.99)
     rates: tuple[float, ...] = (0.1,)
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -35,8 +37,11 @@ class Command:
         ("a b", "unknown argument 'b': --help lists what can be given"),
         ("a --sise 3", "unknown option '--sise': --help lists what can be given"),
         ("--sise a", "missing: SOURCE, or an option before it is unknown"),
-        ("a --size", "--size takes INT: a value is missing"),
-        ("a --size x", "--size takes INT: .*'x'.*"),
+        ("a --size", "--size takes a whole number: a value is missing"),
+        ("a --size x", "--size takes a whole number, not 'x'"),
+        ("a --size 1.5", "--size takes a whole number, not '1.5'"),
+        ("a --limit four", "--limit takes a number or None, not 'four'"),
+        ("a --rate it's", """--rate takes a number, not "it's\""""),
         ("a --betas 1 x", "--betas takes FLOAT FLOAT: .*'x'.*"),
         ("a --rates 1 x", r"--rates takes \[FLOAT \[FLOAT ...\]\]: .*'x'.*"),
         ("a --precision fp8", "--precision: 'fp8' is not one of fp32, bf16"),

@@ -15,6 +15,7 @@ from engine.evaluation.during_training import ProbeConfig
 from engine.processes.parallel import ParallelConfig
 from engine.processes.world import rank
 from engine.recipe import Recipe
+from launch import evaluate
 from shards.errors import InputError
 from shards.loader import DataConfig
 from shards.making import synthetic
@@ -104,6 +105,30 @@ def test_folders_are_packed_once(
     (changed,) = files.list_names(files.join(run, "probe", "train"))
     assert [changed] != kept["train"]
     assert files.list_names(files.join(run, "probe", "val")) == kept["val"]
+
+
+def test_evaluations_take_the_sets_of_the_run(
+    unlabeled: DataConfig, tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A packed folder, also when it is gone, and shards, where data.val has no labels."""
+    folder, run = write_folder(f"{tmp_path}/a", 20), f"{tmp_path}/run"
+    knn = ["knn", run, "--k", "3", "--threads", "1"]
+    train(recipe(unlabeled, run, ProbeConfig(train=folder, val=folder)))
+    shutil.rmtree(folder)
+    assert evaluate.main(knn) == 0
+    output = capsys.readouterr().out
+    for name in ("train", "val"):
+        assert f"data.{name} is the run's probe.{name}: {run}/probe/{name}/" in output
+    assert "knn_top1" in files.read(files.join(run, "metrics.jsonl")).decode()
+    shutil.rmtree(f"{run}/probe")
+    assert evaluate.main(knn) == 1
+    assert "there are no shards at its probe.train" in capsys.readouterr().err
+
+    shutil.rmtree(run)
+    data = dataclasses.replace(unlabeled, val=unlabeled.train)
+    train(recipe(data, run, ProbeConfig(train=tiny_data.train, val=tiny_data.val)))
+    assert evaluate.main(knn) == 0
+    assert f"data.val is the run's probe.val: {tiny_data.val}" in capsys.readouterr().out
 
 
 def measured(config: Recipe) -> None:

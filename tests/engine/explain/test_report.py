@@ -41,9 +41,11 @@ def test_a_run_is_explained_from_its_log(
         "20 steps",
         "newest checkpoint 8 ",
         "--steps",
+        "one process",
+        "a year of training at this pace would write",
         "the median of the run's last 8 logged steps",
         "without a cache",
-        "written in a year of it",
+        "written until the end",
     ):
         assert words in text, words
     assert "not read" not in text
@@ -58,6 +60,8 @@ def test_what_is_not_there_is_said(
     assert "no index.json there" in text
     assert "give --explain-speed" in text
     assert "fsdp (4 to a group)" in text
+    assert "The processes of a group share out" in text
+    assert "with --data.draw N" in text
     drawn = dataclasses.replace(recipe, data=dataclasses.replace(data, draw=104))
     text = printed(dataclasses.replace(drawn, explain_speed=100.0), capsys)
     assert "20 steps" in text

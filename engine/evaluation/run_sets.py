@@ -1,0 +1,79 @@
+"""Find the two sets that a run's encoder is measured on where the command line names none."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+from engine.encoder.source import Source
+from engine.processes.world import World
+from engine.state.layout import PROBE
+from shards import index as indexes
+from shards.errors import InputError
+from shards.index import Index
+from shards.storage import files
+
+Name = Literal["data.train", "data.val"]
+_PROBES: dict[Name, Literal["probe.train", "probe.val"]] = {
+    "data.train": "probe.train",
+    "data.val": "probe.val",
+}
+
+
+def open_index(url: str, name: str, world: World) -> Index:
+    """Open a data set. All processes call it together, and an error of one is raised on all."""
+    if not url:
+        raise InputError(f"{name} is not set: give --{name} URL, a folder of shards")
+    files.check(url, name)
+    return world.on_all(lambda: indexes.load(url, name))
+
+
+def open_sets(
+    given: dict[Name, Index],
+    source: Source,
+    world: World,
+    *,
+    labels: bool,
+    report: Callable[[str], None],
+) -> tuple[Index, Index]:
+    """Return the set to learn from and the set to measure; those of the run where none is given.
+
+    They are the run's data.train and data.val. Where one of these is not set, or has no labels
+    although `labels` are needed, the run's probe.train and probe.val take their places. All
+    processes call it together.
+    """
+    urls = {name: source.data_url(name) for name in _PROBES if name not in given}
+    probes = {n: _PROBES[n] for n in urls if source.run and source.fields.get(_PROBES[n])}
+    found = dict(given)
+    for name in () if probes and not all(urls.values()) else urls:
+        found[name] = open_index(urls[name], name, world)
+    lacking = [n for n in urls if n not in found or (labels and not found[n].classes)]
+    if probes and lacking:
+        for name in probes:
+            url = world.on_main(partial(_find_probe, source, probes[name]))
+            found[name] = open_index(url, name, world)
+            report(f"{name} is the run's {probes[name]}: {files.redact(url)}")
+        for name in urls.keys() - found.keys():
+            found[name] = open_index(urls[name], name, world)
+    return found["data.train"], found["data.val"]
+
+
+def _find_probe(source: Source, name: Literal["probe.train", "probe.val"]) -> str:
+    """Return the URL of the shards of the run's probe.train or probe.val.
+
+    Those of a plain folder of images were packed into the run.
+    """
+    part = name.partition(".")[2]
+    packed = files.join(source.run, PROBE, part)
+    for below in files.list_names(packed):
+        if files.exists(files.join(packed, below, indexes.NAME)):
+            return files.join(packed, below)
+    try:
+        url = source.data_url(name)
+    except InputError as error:  # the option of an evaluation has another name
+        raise InputError(str(error).replace(f"--{name} ", f"--data.{part} ")) from None
+    if not files.exists(files.join(url, indexes.NAME)):
+        raise InputError(
+            f"data.{part}: the run has none that fits, and there are no shards at its {name} "
+            f"{files.redact(url)}: give --data.{part} URL, a folder of shards"
+        )
+    return url
