@@ -38,25 +38,30 @@ class Advice(NamedTuple):
     change: str
 
 
+# In the trials a lower rate helped where the other two did not, so it comes first.
+_CALM = (
+    "first lower --schedule.base-lr; if that does not help, give a longer warm-up, such as "
+    "--schedule.warmup '20 epochs', or a --schedule.base-tau nearer to 1"
+)
+
 ADVICE = {
     "diverging": Advice(
         "the loss or the gradients grow out of bounds",
         "the learning rate is too high or rises too fast, or fp16 overflows",
-        "a lower --schedule.base-lr, more --schedule.warmup-epochs, or --precision bf16",
+        "first lower --schedule.base-lr; if that does not help, give a longer warm-up, such as "
+        "--schedule.warmup '20 epochs'; with fp16 take --precision bf16",
     ),
     "collapsed": Advice(
         "all images get nearly the same projection, so a low loss means nothing",
         "the learning rate is too high for this batch, there is no warm-up, or the target follows "
         "too fast",
-        "a lower --schedule.base-lr, more --schedule.warmup-epochs, or --schedule.base-tau nearer "
-        "to 1; this run will hardly recover",
+        f"{_CALM}; this run will hardly recover",
     ),
     "collapsing": Advice(
         "the projections of different images become alike, so the loss falls without learning",
         "the learning rate is too high for this batch, there is no warm-up, or the target follows "
         "too fast",
-        "a lower --schedule.base-lr, more --schedule.warmup-epochs, or --schedule.base-tau nearer "
-        "to 1",
+        _CALM,
     ),
     "not learning": Advice(
         "the features do not tell images apart better than before the training",

@@ -1,6 +1,7 @@
 """What `health` says of runs, by their logs: of real ones, which were saved, and of made ones."""
 
 import io
+import re
 import secrets
 from typing import Any
 
@@ -11,6 +12,7 @@ from engine.log import health, journal
 from engine.log.health import ADVICE, HEALTHY, History, judge
 from engine.log.metrics import MetricsLog
 from engine.log.terminal import Terminal
+from launch.hints import fields_of_all_recipes
 from tests.whole.health_runs import CASES, find_alarm, judge_all, load
 
 SAVED = load()
@@ -65,6 +67,13 @@ def test_wrong_thresholds_are_found(
     monkeypatch.setattr(health, threshold, wrong)
     found = {name: find_alarm(judge_all(*run))[0] for name, run in SAVED.items()}
     assert any(status not in CASES[name].wanted.split(" or ") for name, status in found.items())
+
+
+def test_the_advice_names_fields_that_a_recipe_has() -> None:
+    texts = " ".join(text for advice in ADVICE.values() for text in advice)
+    named = set(re.findall(r"(?<!pack\.py )--([\w.-]*\w)", texts))
+    assert {"schedule.base-lr", "schedule.warmup", "precision"} <= named
+    assert named <= fields_of_all_recipes()
 
 
 def test_diverging() -> None:
