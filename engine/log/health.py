@@ -25,9 +25,10 @@ GROWN = 4.0  # times the gradient's norm at the first logged step
 SKIPPED = 0.2  # of the steps
 ALIKE = 0.04  # view_correlation, as a mean plus its standard error
 FLAT, TOO_WIDE = 0.03, 2.5  # view_std; views of clipped pixels cannot exceed 2.3
-TRIED = 1 / 3  # fraction of the run after which kNN has to beat the untrained encoder
+TRIED = 1 / 3  # fraction of the run after which kNN has to beat the untrained encoder, twice
 INFORMED = 1.3  # times chance; labels on which the untrained encoder gets less tell nothing
 STARVED = 0.5  # data_wait
+_BY_RATE = ("diverging", "collapsed", "collapsing")  # what a high learning rate leads to
 
 
 class Advice(NamedTuple):
@@ -65,9 +66,11 @@ ADVICE = {
     ),
     "not learning": Advice(
         "the features do not tell images apart better than before the training",
-        "the images are all alike or damaged on their way, the views are distorted too much, or "
-        "the learning rate or the weight decay do not fit",
-        "look at the views in tensorboard and at data.train, then try another --schedule.base-lr "
+        "too few steps so far, when kNN alone tells it, because sound runs begin below the "
+        "untrained encoder; the images are all alike or damaged on their way, the views are "
+        "distorted too much, or the learning rate or the weight decay do not fit",
+        "if kNN alone tells it, first train longer, with more --schedule.epochs; otherwise look "
+        "at the views in tensorboard and at --data.train, then try another --schedule.base-lr "
         "and a lower --optimizer.weight-decay",
     ),
     "starved": Advice(
@@ -154,6 +157,9 @@ def judge(history: History) -> Health:
     """Judge the newest record by the rules, the worst first."""
     for status, find_reason in _RULES:
         if history.recent and (reason := find_reason(history)):
+            lr = _number(history.recent[-1], "lr")
+            if status in _BY_RATE and lr is not None:
+                reason += f"; lr is {lr:.3g}"
             return Health(status, reason)
     return Health(HEALTHY, "")
 
@@ -239,11 +245,17 @@ def _find_equal_images(history: History) -> str:
 def _find_lost_accuracy(history: History) -> str:
     untrained, chance = (_number(history.baseline, key) for key in ("knn_untrained", "knn_chance"))
     accuracies = [float(record["knn_top1"]) for record in history.evaluated]
-    if untrained is None or len(accuracies) < 2 or history.progress < TRIED:
+    if untrained is None or not accuracies or history.progress < TRIED:
+        return ""
+    step, total = history.evaluated[-1]["step"], history.total_steps
+    if len(accuracies) < 2 and not step >= total > 0:  # at the end there will be no second one
         return ""
     if max(accuracies) > untrained or untrained < INFORMED * (chance or 0):
         return ""
-    return f"knn_top1 is {accuracies[-1]:.1%}, and {untrained:.1%} without training"
+    return (
+        f"knn_top1 is {accuracies[-1]:.1%} at step {step:,} of {total:,}, "
+        f"and {untrained:.1%} without training"
+    )
 
 
 def _find_starvation(history: History) -> str:

@@ -111,6 +111,25 @@ def test_not_learning_when_knn_stays_below_the_untrained_encoders(chance: float 
     assert set(statuses(run)) == {HEALTHY}  # without a baseline
 
 
+def test_one_evaluation_is_enough_at_the_end_of_the_run() -> None:
+    baseline = {"step": 0, "knn_untrained": 0.316, "knn_chance": 0.125}
+    run = [record(n) for n in range(1, 32)]
+    run[-1]["knn_top1"] = 0.256
+    assert statuses([baseline, *run], 31) == [HEALTHY] * 30 + ["not learning"]
+    reason = judge(History(31, [baseline, *run])).reason
+    assert reason == "knn_top1 is 25.6% at step 31 of 31, and 31.6% without training"
+    assert statuses([baseline, *run], 32) == [HEALTHY] * 31  # a second one will come
+    run[-1]["knn_top1"] = 0.32
+    assert statuses([baseline, *run], 31) == [HEALTHY] * 31
+
+
+def test_the_rate_is_named_where_it_is_the_likely_cause() -> None:
+    run = [record(n, projection_std=0.1, lr=12.84) for n in range(1, 5)]
+    found = judge(History(100, run))
+    assert (found.status, found.reason[-12:]) == ("collapsed", "; lr is 12.8")
+    assert found.describe(4).index("--schedule.base-lr") < found.describe(4).index("tau")
+
+
 def test_records_of_other_versions_and_strangers_do_no_harm() -> None:
     old = [{"step": n, "loss": 4 - n / 50, "feature_std": 0.5, "skipped": 0} for n in range(1, 90)]
     assert set(statuses(old)) == {HEALTHY}
