@@ -88,13 +88,20 @@ class Health(NamedTuple):
     status: str
     reason: str
 
+    @property
+    def summary(self) -> str:
+        """Return the status with its reason and its meaning, or "" where there is no trouble."""
+        if self.status == HEALTHY:
+            return ""
+        return f"{self.status} ({self.reason}): {ADVICE[self.status].meaning}"
+
     def describe(self, step: int) -> str:
-        """Return the line that tells the user that the status has turned."""
+        """Return the line that tells the user that the status has turned, or what it still is."""
         if self.status == HEALTHY:
             return f"health at step {step}: healthy again"
         advice = ADVICE[self.status]
         return (
-            f"health at step {step}: {self.status} ({self.reason}): {advice.meaning}; "
+            f"health at step {step}: {self.summary}; "
             f"likely causes: {advice.causes}; change: {advice.change}"
         )
 
@@ -168,20 +175,24 @@ class Watch:
     """Judge a run while it is logged, and tell when its health turns."""
 
     def __init__(self, total_steps: int, records: list[Record], say: Callable[[str], None]) -> None:
-        """Take the records that earlier processes logged. `say` is called with a line."""
+        """Take the records that earlier processes logged. `say` is called with a line.
+
+        A run that was not healthy when it ended is told to be so at once.
+        """
         self._history, self._say = History(total_steps, records), say
-        self._status = judge(self._history).status
+        self.health = judge(self._history)  # of the newest record
+        if self.health.status != HEALTHY:
+            say(self.health.describe(self._history.recent[-1]["step"]))
 
     def judge(self, record: Record) -> Record:
         """Return the health of the next record as a key to add to it; nothing without a step."""
         self._history.add(record)
         if not is_step(record):
             return {}
-        health = judge(self._history)
-        if health.status != self._status:
-            self._status = health.status
-            self._say(health.describe(record["step"]))
-        return {"health": health.status}
+        before, self.health = self.health, judge(self._history)
+        if self.health.status != before.status:
+            self._say(self.health.describe(record["step"]))
+        return {"health": self.health.status}
 
 
 def _find_fault(history: History) -> str:

@@ -3,6 +3,8 @@
 import io
 import re
 import secrets
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,9 @@ from engine.log.health import ADVICE, HEALTHY, History, judge
 from engine.log.metrics import MetricsLog
 from engine.log.terminal import Terminal
 from launch.hints import fields_of_all_recipes
+from shards.loader import DataConfig
+from tests.helpers import tiny
+from tests.helpers.training import train
 from tests.whole.health_runs import CASES, find_alarm, judge_all, load
 
 SAVED = load()
@@ -147,7 +152,7 @@ def test_a_step_that_is_logged_again_counts_once() -> None:
 
 
 def test_the_log_keeps_health_and_tells_when_it_turns() -> None:
-    """A second process continues where the first one was killed, without a line of its own."""
+    """A second process continues where the first one was killed, and repeats what it was told."""
     run, output = f"memory://{secrets.token_hex(6)}/run", io.StringIO()
     spreads = [0.7] * 5 + [0.3] * 30 + [0.7] * 5
     lines = [record(n, projection_std=value) for n, value in enumerate(spreads, start=1)]
@@ -159,17 +164,39 @@ def test_the_log_keeps_health_and_tells_when_it_turns() -> None:
             log.write(line)
         log.stop()
         log.finish()
+        assert log.health is not None
+        assert log.health.status == statuses(lines[:last])[-1]
     found = [line["health"] for line in journal.read(run)]
     assert found == statuses(lines)
     assert found == [HEALTHY] * 6 + ["collapsing"] * 13 + ["collapsed"] * 17 + [HEALTHY] * 4
     told = [line for line in output.getvalue().splitlines() if line.startswith("health at")]
-    assert [line[:30].split(" (")[0] for line in told] == [
+    assert [line.split(" (")[0] for line in told] == [
         "health at step 7: collapsing",
+        "health at step 12: collapsing",
         "health at step 20: collapsed",
-        "health at step 37: healthy aga",
+        "health at step 37: healthy again",
     ]
     assert ADVICE["collapsing"].change in told[0]
     log = MetricsLog(run, 40, 40, terminal)
     log.write({"step": 41, "knn_top1": 0.5})  # it has no figures of a step
     log.stop()
     assert "health" not in (log.last or {})
+
+
+def test_a_training_repeats_its_trouble_at_its_end_and_at_the_next_start(
+    tiny_data: DataConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = tiny.recipe(tiny_data, tmp_path / "run", probe=tiny.NO_PROBE)
+    assert train(replace(recipe, steps=4))
+    assert "health" not in capsys.readouterr().out
+    monkeypatch.setattr(health, "COLLAPSED", 9.0)
+    assert train(replace(recipe, steps=8))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("health")]
+    assert [line.split(" (")[0] for line in lines] == [
+        "health at step 4: collapsed",
+        "health        collapsed",
+    ]
+    assert lines[1].endswith(ADVICE["collapsed"].meaning)
