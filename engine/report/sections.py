@@ -45,6 +45,12 @@ def write_tiles(run: RunFacts) -> Html:
         tiles.append(_tile(show_number("images_per_second", median), "images per second, median"))
     if hours := _hours(run):
         tiles.append(_tile(hours, "spent in the logged steps"))
+    if run.images is not None:
+        tiles.append(_tile(f"{run.images:,}", "training images"))
+    if run.processes is not None:
+        tiles.append(_tile(f"{run.processes:,}", "process" + "es" * (run.processes > 1)))
+    if run.torch is not None:
+        tiles.append(_tile(run.torch, "version of torch"))
     return tag("div", *tiles, class_="tiles")
 
 

@@ -276,6 +276,25 @@ def test_the_time_of_a_branch_begins_where_it_left_its_parent() -> None:
         assert minutes in read_page(make_page([run])).text
 
 
+def test_the_page_tells_what_the_run_was_trained_on(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert "training images" not in page_of(run).text
+    commit = {"origin": {"samples": 1234}, "packages": {"torch": "2.9.9<i>"}}
+    for name, content in (("step_00000040", {}), ("step_00000050", commit)):
+        folder = tmp_path / "run" / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "commit.json").write_text(json.dumps(content))
+    (tmp_path / "run" / "checkpoints" / "step_00000060").mkdir()  # it is being written
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 60, "images_per_second": 99.0, "images_per_second_device": 12.375}\n')
+    text = page_of(run).text
+    for tile in ("1,234 training images", "8 processes", "2.9.9<i> version of torch"):
+        assert tile in text
+    for odd in (b"[]", b"{", b'{"origin": 3, "packages": {"torch": 3}}'):
+        (tmp_path / "run" / "checkpoints" / "step_00000050" / "commit.json").write_bytes(odd)
+        assert "training images" not in page_of(run).text
+
+
 def test_the_speed_of_a_single_device_is_drawn_once() -> None:
     for devices in (1, 2):
         speeds = {"images_per_second": 64.0, "images_per_second_device": 64.0 / devices}
