@@ -159,6 +159,14 @@ def test_fields_of_the_method_come_first_and_lines_are_short(
     assert "\na: seed=1 threads=1\nb: seed=2 threads=2\n" in capsys.readouterr().out
 
 
+def test_no_line_ends_with_blanks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leases.leave(f"{tmp_path}/a", 1, released=True)
+    write_run(f"{tmp_path}/b", steps=0)
+    assert evaluate.main(["runs", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [line.rstrip() for line in lines]
+
+
 def test_a_long_log_is_read_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_run(f"{tmp_path}/a", steps=500)
     monkeypatch.setattr(survey, "TAIL", 300)
