@@ -175,6 +175,8 @@ def _farewell(trainer: Trainer, log: MetricsLog) -> None:
         say(f"kNN accuracy on {data}:")
         for name, accuracy in (log.baseline | {"trained encoder": trained}).items():
             say(f"  {name:<18} {accuracy:6.1%}")
+    if log.health and (trouble := log.health.summary):
+        say(f"health        {trouble}")
     if trainer.step:
         say(f"checkpoint    {checkpoint.step_url(run, trainer.step)}")
     say(f"curves        tensorboard --logdir {quote(run)}")

@@ -25,9 +25,10 @@ GROWN = 4.0  # times the gradient's norm at the first logged step
 SKIPPED = 0.2  # of the steps
 ALIKE = 0.04  # view_correlation, as a mean plus its standard error
 FLAT, TOO_WIDE = 0.03, 2.5  # view_std; views of clipped pixels cannot exceed 2.3
-TRIED = 1 / 3  # fraction of the run after which kNN has to beat the untrained encoder
+TRIED = 1 / 3  # fraction of the run after which kNN has to beat the untrained encoder, twice
 INFORMED = 1.3  # times chance; labels on which the untrained encoder gets less tell nothing
 STARVED = 0.5  # data_wait
+_BY_RATE = ("diverging", "collapsed", "collapsing")  # what a high learning rate leads to
 
 
 class Advice(NamedTuple):
@@ -38,31 +39,38 @@ class Advice(NamedTuple):
     change: str
 
 
+# In the trials a lower rate helped where the other two did not, so it comes first.
+_CALM = (
+    "first lower --schedule.base-lr; if that does not help, give a longer warm-up, such as "
+    "--schedule.warmup '20 epochs', or a --schedule.base-tau nearer to 1"
+)
+
 ADVICE = {
     "diverging": Advice(
         "the loss or the gradients grow out of bounds",
         "the learning rate is too high or rises too fast, or fp16 overflows",
-        "a lower --schedule.base-lr, more --schedule.warmup-epochs, or --precision bf16",
+        "first lower --schedule.base-lr; if that does not help, give a longer warm-up, such as "
+        "--schedule.warmup '20 epochs'; with fp16 take --precision bf16",
     ),
     "collapsed": Advice(
         "all images get nearly the same projection, so a low loss means nothing",
         "the learning rate is too high for this batch, there is no warm-up, or the target follows "
         "too fast",
-        "a lower --schedule.base-lr, more --schedule.warmup-epochs, or --schedule.base-tau nearer "
-        "to 1; this run will hardly recover",
+        f"{_CALM}; this run will hardly recover",
     ),
     "collapsing": Advice(
         "the projections of different images become alike, so the loss falls without learning",
         "the learning rate is too high for this batch, there is no warm-up, or the target follows "
         "too fast",
-        "a lower --schedule.base-lr, more --schedule.warmup-epochs, or --schedule.base-tau nearer "
-        "to 1",
+        _CALM,
     ),
     "not learning": Advice(
         "the features do not tell images apart better than before the training",
-        "the images are all alike or damaged on their way, the views are distorted too much, or "
-        "the learning rate or the weight decay do not fit",
-        "look at the views in tensorboard and at data.train, then try another --schedule.base-lr "
+        "too few steps so far, when kNN alone tells it, because sound runs begin below the "
+        "untrained encoder; the images are all alike or damaged on their way, the views are "
+        "distorted too much, or the learning rate or the weight decay do not fit",
+        "if kNN alone tells it, first train longer, with more --schedule.epochs; otherwise look "
+        "at the views in tensorboard and at --data.train, then try another --schedule.base-lr "
         "and a lower --optimizer.weight-decay",
     ),
     "starved": Advice(
@@ -80,13 +88,20 @@ class Health(NamedTuple):
     status: str
     reason: str
 
+    @property
+    def summary(self) -> str:
+        """Return the status with its reason and its meaning, or "" where there is no trouble."""
+        if self.status == HEALTHY:
+            return ""
+        return f"{self.status} ({self.reason}): {ADVICE[self.status].meaning}"
+
     def describe(self, step: int) -> str:
-        """Return the line that tells the user that the status has turned."""
+        """Return the line that tells the user that the status has turned, or what it still is."""
         if self.status == HEALTHY:
             return f"health at step {step}: healthy again"
         advice = ADVICE[self.status]
         return (
-            f"health at step {step}: {self.status} ({self.reason}): {advice.meaning}; "
+            f"health at step {step}: {self.summary}; "
             f"likely causes: {advice.causes}; change: {advice.change}"
         )
 
@@ -149,6 +164,9 @@ def judge(history: History) -> Health:
     """Judge the newest record by the rules, the worst first."""
     for status, find_reason in _RULES:
         if history.recent and (reason := find_reason(history)):
+            lr = _number(history.recent[-1], "lr")
+            if status in _BY_RATE and lr is not None:
+                reason += f"; lr is {lr:.3g}"
             return Health(status, reason)
     return Health(HEALTHY, "")
 
@@ -157,20 +175,24 @@ class Watch:
     """Judge a run while it is logged, and tell when its health turns."""
 
     def __init__(self, total_steps: int, records: list[Record], say: Callable[[str], None]) -> None:
-        """Take the records that earlier processes logged. `say` is called with a line."""
+        """Take the records that earlier processes logged. `say` is called with a line.
+
+        A run that was not healthy when it ended is told to be so at once.
+        """
         self._history, self._say = History(total_steps, records), say
-        self._status = judge(self._history).status
+        self.health = judge(self._history)  # of the newest record
+        if self.health.status != HEALTHY:
+            say(self.health.describe(self._history.recent[-1]["step"]))
 
     def judge(self, record: Record) -> Record:
         """Return the health of the next record as a key to add to it; nothing without a step."""
         self._history.add(record)
         if not is_step(record):
             return {}
-        health = judge(self._history)
-        if health.status != self._status:
-            self._status = health.status
-            self._say(health.describe(record["step"]))
-        return {"health": health.status}
+        before, self.health = self.health, judge(self._history)
+        if self.health.status != before.status:
+            self._say(self.health.describe(record["step"]))
+        return {"health": self.health.status}
 
 
 def _find_fault(history: History) -> str:
@@ -234,11 +256,17 @@ def _find_equal_images(history: History) -> str:
 def _find_lost_accuracy(history: History) -> str:
     untrained, chance = (_number(history.baseline, key) for key in ("knn_untrained", "knn_chance"))
     accuracies = [float(record["knn_top1"]) for record in history.evaluated]
-    if untrained is None or len(accuracies) < 2 or history.progress < TRIED:
+    if untrained is None or not accuracies or history.progress < TRIED:
+        return ""
+    step, total = history.evaluated[-1]["step"], history.total_steps
+    if len(accuracies) < 2 and not step >= total > 0:  # at the end there will be no second one
         return ""
     if max(accuracies) > untrained or untrained < INFORMED * (chance or 0):
         return ""
-    return f"knn_top1 is {accuracies[-1]:.1%}, and {untrained:.1%} without training"
+    return (
+        f"knn_top1 is {accuracies[-1]:.1%} at step {step:,} of {total:,}, "
+        f"and {untrained:.1%} without training"
+    )
 
 
 def _find_starvation(history: History) -> str:

@@ -20,7 +20,7 @@ from engine.log.curves import (
     show_fields,
 )
 from engine.log.events import EventLog
-from engine.log.health import Watch
+from engine.log.health import Health, Watch
 from engine.log.journal import JSONL, Journal, Record
 from engine.log.terminal import Terminal
 from engine.method.augment import MEAN, STD
@@ -154,6 +154,11 @@ class MetricsLog:
         """Return the accuracies before the first step by their names, if the run has them."""
         found = {name: self._journal.find(0).get(key) for key, name in BASELINES.items()}
         return {name: value for name, value in found.items() if isinstance(value, float)}
+
+    @property
+    def health(self) -> Health | None:
+        """Return the health of the run at its newest logged step."""
+        return self._watch.health
 
     def find_newest(self, key: str) -> float | None:
         """Return the newest value of a figure, which an earlier process may have logged."""
@@ -325,6 +330,10 @@ class NoLog(MetricsLog):
     @property
     def baseline(self) -> dict[str, float]:
         return {}
+
+    @property
+    def health(self) -> None:
+        return None
 
     def find_newest(self, key: str) -> None:
         pass

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from engine.report.curves import Series, draw_chart, draw_legend
 from engine.report.facts import RunFacts, as_number
 from engine.report.html import Html, join, tag
@@ -20,7 +22,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "feature_rank": "Rank of the features",
         "projection_std": "Spread of the projections",
         "view_std": "Spread of the views' pixels",
-        "view_correlation": "Likeness of different images' views",
+        "view_correlation": "How much the features tell images apart",
     },
     "Optimization": {
         "lr": "Learning rate",
@@ -71,12 +73,20 @@ def _draw(
             for color, (run, name) in enumerate(zip(runs, names, strict=True))
         ]
         series = [one for one in series if len(one.steps) >= least]
+        if key == "images_per_second_device" and all(map(_has_one_device, runs)):
+            continue  # it is the same curve as that of images_per_second
         if key == "skipped" and not any(one.values.any() for one in series):
             continue
         levels = read_baselines(runs[0]) if key == "knn_top1" else {}
         if chart := draw_chart(key, title, series, levels):
             found.append(chart)
     return found
+
+
+def _has_one_device(run: RunFacts) -> bool:
+    speeds = (run.numbers(key) for key in ("images_per_second", "images_per_second_device"))
+    (steps, whole), (own_steps, own) = speeds
+    return np.array_equal(steps, own_steps) and np.array_equal(whole, own, equal_nan=True)
 
 
 def read_baselines(run: RunFacts) -> dict[str, float]:

@@ -177,13 +177,16 @@ def _draw_curve(key: str, one: Series, across: Axis, up: Axis) -> Html:
 
 
 def _draw_path(pieces: list[Points], kind: str, across: Axis, up: Axis) -> Html:
-    path = []
+    """Draw the pieces of a curve as lines, and those of a single point as dots."""
+    lines, dots = [], []
     for piece in pieces:
         places = [f"{across.place(x):.1f} {up.place(y):.1f}" for x, y in piece]
-        if len(places) == 1:  # a line of no length with round ends is a dot
-            places *= 2
-        path.append("M" + "L".join(places))
-    return tag("path", class_=kind, d=Html("".join(path)))
+        if len(places) == 1:  # a wide line of no length with round ends is a dot
+            dots.append(f"M{places[0]}L{places[0]}")
+        else:
+            lines.append("M" + "L".join(places))
+    drawn = {kind: lines, f"{kind} dot": dots}
+    return join(*(tag("path", class_=name, d=Html("".join(d))) for name, d in drawn.items() if d))
 
 
 def _head(key: str, one: Series, alone: bool) -> Html:

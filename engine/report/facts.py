@@ -12,7 +12,7 @@ from engine.log import journal
 from engine.log.journal import Record
 from engine.report.thinning import Values
 from engine.report.views import find_views
-from engine.state import layout, origin
+from engine.state import checkpoint, layout, origin
 from shards.documents import build, parse_json
 from shards.errors import InputError
 from shards.storage import files
@@ -51,6 +51,7 @@ class RunFacts:
     evaluations: list[EvaluationFacts] = field(default_factory=list)
     views: tuple[int, bytes] | None = None  # the newest picture of the views, and its step
     sheet: tuple[str, bytes] | None = None  # the newest sheet of neighbors, and its place
+    commit: dict[str, Any] = field(default_factory=dict)  # the newest commit.json
     faults: list[str] = field(default_factory=list)  # what could not be read, and why
 
     @property
@@ -63,6 +64,30 @@ class RunFacts:
         """Return the number of steps of the whole run. It is None when nobody has noted it."""
         total = self.recipe.get(layout.TOTAL)
         return total if type(total) is int and total >= 0 else None
+
+    @property
+    def images(self) -> int | None:
+        """Return the number of training images. It is None when no checkpoint has noted it."""
+        origin = self.commit.get("origin")
+        images = origin.get("samples") if isinstance(origin, dict) else None
+        return images if type(images) is int and images > 0 else None
+
+    @property
+    def processes(self) -> int | None:
+        """Return the number of processes at the newest step of which it is known."""
+        for record in reversed(self.records):
+            keys = ("images_per_second", "images_per_second_device")
+            whole, own = (as_number(record.get(key)) for key in keys)
+            if whole and own and 0 < own <= whole < math.inf:
+                return round(whole / own)
+        return None
+
+    @property
+    def torch(self) -> str | None:
+        """Return the version of torch that wrote the newest checkpoint."""
+        packages = self.commit.get("packages")
+        found = packages.get("torch") if isinstance(packages, dict) else None
+        return found[:40] if isinstance(found, str) else None
 
     def last(self, key: str) -> Any:
         """Return the newest value of a key, or None."""
@@ -130,6 +155,8 @@ def collect(url: str, name: str = "RUN", pictures: bool = True) -> RunFacts:
     run.records = _attempt(run, layout.JSONL, lambda: journal.read(run.url)) or []
     if layout.EVALUATIONS in names:
         _attempt(run, layout.EVALUATIONS, lambda: _read_evaluations(run))
+    if layout.CHECKPOINTS in names:
+        run.commit = _attempt(run, "the newest commit.json", lambda: _read_commit(run.url)) or {}
     if pictures:
         run.views = _attempt(run, "the picture of the views", lambda: find_views(run.url))
     return run
@@ -145,6 +172,19 @@ def read_recipe(url: str) -> dict[str, Any]:
 
 def _read_recipe(run: RunFacts) -> dict[str, Any]:
     return _attempt(run, layout.RECIPE, lambda: read_recipe(run.url)) or {}
+
+
+def _read_commit(url: str) -> dict[str, Any]:
+    """Read the newest commit.json, which nothing here relies on, without its verification."""
+    for place in reversed(checkpoint.steps(url)):
+        found = {entry.name: entry for entry in list_entries(place)}
+        if checkpoint.COMMIT in found:  # otherwise it is being written
+            content = _read_bounded(files.join(place, checkpoint.COMMIT), found[checkpoint.COMMIT])
+            document = parse_json(content)
+            if not isinstance(document, dict):
+                raise ValueError("it is no JSON object")
+            return document
+    return {}
 
 
 def _attempt(run: RunFacts, what: str, read: Callable[[], _T]) -> _T | None:

@@ -58,8 +58,16 @@ def differing_fields(recipes: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
 
 
 def show(value: Any) -> str:
-    """Return a value of recipe.json as text of bounded length."""
+    """Return a value of recipe.json as text of bounded length. 4 and 4.0 are the same."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
-    text = ", ".join(map(str, value)) if isinstance(value, list) else files.redact(str(value))
+    if isinstance(value, list):
+        text = ", ".join(_show_plain(one) for one in value)
+    else:
+        text = files.redact(_show_plain(value))
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def _show_plain(value: Any) -> str:
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e15
+    return str(int(value) if is_whole else value)

@@ -12,6 +12,7 @@ from engine.report.html import Child, Html, breakable, join, tag
 from engine.report.pictures import embed
 from engine.report.recipes import changed_fields, defaults, differing_fields, show
 from engine.report.tables import fold, make_table
+from engine.report.thinning import Values
 from engine.state.origin import BRANCH
 from shards.storage import files
 from shards.storage.commands import spell_program
@@ -44,6 +45,12 @@ def write_tiles(run: RunFacts) -> Html:
         tiles.append(_tile(show_number("images_per_second", median), "images per second, median"))
     if hours := _hours(run):
         tiles.append(_tile(hours, "spent in the logged steps"))
+    if run.images is not None:
+        tiles.append(_tile(f"{run.images:,}", "training images"))
+    if run.processes is not None:
+        tiles.append(_tile(f"{run.processes:,}", "process" + "es" * (run.processes > 1)))
+    if run.torch is not None:
+        tiles.append(_tile(run.torch, "version of torch"))
     return tag("div", *tiles, class_="tiles")
 
 
@@ -69,10 +76,25 @@ def _hours(run: RunFacts) -> str:
     if not batch or not len(steps):
         return ""
     good = np.isfinite(speeds) & (speeds > 0)
-    seconds = float((np.diff(steps, prepend=0.0)[good] * batch / speeds[good]).sum())
+    gaps = np.diff(steps, prepend=min(_first_step(run, steps), float(steps[0])))
+    seconds = float((gaps[good] * batch / speeds[good]).sum())
     if seconds < 5400:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def _first_step(run: RunFacts, steps: Values) -> float:
+    """Return the step that the run began at, which is not 0 where it goes on from another run."""
+    for record in run.records:
+        if BRANCH in record:
+            return float(record["step"])
+    point = run.recipe.get(BRANCH)
+    if isinstance(point, dict) and (here := as_number(point.get("step_here"))) is not None:
+        return here
+    if run.recipe.get("checkpoint.resume") and len(steps) > 1:
+        # Nobody has noted the step of the other run, so the first gap is taken for a usual one.
+        return max(0.0, float(steps[0] - np.median(np.diff(steps))))
+    return 0.0
 
 
 def write_health(run: RunFacts) -> Html:
@@ -88,8 +110,12 @@ def write_health(run: RunFacts) -> Html:
     _, losses = run.numbers("loss")
     if lost := int((~np.isfinite(losses)).sum()):
         found.append(f"The loss of {lost:,} logged steps was not finite.")
+    judged = sum("health" in record for record in run.records)
+    if not found and not judged:
+        return tag("p", "No logged step has been judged.", class_="card soft")
     if not found:
-        return tag("p", "Nothing was reported.", class_="card good")
+        steps = f"{judged:,} judged steps were" if judged > 1 else "only judged step was"
+        return tag("p", f"Nothing was reported: the {steps} healthy.", class_="card good")
     return tag("div", tag("ul", *(tag("li", line) for line in found[:100])), class_="card warn")
 
 

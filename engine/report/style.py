@@ -51,6 +51,7 @@ svg text.level { font-size: 10.5px; paint-order: stroke; stroke: var(--card); st
 .curve { fill: none; stroke-width: 1.4; stroke-linejoin: round; stroke-linecap: round; }
 .range { opacity: 0.3; }
 .curve.first { stroke-width: 1.9; }
+.curve.dot { stroke-width: 6; }
 .mark { display: inline-block; width: 12px; height: 4px; border-radius: 2px; margin-right: 5px;
   vertical-align: middle; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; position: sticky; top: 0; z-index: 1;

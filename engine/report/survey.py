@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,7 +116,7 @@ def _summarize(url: str, entries: list[Entry]) -> RunSummary:
             document = read_recipe(url)
             run.total_steps = RunFacts(url, document).total_steps
             run.fields = {k: v for k, v in document.items() if k not in NOT_FIELDS}
-        else:
+        elif not _is_empty(there):
             run.faults.append(f"{layout.RECIPE} is missing")
     except (OSError, ValueError) as error:
         run.faults.append(f"{layout.RECIPE} cannot be read: {error}")
@@ -125,7 +125,7 @@ def _summarize(url: str, entries: list[Entry]) -> RunSummary:
     except (OSError, ValueError) as error:
         run.faults.append(f"{layout.JSONL} cannot be read: {error}")
     try:
-        run.state = _tell_state(run)
+        run.state = _tell_state(run, _is_empty(there))
     except (OSError, InputError) as error:
         run.faults.append(f"{layout.LEASE} cannot be read: {error}")
     return run
@@ -154,12 +154,19 @@ def _read_log(run: RunSummary, there: dict[str, Entry]) -> None:
             run.figures[key] = math.nan
 
 
-def _tell_state(run: RunSummary) -> str:
+def _is_empty(there: Collection[str]) -> bool:
+    """Return whether a job claimed the folder for a run, and has written nothing of the run."""
+    return not {layout.RECIPE, layout.JSONL, layout.PARTS, layout.CHECKPOINTS} & set(there)
+
+
+def _tell_state(run: RunSummary, empty: bool) -> str:
     """Say in a word or two whether a job trains the run.
 
     A job that holds the run and has not shown itself for three of its periods is silent.
     """
     sight = lease.look(run.url)
+    if empty and (sight is None or sight.released or sight.dead):
+        return "began nothing"
     if sight is None or sight.released:
         is_done = run.step is not None and run.step == run.total_steps
         return "done" if is_done else "stopped"
@@ -167,7 +174,7 @@ def _tell_state(run: RunSummary) -> str:
         return "dead"
     if sight.silent is not None and sight.silent > 3 * sight.period:
         return f"silent for {show_duration(sight.silent)}"
-    return "trains"
+    return "starts" if empty else "trains"
 
 
 def show_duration(seconds: float) -> str:

@@ -1,7 +1,10 @@
 """What `health` says of runs, by their logs: of real ones, which were saved, and of made ones."""
 
 import io
+import re
 import secrets
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,10 @@ from engine.log import health, journal
 from engine.log.health import ADVICE, HEALTHY, History, judge
 from engine.log.metrics import MetricsLog
 from engine.log.terminal import Terminal
+from launch.hints import fields_of_all_recipes
+from shards.loader import DataConfig
+from tests.helpers import tiny
+from tests.helpers.training import train
 from tests.whole.health_runs import CASES, find_alarm, judge_all, load
 
 SAVED = load()
@@ -67,6 +74,13 @@ def test_wrong_thresholds_are_found(
     assert any(status not in CASES[name].wanted.split(" or ") for name, status in found.items())
 
 
+def test_the_advice_names_fields_that_a_recipe_has() -> None:
+    texts = " ".join(text for advice in ADVICE.values() for text in advice)
+    named = set(re.findall(r"(?<!pack\.py )--([\w.-]*\w)", texts))
+    assert {"schedule.base-lr", "schedule.warmup", "precision"} <= named
+    assert named <= fields_of_all_recipes()
+
+
 def test_diverging() -> None:
     assert statuses([record(n, loss=None) for n in (1, 2)]) == ["diverging"] * 2
     calm = [record(n) for n in range(10)]
@@ -102,6 +116,25 @@ def test_not_learning_when_knn_stays_below_the_untrained_encoders(chance: float 
     assert set(statuses(run)) == {HEALTHY}  # without a baseline
 
 
+def test_one_evaluation_is_enough_at_the_end_of_the_run() -> None:
+    baseline = {"step": 0, "knn_untrained": 0.316, "knn_chance": 0.125}
+    run = [record(n) for n in range(1, 32)]
+    run[-1]["knn_top1"] = 0.256
+    assert statuses([baseline, *run], 31) == [HEALTHY] * 30 + ["not learning"]
+    reason = judge(History(31, [baseline, *run])).reason
+    assert reason == "knn_top1 is 25.6% at step 31 of 31, and 31.6% without training"
+    assert statuses([baseline, *run], 32) == [HEALTHY] * 31  # a second one will come
+    run[-1]["knn_top1"] = 0.32
+    assert statuses([baseline, *run], 31) == [HEALTHY] * 31
+
+
+def test_the_rate_is_named_where_it_is_the_likely_cause() -> None:
+    run = [record(n, projection_std=0.1, lr=12.84) for n in range(1, 5)]
+    found = judge(History(100, run))
+    assert (found.status, found.reason[-12:]) == ("collapsed", "; lr is 12.8")
+    assert found.describe(4).index("--schedule.base-lr") < found.describe(4).index("tau")
+
+
 def test_records_of_other_versions_and_strangers_do_no_harm() -> None:
     old = [{"step": n, "loss": 4 - n / 50, "feature_std": 0.5, "skipped": 0} for n in range(1, 90)]
     assert set(statuses(old)) == {HEALTHY}
@@ -119,7 +152,7 @@ def test_a_step_that_is_logged_again_counts_once() -> None:
 
 
 def test_the_log_keeps_health_and_tells_when_it_turns() -> None:
-    """A second process continues where the first one was killed, without a line of its own."""
+    """A second process continues where the first one was killed, and repeats what it was told."""
     run, output = f"memory://{secrets.token_hex(6)}/run", io.StringIO()
     spreads = [0.7] * 5 + [0.3] * 30 + [0.7] * 5
     lines = [record(n, projection_std=value) for n, value in enumerate(spreads, start=1)]
@@ -131,17 +164,39 @@ def test_the_log_keeps_health_and_tells_when_it_turns() -> None:
             log.write(line)
         log.stop()
         log.finish()
+        assert log.health is not None
+        assert log.health.status == statuses(lines[:last])[-1]
     found = [line["health"] for line in journal.read(run)]
     assert found == statuses(lines)
     assert found == [HEALTHY] * 6 + ["collapsing"] * 13 + ["collapsed"] * 17 + [HEALTHY] * 4
     told = [line for line in output.getvalue().splitlines() if line.startswith("health at")]
-    assert [line[:30].split(" (")[0] for line in told] == [
+    assert [line.split(" (")[0] for line in told] == [
         "health at step 7: collapsing",
+        "health at step 12: collapsing",
         "health at step 20: collapsed",
-        "health at step 37: healthy aga",
+        "health at step 37: healthy again",
     ]
     assert ADVICE["collapsing"].change in told[0]
     log = MetricsLog(run, 40, 40, terminal)
     log.write({"step": 41, "knn_top1": 0.5})  # it has no figures of a step
     log.stop()
     assert "health" not in (log.last or {})
+
+
+def test_a_training_repeats_its_trouble_at_its_end_and_at_the_next_start(
+    tiny_data: DataConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = tiny.recipe(tiny_data, tmp_path / "run", probe=tiny.NO_PROBE)
+    assert train(replace(recipe, steps=4))
+    assert "health" not in capsys.readouterr().out
+    monkeypatch.setattr(health, "COLLAPSED", 9.0)
+    assert train(replace(recipe, steps=8))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("health")]
+    assert [line.split(" (")[0] for line in lines] == [
+        "health at step 4: collapsed",
+        "health        collapsed",
+    ]
+    assert lines[1].endswith(ADVICE["collapsed"].meaning)

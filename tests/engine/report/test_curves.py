@@ -54,6 +54,13 @@ def test_a_long_curve_shows_its_mean_before_its_range() -> None:
     assert str(chart(values[:100].tolist())).count("<path") == 1
 
 
+def test_a_single_point_is_a_dot() -> None:
+    nan = float("nan")
+    assert re.findall('class="(curve[^"]*)"', str(chart([0.5]))) == ["curve s0 first dot"]
+    found = re.findall('class="(curve[^"]*)"', str(chart([0.5, nan, 1, 2])))
+    assert found == ["curve s0 first", "curve s0 first dot"]
+
+
 def test_a_curve_is_broken_where_nothing_is_finite() -> None:
     nan = float("nan")
     found = thin(np.arange(6.0), np.array([1, nan, nan, 2, 3, nan]), 0, 5, 100)

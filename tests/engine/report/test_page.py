@@ -252,10 +252,55 @@ def test_the_page_explains_what_is_wrong_with_the_training(tmp_path: Path) -> No
     (tmp_path / "run" / "metrics.jsonl").write_text(lines)
     text = page_of(run).text
     assert "collapsing (2 logged steps from 3 to 4): the projections of different" in text
-    assert "Try a lower --schedule.base-lr" in text
+    assert "Try first lower --schedule.base-lr" in text
     assert "healthy again" in text
     (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps(records[0]))
-    assert "Nothing was reported" in page_of(run).text
+    assert "Nothing was reported: the only judged step was healthy" in page_of(run).text
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}')
+    assert "No logged step has been judged" in page_of(run).text
+
+
+def test_the_time_of_a_branch_begins_where_it_left_its_parent() -> None:
+    speeds: list[dict[str, Any]] = [
+        {"step": step, "images_per_second": 64.0} for step in (910, 960, 1020)
+    ]
+    first: dict[str, Any] = {"step": 900, "branched_from": "a checkpoint"}
+    point = {"branched_from": {"step_here": 900}}
+    for recipe, records, minutes in (
+        ({}, speeds, "17.0 min"),
+        ({}, [first, *speeds], "2.0 min"),
+        (point, speeds, "2.0 min"),
+        ({"checkpoint.resume": "runs/first"}, speeds, "2.8 min"),  # 55 steps for the unknown first
+    ):
+        run = RunFacts("run", {"batch.size": 64} | recipe, records)
+        assert minutes in read_page(make_page([run])).text
+
+
+def test_the_page_tells_what_the_run_was_trained_on(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert "training images" not in page_of(run).text
+    commit = {"origin": {"samples": 1234}, "packages": {"torch": "2.9.9<i>"}}
+    for name, content in (("step_00000040", {}), ("step_00000050", commit)):
+        folder = tmp_path / "run" / "checkpoints" / name
+        folder.mkdir(parents=True)
+        (folder / "commit.json").write_text(json.dumps(content))
+    (tmp_path / "run" / "checkpoints" / "step_00000060").mkdir()  # it is being written
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 60, "images_per_second": 99.0, "images_per_second_device": 12.375}\n')
+    text = page_of(run).text
+    for tile in ("1,234 training images", "8 processes", "2.9.9<i> version of torch"):
+        assert tile in text
+    for odd in (b"[]", b"{", b'{"origin": 3, "packages": {"torch": 3}}'):
+        (tmp_path / "run" / "checkpoints" / "step_00000050" / "commit.json").write_bytes(odd)
+        assert "training images" not in page_of(run).text
+
+
+def test_the_speed_of_a_single_device_is_drawn_once() -> None:
+    for devices in (1, 2):
+        speeds = {"images_per_second": 64.0, "images_per_second_device": 64.0 / devices}
+        run = RunFacts("run", {}, [{"step": step} | speeds for step in (1, 2)])
+        text = read_page(make_page([run])).text
+        assert ("Images per second and device" in text) == (devices == 2)
 
 
 def test_what_is_absent_is_not_shown(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -104,10 +105,14 @@ def test_damaged_runs_are_listed_with_the_reason(
     write_run(f"{tmp_path}/no_lines")
     (tmp_path / "no_lines" / "metrics.jsonl").write_text("\x00\x00{")
     leases.leave(f"{tmp_path}/begun", 1)
+    leases.leave(f"{tmp_path}/nothing", 1, released=True)
     assert evaluate.main(["runs", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "no_recipe: recipe.json is missing\n" in out
-    assert "begun: recipe.json is missing\n" in out
+    assert re.search("^begun +- +starts ", out, re.MULTILINE)
+    assert re.search("^nothing +- +began nothing ", out, re.MULTILINE)
+    assert "begun:" not in out
+    assert "nothing:" not in out
     assert "half: recipe.json cannot be read: " in out
     assert "list: recipe.json cannot be read: it is no JSON object\n" in out
     assert "no_lines: the log has no line that can be read\n" in out
@@ -118,15 +123,48 @@ def test_the_table_shows_what_differs(tmp_path: Path, capsys: pytest.CaptureFixt
     write_run(f"{tmp_path}/a", seed=1, note="x" * 500)
     write_run(f"{tmp_path}/b", steps=7, seed=2, note="\x1b[2J[red]\n")
     assert evaluate.main(["runs", f"{tmp_path}/", "--depth", "1"]) == 0
-    head, a, b = capsys.readouterr().out.splitlines()
-    assert head.split()[:3] == ["run", "step", "state"]
-    assert "5 of 10" in a
-    assert "70.0%" in b
+    head, row, other_row, a, b = capsys.readouterr().out.splitlines()
+    assert head.split()[:4] == ["run", "step", "state", "health"]
+    assert "5 of 10" in row
+    assert "70.0%" in other_row
+    assert (a[:3], b[:3]) == ("a: ", "b: ")
     assert "seed=1" in a
     assert "seed=2" in b
     assert "batch.size" not in a
     assert r"\x1b[2J[red]\n" in b
     assert f"{'x' * 60}..." in a
+
+
+def test_fields_of_the_method_come_first_and_lines_are_short(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    health = '{"step": 6, "loss": 1.0, "health": "collapsing"}\n'
+    for name, fields in (
+        ("a", {"threads": 1, "log.every": 4, "schedule.epochs": 4, "seed": 1}),
+        ("b", {"threads": 2, "log.every": 4.0, "schedule.epochs": 4.0, "seed": 2}),
+    ):
+        write_run(f"{tmp_path}/{name}", **fields)
+        with (tmp_path / name / "metrics.jsonl").open("a") as file:
+            file.write(health if name == "b" else "")
+    assert evaluate.main(["runs", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3:6] == [
+        "a: seed=1",
+        "b: seed=2",
+        "--all-fields also lists what differs outside of the method: 1 field",
+    ]
+    assert ["collapsing" in line for line in lines[1:3]] == [False, True]
+    assert all(line == line.rstrip() and len(line) < 120 for line in lines)
+    assert evaluate.main(["runs", str(tmp_path), "--all-fields"]) == 0
+    assert "\na: seed=1 threads=1\nb: seed=2 threads=2\n" in capsys.readouterr().out
+
+
+def test_no_line_ends_with_blanks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    leases.leave(f"{tmp_path}/a", 1, released=True)
+    write_run(f"{tmp_path}/b", steps=0)
+    assert evaluate.main(["runs", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [line.rstrip() for line in lines]
 
 
 def test_a_long_log_is_read_from_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
