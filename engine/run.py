@@ -186,6 +186,8 @@ def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -
     """
     agents = world.all_gather_object(agent_identity())
     claimed: list[lease.Lease] = []
+    refused = True
+    made = layout.find_missing(recipe.run, layout.DEBUG_STEP)
 
     def hold() -> None:
         layout.refuse_links(recipe.run, layout.NAMES, "give --run where the whole run shall lie")
@@ -198,9 +200,12 @@ def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -
         held = claimed[0] if claimed else None
         found = find_checkpoint(recipe, index_digest, world, terminal.report)
         yield Run(recipe, index_digest, world, terminal, found, held)
+        refused = False
     finally:
         for one in claimed:
-            one.release()
+            one.release(refused)
+        if recipe.debug_step and world.main:
+            layout.remove_debug_step(recipe.run, made, terminal.report)
 
 
 def open_run(
