@@ -34,7 +34,8 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
     """
     check_alike(world, shared_fields(recipe))
     rank_streams(recipe.data.streams, world.rank, world.size)
-    world.on_main(lambda: _draw(recipe, report))
+    if recipe.replay is None:  # other images than the run's would be of no use
+        world.on_main(lambda: _draw(recipe, report))
     train, val = world.on_all(lambda: _load(recipe))
     data = Data(train, val, Order(train, recipe.seed, recipe.data.streams, recipe.batch.size))
     check_batches(recipe, data.order)

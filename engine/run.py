@@ -191,7 +191,7 @@ def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -
 
     def hold() -> None:
         layout.refuse_links(recipe.run, layout.NAMES, "give --run where the whole run shall lie")
-        _check_recipe(recipe, index_digest, terminal.report)
+        check_recipe(recipe, index_digest, terminal.report)
         if not recipe.debug_step:
             claimed.append(lease.acquire(recipe.run, agents, lease.PERIOD, terminal.report))
 
@@ -222,7 +222,7 @@ def open_run(
 
     def check() -> None:
         layout.refuse_links(recipe.run, layout.NAMES, "give --run where the whole run shall lie")
-        _check_recipe(recipe, index_digest, terminal.report)
+        check_recipe(recipe, index_digest, terminal.report)
 
     world.on_main(check)
     found = find_checkpoint(recipe, index_digest, world, terminal.report, before)
@@ -350,8 +350,8 @@ def _write_recipe(recipe: Recipe, facts: dict[str, Any]) -> None:
     files.write(files.join(recipe.run, layout.RECIPE), json.dumps(document, indent=1).encode())
 
 
-def _check_recipe(recipe: Recipe, index_digest: str, report: Callable[[str], None]) -> None:
-    """Raise InputError when RUN has a run of another recipe or of other data."""
+def check_recipe(recipe: Recipe, digest: str | None, report: Callable[[str], None]) -> None:
+    """Raise InputError when RUN has a run of another recipe, or of other data if that is known."""
     url = files.join(recipe.run, layout.RECIPE)
     above = misplaced.folder_of(recipe.run)
     if misplaced.last_name(recipe.run) == layout.CHECKPOINTS and layout.read_recipe(above):
@@ -369,12 +369,12 @@ def _check_recipe(recipe: Recipe, index_digest: str, report: Callable[[str], Non
         return
     operations = flatten(recipe).keys() - method_fields(recipe).keys()
     method = {name: there[name] for name in there.keys() - operations - _FACTS}
-    _refuse_other(recipe, index_digest, recipe.run, method, there.get(DIGEST))
+    _refuse_other(recipe, digest, recipe.run, method, there.get(DIGEST))
 
 
 def _refuse_other(
     recipe: Recipe,
-    index_digest: str,
+    index_digest: str | None,
     url: str,
     method: dict[str, Any],
     digest_there: str | None,
@@ -388,7 +388,7 @@ def _refuse_other(
         remedy: What else the user could do, for the message.
     """
     found = differences(in_todays_terms(method), method_fields(recipe))
-    if digest_there != index_digest:
+    if index_digest is not None and digest_there != index_digest:
         found.append(f"digest of data.train: there {digest_there}, here {index_digest}")
     if found:
         place = files.redact(url)

@@ -23,6 +23,7 @@ from engine.processes.failures import report_failure
 from engine.processes.preemption import Preemption
 from engine.processes.world import enter, rank
 from engine.recipe import Recipe
+from engine.replay.check import check_replay
 from engine.replay.report import replay
 from engine.run import claim
 from engine.trainer import Trainer
@@ -45,6 +46,8 @@ def train(recipe: Recipe) -> bool:
         if recipe.explain:
             world.on_main(lambda: explain(recipe, world, terminal))
             return True
+        if recipe.replay is not None:
+            check_replay(recipe, recipe.replay, world, terminal)
         data = open_data(recipe, world, terminal.say)
         if recipe.replay is not None:
             replay(recipe, recipe.replay, world, data, terminal)
