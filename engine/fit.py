@@ -31,7 +31,8 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
     run, first, stop = trainer.run, trainer.step, trainer.last_step
     if trainer.probe is not None:
         trainer.probe.check_val()
-    run.write_recipe(trainer.total_steps)
+    if first < stop or run.recorded is None:  # RUN has the recipe of the last start with steps
+        run.write_recipe(trainer.total_steps)
     with run.open_log(first, stop, trainer.total_steps) as log:
         _log_baseline(trainer, log)
         stopping = _train(trainer, preemption, log)
