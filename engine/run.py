@@ -11,7 +11,7 @@ from engine.log.terminal import Terminal
 from engine.processes.identity import agent_identity
 from engine.processes.world import World
 from engine.recipe import Recipe, in_todays_terms, method_fields
-from engine.state import checkpoint, layout, lease, origin
+from engine.state import baselines, checkpoint, layout, lease, origin
 from engine.state.artefacts import Artefacts
 from engine.state.best import Best, find_best
 from engine.state.checkpoint import Commit
@@ -154,7 +154,9 @@ class Run:
             return
         log = MetricsLog(self.url, step, stop, self.terminal, total_steps)
         log.describe(_without_secrets(self._recipe), method_fields(self._recipe))
-        if self.branches and log.last is None:
+        if self.branches and self.start and log.last is None:
+            if found := baselines.inherit(self.start.url, _without_secrets(self._recipe)):
+                log.write({"step": 0, "epoch": 0} | found)
             log.write({"step": step, origin.BRANCH: _describe(self.origin)})
         try:
             yield log
@@ -186,8 +188,7 @@ def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -
     """
     agents = world.all_gather_object(agent_identity())
     claimed: list[lease.Lease] = []
-    refused = True
-    made = layout.find_missing(recipe.run, layout.DEBUG_STEP)
+    refused, made = True, layout.find_missing(recipe.run, layout.DEBUG_STEP)
 
     def hold() -> None:
         layout.refuse_links(recipe.run, layout.NAMES, "give --run where the whole run shall lie")
