@@ -81,8 +81,9 @@ def open_own_probe_sets(
     )
     key = recipe.checkpoint.keep_best
     if not {"knn_top1": sets.knn, "online_top1": sets.head}.get(key, True):
+        why = f" ({'; '.join(sets.notes)})" if sets.notes else ""
         raise InputError(
-            f"checkpoint.keep_best {key} cannot be measured on {sets.names[1]}, see above: choose "
+            f"checkpoint.keep_best {key} cannot be measured on {sets.names[1]}{why}: choose "
             "another figure, or other sets with --probe.train and --probe.val"
         )
     return sets

@@ -104,6 +104,8 @@ def _greet(trainer: Trainer, block_memory: int) -> None:
             f"{trainer.total_steps:,} steps are {epochs} epoch{'s' * (epochs != '1')} of "
             f"{exact:,.2f} steps; the rest of each pass's last batch is left out"
         )
+    for note in trainer.probe.sets.notes if trainer.probe else ():
+        trainer.terminal.say(note)
     if trainer.compile and trainer.step < trainer.last_step:
         trainer.terminal.say("torch.compile works in the first step, which can take minutes")
 

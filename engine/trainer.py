@@ -258,7 +258,7 @@ class Trainer:
         """
         if self.probe is None or not self.recipe.probe.baseline or self.step:
             return {}
-        if not self.probe.sets.knn:  # a line has said why
+        if not self.probe.sets.knn:  # a line says why
             return {}
         start = "knn_untrained" if self.run.origin.weights is None else "knn_start"
         found = {

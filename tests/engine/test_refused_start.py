@@ -73,3 +73,17 @@ def test_a_debug_step_removes_the_folders_that_it_made(
     with training(recipe) as trainer:
         debug_step(trainer)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_comes_alone(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What cannot be measured is told after all checks, or as the reason of a refusal."""
+    data = dataclasses.replace(tiny_data, val="")
+    recipe = tiny.recipe(data, tmp_path / "run", steps=1, probe=ProbeConfig(every=1))
+    best = CheckpointConfig(keep_best="knn_top1")
+    with pytest.raises(InputError, match=r"keep_best knn_top1 .*because data.val is not set"):
+        train(dataclasses.replace(recipe, checkpoint=best))
+    assert "measure no kNN" not in capsys.readouterr().out
+    train(recipe)
+    assert capsys.readouterr().out.count("measure no kNN, because data.val is not set") == 1
