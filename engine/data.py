@@ -34,7 +34,8 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
     """
     check_alike(world, shared_fields(recipe))
     rank_streams(recipe.data.streams, world.rank, world.size)
-    world.on_main(lambda: _draw(recipe, report))
+    if recipe.replay is None:  # other images than the run's would be of no use
+        world.on_main(lambda: _draw(recipe, report))
     train, val = world.on_all(lambda: _load(recipe))
     data = Data(train, val, Order(train, recipe.seed, recipe.data.streams, recipe.batch.size))
     check_batches(recipe, data.order)
@@ -80,8 +81,9 @@ def open_own_probe_sets(
     )
     key = recipe.checkpoint.keep_best
     if not {"knn_top1": sets.knn, "online_top1": sets.head}.get(key, True):
+        why = f" ({'; '.join(sets.notes)})" if sets.notes else ""
         raise InputError(
-            f"checkpoint.keep_best {key} cannot be measured on {sets.names[1]}, see above: choose "
+            f"checkpoint.keep_best {key} cannot be measured on {sets.names[1]}{why}: choose "
             "another figure, or other sets with --probe.train and --probe.val"
         )
     return sets

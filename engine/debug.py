@@ -68,6 +68,8 @@ def debug_step(trainer: Trainer) -> None:
         data.close()
         if trainer.world.main:
             files.discard(url, url, trainer.terminal.report)
+    for note in trainer.probe.sets.notes if trainer.probe else ():
+        trainer.terminal.say(note)
     parameters = sum(p.numel() for p in trainer.online.parameters())
     table.caption = (
         f"{trainer.device}, {trainer.recipe.precision}, {parameters / 1e6:.1f} M parameters, "

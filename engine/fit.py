@@ -31,7 +31,8 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
     run, first, stop = trainer.run, trainer.step, trainer.last_step
     if trainer.probe is not None:
         trainer.probe.check_val()
-    run.write_recipe(trainer.total_steps)
+    if first < stop or run.recorded is None:  # RUN has the recipe of the last start with steps
+        run.write_recipe(trainer.total_steps)
     with run.open_log(first, stop, trainer.total_steps) as log:
         _log_baseline(trainer, log)
         stopping = _train(trainer, preemption, log)
@@ -97,14 +98,15 @@ def _greet(trainer: Trainer, block_memory: int) -> None:
         f"thread{'s' * (trainer.threads > 1)} a process; blocks in memory: "
         f"up to about {block_memory / 2**20:,.0f} MiB"
     )
-    if trainer.data.train.samples % trainer.recipe.batch.size:
-        exact = trainer.data.train.samples / trainer.recipe.batch.size
+    exact = data.train.samples / trainer.recipe.batch.size
+    if exact % 1 and trainer.run.recorded is None:  # at the first start only
+        epochs = f"{trainer.recipe.schedule.epochs:,.6g}"
         trainer.terminal.say(
-            f"the run's {trainer.total_steps:,} steps are {trainer.recipe.schedule.epochs:,.6g} "
-            f"epochs of {exact:,.2f} steps; each pass over the data leaves out the rest of its "
-            f"last batch and takes {data.order.steps_per_epoch:,} steps, and `epoch` in the log "
-            "counts these passes"
+            f"{trainer.total_steps:,} steps are {epochs} epoch{'s' * (epochs != '1')} of "
+            f"{exact:,.2f} steps; the rest of each pass's last batch is left out"
         )
+    for note in trainer.probe.sets.notes if trainer.probe else ():
+        trainer.terminal.say(note)
     if trainer.compile and trainer.step < trainer.last_step:
         trainer.terminal.say("torch.compile works in the first step, which can take minutes")
 

@@ -11,7 +11,7 @@ from engine.log.terminal import Terminal
 from engine.processes.identity import agent_identity
 from engine.processes.world import World
 from engine.recipe import Recipe, in_todays_terms, method_fields
-from engine.state import checkpoint, layout, lease, origin
+from engine.state import baselines, checkpoint, layout, lease, origin
 from engine.state.artefacts import Artefacts
 from engine.state.best import Best, find_best
 from engine.state.checkpoint import Commit
@@ -154,7 +154,9 @@ class Run:
             return
         log = MetricsLog(self.url, step, stop, self.terminal, total_steps)
         log.describe(_without_secrets(self._recipe), method_fields(self._recipe))
-        if self.branches and log.last is None:
+        if self.branches and self.start and log.last is None:
+            if found := baselines.inherit(self.start.url, _without_secrets(self._recipe)):
+                log.write({"step": 0, "epoch": 0} | found)
             log.write({"step": step, origin.BRANCH: _describe(self.origin)})
         try:
             yield log
@@ -186,10 +188,11 @@ def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -
     """
     agents = world.all_gather_object(agent_identity())
     claimed: list[lease.Lease] = []
+    refused, made = True, layout.find_missing(recipe.run, layout.DEBUG_STEP)
 
     def hold() -> None:
         layout.refuse_links(recipe.run, layout.NAMES, "give --run where the whole run shall lie")
-        _check_recipe(recipe, index_digest, terminal.report)
+        check_recipe(recipe, index_digest, terminal.report)
         if not recipe.debug_step:
             claimed.append(lease.acquire(recipe.run, agents, lease.PERIOD, terminal.report))
 
@@ -198,9 +201,12 @@ def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -
         held = claimed[0] if claimed else None
         found = find_checkpoint(recipe, index_digest, world, terminal.report)
         yield Run(recipe, index_digest, world, terminal, found, held)
+        refused = False
     finally:
         for one in claimed:
-            one.release()
+            one.release(refused)
+        if recipe.debug_step and world.main:
+            layout.remove_debug_step(recipe.run, made, terminal.report)
 
 
 def open_run(
@@ -217,7 +223,7 @@ def open_run(
 
     def check() -> None:
         layout.refuse_links(recipe.run, layout.NAMES, "give --run where the whole run shall lie")
-        _check_recipe(recipe, index_digest, terminal.report)
+        check_recipe(recipe, index_digest, terminal.report)
 
     world.on_main(check)
     found = find_checkpoint(recipe, index_digest, world, terminal.report, before)
@@ -345,8 +351,8 @@ def _write_recipe(recipe: Recipe, facts: dict[str, Any]) -> None:
     files.write(files.join(recipe.run, layout.RECIPE), json.dumps(document, indent=1).encode())
 
 
-def _check_recipe(recipe: Recipe, index_digest: str, report: Callable[[str], None]) -> None:
-    """Raise InputError when RUN has a run of another recipe or of other data."""
+def check_recipe(recipe: Recipe, digest: str | None, report: Callable[[str], None]) -> None:
+    """Raise InputError when RUN has a run of another recipe, or of other data if that is known."""
     url = files.join(recipe.run, layout.RECIPE)
     above = misplaced.folder_of(recipe.run)
     if misplaced.last_name(recipe.run) == layout.CHECKPOINTS and layout.read_recipe(above):
@@ -364,12 +370,12 @@ def _check_recipe(recipe: Recipe, index_digest: str, report: Callable[[str], Non
         return
     operations = flatten(recipe).keys() - method_fields(recipe).keys()
     method = {name: there[name] for name in there.keys() - operations - _FACTS}
-    _refuse_other(recipe, index_digest, recipe.run, method, there.get(DIGEST))
+    _refuse_other(recipe, digest, recipe.run, method, there.get(DIGEST))
 
 
 def _refuse_other(
     recipe: Recipe,
-    index_digest: str,
+    index_digest: str | None,
     url: str,
     method: dict[str, Any],
     digest_there: str | None,
@@ -383,7 +389,7 @@ def _refuse_other(
         remedy: What else the user could do, for the message.
     """
     found = differences(in_todays_terms(method), method_fields(recipe))
-    if digest_there != index_digest:
+    if index_digest is not None and digest_there != index_digest:
         found.append(f"digest of data.train: there {digest_there}, here {index_digest}")
     if found:
         place = files.redact(url)

@@ -69,7 +69,6 @@ class Trainer:
         self.world, self.data, self.run = world, data, run
         self.device, self.terminal = world.device, run.terminal
         self.threads = recipe.threads or share_of_cores()
-        probe_sets = open_own_probe_sets(recipe, data, world, self.threads, self.terminal.say)
         samples, batch = data.train.samples, recipe.batch.size
         self.total_steps = recipe.schedule.total_steps(samples, batch)
         self.warmup_steps = recipe.schedule.warmup_steps(samples, batch)
@@ -79,6 +78,7 @@ class Trainer:
         self.classes = len(data.train.classes)
         beginning = begin(recipe, world, run, data.train)
         self.ramp = beginning.ramp
+        probe_sets = open_own_probe_sets(recipe, data, world, self.threads, self.terminal.say)
         self.online, self.target = byol.build(recipe.model, self.classes, recipe.seed)
         if beginning.weights is not None:
             beginning.weights.fill(self.online, self.target)
@@ -260,7 +260,7 @@ class Trainer:
         """
         if self.probe is None or not self.recipe.probe.baseline or self.step:
             return {}
-        if not self.probe.sets.knn:  # a line has said why
+        if not self.probe.sets.knn:  # a line says why
             return {}
         start = "knn_untrained" if self.run.origin.weights is None else "knn_start"
         found = {

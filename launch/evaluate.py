@@ -15,10 +15,12 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 
+from launch import interrupts
 from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
+    interrupts.end_plainly()
     check_requirements()
     prepare_output()
 
@@ -216,6 +218,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    interrupts.restore()
     status = main(sys.argv[1:])
     flush_output()
     if status:

@@ -9,10 +9,12 @@ import sys
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from launch import interrupts
 from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
+    interrupts.end_plainly()
     check_requirements()
     prepare_output()
 
@@ -131,4 +133,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    interrupts.restore()
     sys.exit(main(sys.argv[1:]))

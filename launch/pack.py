@@ -12,10 +12,12 @@ import sys
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
+from launch import interrupts
 from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
+    interrupts.end_plainly()
     check_requirements()
     prepare_output()
 
@@ -246,6 +248,7 @@ def _index(
 
 
 if __name__ == "__main__":
+    interrupts.restore()
     join_help_lines(main, sys.argv)
     try:
         with plain_errors():

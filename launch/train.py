@@ -7,10 +7,12 @@ fields, and says which of them may change at every start.
 import os
 import sys
 
+from launch import interrupts
 from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
+    interrupts.end_plainly()
     check_requirements()
     prepare_output()
 
@@ -23,6 +25,7 @@ from engine.processes.failures import report_failure
 from engine.processes.preemption import Preemption
 from engine.processes.world import enter, rank
 from engine.recipe import Recipe
+from engine.replay.check import check_replay
 from engine.replay.report import replay
 from engine.run import claim
 from engine.trainer import Trainer
@@ -30,6 +33,8 @@ from launch.command_line import parse_recipe
 
 # An exit status other than 0 makes torchrun start the processes again, without those that left.
 START_AGAIN = 75
+
+RESUMES = "continues from the last checkpoint"
 
 
 def train(recipe: Recipe) -> bool:
@@ -45,25 +50,31 @@ def train(recipe: Recipe) -> bool:
         if recipe.explain:
             world.on_main(lambda: explain(recipe, world, terminal))
             return True
+        if recipe.replay is not None:
+            check_replay(recipe, recipe.replay, world, terminal)
         data = open_data(recipe, world, terminal.say)
         if recipe.replay is not None:
             replay(recipe, recipe.replay, world, data, terminal)
             return True
         with claim(recipe, data.train.digest, world, terminal) as run:
-            trainer = Trainer(recipe, world, data, run)
-            if recipe.debug_step:
-                debug_step(trainer)
-                return True
-            return fit(trainer, preemption)
+            try:
+                trainer = Trainer(recipe, world, data, run)
+                if recipe.debug_step:
+                    debug_step(trainer)
+                    return True
+                return fit(trainer, preemption)
+            except KeyboardInterrupt:
+                resumes = run.start is not None and not run.branches
+                raise KeyboardInterrupt(RESUMES if resumes else "") from None
 
 
 def main(arguments: list[str]) -> int:
     try:
         ended = train(parse_recipe(arguments))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if rank() == 0:
-            message = "interrupted: the same command continues from the last checkpoint"
-            print(message, file=sys.stderr)
+            next_start = str(interrupt) or "begins again"
+            print(f"interrupted: the same command {next_start}", file=sys.stderr)
         return 130
     except Exception as error:
         report_failure(error)
@@ -72,6 +83,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    interrupts.restore()
     status = main(sys.argv[1:])
     flush_output()
     if status:

@@ -25,10 +25,13 @@ _NO_NETWORK = re.compile(
 )
 
 
-def read_tensors(url: str) -> dict[str, Tensor]:
+def read_tensors(url: str, name: str = "") -> dict[str, Tensor]:
     """Read every tensor in a file of safetensors or torch.save.
 
     The state of optimizers and the like is left out. No code in the file is run.
+
+    Args:
+        name: The field or argument that gave the URL, for messages.
 
     Returns:
         The tensors by dotted name, which is their path in nested dicts and lists. They have the
@@ -37,7 +40,7 @@ def read_tensors(url: str) -> dict[str, Tensor]:
     Raises InputError when the file is missing, damaged or has no tensors, or when it has objects
     that could run code. Raises OSError when storage fails.
     """
-    place = files.redact(url)
+    place = f"{name} {files.redact(url)}".lstrip()
     try:
         content = files.read(url)
         found = _tensors(content, place)
@@ -81,7 +84,8 @@ def _tensors(content: bytes, place: str) -> dict[str, Tensor]:
         raise InputError(
             f"{place}: holds {shown(str(error))[1:-1]}, which is not loaded, because it could run "
             "code: save the state dict alone where the file was made, by "
-            'torch.save(torch.load(...)["state_dict"], ...)'
+            "torch.save(model.state_dict(), ...) for a whole model, or by "
+            'torch.save(torch.load(...)["state_dict"], ...) for a checkpoint that has one'
         ) from None
     except (InputError, MemoryError, RecursionError):
         raise

@@ -317,7 +317,7 @@ def _foreign(url: str, config: EncoderConfig) -> tuple[Source, Network]:
         raise InputError(f"--checkpoint {config.checkpoint} is for runs: {place} is a file")
     if config.network in ("untrained", "pixels"):
         raise InputError(f"--network {config.network} is for runs: {place} is a file")
-    tensors = read_tensors(url)
+    tensors = read_tensors(url, "CHECKPOINT")
     side: Literal["online", "target"] = "target" if config.network == "target" else "online"
     found = foreign.match(tensors, side, place, config.prefix)
     network = ResNet(found.config, views=1)

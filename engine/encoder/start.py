@@ -68,7 +68,7 @@ def read_start(
 
 def _of_file(config: BYOLConfig, classes: int) -> StartWeights:
     place = f"{FIELD} {files.redact(config.start)}"
-    tensors = read_tensors(config.start)
+    tensors = read_tensors(config.start, FIELD)
     found = foreign.match(tensors, "online", place, config.start_prefix, "--model.start-prefix")
     with torch.device("meta"):
         own = _shapes(ResNet(config.encoder, views=1))

@@ -22,6 +22,7 @@ class ProbeSets(NamedTuple):
     names: tuple[str, str]  # of the fields that gave them, for messages
     knn: bool  # whether both have labels, of the same classes
     head: bool  # whether val has the classes that the online head learns
+    notes: tuple[str, ...]  # lines for the user, for when all checks have passed
 
 
 def open_probe_sets(
@@ -43,20 +44,20 @@ def open_probe_sets(
         places: The values of probe.train and probe.val.
         train: data.train, whose window of values a folder of images gets too.
         max_pixels: Images of more pixels are not decoded.
-        report: Takes a line about what cannot be measured, on the first process.
+        report: Takes lines about the packing, on the first process.
 
     Raises InputError when a set is none, has no labels, or has other classes than the other one.
     """
     window = train.pixels.get("window")
     options = PixelOptions(max_pixels, None, tuple(window) if window else None)
     found: list[Index | None] = [train, val]
-    names = ["data.train", "data.val"]
+    names, notes = ["data.train", "data.val"], []
     for i, field in enumerate(("probe.train", "probe.val")):
         if place := places[i]:
             own = files.join(cache, field.partition(".")[2])
             index = _open(place, own, field, options, world, threads, report)
             if doubt := indexes.compare_windows(train, index, ("data.train", field)):
-                _say(world, report, doubt)
+                notes.append(doubt)
             names[i], found[i] = field, index
     fields = names[0], names[1]
     bank, queries = found[0] or train, found[1]
@@ -66,22 +67,17 @@ def open_probe_sets(
             same = digest(json.dumps(known.classes))
             check_alike(world, {f"digest of {name}": known.digest, f"classes of {name}": same})
     if fault := _find_fault(bank, queries, fields):
-        _say(world, report, f"evaluations measure no kNN, because {fault}: {_REMEDY}")
-        return ProbeSets(bank, queries or bank, fields, knn=False, head=False)
+        notes.append(f"evaluations measure no kNN, because {fault}: {_REMEDY}")
+        return ProbeSets(bank, queries or bank, fields, knn=False, head=False, notes=tuple(notes))
     assert queries is not None
     _check_classes(bank, queries, fields)
     head = queries.classes == train.classes
     if train.classes and not head:
-        _say(world, report, f"{fields[1]} has other classes than data.train: no online_top1")
-    return ProbeSets(bank, queries, fields, knn=True, head=head)
+        notes.append(f"{fields[1]} has other classes than data.train: no online_top1")
+    return ProbeSets(bank, queries, fields, knn=True, head=head, notes=tuple(notes))
 
 
 _REMEDY = "give --probe.train URL and --probe.val URL, which have labels, to have it"
-
-
-def _say(world: World, report: Callable[[str], None], text: str) -> None:
-    if world.main:
-        report(text)
 
 
 def _open(

@@ -279,8 +279,9 @@ class MetricsLog:
     def _show(self, record: Record) -> None:
         if record["step"] == 0:  # the baselines, which are told when they are measured
             return
-        parent = record.get("branched_from")  # on the first line of a branch
-        status = f"branched from {parent}" if parent else ""
+        if "branched_from" in record and not record.keys() & {"loss", "feature_rank"}:
+            return  # the first line of a branch, which is told when it begins
+        status = ""
         if "loss" in record:  # a step that is only evaluated has none
             loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
             status = f"loss {loss}"

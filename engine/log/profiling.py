@@ -48,7 +48,13 @@ class StepProfiler:
     def check(self, first: int, last: int) -> None:
         """Say so when none of the steps is among those that this process takes."""
         steps = self._steps
-        if steps and not range(max(first, steps[0]), min(last, steps[-1]) + 1):
+        if steps and first > last:
+            self._terminal.say(
+                f"profile {steps[0]}:{steps[-1]}: nothing is profiled, because step {last:,} was "
+                "the last one: give a larger --steps or, for a run that is finished, profile a new "
+                "run with another --run and --checkpoint.resume CHECKPOINT of an earlier step"
+            )
+        elif steps and not range(max(first, steps[0]), min(last, steps[-1]) + 1):
             self._terminal.say(
                 f"profile {steps[0]}:{steps[-1]}: nothing is profiled, because this start takes "
                 f"the steps {first:,} to {last:,}"

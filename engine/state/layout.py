@@ -15,6 +15,7 @@ RUN/replay/step_00000100/             what --replay found of a step (replay/repo
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from engine.log.journal import JSONL as JSONL
@@ -76,6 +77,20 @@ def refuse_links(run: str, names: tuple[str, ...], remedy: str) -> None:
                 f"{files.redact(files.join(run, name))} is a link to {target}, out of the run: "
                 f"what lies there would be overwritten and removed: take the link away, or {remedy}"
             )
+
+
+def find_missing(run: str, name: str) -> list[str]:
+    """Return the folders that are made for RUN/`name` on a local disk, the deepest first."""
+    if not files.is_local(run):
+        return []
+    return local_files.find_missing(files.open_filesystem(files.join(run, name))[1])
+
+
+def remove_debug_step(run: str, made: list[str], report: Callable[[str], None]) -> None:
+    """Remove RUN/debug_step, and the folders `made` that are empty then."""
+    url = files.join(run, DEBUG_STEP)
+    files.discard(url, url, report)
+    local_files.remove_empty(made)
 
 
 def read_recipe(run: str) -> dict[str, Any]:

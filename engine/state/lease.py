@@ -6,8 +6,9 @@ but for stores without exclusive create (`files.create`), where the others notic
 The holder shows that it is alive by rewriting the file with a rising `beat`. When another job finds
 the file unchanged for two periods, it takes the holder for dead and creates the next number. A
 holder that sees a number above its own has lost the run. A released lease stays until there is a
-next one, so that numbers only rise. What a former holder writes late has a number that no longer
-counts.
+next one, so that numbers only rise. Only the first job's lease is removed, when its start was
+refused before anything of a run was written. What a former holder writes late has a number that no
+longer counts.
 """
 
 import contextlib
@@ -26,10 +27,11 @@ from typing import Annotated, NamedTuple
 from annotated_types import Interval, MaxLen
 
 from engine.processes.identity import identity, is_dead
-from engine.state.layout import LEASE
+from engine.state import layout
+from engine.state.layout import LEASE, NAMES
 from shards.documents import Natural, build, parse_json
 from shards.errors import InputError
-from shards.storage import files
+from shards.storage import files, local_files
 from shards.storage.entries import list_entries
 
 PERIOD = 10.0  # seconds between two beats
@@ -70,6 +72,8 @@ class Lease:
     """The right of this job to train in a run directory, as `acquire` returns it."""
 
     def __init__(self, run: str, record: _Record) -> None:
+        self._made = layout.find_missing(run, LEASE)
+        self._refused = False
         self.lost = False
         """Whether another job has taken the run, as far as this job has seen."""
         self._run = run
@@ -105,11 +109,16 @@ class Lease:
         self._look()
         self.check()
 
-    def release(self) -> None:
+    def release(self, refused: bool = False) -> None:
         """Stop the beats and mark the lease as released, so that the next job need not wait.
 
         A lost lease stays as it is. This waits at most RELEASE_TIMEOUT seconds.
+
+        Args:
+            refused: The start failed. If it has begun the run and written nothing else, the lease
+                is removed, with the folders that were made for it.
         """
+        self._refused = refused
         self._stop.set()
         self._thread.join(RELEASE_TIMEOUT)
 
@@ -142,7 +151,20 @@ class Lease:
             self._write(replace(self._record, beat=self._record.beat + 1))
             if self.lost:
                 return
-        self._write(replace(self._record, released=True))
+        if not (self._refused and self._vanish()):
+            self._write(replace(self._record, released=True))
+
+    def _vanish(self) -> bool:
+        """Remove the lease if nothing but it was written. Return whether it was removed."""
+        with contextlib.suppress(OSError):
+            self._look()
+            alone = {LEASE} == {*files.list_names(self._run)} & {*NAMES}
+            if self.lost or self._record.number > 1 or not alone:
+                return False
+            files.remove(_url(self._run, self._record.number))
+            local_files.remove_empty(self._made)
+            return True
+        return False
 
     def _write(self, record: _Record) -> None:
         self._beating = True

@@ -211,3 +211,20 @@ def sync(file: BinaryIO) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
+
+
+def find_missing(folder: str) -> list[str]:
+    """Return the folders that would have to be made so that `folder` exists, the deepest first."""
+    missing = []
+    folder = os.path.abspath(folder)
+    while not os.path.lexists(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    return missing
+
+
+def remove_empty(folders: list[str]) -> None:
+    """Remove those of `folders` that exist and are empty. Give them with the deepest first."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)

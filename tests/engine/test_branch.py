@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.evaluation.during_training import ProbeConfig
 from engine.log import journal
 from engine.method.adamw import AdamWConfig
 from engine.method.byol import BYOLConfig
@@ -327,6 +328,36 @@ def test_a_set_of_the_parent_without_its_length_counts_in_images(
     batch = BatchConfig(size=8)
     train(recipe(tiny_data, tmp_path / "run", batch=batch, checkpoint=branch(there), steps=5))
     assert origin_of(tmp_path / "run")["step_here"] == 4
+
+
+@pytest.mark.parametrize(("changed", "kept"), [({}, True), ({"neighbours": 7}, False)])
+def test_the_parents_baselines(
+    changed: dict[str, Any],
+    kept: bool,
+    tiny_data: DataConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A branch that measures as its parent did compares itself with the same baselines."""
+    probe = ProbeConfig(every=2, neighbours=5, baseline=True)
+    parent = recipe(tiny_data, tmp_path / "parent", steps=2, probe=probe)
+    train(parent)
+    first, run = lines(tmp_path / "parent")[0], tmp_path / "run"
+    keys = {"knn_pixels", "knn_untrained", "knn_chance"}
+    assert (first["step"], first.keys() & keys) == (0, keys)
+    capsys.readouterr()
+    ours = dataclasses.replace(probe, **changed)
+    child = recipe(tiny_data, run, steps=4, probe=ours, checkpoint=branch(tmp_path / "parent"))
+    train(child)
+    told, found = capsys.readouterr().out, lines(run)[0]
+    assert (found["step"] == 0) is kept
+    assert ("untrained encoder" in told) is kept
+    assert [line["step"] for line in lines(run)][-3:] == [2, 3, 4]
+    assert told.count("branched ") == 1
+    if kept:
+        assert {key: found[key] for key in keys} == {key: first[key] for key in keys}
+    train(dataclasses.replace(child, steps=5))
+    assert [line["step"] for line in lines(run)] == [0] * kept + [2, 3, 4, 5]
 
 
 def branch_on_ranks(config: Recipe) -> tuple[int, dict[str, Any]]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from engine.encoder.foreign_files import read_tensors
 from shards.errors import InputError
+from shards.storage import files
 from tests.engine.encoder.test_foreign import OLD, URL, file, message, read, small
 
 
@@ -58,8 +59,9 @@ def script() -> bytes:
         (
             lambda: file({"state_dict": small(), "best": Path("a")}),
             f"holds {type(Path()).__module__}.PosixPath, which is not loaded, because it could run "
-            "code: save the "
-            'state dict alone where the file was made, by torch.save(torch.load(...)["state_dict"]',
+            "code: save the state dict alone where the file was made, by "
+            "torch.save(model.state_dict(), ...) for a whole model, or by "
+            'torch.save(torch.load(...)["state_dict"], ...) for a checkpoint that has one',
         ),
         (lambda: file(nn.Linear(2, 2), **OLD), "holds torch.nn.modules.linear.Linear, which is"),
         (deep, "is nested too deeply for a checkpoint"),
@@ -69,6 +71,12 @@ def test_no_checkpoint(content: Callable[[], bytes], expected: str) -> None:
     told = message(lambda: read(content()))
     assert told.startswith(f"{URL}: ")
     assert expected in told
+
+
+def test_a_message_begins_with_the_field() -> None:
+    files.write(URL, file(nn.Linear(2, 2)))
+    told = message(lambda: read_tensors(URL, "model.start"))
+    assert told.startswith(f"model.start {URL}: holds torch.nn.modules.linear.Linear")
 
 
 @pytest.mark.parametrize("options", [{}, OLD])

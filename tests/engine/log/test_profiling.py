@@ -67,3 +67,16 @@ def test_mistakes_name_the_field_and_a_remedy(
 ) -> None:
     with pytest.raises(InputError, match=r"^profile .*: give FIRST:LAST.*such as 10:12"):
         tiny.recipe(tiny_data, tmp_path, profile=text).check()
+
+
+def test_a_finished_run_says_how_to_profile_and_keeps_its_recipe(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny.recipe(tiny_data, tmp_path, steps=1, probe=tiny.NO_PROBE)
+    train(config)
+    before = (tmp_path / "recipe.json").read_bytes()
+    train(dataclasses.replace(config, profile="1:1"))
+    told = [line for line in capsys.readouterr().out.splitlines() if "nothing is profiled" in line]
+    assert len(told) == 1
+    assert "step 1 was the last one: give a larger --steps or" in told[0]
+    assert (tmp_path / "recipe.json").read_bytes() == before

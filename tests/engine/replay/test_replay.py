@@ -20,6 +20,7 @@ from engine.method.byol import byol_loss
 from engine.processes.parallel import ParallelConfig
 from engine.processes.world import join
 from engine.recipe import Recipe
+from engine.replay.check import check_replay
 from engine.replay.report import replay
 from engine.replay.samples import find_block
 from engine.replay.sheets import draw_sheet
@@ -273,6 +274,32 @@ def test_a_branch_and_its_first_step(recipe: Recipe, tmp_path: Path) -> None:
         found = replayed(child, step)
         assert found["exact"]
         assert (found["data"], found["loss_difference"]) == ("equal", 0.0)
+    alone = dataclasses.replace(child, checkpoint=CheckpointConfig())  # as after the first step
+    for step in (1, 4):
+        assert "began at step 4 of another run" in refused(alone, step)
+    check(alone, 5)
+
+
+def test_a_run_that_is_not_there_or_another_one(recipe: Recipe, tmp_path: Path) -> None:
+    """It is found before data is read, and no images are drawn."""
+    assert "there is no run at" in refused(dataclasses.replace(recipe, run=f"{tmp_path}/no"), 1)
+    nowhere = dataclasses.replace(recipe.data, train=f"{tmp_path}/none", val="", draw=64)
+    other = dataclasses.replace(recipe, data=nowhere, replay=1, seed=5)
+    assert "seed: there 0, here 5" in refused(other, 1)
+    with pytest.raises(InputError, match=f"^data.train {tmp_path}/none"):
+        open_data(other, join(1, False), print)
+    assert list(tmp_path.iterdir()) == []
+
+
+def check(recipe: Recipe, step: int) -> None:
+    world = join(recipe.threads, recipe.parallel.strategy != "auto")
+    check_replay(recipe, step, world, Terminal(world.main))
+
+
+def refused(recipe: Recipe, step: int) -> str:
+    with pytest.raises(InputError) as caught:
+        check(recipe, step)
+    return str(caught.value)
 
 
 def test_a_run_in_a_bucket(tiny_data: DataConfig, s3: str) -> None:
