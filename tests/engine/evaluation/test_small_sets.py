@@ -123,5 +123,5 @@ def test_a_choice_on_few_images_is_told() -> None:
         check_held_out(count, choices, told.append)
     (line,) = told
     assert line.startswith("3 held-out images choose the learning rate")
-    with pytest.raises(InputError, match="no image of data.train is held out"):
+    with pytest.raises(InputError, match="is held out to choose"):
         check_held_out(0, 2, told.append)
