@@ -11,6 +11,7 @@ from engine.explain.plan import Speed, date_of
 from engine.explain.sizes import LEAST, Fakes, StepCost
 from engine.log import journal
 from engine.log.terminal import Terminal
+from engine.processes import allocation
 from engine.processes.parallel import Strategy
 from engine.processes.world import World
 from engine.recipe import Recipe, in_steps
@@ -308,6 +309,12 @@ def _doing(recipe: Recipe, fakes: Fakes) -> Table:
     table.add_row("compiled", compiled if recipe.compile else "nothing")
     if recipe.compile:
         table.add_row("kept of that", kept if recipe.compile_artefacts else "nothing")
+    table.add_row(
+        "memory",
+        "as the environment sets glibc's allocator"
+        if allocation.is_chosen_by_user()
+        else "freed blocks are kept for the next step, where the C library is glibc",
+    )
     table.add_row(
         "spread",
         "the batch, always; with fsdp and hsdp also parameters, gradients, optimizer and target",

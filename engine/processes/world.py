@@ -18,6 +18,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed import ProcessGroup
 from torch.distributed.rendezvous import rendezvous
 
+from engine.processes.allocation import keep_freed_memory
 from engine.processes.cores import available_cores
 from shards.errors import InputError
 from shards.fields import differences
@@ -160,7 +161,7 @@ def enter(threads: int | None, distributed: bool) -> Iterator[World]:
 
 
 def join(threads: int | None, distributed: bool) -> World:
-    """Select the device, set torch's threads, and connect to the other processes.
+    """Select the device, set torch's threads and the allocator, and connect to the other processes.
 
     Args:
         threads: Threads of torch on the CPU. None shares the usable cores out.
@@ -171,6 +172,7 @@ def join(threads: int | None, distributed: bool) -> World:
     size, local_size = read_variable("WORLD_SIZE", 1), read_variable("LOCAL_WORLD_SIZE", 1)
     local_rank = read_variable("LOCAL_RANK", 0)
     torch.set_num_threads(threads or share_of_cores())
+    keep_freed_memory()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
