@@ -24,6 +24,7 @@ from engine.evaluation.during_training import ProbeConfig
 from engine.log.metrics import LogConfig
 from engine.log.profiling import parse_steps
 from engine.method.adamw import AdamWConfig
+from engine.method.average import AverageConfig
 from engine.method.byol import BYOLConfig
 from engine.method.durations import parse, to_steps
 from engine.method.lars import LARSConfig
@@ -51,6 +52,7 @@ _MACHINES_OWN = {
 ADDED_LATER: dict[str, Any] = {
     **{"data.max_pixels": 89_478_485, "data.exif": "ignore"},
     **{"probe.head_lr": None, "schedule.rewarm": 0},
+    **{"model.initialization": "official", "average.rate": 0.0},
 }
 
 # The warm-up was a number of epochs before it could also be one of steps.
@@ -114,6 +116,7 @@ class Recipe:
     views: ViewsConfig = field(default_factory=ViewsConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optimizer: LARSConfig | AdamWConfig = field(default_factory=LARSConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     data: DataConfig = field(default_factory=DataConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
