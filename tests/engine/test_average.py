@@ -170,14 +170,14 @@ def test_it_survives_a_stop_bit_for_bit(tiny_data: DataConfig, tmp_path: Path) -
 def test_it_survives_another_number_of_processes(
     ranks: Ranks, tiny_data: DataConfig, tmp_path: Path
 ) -> None:
-    spread = {"average": AverageConfig(rate=RATE), "checkpoint": CheckpointConfig(every=3)}
     config = parity.recipe(
-        *(tiny_data, str(tmp_path / "run")),
-        **spread | {"parallel": ParallelConfig(strategy="fsdp", timeout=60)},
-        steps=3,
+        *(tiny_data, str(tmp_path)), average=AverageConfig(rate=RATE), checkpoint=CheckpointConfig()
     )
-    there = ranks.run(finish_on_ranks, config, size=2)
-    alone = open_trainer(parity.recipe(tiny_data, str(tmp_path / "run"), **spread))
+    spread = ParallelConfig(strategy="fsdp", timeout=60)
+    there = ranks.run(
+        finish_on_ranks, dataclasses.replace(config, parallel=spread, steps=3), size=2
+    )
+    alone = open_trainer(config)
     assert alone.step == 3
     assert same(average_of(alone), there[0])
     assert same(average_of(alone), there[1])
