@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from engine.evaluation.during_training import ProbeConfig as ProbeConfig
     from engine.log.metrics import LogConfig as LogConfig
     from engine.method.adamw import AdamWConfig as AdamWConfig
+    from engine.method.average import AverageConfig as AverageConfig
     from engine.method.byol import BYOLConfig as BYOLConfig
     from engine.method.lars import LARSConfig as LARSConfig
     from engine.method.resnet import ResNetConfig as ResNetConfig
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from engine.recipe import Recipe as Recipe
     from engine.recipe import load as load_recipe  # noqa: F401
     from engine.state.checkpoint import CheckpointConfig as CheckpointConfig
+    from engine.state.early_stop import EarlyStopConfig as EarlyStopConfig
     from engine.trainer import Trainer as Trainer
     from shards.errors import InputError as InputError
     from shards.loader import DataConfig as DataConfig
@@ -31,10 +33,12 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "AdamWConfig": "engine.method.adamw",
+    "AverageConfig": "engine.method.average",
     "BYOLConfig": "engine.method.byol",
     "BatchConfig": "shards.order",
     "CheckpointConfig": "engine.state.checkpoint",
     "DataConfig": "shards.loader",
+    "EarlyStopConfig": "engine.state.early_stop",
     "InputError": "shards.errors",
     "LARSConfig": "engine.method.lars",
     "LogConfig": "engine.log.metrics",

@@ -61,10 +61,15 @@ def open_own_probe_sets(
     All processes call it together. A folder of images is packed into RUN, which this job holds.
     With `debug_step` nobody holds RUN, and it is packed to where everything is removed again.
 
-    Raises InputError when a set does not fit the other one, and when the figure that the recipe
-    ranks checkpoints by cannot be measured.
+    Raises InputError when a set does not fit the other one, and when a figure that ranks
+    checkpoints or ends the training cannot be measured.
     """
     probe, home = recipe.probe, recipe.run
+    if recipe.early_stop.key == "head_loss" and not data.train.classes:
+        raise InputError(
+            "early_stop.key head_loss cannot be measured, because data.train has no labels: choose "
+            "another figure"
+        )
     if recipe.debug_step:
         home = files.join(home, layout.DEBUG_STEP)
     if not (probe.every or probe.baseline):
@@ -79,13 +84,13 @@ def open_own_probe_sets(
         threads=threads,
         report=report,
     )
-    key = recipe.checkpoint.keep_best
-    if not {"knn_top1": sets.knn, "online_top1": sets.head}.get(key, True):
-        why = f" ({'; '.join(sets.notes)})" if sets.notes else ""
-        raise InputError(
-            f"checkpoint.keep_best {key} cannot be measured on {sets.names[1]}{why}: choose "
-            "another figure, or other sets with --probe.train and --probe.val"
-        )
+    for name, key in recipe.figures().items():
+        if not {"knn_top1": sets.knn, "online_top1": sets.head}.get(key, True):
+            why = f" ({'; '.join(sets.notes)})" if sets.notes else ""
+            raise InputError(
+                f"{name} {key} cannot be measured on {sets.names[1]}{why}: choose another figure, "
+                "or other sets with --probe.train and --probe.val"
+            )
     return sets
 
 

@@ -11,6 +11,7 @@ from engine.processes.preemption import Preemption
 from engine.processes.world import World
 from engine.report.report import write_at_end
 from engine.state import checkpoint
+from engine.state.early_stop import EarlyStop
 from engine.state.saver import Saver
 from engine.trainer import Trainer
 from shards.storage import files
@@ -35,15 +36,19 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
         run.write_recipe(trainer.total_steps)
     with run.open_log(first, stop, trainer.total_steps) as log:
         _log_baseline(trainer, log)
-        stopping = _train(trainer, preemption, log)
+        stopping, early = _train(trainer, preemption, log)
     if stopping:
         trainer.terminal.say(f"stopped after step {trainer.step} by {preemption.reason}")
-    _farewell(trainer, log)
+    _farewell(trainer, log, early)
     return not (stopping and preemption.only_elsewhere)
 
 
-def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> bool:
-    """Take the steps, and wait until all is saved. Return whether a signal stopped the run."""
+def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> tuple[bool, str]:
+    """Take the steps, and wait until all is saved.
+
+    Returns:
+        Whether a signal stopped the run, and why a figure of the log ended it early, if one did.
+    """
     recipe, first, stop = trainer.recipe, trainer.step, trainer.last_step
     with (
         closing(trainer.batches()) as data,
@@ -53,6 +58,8 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> bool:
         _greet(trainer, data.block_memory)
         best = trainer.run.find_best(first)
         best.note(first, _catch_up(trainer, log))
+        early = _open_early_stop(trainer, log)
+        stop = early.limit(first, stop)
         meter.restart()
         stopping = False
         while trainer.step < stop and not stopping:
@@ -77,6 +84,8 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> bool:
                     record, stopping = record | found, not found
                     best.note(step, {} if trainer.skipped() else found)
                 log.write(record)
+                early.note(record)
+                stop = early.limit(step, stop)
                 meter.restart()
             due = recipe.checkpoint.due(step) or step == best.step
             if stopping or step == stop or (due and not trainer.skipped()):
@@ -85,7 +94,16 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> bool:
                 meter.restart()
 
         saver.finish()
-    return stopping
+    return stopping, early.reason
+
+
+def _open_early_stop(trainer: Trainer, log: MetricsLog) -> EarlyStop:
+    recipe, total = trainer.recipe, trainer.total_steps
+
+    def is_regular(step: int) -> bool:
+        return step == 1 or recipe.log.due(step) or recipe.probe.due(step, total)
+
+    return EarlyStop(recipe.early_stop, trainer.world, log, is_regular)
 
 
 def _greet(trainer: Trainer, block_memory: int) -> None:
@@ -166,9 +184,12 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
     saver.save(step, trainer.state(), write)
 
 
-def _farewell(trainer: Trainer, log: MetricsLog) -> None:
+def _farewell(trainer: Trainer, log: MetricsLog, early: str) -> None:
+    """Tell what was reached, and how to go on. `early` is why the training ended early."""
     say, run = trainer.terminal.say, files.redact(trainer.run.url)
     say(f"{trainer.step} of {trainer.total_steps} steps done")
+    if early:
+        say(f"stopped early: {early}")
     if trainer.probe is not None and trainer.probe.failures:
         say(f"{trainer.probe.failures} evaluations failed: see {FAILED} in metrics.jsonl")
     trained = log.find_newest("knn_top1")
@@ -183,9 +204,15 @@ def _farewell(trainer: Trainer, log: MetricsLog) -> None:
         say(f"checkpoint    {checkpoint.step_url(run, trainer.step)}")
     say(f"curves        tensorboard --logdir {quote(run)}")
     _tell_best(trainer)
-    if trainer.step == trainer.last_step:  # after a signal there may be no time for it
+    if early or trainer.step == trainer.last_step:  # after a signal there may be no time for it
         write_at_end(trainer.run.url, trainer.world.main, say)
-    if trainer.step < trainer.total_steps:
+    if early and trainer.step < trainer.total_steps:
+        patience = trainer.recipe.early_stop.patience
+        say(
+            f"the same command goes on with a larger --early-stop.patience than {patience}, or "
+            "without an end by --early-stop.key ''"
+        )
+    elif trainer.step < trainer.total_steps:
         option = "" if trainer.recipe.steps is None else " with a larger --steps, or without it,"
         say(f"the same command{option} goes on")
 

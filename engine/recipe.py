@@ -24,6 +24,7 @@ from engine.evaluation.during_training import ProbeConfig
 from engine.log.metrics import LogConfig
 from engine.log.profiling import parse_steps
 from engine.method.adamw import AdamWConfig
+from engine.method.average import AverageConfig
 from engine.method.byol import BYOLConfig
 from engine.method.durations import parse, to_steps
 from engine.method.lars import LARSConfig
@@ -32,6 +33,7 @@ from engine.method.schedule import ScheduleConfig
 from engine.processes.parallel import ParallelConfig
 from engine.state import best, layout, origin
 from engine.state.checkpoint import CheckpointConfig
+from engine.state.early_stop import EarlyStopConfig
 from shards.errors import InputError
 from shards.field_types import check_types
 from shards.fields import OPERATION, Operation, check_bounds, check_range, flatten, walk
@@ -51,6 +53,7 @@ _MACHINES_OWN = {
 ADDED_LATER: dict[str, Any] = {
     **{"data.max_pixels": 89_478_485, "data.exif": "ignore"},
     **{"probe.head_lr": None, "schedule.rewarm": 0},
+    **{"model.initialization": "official", "average.rate": 0.0},
 }
 
 # The warm-up was a number of epochs before it could also be one of steps.
@@ -114,9 +117,11 @@ class Recipe:
     views: ViewsConfig = field(default_factory=ViewsConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     optimizer: LARSConfig | AdamWConfig = field(default_factory=LARSConfig)
+    average: AverageConfig = field(default_factory=AverageConfig)
     data: DataConfig = field(default_factory=DataConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    early_stop: EarlyStopConfig = field(default_factory=EarlyStopConfig)
     log: LogConfig = field(default_factory=LogConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -146,19 +151,28 @@ class Recipe:
             files.check(attrgetter(name)(self), name)
         layout.check_run(self.run)
         parse_steps(self.profile)
-        if key := self.checkpoint.keep_best:
-            best.check_key(key, "checkpoint.keep_best")
-            if key in best.MEASURED and not self.probe.every:
-                raise InputError(
-                    f"checkpoint.keep_best {key} is measured at evaluations: turn them on with "
-                    "--probe.every N"
-                )
+        self._check_figures()
         self._check_beginning()
         if not files.is_local(self.compile_folder):
             raise InputError(
                 f"compile_folder {files.redact(self.compile_folder)}: must be on a local disk, "
                 "because what lies there is run: give a path, or leave it out for RUN/compile"
             )
+
+    def figures(self) -> dict[str, str]:
+        """Return the figures of the log that decide something, by the fields that name them."""
+        found = {"checkpoint.keep_best": self.checkpoint.keep_best}
+        return found | {"early_stop.key": self.early_stop.key}
+
+    def _check_figures(self) -> None:
+        self.early_stop.check()
+        if key := self.checkpoint.keep_best:
+            best.check_key(key, "checkpoint.keep_best")
+        for name, key in self.figures().items():
+            if key in best.MEASURED and not self.probe.every:
+                raise InputError(
+                    f"{name} {key} is measured at evaluations: turn them on with --probe.every N"
+                )
 
     def _check_beginning(self) -> None:
         branch, start = self.checkpoint.branch, self.model.start

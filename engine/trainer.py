@@ -19,6 +19,7 @@ from engine.log.figures import StepSums, data_digest
 from engine.log.metrics import BASELINES
 from engine.method import byol
 from engine.method.augment import augment
+from engine.method.average import PART, Average
 from engine.method.byol import byol_loss, update_target
 from engine.method.head import count_labels, head_loss, set_apart, set_rates
 from engine.method.local_shards import foreach_norms, local, not_finite, whole_norms
@@ -90,6 +91,7 @@ class Trainer:
             set_apart(self.optimizer, self.online.classifier)
         self.moved, self.towards = byol.pair_parameters(self.target, self.online)
         self.statistics = RunningStatistics([self.online, self.target])
+        self.average = Average(recipe.average, self.online.encoder, self.update_target)
         self.guard = StepGuard(recipe.precision, self.device, batch, world.size)
         if self.compile:
             compiling.compile_optimizer(self.optimizer)
@@ -103,7 +105,8 @@ class Trainer:
 
     def _parallelize(self) -> None:
         recipe, say = self.recipe, self.terminal.say
-        held = parallel.state_bytes(self.online, self.target, recipe.optimizer.slots)
+        slots, averages = recipe.optimizer.slots, recipe.average.rate > 0
+        held = parallel.state_bytes(self.online, self.target, slots, averages)
         strategy = parallel.choose(recipe.parallel, self.world, held, say)
         missing = compiling.find_missing_compiler(self.device) if recipe.compile else ""
         if missing:
@@ -171,6 +174,7 @@ class Trainer:
         follow = (1 - rate) * (1 - skip).to(parameter_dtype(self.recipe.precision))
         self.update_target(local(self.moved), local(self.towards), follow)
         self.statistics.apply(skip)
+        self.average.follow(skip)
         self.guard.update(skip)
         self.step += 1  # a skipped step takes its place in the schedule too
         return StepOutput(loss, head_total, labeled, online.features, projection, images, lr, rate)
@@ -353,7 +357,7 @@ class Trainer:
             "target": self.target.state_dict(),
             "optimizer": optimizer["state"],
             "guard": self.guard.state(),
-        }
+        } | self.average.state()
 
     def load(self, commit: checkpoint.Commit, left_out: tuple[str, ...] = ()) -> None:
         """Load a checkpoint's tensors, except the parts of the state that are left out."""
@@ -361,6 +365,8 @@ class Trainer:
         checkpoint.load(commit, without(state, left_out), self.world)
         self.online.load_state_dict(state["online"])
         self.target.load_state_dict(state["target"])
+        if PART in left_out:
+            self.average.restart()
         groups = get_optimizer_state_dict(self.online, self.optimizer)["param_groups"]
         set_optimizer_state_dict(
             self.online,

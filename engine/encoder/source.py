@@ -12,8 +12,10 @@ from torch import Generator, Tensor, nn
 
 from engine.encoder import foreign
 from engine.encoder.foreign_files import read_tensors
+from engine.method.average import PART
+from engine.method.initialization import Initialization, initialize
 from engine.method.precision import Precision
-from engine.method.resnet import ResNet, ResNetConfig, initialize
+from engine.method.resnet import ResNet, ResNetConfig
 from engine.processes.world import World
 from engine.state import checkpoint, layout
 from engine.state.best import check_key, find_best
@@ -35,6 +37,7 @@ DataField = Literal["data.train", "data.val", "probe.train", "probe.val"]
 _PLACES = ("data.train", "data.val")
 _HINTS: dict[str, Any] = {  # types and bounds of the fields that are used of a stranger's recipe
     **{_ENCODER + k: v for k, v in get_type_hints(ResNetConfig, include_extras=True).items()},
+    "model.initialization": Initialization,
     "views.size": Annotated[int, Interval(ge=8, le=2**12)],
     "precision": Precision,
     "seed": Annotated[int, Interval(ge=0, le=2**62)],
@@ -51,9 +54,10 @@ class EncoderConfig:
     checkpoint: str = "latest"
     """Which checkpoint of a run is taken: latest, best, or the number of its step. best is where
     the log has the largest value of the run's checkpoint.keep_best, by default of knn_top1."""
-    network: Literal["online", "target", "untrained", "pixels"] = "online"
-    """The network that is taken: online or target. For comparison, untrained is the run's
-    encoder as its seed draws it, and pixels is the image itself, which cannot be exported."""
+    network: Literal["online", "target", "average", "untrained", "pixels"] = "online"
+    """The network that is taken: online or target, or average, the online one's average over the
+    steps, which runs with average.rate have. For comparison, untrained is the run's encoder as its
+    seed draws it, and pixels is the image itself, which cannot be exported."""
     prefix: str | None = None
     """What stands before conv1.weight in the encoder's tensor names in a third-party file, as a
     whole. Where names mean nothing it is the name of the encoder's first tensor. It is needed only
@@ -273,8 +277,10 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
     if config.network == "pixels":
         network = Pixels(size)
     elif config.network == "untrained":
-        initialize(network, Generator().manual_seed(2 * seed))  # the same seed as in byol.build
+        rule = fields.get("model.initialization", "official")
+        initialize(network, Generator().manual_seed(2 * seed), rule)  # the seed of byol.build
     else:
+        _check_held(config.network, commit, world)
         own = {f"encoder.{name}": value for name, value in network.state_dict().items()}
         checkpoint.load(commit, {config.network: own}, world)
     return Source(
@@ -292,6 +298,18 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
         fields={k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()},
         report=f"{config.network} network of {place}",
     ), network
+
+
+def _check_held(network: str, commit: Commit, world: World) -> None:
+    """Raise InputError, naming the networks that are there, when the checkpoint has no average."""
+    held = checkpoint.shapes(commit, world) if network == PART else {}
+    if network != PART or any(name.startswith(f"{PART}.") for name in held):
+        return
+    there = [o for o in ("online", "target") if any(name.startswith(f"{o}.") for name in held)]
+    raise InputError(
+        f"--network {network}: {files.redact(commit.url)} has no average, because the run has not "
+        f"kept one (--average.rate): give --network {' or '.join(there)}"
+    )
 
 
 def digest_of(commit: Commit) -> str:
@@ -315,7 +333,7 @@ def _foreign(url: str, config: EncoderConfig) -> tuple[Source, Network]:
     place = files.redact(url)
     if config.checkpoint != "latest":
         raise InputError(f"--checkpoint {config.checkpoint} is for runs: {place} is a file")
-    if config.network in ("untrained", "pixels"):
+    if config.network in ("average", "untrained", "pixels"):
         raise InputError(f"--network {config.network} is for runs: {place} is a file")
     tensors = read_tensors(url, "CHECKPOINT")
     side: Literal["online", "target"] = "target" if config.network == "target" else "online"

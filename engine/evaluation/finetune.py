@@ -45,9 +45,10 @@ from engine.evaluation.supervised import (
     total_steps,
     train,
 )
+from engine.method.initialization import initialize
 from engine.method.norm import RunningStatistics, synchronize
 from engine.method.precision import parameter_dtype
-from engine.method.resnet import ResNet, initialize
+from engine.method.resnet import ResNet
 from engine.method.schedule import learning_rate
 from shards.errors import InputError
 from shards.index import Index

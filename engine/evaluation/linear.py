@@ -40,8 +40,8 @@ from engine.evaluation.supervised import (
     total_steps,
     train,
 )
+from engine.method.initialization import initialize
 from engine.method.precision import parameter_dtype
-from engine.method.resnet import initialize
 from engine.method.schedule import learning_rate, steps_of
 from engine.processes.world import World
 from shards.errors import InputError

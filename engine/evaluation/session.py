@@ -316,7 +316,7 @@ class Evaluation:
         events = self.events()
         events.scalars({name_curve(k): v for k, v in result.metrics.items()}, step)
         events.flush()
-        if self.run and source.network in ("online", "target"):
+        if self.run and source.network in ("online", "target", "average"):
             journal.add(self.run, {"step": step} | result.metrics)
             if lease.is_free(self.run):
                 _fold(self.run)

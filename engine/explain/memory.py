@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from engine.explain.sizes import Fakes, StepCost
 from engine.processes.parallel import Strategy
@@ -16,12 +16,13 @@ class Held(NamedTuple):
     gradients: int
     optimizer: int
     target: int
+    average: int  # of the online encoder; 0 when none is kept
     gathered: int  # of parameters and gradients of other processes, which are whole for a moment
 
     @property
     def state(self) -> int:
-        """Return the bytes of parameters, gradients, optimizer and target."""
-        return self.parameters + self.gradients + self.optimizer + self.target
+        """Return the bytes of parameters, gradients, optimizer, target and average."""
+        return self.parameters + self.gradients + self.optimizer + self.target + self.average
 
 
 def hold(fakes: Fakes, shards: int) -> Held:
@@ -34,7 +35,15 @@ def hold(fakes: Fakes, shards: int) -> Held:
     # The optimizer's other tensors are one number for each parameter, which are never shared out.
     single = fakes.optimizer - slots * _part(fakes.online, 1)
     optimizer = slots * online + single
-    return Held(online, online, optimizer, target + fakes.buffers, _whole(fakes, shards))
+    encoder = fakes.online.encoder if fakes.recipe.average.rate else nn.Identity()
+    average = _part(encoder, shards) + sum(value.nbytes for value in _statistics(encoder))
+    return Held(online, online, optimizer, target + fakes.buffers, average, _whole(fakes, shards))
+
+
+def _statistics(module: nn.Module) -> list[Tensor]:
+    """Return the running statistics, which every process has as a whole."""
+    saved = module.state_dict()
+    return [b for name, b in module.named_buffers() if name in saved and b.is_floating_point()]
 
 
 def _part(module: nn.Module, shards: int) -> int:

@@ -174,7 +174,8 @@ def _memory(
         ("gradients", 1),
         ("optimizer", 2),
         ("target network", 3),
-        ("gathered for a moment, about", 4),
+        *[("average of the encoder", 4)] * (recipe.average.rate > 0),
+        ("gathered for a moment, about", 5),
     ):
         table.add_row(name, *(_gib(one[number]) for one in held))
     views = 2 * share.images[1] * 3 * recipe.views.size**2
@@ -321,8 +322,9 @@ def _doing(recipe: Recipe, fakes: Fakes) -> Table:
     )
     table.add_row(
         "saved",
-        "parameters and running statistics of both networks, the optimizer, counters of skipped "
-        "steps",
+        "parameters and running statistics of both networks, "
+        + "the average of the encoder, " * (recipe.average.rate > 0)
+        + "the optimizer, counters of skipped steps",
     )
     table.add_row("written", f"{files.redact(recipe.run)}: checkpoints, metrics.jsonl, tensorboard")
     return table

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.method.byol import VIEWS, Online, Target, byol_loss
+from engine.method.average import Average
+from engine.method.byol import VIEWS, Online, Target, byol_loss, update_target
 from engine.method.precision import StepGuard, autocast, parameter_dtype
 from engine.processes import parallel
 from engine.processes.world import World
@@ -48,12 +49,14 @@ class Fakes:
             self.online, self.target = Online(recipe.model, classes), Target(recipe.model)
             optimizer: torch.optim.Optimizer = recipe.optimizer.build(self.online)
             guard = StepGuard(recipe.precision, _CPU, recipe.batch.size, 1)
+            average = Average(recipe.average, self.online.encoder, update_target)
         self.optimizer = _bytes(tree_leaves(list(optimizer.state.values())))
         """The bytes of the optimizer's state."""
         self.buffers = _bytes([*self.online.buffers(), *self.target.buffers()])
         """The bytes of what the networks hold beside their parameters."""
         saved = [network.state_dict() for network in (self.online, self.target)]
-        self.checkpoint = _bytes(tree_leaves([saved, guard.state()])) + self.optimizer
+        saved += [guard.state(), average.state()]
+        self.checkpoint = _bytes(tree_leaves(saved)) + self.optimizer
         """The bytes of the tensors of a checkpoint."""
 
     def parts(self) -> dict[str, int]:

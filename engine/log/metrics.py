@@ -160,9 +160,14 @@ class MetricsLog:
         """Return the health of the run at its newest logged step."""
         return self._watch.health
 
+    @property
+    def records(self) -> list[Record]:
+        """Return all records, of which earlier processes may have logged some."""
+        return self._journal.after(-1)
+
     def find_newest(self, key: str) -> float | None:
         """Return the newest value of a figure, which an earlier process may have logged."""
-        values = (record.get(key) for record in reversed(self._journal.after(-1)))
+        values = (record.get(key) for record in reversed(self.records))
         return next((value for value in values if isinstance(value, float)), None)
 
     def advance(self) -> None:
@@ -180,6 +185,12 @@ class MetricsLog:
         self._journal.write(record)
         self._store()
         self._show(record)
+
+    def mark(self, values: Record) -> None:
+        """Add values that are no figures to the newest record, if there is one."""
+        if (last := self._journal.last) is not None:
+            self._journal.write({"step": last["step"]} | values)
+            self._store()
 
     def describe(self, fields: dict[str, Any], method: Collection[str]) -> None:
         """Show the recipe in tensorboard, and let runs be compared by its `method` fields."""
@@ -336,7 +347,14 @@ class NoLog(MetricsLog):
     def health(self) -> None:
         return None
 
+    @property
+    def records(self) -> list[Record]:
+        return []
+
     def find_newest(self, key: str) -> None:
+        pass
+
+    def mark(self, values: Record) -> None:
         pass
 
     def advance(self) -> None:

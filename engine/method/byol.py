@@ -13,8 +13,9 @@ import torch
 from annotated_types import Interval
 from torch import Generator, Tensor, nn
 
+from engine.method.initialization import Initialization, initialize
 from engine.method.norm import BatchNorm
-from engine.method.resnet import ResNet, ResNetConfig, initialize
+from engine.method.resnet import ResNet, ResNetConfig
 from shards.fields import Operation
 
 VIEWS = 2
@@ -32,6 +33,11 @@ class BYOLConfig:
 
     projection: Annotated[int, Interval(ge=1, le=2**20)] = 256
     """Size of the projections that the loss compares."""
+
+    initialization: Initialization = "official"
+    """How the weights of convolutions and linear layers are drawn. official is a truncated normal
+    distribution of deviation 1/sqrt(fan in), and the others are the rules of torch.nn.init. Biases
+    begin at zero."""
 
     start: Operation[str] = ""
     """URL of the weights that a new run starts from: of a run, of one of its checkpoints, or of a
@@ -107,8 +113,8 @@ class Target(nn.Module):
 def build(config: BYOLConfig, classes: int, seed: int) -> tuple[Online, Target]:
     """Build both networks on the CPU and initialize each on its own, as the official code does."""
     online, target = Online(config, classes), Target(config)
-    initialize(online, Generator().manual_seed(2 * seed))
-    initialize(target, Generator().manual_seed(2 * seed + 1))
+    initialize(online, Generator().manual_seed(2 * seed), config.initialization)
+    initialize(target, Generator().manual_seed(2 * seed + 1), config.initialization)
     return online, target
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import torch
 from annotated_types import Interval
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from engine.method.norm import BatchNorm
 
@@ -61,21 +61,6 @@ class ResNetConfig:
     def bottleneck(self) -> bool:
         """Return whether the blocks are bottlenecks."""
         return self.depth >= 50
-
-
-def initialize(module: nn.Module, generator: Generator) -> None:
-    """Draw all convolution and linear weights of `module`, and set their biases to zero.
-
-    The weights come from a normal distribution of standard deviation 1/sqrt(fan in), truncated at
-    two standard deviations. This is the default of the official networks (Haiku's), which does not
-    correct the deviation for the truncation. `generator` must be on the weights' device.
-    """
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            std = layer.weight[0].numel() ** -0.5
-            nn.init.trunc_normal_(layer.weight, 0, std, -2 * std, 2 * std, generator)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:

@@ -72,13 +72,16 @@ class Parallel:
         return nullcontext()
 
 
-def state_bytes(online: Online, target: Target, slots: int) -> int:
+def state_bytes(online: Online, target: Target, slots: int, averages: bool = False) -> int:
     """Return the bytes of parameters, gradients and optimizer state when one process holds all.
 
-    They are counted in float32. The optimizer has `slots` tensors of state for each parameter.
+    They are counted in float32. The optimizer has `slots` tensors of state for each parameter. With
+    `averages`, there is an average of the online encoder.
     """
-    trained, moved = (sum(p.numel() for p in network.parameters()) for network in (online, target))
-    return 4 * (trained * (2 + slots) + moved)
+    trained, moved, encoder = (
+        sum(p.numel() for p in part.parameters()) for part in (online, target, online.encoder)
+    )
+    return 4 * (trained * (2 + slots) + moved + averages * encoder)
 
 
 def choose(

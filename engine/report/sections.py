@@ -13,6 +13,7 @@ from engine.report.pictures import embed
 from engine.report.recipes import changed_fields, defaults, differing_fields, show
 from engine.report.tables import fold, make_table
 from engine.report.thinning import Values
+from engine.state.early_stop import MARK
 from engine.state.origin import BRANCH
 from shards.storage import files
 from shards.storage.commands import spell_program
@@ -25,6 +26,7 @@ _TILES = {
     "feature_rank": "rank of the features",
 }
 _FAILED = "evaluation_failed"
+_LONGEST_REASON = 300
 
 
 def write_tiles(run: RunFacts) -> Html:
@@ -32,7 +34,10 @@ def write_tiles(run: RunFacts) -> Html:
     total = run.total_steps
     step = run.records[-1]["step"] if run.records else 0
     share = f" ({step / total:.0%})" if total else ""
-    tiles = [_tile(f"{step:,}", f"of {total:,} steps{share}" if total else "steps logged")]
+    title = f"of {total:,} steps{share}" if total else "steps logged"
+    if run.records and (reason := run.records[-1].get(MARK)):
+        title += f", stopped early: {str(reason)[:_LONGEST_REASON]}"
+    tiles = [_tile(f"{step:,}", title)]
     for key, title in _TILES.items():
         value = as_number(run.last(key))
         if value is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.log import journal
 from engine.report.facts import NOT_FIELDS, RESULT, RunFacts, read_recipe
-from engine.state import layout, lease
+from engine.state import early_stop, layout, lease
 from shards.errors import InputError
 from shards.storage import files
 from shards.storage.entries import Entry, list_entries
@@ -30,6 +30,7 @@ class RunSummary:
     step: int | None = None
     total_steps: int | None = None
     figures: dict[str, Any] = field(default_factory=dict)  # the newest of FIGURES
+    stopped_early: bool = False  # a figure of the log ended the training at the newest step
     state: str = ""  # in words
     age: float | None = None  # seconds since the log was last written to
     faults: list[str] = field(default_factory=list)  # what could not be read, and why
@@ -143,6 +144,7 @@ def _read_log(run: RunSummary, there: dict[str, Entry]) -> None:
         records = journal.read(run.url)
     if records:
         run.step = records[-1]["step"]
+        run.stopped_early = bool(records[-1].get(early_stop.MARK))
     elif log or parts:
         run.faults.append("the log has no line that can be read")
     for key in FIGURES:
@@ -169,7 +171,8 @@ def _tell_state(run: RunSummary, empty: bool) -> str:
         return "began nothing"
     if sight is None or sight.released:
         is_done = run.step is not None and run.step == run.total_steps
-        return "done" if is_done else "stopped"
+        stopped = "stopped early" if run.stopped_early else "stopped"
+        return "done" if is_done else stopped
     if sight.dead:
         return "dead"
     if sight.silent is not None and sight.silent > 3 * sight.period:

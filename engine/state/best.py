@@ -27,17 +27,36 @@ def check_key(key: str, name: str) -> None:
 
 
 class Best:
-    """The checkpoint with the largest value of `key` so far; `step` is -1 when there is none."""
+    """The step with the best value of `key` so far; `step` is -1 when there is none."""
 
-    def __init__(self, key: str) -> None:
-        """Begin without a checkpoint. An empty key is in no record."""
+    def __init__(self, key: str, *, falls: bool = False, least: float = 0.0) -> None:
+        """Begin without a step. An empty key is in no record.
+
+        Args:
+            falls: Smaller values are better. By default larger ones are.
+            least: The smallest difference by which a value is better than the best one before.
+        """
         self.key, self.step, self.value = key, -1, -math.inf
+        self._sign, self._least = -1 if falls else 1, least
 
-    def note(self, step: int, record: dict[str, Any]) -> None:
-        """Take `step` if its value in `record` is larger than the best one before."""
+    def reads(self, record: dict[str, Any]) -> bool:
+        """Return whether `record` has a value that can be compared."""
         value = record.get(self.key)
-        if isinstance(value, int | float) and self.value < value < math.inf:
-            self.step, self.value = step, float(value)
+        return isinstance(value, int | float) and -math.inf < value < math.inf
+
+    def note(self, step: int, record: dict[str, Any]) -> bool:
+        """Take `step` if its value in `record` is better than the best one before.
+
+        Return whether it is taken.
+        """
+        if not self.reads(record):
+            return False
+        value = record[self.key]
+        gain = self._sign * (value - self.value)
+        if self.step >= 0 and (gain <= 0 or gain < self._least):
+            return False
+        self.step, self.value = step, float(value)
+        return True
 
     def __str__(self) -> str:
         shown = f"{self.value:.1%}" if "_top" in self.key else f"{self.value:.4g}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Size
 
+from engine.method.average import PART
 from engine.state.checkpoint import Commit
 from engine.state.origin import BranchPoint
 from shards.documents import shown
@@ -162,6 +163,9 @@ def _left_out(
     if there.get("optimizer") != here.get("optimizer"):
         parts.append("optimizer")
         told.append("the optimizer begins anew")
+    if here.get("average.rate") and not any(name.startswith(f"{PART}.") for name in held):
+        parts.append(PART)
+        told.append("the average of the encoder begins with the online weights there")
     if "guard.scale" not in held:
         parts.append("guard.scale")
     return tuple(parts), told

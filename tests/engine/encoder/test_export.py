@@ -19,7 +19,8 @@ from torch import Generator, Tensor, nn
 
 from engine.encoder.export import FILES, TOLERANCE, Format, convert, verify, verify_timm
 from engine.encoder.torchvision_twin import recipe_lines, stock_resnet
-from engine.method.resnet import ResNet, ResNetConfig, initialize
+from engine.method.initialization import initialize
+from engine.method.resnet import ResNet, ResNetConfig
 from shards.errors import InputError
 from tests.helpers.places import ROOT
 

@@ -14,6 +14,7 @@ from engine.explain import memory
 from engine.explain.sizes import Fakes, LiveBytes, count
 from engine.method import byol
 from engine.method.adamw import AdamWConfig
+from engine.method.average import AverageConfig
 from engine.method.byol import VIEWS, BYOLConfig, byol_loss
 from engine.method.precision import Precision, autocast
 from engine.method.resnet import ResNetConfig
@@ -126,7 +127,10 @@ def test_a_checkpoint_is_as_large_as_said(
     tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory, optimizer: Any
 ) -> None:
     run = tmp_path_factory.mktemp("run")
-    recipe = tiny.recipe(tiny_data, run, steps=1, probe=tiny.NO_PROBE, optimizer=optimizer)
+    average = AverageConfig(rate=0.5)
+    recipe = tiny.recipe(
+        *(tiny_data, run), steps=1, probe=tiny.NO_PROBE, optimizer=optimizer, average=average
+    )
     with training(recipe) as trainer:
         finish(trainer)
     fakes = Fakes(recipe, trainer.classes)
@@ -161,6 +165,14 @@ def test_what_a_process_holds(strategy: Any, shards: int, optimizer: Any) -> Non
     assert held.optimizer == state["optimizer"]
     assert held.target - fakes.buffers == state["target's parameters"]
     assert (held.gathered > 0) == (shards > 1)
+    assert held.average == 0
+    averages = dataclasses.replace(recipe, average=AverageConfig(rate=0.5))
+    more = memory.hold(Fakes(averages, CLASSES), shards)
+    encoder = fakes.online.encoder
+    whole = sum(p.nbytes for p in encoder.parameters())
+    norms = 4 * sum(b.numel() for n, b in encoder.named_buffers() if "running" in n)
+    assert more.average - norms == (whole if shards == 1 else pytest.approx(whole / shards, 0.1))
+    assert more.state - held.state == more.average
 
 
 def test_strategies_that_fit() -> None:

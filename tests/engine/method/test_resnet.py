@@ -5,8 +5,9 @@ import torch
 import torchvision
 from torch import Generator, nn
 
+from engine.method.initialization import initialize
 from engine.method.norm import RunningStatistics
-from engine.method.resnet import Bottleneck, ResNet, ResNetConfig, initialize
+from engine.method.resnet import Bottleneck, ResNet, ResNetConfig
 
 Depth = Literal[10, 18, 34, 50, 101, 152, 200]
 
