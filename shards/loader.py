@@ -69,8 +69,9 @@ class DataConfig:
     """Orientation in the EXIF data of images: ignore takes the pixels as they are stored, as the
     official code does, and apply turns them upright."""
     decode: Literal["cpu", "gpu"] = "cpu"
-    """Who decodes the training images and cuts their crops. gpu leaves that to the GPU where an
-    image is a JPEG that nvJPEG knows, and other images to the CPU. Pixels differ by rounding."""
+    """Who decodes the training images and cuts their crops. gpu takes a CUDA GPU for the JPEGs that
+    nvJPEG knows, and the CPU for other images. Pixels differ by rounding, and by how colors of half
+    the resolution are enlarged."""
     audit: Operation[bool] = False
     """Add a CRC of the decoded uint8 views to data_digest in the metrics."""
 
