@@ -8,6 +8,7 @@ from engine.processes.world import World, check_alike
 from engine.recipe import Recipe, shared_fields
 from engine.state import layout
 from shards import index as indexes
+from shards.device_crops import check_device
 from shards.errors import InputError
 from shards.index import Index
 from shards.loader import TrainLoader
@@ -30,9 +31,11 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
     All processes call it together.
 
     Raises InputError when the processes differ in recipe or data, when the data does not fit the
-    recipe, and when there are more processes than streams.
+    recipe, when there are more processes than streams, and when there is no GPU to decode on.
     """
     check_alike(world, shared_fields(recipe))
+    if recipe.data.decode == "gpu":
+        world.on_all(lambda: check_device(world.device))
     rank_streams(recipe.data.streams, world.rank, world.size)
     if recipe.replay is None:  # other images than the run's would be of no use
         world.on_main(lambda: _draw(recipe, report))
@@ -114,6 +117,7 @@ def train_batches(
         threads=threads,
         pin_memory=world.device.type == "cuda",
         report=report,
+        device=world.device,
     )
 
 

@@ -54,6 +54,7 @@ ADDED_LATER: dict[str, Any] = {
     **{"data.max_pixels": 89_478_485, "data.exif": "ignore"},
     **{"probe.head_lr": None, "schedule.rewarm": 0},
     **{"model.initialization": "official", "average.rate": 0.0},
+    "data.decode": "cpu",
 }
 
 # The warm-up was a number of epochs before it could also be one of steps.

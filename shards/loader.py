@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, Prefetche
 from shards.cache import ShardCache
 from shards.corrupt import Faults, decode_good
 from shards.decode import Exif, PixelRules, crop_resize
+from shards.device_crops import DeviceCrops
 from shards.dimensions import MOST_PIXELS
 from shards.errors import InputError
 from shards.fields import Operation, UnitInterval
@@ -67,6 +68,10 @@ class DataConfig:
     exif: Exif = "ignore"
     """Orientation in the EXIF data of images: ignore takes the pixels as they are stored, as the
     official code does, and apply turns them upright."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """Who decodes the training images and cuts their crops. gpu takes a CUDA GPU for the JPEGs that
+    nvJPEG knows, and the CPU for other images. Pixels differ by rounding, and by how colors of half
+    the resolution are enlarged."""
     audit: Operation[bool] = False
     """Add a CRC of the decoded uint8 views to data_digest in the metrics."""
 
@@ -118,6 +123,7 @@ class TrainLoader:
         threads: int,
         pin_memory: bool,
         report: Callable[[str], None],
+        device: torch.device | None = None,
     ) -> None:
         """Build the pipeline.
 
@@ -126,6 +132,7 @@ class TrainLoader:
             start: Step of the first batch.
             threads: Number of threads that decode.
             report: Takes warnings, each of one line.
+            device: The GPU that decodes, when the config says so.
         """
         self.order, self.streams, self.views, self.config = order, streams, views, config
         self.micro, self.start, self.pin_memory = micro, start, pin_memory
@@ -135,6 +142,10 @@ class TrainLoader:
             cache = ShardCache(order.index, config.cache, config.cache_gb, report)
         self.reader = BlockReader(order.index, cache, report, config.rules)
         self.faults = Faults(order.index.samples, config.corrupt, report)
+        self._device_crops: DeviceCrops | None = None
+        if config.decode == "gpu":
+            assert device is not None
+            self._device_crops = DeviceCrops(device, config.rules, views, report)
         self._closed = False
         fetches = min(REMOTE_FETCHES, len(streams) * (1 + config.prefetch)) if remote else 4
         self._pool = ThreadPoolExecutor(max(fetches, threads), thread_name_prefix="fetch")
@@ -232,14 +243,21 @@ class TrainLoader:
     def _decode(self, chunk: Chunk | InputError) -> Chunk | InputError:
         if isinstance(chunk, InputError):
             return chunk
+        rows = chunk.rows.tolist()
+        out = chunk.batch.views[:, chunk.start : chunk.start + len(rows)]
+        crops = self._device_crops
         try:
-            for i, row in enumerate(chunk.rows.tolist()):
-                self._decode_row(chunk, chunk.start + i, row, chunk.crops[:, i])
+            cut = set() if crops is None else crops.cut(chunk.block, rows, chunk.crops, out)
+            for i, row in enumerate(rows):
+                if i not in cut:
+                    row = self._decode_row(chunk, chunk.start + i, row, chunk.crops[:, i])
+                self._finish_row(chunk, chunk.start + i, row)
         except InputError as error:
             return error
         return chunk
 
-    def _decode_row(self, chunk: Chunk, place: int, row: int, crops: NDArray[np.float64]) -> None:
+    def _decode_row(self, chunk: Chunk, place: int, row: int, crops: NDArray[np.float64]) -> int:
+        """Cut the views of an image, or of its replacement, on the CPU; return the row it has."""
         batch = chunk.batch
         found, image = decode_good(self.reader, chunk.block, row, chunk.first_id, self.faults)
         if found != row:  # The replacement has its own id and parameters.
@@ -249,10 +267,17 @@ class TrainLoader:
             )
             batch.params[:, place] = torch.from_numpy(draws.params[:, 0])
             crops = draws.crop[:, 0]
+        elif self._device_crops is not None:
+            self._device_crops.tell(self.reader.name_sample(chunk.block, row, chunk.first_id))
         for view in range(len(batch.views)):
             box = crop_box(crops[view], image.shape[1], image.shape[2], self.views)
             batch.views[view, place] = crop_resize(image, box, self.views.size)
-        batch.labels[place] = chunk.block.label(found)
+        return found
+
+    def _finish_row(self, chunk: Chunk, place: int, row: int) -> None:
+        """Fill in the label of the image in a row of the block, and the CRC if it is wanted."""
+        batch = chunk.batch
+        batch.labels[place] = chunk.block.label(row)
         if self.config.audit:
             pixels = batch.views[:, place].permute(0, 2, 3, 1).contiguous()
             batch.crcs[place] = zlib.crc32(pixels.numpy().tobytes())

@@ -263,11 +263,12 @@ def _reading(
         add("with data.cache, once it is full", left, epoch.bytes - epoch.kept_bytes)
     fetches = min(REMOTE_FETCHES, share.streams[1] * (1 + recipe.data.prefetch))
     cores = rate / traffic.DECODED
+    takes = "takes" if recipe.data.decode == "cpu" else "by the CPU would take"
     table.caption = (
         ("" if speed else f"A second is one of {UNIT:,.0f} images of all processes.\n")
         + f"The data set has {_gb(sum(shard.bytes for shard in index.shards))} in "
         f"{len(index.shards):,} shards. Each process has up to {fetches} requests under way.\n"
-        f"Decoding takes about {cores:,.1f} cores, {cores / processes:,.1f} for each process, at "
+        f"Decoding {takes} about {cores:,.1f} cores, {cores / processes:,.1f} for each process, at "
         f"{traffic.DECODED:g} images a second of a core.\nThat was measured with ImageNet's JPEGs "
         "at 224 pixels (recipes/README.md); measure yours with launch/bench.py input."
     )

@@ -1,6 +1,7 @@
 """What only a GPU can show; skipped, and said so, without one."""
 
 import contextlib
+import io
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -17,7 +19,13 @@ from engine.method.norm import BatchNorm, synchronize
 from engine.processes import world
 from engine.processes.parallel import ParallelConfig
 from engine.state.saver import Saver
-from shards.loader import DataConfig
+from shards import device_crops
+from shards.decode import crop_resize, decode
+from shards.index import Index
+from shards.loader import Batch, DataConfig, TrainLoader
+from shards.order import Order
+from shards.views import ViewsConfig
+from tests.conftest import draw_photo
 from tests.engine.test_trainer import comparable, train
 from tests.helpers import tiny
 from tests.helpers.training import open_trainer
@@ -164,3 +172,83 @@ def test_a_step_never_waits_for_the_device(
             trainer.train_step(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+# Decoding ----------------------------------------------------------------------------------
+
+
+def test_crops_are_those_of_the_cpu() -> None:
+    """From equal pixels, of noise: the kernels round alike."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    generator = torch.Generator().manual_seed(0)
+    for height, width in ((300, 400), (90, 70), (7, 5), (1, 1)):
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+        for size in (16, 96, 224):
+            box = (height // 4, width // 5, height - height // 4, width - width // 5)
+            ours = device_crops.resize_on_device(image.to(device), box, size).cpu()
+            off = (ours.int() - crop_resize(image, box, size).int()).abs()
+            assert off.max() <= 2
+            assert (off > 0).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("form", ["baseline", "progressive", "gray"])
+def test_nvjpeg_decodes_the_same_picture(form: str) -> None:
+    """Smooth pictures at full color resolution, in which only the rounding can differ."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    device_crops.check_device(device)
+    mode = "L" if form == "gray" else "RGB"
+    picture = Image.open(io.BytesIO(draw_photo(0, 320, 240, "PNG"))).convert(mode)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=95, subsampling=0, progressive=form == "progressive")
+    content = bytearray(buffer.getvalue())
+    (ours,) = device_crops.decode_on_device([torch.frombuffer(content, dtype=torch.uint8)], device)
+    off = (ours.cpu().int() - decode(content, 0, len(content)).int()).abs()
+    assert off.float().mean() < 1
+    assert off.max() <= 8
+
+
+def test_batches_are_those_of_the_cpu(packed: Index) -> None:
+    """While the default stream is busy and frees memory that the decoder could be given."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    order = Order(packed, 3, 4, 16)
+    told: list[str] = []
+
+    def load(config: DataConfig) -> list[Batch]:
+        loader = TrainLoader(
+            order,
+            range(4),
+            ViewsConfig(size=64),
+            config,
+            micro=1,
+            start=0,
+            threads=4,
+            pin_memory=True,
+            report=told.append,
+            device=device,
+        )
+        with contextlib.closing(loader):
+            return [next(loader) for _ in range(3 * order.steps_per_epoch)]
+
+    cpus, sums = load(DataConfig()), []
+    for _ in range(50):
+        torch.cuda._sleep(10_000_000)
+        sums.append(torch.ones(1 << 20, device=device).sum())  # freed while it is still summed
+    ours = load(DataConfig(decode="gpu"))
+    assert [value.item() for value in sums] == [1 << 20] * 50
+    assert told == []
+    for mine, theirs in zip(ours, cpus, strict=True):
+        assert (mine.ids == theirs.ids).all()
+        assert torch.equal(mine.params, theirs.params)
+        off = (mine.views.int() - theirs.views.int()).abs()
+        assert off.float().mean() < 2  # these photos have colors at half the resolution
+
+
+def test_a_run_that_decodes_on_the_gpu(packed: Index, tmp_path: Path) -> None:
+    """It is the run of the CPU up to rounding, and equal to itself bit for bit."""
+    for name, decoder in (("cpu", "cpu"), ("a", "gpu"), ("b", "gpu")):
+        data = DataConfig(train=packed.url, streams=4, decode=decoder)  # type: ignore[arg-type]
+        train(tiny.recipe(data, tmp_path / name, steps=4, probe=tiny.NO_PROBE))
+    assert comparable(tmp_path / "a") == comparable(tmp_path / "b")
+    for ours, cpus in zip(comparable(tmp_path / "a"), comparable(tmp_path / "cpu"), strict=True):
+        assert ours["data_digest"] == cpus["data_digest"]
+        assert ours["loss"] == pytest.approx(cpus["loss"], rel=0.05)
