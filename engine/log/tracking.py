@@ -13,8 +13,9 @@ from engine.log.wandb_tracker import WandbTracker, check_key
 from shards.errors import InputError
 
 INSTALL = {
-    # The build of Visdom's package needs an older setuptools than pip takes.
-    "visdom": "pip install 'setuptools<81' wheel && pip install --no-build-isolation visdom",
+    # Its build needs an older setuptools than pip takes, and its server an older tornado.
+    "visdom": "pip install 'setuptools<81' wheel && "
+    "pip install --no-build-isolation visdom 'tornado<6.6'",
     "wandb": "pip install 'byol-engine[wandb]'",
 }
 

@@ -24,6 +24,7 @@ from shards.storage import files
 RECIPE = "recipe"  # the window of the recipe
 MOST = 2000  # points of a window; a curve with more is shown by every second point, or fourth ...
 PORT = 8097  # of Visdom
+GROUPS = ("train", "eval", "schedule", "system")  # of curves, in the order of their windows
 
 
 class Address(NamedTuple):
@@ -119,14 +120,14 @@ class VisdomTracker(Tracker):
 
     def _extend(self, points: Iterable[Point]) -> list[str]:
         """Add points to the curves, and return the names of those that have new ones, in order."""
-        changed = {}
+        changed = set()
         for values, step in points:
             for name, value in values.items():
                 steps, known = self._curves.setdefault(name, ([], []))
                 steps.append(step)
                 known.append(value)
-                changed[name] = True
-        return sorted(changed)
+                changed.add(name)
+        return sorted(changed, key=_rank)
 
     def _show(self, names: list[str]) -> None:
         for name in names:
@@ -141,10 +142,11 @@ class VisdomTracker(Tracker):
 
     def _show_recipe(self) -> None:
         rows = "".join(
-            f"<tr><td>{_escape(name)}</td><td>{_escape(value)}</td></tr>"
+            f"<tr><td>{_escape(name)}&emsp;</td><td>{_escape(value)}</td></tr>"
             for name, value in self._fields.items()
         )
-        self._client.text(f"<table>{rows}</table>", win=RECIPE, opts={"title": RECIPE})
+        size = {"width": 600, "height": 350}  # pixels
+        self._client.text(f"<table>{rows}</table>", win=RECIPE, opts={"title": RECIPE, **size})
 
 
 def thin(numbers: list[Any]) -> list[Any]:
@@ -153,6 +155,11 @@ def thin(numbers: list[Any]) -> list[Any]:
     while len(numbers) > stride * MOST:
         stride *= 2  # so that most of the numbers stay the same ones
     return [*numbers[:-1:stride], *numbers[-1:]]
+
+
+def _rank(name: str) -> tuple[int, str]:
+    group = name.partition("/")[0]
+    return GROUPS.index(group) if group in GROUPS else len(GROUPS), name
 
 
 def _escape(value: Any) -> str:

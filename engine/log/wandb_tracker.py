@@ -87,7 +87,8 @@ class WandbTracker(Tracker):
     def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
         import wandb
 
-        self._log(step, {name: wandb.Image(pixels, caption=f"step {step}")})
+        image = wandb.Image(pixels, caption=f"step {step}")
+        self._log(max(step, self._next), {name: image})  # figures of later steps may be there
 
     def finish(self) -> None:
         self._run.finish()

@@ -53,7 +53,9 @@ class VisdomServer:
             self._process.wait()
 
     def windows(self, environment: str) -> dict[str, Any]:
-        """Return the windows of an environment by their ids."""
+        """Return the windows of an environment by their ids, or none when it does not exist."""
+        if environment not in self.environments():
+            return {}
         found: dict[str, Any] = self._ask("win_data", {"win": None, "eid": environment})
         return found
 
