@@ -46,7 +46,7 @@ from shards.views import ViewsConfig
 _MACHINES_OWN = {
     *("run", "data.train", "data.val", "data.prefetch", "data.cache", "data.cache_gb"),
     *("probe.train", "probe.val"),
-    *("threads", "compile", "compile_folder"),
+    *("threads", "compile", "compile_folder", "log.visdom", "log.wandb"),
 }
 
 # The method fields that came after the first release, with the values that runs had before them.

@@ -153,7 +153,7 @@ class Run:
             yield NoLog()
             return
         log = MetricsLog(self.url, step, stop, self.terminal, total_steps)
-        log.describe(_without_secrets(self._recipe), method_fields(self._recipe))
+        log.describe(_without_secrets(self._recipe), method_fields(self._recipe), self._recipe.log)
         if self.branches and self.start and log.last is None:
             if found := baselines.inherit(self.start.url, _without_secrets(self._recipe)):
                 log.write({"step": 0, "epoch": 0} | found)

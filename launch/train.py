@@ -21,6 +21,7 @@ from engine.debug import debug_step
 from engine.explain.report import explain
 from engine.fit import fit
 from engine.log.terminal import Terminal, flush_output
+from engine.log.tracking import check_trackers
 from engine.processes.failures import report_failure
 from engine.processes.preemption import Preemption
 from engine.processes.world import enter, rank
@@ -52,6 +53,8 @@ def train(recipe: Recipe) -> bool:
             return True
         if recipe.replay is not None:
             check_replay(recipe, recipe.replay, world, terminal)
+        else:
+            world.on_main(lambda: check_trackers(recipe.log.visdom, recipe.log.wandb))
         data = open_data(recipe, world, terminal.say)
         if recipe.replay is not None:
             replay(recipe, recipe.replay, world, data, terminal)

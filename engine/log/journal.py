@@ -113,8 +113,10 @@ class Journal:
         return len(self._pending)
 
     def after(self, step: int) -> list[Record]:
-        """Return the records of the steps after `step`."""
-        return [json.loads(line) for known, line in self._lines.items() if known > step]
+        """Return the records of the steps after `step`. Any thread may call it."""
+        with self._lock:
+            lines = [line for known, line in self._lines.items() if known > step]
+        return [json.loads(line) for line in lines]
 
     def find(self, step: int) -> Record:
         """Return the record of a step, or an empty one."""

@@ -1,4 +1,4 @@
-"""Log a run to metrics.jsonl, to tensorboard and to the terminal."""
+"""Log a run to metrics.jsonl, to tensorboard, to trackers and to the terminal."""
 
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -23,11 +23,16 @@ from engine.log.events import EventLog
 from engine.log.health import Health, Watch
 from engine.log.journal import JSONL, Journal, Record
 from engine.log.terminal import Terminal
+from engine.log.tracker_ids import run_id
+from engine.log.trackers import Description, Point
+from engine.log.tracking import Tracking
+from engine.log.visdom_tracker import VisdomURL
+from engine.log.wandb_tracker import Project
 from engine.method.augment import MEAN, STD
 from engine.method.durations import Duration, Lasting, is_due, simplify
 from shards.errors import printable
 from shards.fields import Operation
-from shards.storage import files
+from shards.storage import files, misplaced
 
 # The keys of the record of step 0, which holds what an encoder has to beat, and their names.
 BASELINES = {
@@ -56,6 +61,12 @@ class LogConfig:
     ranks_every: Operation[Annotated[int, Interval(ge=0)]] = 1000
     """Steps from one table of the slowest processes to the next. It is printed at logged steps and
     at the end, when there are several processes. 0 turns it off."""
+    visdom: Operation[Annotated[str, VisdomURL()]] = ""
+    """URL of a Visdom server that shows the run too, such as http://localhost:8097. A path, as in
+    http://localhost:8097/mine, names the environment. By default it has the run's name and id."""
+    wandb: Operation[Annotated[str, Project()]] = ""
+    """Project of Weights & Biases that shows the run too, such as byol or team/byol. The same run
+    goes on there after a restart."""
 
     def __post_init__(self) -> None:
         simplify(self, "every")
@@ -124,6 +135,7 @@ class MetricsLog:
         self._run, self._start = run, start
         self._journal = Journal(run, start, terminal.report)
         self._events = EventLog(run, start)
+        self._tracking = Tracking(self._history, self._say)
         self._watch = Watch(total_steps or stop, self._journal.after(-1), terminal.say)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
         self._storing: Future[None] | None = None
@@ -142,7 +154,8 @@ class MetricsLog:
         if self.console.is_terminal:
             self._progress.start()
         for record in self._journal.after(self._events.reached):
-            self._plot(record, {})  # an earlier process ended before it wrote these points
+            # An earlier process ended before it wrote these points.
+            self._events.scalars(*self._point(record))
 
     @property
     def last(self) -> Record | None:
@@ -181,8 +194,10 @@ class MetricsLog:
         """
         last = self._journal.last
         record = record | self._watch.judge(record)
-        self._plot(record, last if last and last["step"] == record["step"] else {})
+        point = self._point(record, last if last and last["step"] == record["step"] else {})
+        self._events.scalars(*point)
         self._journal.write(record)
+        self._tracking.scalars(point)
         self._store()
         self._show(record)
 
@@ -192,11 +207,18 @@ class MetricsLog:
             self._journal.write({"step": last["step"]} | values)
             self._store()
 
-    def describe(self, fields: dict[str, Any], method: Collection[str]) -> None:
-        """Show the recipe in tensorboard, and let runs be compared by its `method` fields."""
+    def describe(self, fields: dict[str, Any], method: Collection[str], config: LogConfig) -> None:
+        """Show the recipe in tensorboard, and let runs be compared by its `method` fields.
+
+        The trackers that `config` asks for are started, and show the recipe too.
+        """
         compared = {name: value for name, value in fields.items() if name in method}
         shown = show_fields(fields), compare_fields(compared), lay_out_overview()
         self._events.show(*shown, step=self._start)
+        if config.visdom or config.wandb:
+            name, known = misplaced.last_name(self._run), run_id(self._run, self._say)
+            about = Description(name, known, fields, self._start)
+            self._tracking.start(config.visdom, config.wandb, about)
 
     def pictures(self, views: Tensor, step: int) -> None:
         """Log both views [2, n, 3, S, S] as one picture, with one row for each view.
@@ -206,7 +228,9 @@ class MetricsLog:
         mean, std = (views.new_tensor(values)[:, None, None] for values in (MEAN, STD))
         images = (views * std + mean).clamp(0, 1).flatten(0, 1).float().cpu()
         grid = make_grid(images, nrow=views.shape[1]).mul(255).round().byte()
-        self._events.picture(VIEWS, grid.permute(1, 2, 0).numpy(), step)
+        pixels = grid.permute(1, 2, 0).numpy()
+        self._events.picture(VIEWS, pixels, step)
+        self._tracking.picture(VIEWS, pixels, step)
         self._store()
 
     def flush(self) -> None:
@@ -230,10 +254,11 @@ class MetricsLog:
         self._failing = True
 
     def stop(self) -> None:
-        """End the progress bar and the thread."""
+        """End the progress bar, the thread and the trackers."""
         if self._progress.live.is_started:
             self._progress.stop()
         self._thread.shutdown()
+        self._tracking.finish()
 
     def finish(self) -> None:
         """Write the rest of the log, after `stop`, and report what could not be written."""
@@ -248,8 +273,8 @@ class MetricsLog:
             f"{reason}; not written are {lines} lines of {JSONL}, {events} events of tensorboard"
         )
 
-    def _plot(self, record: Record, known: Record) -> None:
-        """Add the record's numbers to the curves, except for the keys that are known there."""
+    def _point(self, record: Record, known: Collection[str] = ()) -> Point:
+        """Return a record's numbers by curve, except for the keys that are known there."""
         figures = {key: value for key, value in record.items() if key not in known}
         if "knn_top1" in figures:  # the baselines are drawn as lines beside it
             figures = self._baseline_record() | figures
@@ -259,7 +284,14 @@ class MetricsLog:
             if key != "step"
             and (type(value) is float or (type(value) is int and abs(value) < 2**62))
         }
-        self._events.scalars(points, record["step"])
+        return Point(points, record["step"])
+
+    def _history(self) -> list[Point]:
+        """Return all points of the log. A tracker's thread calls it."""
+        return [self._point(record) for record in self._journal.after(-1)]
+
+    def _say(self, text: str) -> None:
+        self.console.print(printable(text))
 
     def _baseline_record(self) -> Record:
         record = self._journal.find(0)
@@ -363,7 +395,7 @@ class NoLog(MetricsLog):
     def write(self, record: Record) -> None:
         pass
 
-    def describe(self, fields: dict[str, Any], method: Collection[str]) -> None:
+    def describe(self, fields: dict[str, Any], method: Collection[str], config: LogConfig) -> None:
         pass
 
     def pictures(self, views: Tensor, step: int) -> None:

@@ -6,6 +6,7 @@ RUN/lease/00000001.json               which job holds the run (state/lease.py)
 RUN/compile/                          what torch.compile made (state/artefacts.py)
 RUN/metrics.jsonl, RUN/metrics/       the log, line by line (log/journal.py)
 RUN/events.out.tfevents.*             tensorboard's files (log/events.py)
+RUN/trackers.json                     the run's id at trackers (log/tracker_ids.py)
 RUN/profile/                          what --profile recorded (log/profiling.py)
 RUN/evaluations/                      results of launch/evaluate.py (evaluation/session.py)
 RUN/probe/                            packed folders of images (evaluation/probe_sets.py)
@@ -21,6 +22,7 @@ from typing import Any
 from engine.log.journal import JSONL as JSONL
 from engine.log.journal import PARTS as PARTS
 from engine.log.profiling import PROFILE as PROFILE
+from engine.log.tracker_ids import TRACKERS as TRACKERS
 from shards.errors import InputError
 from shards.storage import files, local_files
 
@@ -38,7 +40,7 @@ PROBE = "probe"
 
 NAMES = (
     *(RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, PROBE, PROFILE, DEBUG_STEP, REPLAY),
-    *(JSONL, PARTS),
+    *(JSONL, PARTS, TRACKERS),
 )
 
 

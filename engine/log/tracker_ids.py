@@ -1,0 +1,33 @@
+"""Keep the id that a run has at trackers in RUN/trackers.json, so that it survives restarts."""
+
+import json
+import re
+import secrets
+from collections.abc import Callable
+
+from shards.storage import files
+
+TRACKERS = "trackers.json"
+
+
+def run_id(run: str, report: Callable[[str], None]) -> str:
+    """Return the id of a run, which is drawn and written when the run has none yet.
+
+    Raises OSError when the file cannot be read or written. A damaged file is reported, and gets
+    another id.
+    """
+    url = files.join(run, TRACKERS)
+    try:
+        found = files.read_json(url)
+        if isinstance(found, dict) and re.fullmatch(r"[0-9a-z]{4,64}", str(found.get("id"))):
+            return str(found["id"])
+        damaged = True
+    except FileNotFoundError:
+        damaged = False
+    except ValueError:
+        damaged = True
+    if damaged:
+        report(f"{files.redact(url)} is damaged: the run gets another id at trackers")
+    drawn = secrets.token_hex(4)
+    files.write(url, json.dumps({"id": drawn}).encode())
+    return drawn
