@@ -1,6 +1,7 @@
 """Collect what a run has written about itself. All of it may be a stranger's, or be damaged."""
 
 import math
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ NOT_FIELDS = {"index_digest", layout.TOTAL, origin.WEIGHTS, origin.BRANCH}
 MOST_EVALUATIONS = 100
 _SMALLEST, _LARGEST = 1e-99, 1e99  # of the numbers that a chart can show
 MOST_BYTES = 20_000_000  # of a result or of a sheet
+
+_OWN_SHEET = re.compile(r"step_\d{8}\.png")
 
 _T = TypeVar("_T")
 
@@ -50,7 +53,7 @@ class RunFacts:
     records: list[Record] = field(default_factory=list)
     evaluations: list[EvaluationFacts] = field(default_factory=list)
     views: tuple[int, bytes] | None = None  # the newest picture of the views, and its step
-    sheet: tuple[str, bytes] | None = None  # the newest sheet of neighbors, and its place
+    sheet: tuple[str, bytes] | None = None  # the newest sheet of neighbors, and its place in RUN
     commit: dict[str, Any] = field(default_factory=dict)  # the newest commit.json
     faults: list[str] = field(default_factory=list)  # what could not be read, and why
 
@@ -153,8 +156,14 @@ def collect(url: str, name: str = "RUN", pictures: bool = True) -> RunFacts:
     else:
         run.faults.append(f"{layout.RECIPE} is missing")
     run.records = _attempt(run, layout.JSONL, lambda: journal.read(run.url)) or []
+    sheets: list[tuple[str, Entry]] = []
     if layout.EVALUATIONS in names:
-        _attempt(run, layout.EVALUATIONS, lambda: _read_evaluations(run))
+        _attempt(run, layout.EVALUATIONS, lambda: sheets.extend(_read_evaluations(run)))
+    if layout.NEIGHBOURS in names:
+        _attempt(run, layout.NEIGHBOURS, lambda: sheets.extend(_list_sheets(run.url)))
+    if sheets:
+        place, entry = max(sheets, key=lambda found: (found[1].modified or 0, found[0]))
+        run.sheet = _attempt(run, place, lambda: _read_sheet(run.url, place, entry))
     if layout.CHECKPOINTS in names:
         run.commit = _attempt(run, "the newest commit.json", lambda: _read_commit(run.url)) or {}
     if pictures:
@@ -196,8 +205,8 @@ def _attempt(run: RunFacts, what: str, read: Callable[[], _T]) -> _T | None:
         return None
 
 
-def _read_evaluations(run: RunFacts) -> None:
-    """Read the results and the newest sheet of neighbors below RUN/evaluations."""
+def _read_evaluations(run: RunFacts) -> list[tuple[str, Entry]]:
+    """Read the results below RUN/evaluations, and list the sheets of neighbors by their places."""
     home = files.join(run.url, layout.EVALUATIONS)
     steps = [entry.name for entry in list_entries(home) if entry.is_folder]
     with ThreadPoolExecutor(8, thread_name_prefix="report") as threads:
@@ -218,10 +227,13 @@ def _read_evaluations(run: RunFacts) -> None:
         results = [(folder, e) for folder, e in there if e.name == RESULT]
         read = list(threads.map(lambda found: _read_result(run, home, *found), results))
     run.evaluations = [one for one in read if one is not None]
-    sheets = [(folder, e) for folder, e in there if e.name == SHEET]
-    if sheets:
-        folder, entry = max(sheets, key=lambda found: (found[1].modified or 0, found[0]))
-        _attempt(run, f"{folder}/{SHEET}", lambda: _read_sheet(run, home, folder, entry))
+    return [(f"{layout.EVALUATIONS}/{place}/{SHEET}", e) for place, e in there if e.name == SHEET]
+
+
+def _list_sheets(url: str) -> list[tuple[str, Entry]]:
+    """List the sheets of neighbors that the run drew itself, by their places."""
+    found = list_entries(files.join(url, layout.NEIGHBOURS))
+    return [(f"{layout.NEIGHBOURS}/{e.name}", e) for e in found if _OWN_SHEET.fullmatch(e.name)]
 
 
 def _read_result(run: RunFacts, home: str, folder: str, entry: Entry) -> EvaluationFacts | None:
@@ -234,8 +246,8 @@ def _read_result(run: RunFacts, home: str, folder: str, entry: Entry) -> Evaluat
     return _attempt(run, f"{folder}/{RESULT}", read)
 
 
-def _read_sheet(run: RunFacts, home: str, folder: str, entry: Entry) -> None:
-    run.sheet = folder, _read_bounded(files.join(home, folder, SHEET), entry)
+def _read_sheet(url: str, place: str, entry: Entry) -> tuple[str, bytes]:
+    return place, _read_bounded(files.join(url, place), entry)
 
 
 def _read_bounded(url: str, entry: Entry) -> bytes:

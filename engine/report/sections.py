@@ -171,8 +171,10 @@ def write_neighbours(run: RunFacts) -> Html:
     except ValueError as error:
         return _missing(f"The sheet of neighbors {place}", error)
     text = (
-        "Each row shows an image of data.val and then its nearest images of data.train. The border "
-        f"is green for the same label and red for another one. It is from {place}."
+        "Each row shows an image that was measured (of data.val, or of probe.val where the recipe "
+        "gives it), and then its nearest images of the set that is searched (data.train or "
+        "probe.train). The border is green for the same label, red for another one and gray where "
+        f"there is none. It is {place} of the run."
     )
     return join(tag("p", text, class_="soft"), tag("div", picture, class_="picture"))
 

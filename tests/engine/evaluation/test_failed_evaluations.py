@@ -136,7 +136,7 @@ def test_no_threads_are_left(data: DataConfig, tmp_path: Path) -> None:
     remove_shards(data.val)
     for _ in range(2):
         assert trainer.probe is not None
-        assert FAILED in trainer.probe.attempt()
+        assert FAILED in trainer.probe.attempt(trainer.step)
     gc.collect()
     assert threading.active_count() == before
 

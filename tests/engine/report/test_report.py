@@ -57,7 +57,7 @@ def test_a_report_that_takes_long_is_left(
     monkeypatch.setattr(report, "PATIENCE", 0.05)
     write_at_end(str(tmp_path), True, print)
     gate.set()
-    assert capsys.readouterr().out == "report.html was not written within 0.05 s\n"
+    assert capsys.readouterr().out == "report.html was not written: it takes more than 0.05 s\n"
 
 
 def test_only_the_first_process_writes(tmp_path: Path) -> None:
