@@ -16,7 +16,8 @@ from engine.report.views import find_views
 from engine.state import checkpoint, layout, origin
 from shards.documents import build, parse_json
 from shards.errors import InputError
-from shards.storage import files
+from shards.storage import files, local_files
+from shards.storage.commands import spell_program
 from shards.storage.entries import Entry, list_entries
 
 RESULT, SHEET = "result.json", "neighbours.png"
@@ -48,7 +49,7 @@ class EvaluationFacts:
 class RunFacts:
     """What one run says of itself."""
 
-    url: str
+    url: str  # absolute, so that what a page shows of it is right in every folder
     recipe: dict[str, Any] = field(default_factory=dict)  # all of recipe.json, by dotted names
     records: list[Record] = field(default_factory=list)
     evaluations: list[EvaluationFacts] = field(default_factory=list)
@@ -139,16 +140,17 @@ def collect(url: str, name: str = "RUN", pictures: bool = True) -> RunFacts:
     files.check(url, name)
     if not url.strip():
         raise InputError(f"{name} is empty: give the URL of a run")
-    run = RunFacts(url.rstrip("/") or url)
+    run = RunFacts(local_files.absolute(url.rstrip("/") or url))
     names = {entry.name for entry in list_entries(url)}
     if layout.RECIPE in names:
         run.recipe = _read_recipe(run)
     elif not names & {layout.JSONL, layout.PARTS}:
         mend = "give the URL of a run"
-        if (home := origin.home(run.url)) != run.url:
+        given = url.rstrip("/") or url
+        if (home := origin.home(given)) != given:
             mend = f"give {files.redact(home)}, whose checkpoint it is"
         elif names:
-            mend = f"launch/evaluate.py runs {files.redact(url)} lists the runs below it"
+            mend = f"`{spell_program('evaluate.py', 'runs', url)}` lists the runs below it"
         raise InputError(
             f"{name} {files.redact(url)}: is no run, because it has neither {layout.RECIPE} nor "
             f"{layout.JSONL}: {mend}"

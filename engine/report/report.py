@@ -28,7 +28,7 @@ def write_report(run: str, others: Sequence[str] = (), out: str = "") -> str:
     if out and out.endswith("/"):
         raise InputError(f"--out {files.redact(out)}: is a folder: give the URL of a file")
     runs = [collect(run, "RUN"), *(collect(other, "--compare", pictures=False) for other in others)]
-    url = out or files.join(runs[0].url, layout.REPORT)
+    url = out or files.join(run.rstrip("/") or run, layout.REPORT)
     files.write(url, make_page(runs))
     return url
 

@@ -162,7 +162,7 @@ def write_views(run: RunFacts) -> Html:
 def write_neighbours(run: RunFacts) -> Html:
     """Show the newest sheet of neighbors, or say how to draw one."""
     if run.sheet is None:
-        command = tag("code", spell_program("evaluate.py", "neighbours", run.url))
+        command = tag("code", _spell("neighbours", run))
         text = "No sheet of neighbors was drawn yet. This command draws one: "
         return tag("p", text, command, class_="soft")
     place, content = run.sheet
@@ -179,6 +179,11 @@ def write_neighbours(run: RunFacts) -> Html:
     return join(tag("p", text, class_="soft"), tag("div", picture, class_="picture"))
 
 
+def _spell(protocol: str, run: RunFacts) -> str:
+    """Return the command of an evaluation, which is right wherever the page is opened."""
+    return spell_program("evaluate.py", protocol, run.url, anywhere=True)
+
+
 def _missing(what: str, error: Exception) -> Html:
     return tag("p", f"{what} cannot be shown: {files.redact(str(error))}.", class_="card warn")
 
@@ -186,7 +191,7 @@ def _missing(what: str, error: Exception) -> Html:
 def write_evaluations(run: RunFacts) -> Html:
     """List the results of launch/evaluate.py, the newest step first."""
     if not run.evaluations:
-        command = tag("code", spell_program("evaluate.py", "linear", run.url))
+        command = tag("code", _spell("linear", run))
         text = "No evaluation was made yet. This command makes the paper's: "
         return tag("p", text, command, class_="soft")
     rows = [
