@@ -161,7 +161,7 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
                 world.on_main(lambda: files.discard(url, run.url, trainer.terminal.report))
             raise
         if not skipped:
-            run.prune(step)
+            run.prune(step, trainer.recipe.checkpoint.keep_every)  # in steps
         run.compact(log)
 
     saver.save(step, trainer.state(), write)
