@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from engine.evaluation.features import Features, encoding, extract, measure_accuracy
+from engine.evaluation.features import (
+    Accuracy,
+    Features,
+    encoding,
+    extract,
+    measure_accuracy,
+)
 from engine.evaluation.knn import Neighbours, find_nearest, vote
 from engine.evaluation.probe_sets import ProbeSets
 from engine.evaluation.sheet import Example, choose_examples, write_sheet
@@ -175,7 +181,8 @@ class Probe:
         if self.sets.knn:
             bank = self.extract(self.train, self.config.bank, leave=leave)
             near = find_nearest(bank, queries.features, self.config.neighbours, self.world)
-            found["knn_top1"] = self._vote(near, queries.labels)
+            accuracy = self._vote(near, queries.labels)
+            found |= {"knn_top1": accuracy.top1, "knn_images": accuracy.images}
             self._examples = choose_examples(queries, near, self.val.samples, self.world)
         head = self.online.classifier
         if head is not None and self.sets.head:
@@ -192,7 +199,7 @@ class Probe:
         bank = self.extract(self.train, self.config.bank, pixels=True)
         queries = self.extract(self.val, pixels=True)
         near = find_nearest(bank, queries.features, self.config.neighbours, self.world)
-        return self._vote(near, queries.labels)
+        return self._vote(near, queries.labels).top1
 
     def draw_examples(self, run: str) -> str:
         """Draw some images of the newest evaluation beside their neighbors, below RUN.
@@ -243,14 +250,11 @@ class Probe:
         assert found is not None
         return found
 
-    def _vote(self, near: Neighbours, labels: Tensor) -> float:
-        """Measure the accuracy of the neighbors' vote with the recipe's k and temperature.
-
-        The accuracy is a fraction.
-        """
+    def _vote(self, near: Neighbours, labels: Tensor) -> Accuracy:
+        """Measure the accuracy of the neighbors' vote with the recipe's k and temperature."""
         k, temperature = self.config.neighbours, self.config.temperature
         scores = vote(near, k, temperature, len(self.train.classes))
-        return measure_accuracy(scores, labels, self.world, self.sets.names[1]).top1
+        return measure_accuracy(scores, labels, self.world, self.sets.names[1])
 
     @torch.no_grad()
     def _take_weights(self) -> None:

@@ -93,7 +93,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 def without_measures(record: dict[str, Any]) -> dict[str, Any]:
-    left_out = {"knn_top1", "online_top1", "feature_rank", *TIMINGS, FAILED}
+    left_out = {"knn_top1", "knn_images", "online_top1", "feature_rank", *TIMINGS, FAILED}
     return {name: value for name, value in record.items() if name not in left_out}
 
 
