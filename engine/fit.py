@@ -5,11 +5,12 @@ from typing import Any
 
 from engine.evaluation.during_training import FAILED, Stopped
 from engine.log.metrics import MetricsLog
+from engine.log.patience import try_for
 from engine.measuring import Meter
 from engine.method.precision import slow_on
 from engine.processes.preemption import Preemption
 from engine.processes.world import World
-from engine.report.report import write_at_end
+from engine.report.report import PATIENCE, write_at_end
 from engine.state import checkpoint
 from engine.state.early_stop import EarlyStop
 from engine.state.saver import Saver
@@ -146,7 +147,7 @@ def _catch_up(trainer: Trainer, log: MetricsLog) -> dict[str, Any]:
         return {}
     if not trainer.recipe.probe.due(trainer.step, trainer.total_steps):
         return {}
-    measured = trainer.probe.attempt()
+    measured = trainer.probe.attempt(trainer.step)
     log.write(record | dict.fromkeys(record.keys() & {FAILED}) | measured)
     return measured
 
@@ -155,7 +156,7 @@ def _evaluate(trainer: Trainer, preemption: Preemption) -> dict[str, Any]:
     """Evaluate; return nothing when a signal interrupts, as the next start evaluates then."""
     assert trainer.probe is not None  # a recipe with evaluations has one
     try:
-        return trainer.probe.attempt(preemption.looked_for)
+        return trainer.probe.attempt(trainer.step, preemption.looked_for)
     except Stopped:
         return {}
 
@@ -178,7 +179,7 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
                 world.on_main(lambda: files.discard(url, run.url, trainer.terminal.report))
             raise
         if not skipped:
-            run.prune(step)
+            run.prune(step, trainer.recipe.checkpoint.keep_every)  # in steps
         run.compact(log)
 
     saver.save(step, trainer.state(), write)
@@ -205,6 +206,7 @@ def _farewell(trainer: Trainer, log: MetricsLog, early: str) -> None:
     say(f"curves        tensorboard --logdir {quote(run)}")
     _tell_best(trainer)
     if early or trainer.step == trainer.last_step:  # after a signal there may be no time for it
+        _draw_examples(trainer)
         write_at_end(trainer.run.url, trainer.world.main, say)
     if early and trainer.step < trainer.total_steps:
         patience = trainer.recipe.early_stop.patience
@@ -215,6 +217,18 @@ def _farewell(trainer: Trainer, log: MetricsLog, early: str) -> None:
     elif trainer.step < trainer.total_steps:
         option = "" if trainer.recipe.steps is None else " with a larger --steps, or without it,"
         say(f"the same command{option} goes on")
+
+
+def _draw_examples(trainer: Trainer) -> None:
+    """Draw images of the newest evaluation beside their neighbors, for the report.
+
+    The training is saved already, so what fails here is reported in one line and never fatal.
+    """
+    probe, url = trainer.probe, trainer.run.url
+    if probe is None or not trainer.world.main:
+        return
+    if fault := try_for(PATIENCE, lambda: probe.draw_examples(url)):
+        trainer.terminal.say(f"no sheet of neighbors was drawn: {fault}")
 
 
 def _tell_best(trainer: Trainer) -> None:

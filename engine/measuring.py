@@ -13,6 +13,7 @@ from engine.log.journal import Record
 from engine.log.metrics import Timer
 from engine.log.profiling import StepProfiler, parse_steps
 from engine.log.ranks import RankTimes
+from engine.method.durations import parse
 from engine.method.flops import count_flops, find_peak
 from engine.method.update_norms import UpdateNorms
 from engine.trainer import StepOutput, Trainer
@@ -77,7 +78,7 @@ class Meter:
         """Return the record of the last step. All processes call it together."""
         trainer = self._trainer
         record = trainer.measure(output, batch) | self._norms.read() | self._read_speeds()
-        if self._ranks.steps >= trainer.recipe.log.ranks_every:
+        if self._ranks.steps >= parse(trainer.recipe.log.ranks_every)[0]:
             self.show_ranks()
         return record
 

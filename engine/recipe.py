@@ -192,13 +192,14 @@ class Recipe:
 
 
 def in_steps(recipe: Recipe, steps_per_epoch: int) -> Recipe:
-    """Return a recipe whose evaluations, checkpoints and logged steps are due by steps alone."""
+    """Return a recipe in which all that happens now and then is due by steps alone."""
     every = partial(to_steps, steps_per_epoch=steps_per_epoch)
+    saves, log = recipe.checkpoint, recipe.log
     return replace(
         recipe,
         probe=replace(recipe.probe, every=every(recipe.probe.every)),
-        checkpoint=replace(recipe.checkpoint, every=every(recipe.checkpoint.every)),
-        log=replace(recipe.log, every=every(recipe.log.every)),
+        checkpoint=replace(saves, every=every(saves.every), keep_every=every(saves.keep_every)),
+        log=replace(log, every=every(log.every), ranks_every=every(log.ranks_every)),
     )
 
 

@@ -18,7 +18,7 @@ from engine.state.checkpoint import Commit
 from engine.state.origin import Origin
 from shards.errors import InputError
 from shards.fields import differences, flatten
-from shards.storage import files, local_files, misplaced
+from shards.storage import commands, files, local_files, misplaced
 
 DIGEST = "index_digest"
 _FACTS = {DIGEST, layout.TOTAL, origin.WEIGHTS, origin.BRANCH}  # in recipe.json, beside the fields
@@ -105,15 +105,13 @@ class Run:
 
         world.on_main(commit)
 
-    def prune(self, step: int) -> None:
+    def prune(self, step: int, keep_every: int | str) -> None:
         """Remove surplus checkpoints once that of `step` is saved; only the first process acts."""
         config, report = self._recipe.checkpoint, self.terminal.report
         if not self._world.main:
             return
         try:
-            checkpoint.prune(
-                self.url, step, config.keep, config.keep_every, report, config.keep_best
-            )
+            checkpoint.prune(self.url, step, config.keep, keep_every, report, config.keep_best)
         except OSError as error:  # the next save tries again
             report(f"old checkpoints stay for now: {error}")
 
@@ -317,7 +315,7 @@ def _check_branch(recipe: Recipe, known: Origin, begun: bool) -> None:
     if point is not None and not (given or begun or recipe.checkpoint.resume):
         raise InputError(
             f"run {run} branched from {point.url} and has no checkpoint yet: give "
-            f"--checkpoint.branch {point.url}, or another --run"
+            f"--checkpoint.branch {commands.quote(point.url)}, or another --run"
         )
 
 
@@ -331,7 +329,7 @@ def _refuse_file(url: str, name: str) -> None:
     place = files.redact(url)
     raise InputError(
         f"{name} {place}: is a file, and only a run or one of its checkpoints has a full state: to "
-        f"start a new run from the weights of a file, give --model.start {place}"
+        f"start a new run from the weights of a file, give --model.start {commands.quote(url)}"
     )
 
 
@@ -396,5 +394,5 @@ def _refuse_other(
         raise InputError(
             f"{place} is of another recipe or data set ({'; '.join(found)}): "
             f"set these back, or {remedy}, or go on from its state with these changes in a new "
-            f"run, by another --run and --checkpoint.branch {place}"
+            f"run, by another --run and --checkpoint.branch {commands.quote(url)}"
         )

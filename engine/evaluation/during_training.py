@@ -12,11 +12,18 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from annotated_types import Interval
-from torch import nn
+from torch import Tensor, nn
 
-from engine.evaluation.features import Features, encoding, extract, measure_accuracy
-from engine.evaluation.knn import find_nearest, vote
+from engine.evaluation.features import (
+    Accuracy,
+    Features,
+    encoding,
+    extract,
+    measure_accuracy,
+)
+from engine.evaluation.knn import Neighbours, find_nearest, vote
 from engine.evaluation.probe_sets import ProbeSets
+from engine.evaluation.sheet import Example, choose_examples, write_sheet
 from engine.log.figures import effective_rank
 from engine.method.byol import VIEWS, Online
 from engine.method.durations import Duration, Lasting, is_due, simplify
@@ -119,6 +126,9 @@ class Probe:
         self.world, self.precision, self._report = world, precision, report
         self.failures = 0
         """The number of evaluations that have failed."""
+        self.step = 0
+        """The step of the newest evaluation that succeeded. 0 stands for none after training."""
+        self._examples: list[Example] = []  # of the newest evaluation
         self._kinds: set[str] = set()  # of failures that were reported
         part = world.rank, world.size
         self.crops = CropReader(size, config.crop, threads, corrupt, report, part, rules)
@@ -134,14 +144,18 @@ class Probe:
         if not files.is_local(self.val.folder):
             self.world.on_main(lambda: _check_ends(self.val, self.sets.names[1]))
 
-    def attempt(self, leave: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    def attempt(self, step: int, leave: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """Evaluate as `evaluate` does. If that fails, report it and return only the reason.
+
+        `step` is the step that was trained last.
 
         The data of an evaluation may be damaged or vanish while a run trains for days. Training
         does not need it, so it goes on. Each kind of failure is reported once.
         """
         try:
-            return self.evaluate(leave)
+            found = self.evaluate(leave)
+            self.step = step
+            return found
         except (InputError, OSError) as error:  # all processes get this error
             reason = str(error)
         self.failures += 1
@@ -166,7 +180,10 @@ class Probe:
         found: dict[str, Any] = {}
         if self.sets.knn:
             bank = self.extract(self.train, self.config.bank, leave=leave)
-            found["knn_top1"] = self.measure_knn(bank, queries)
+            near = find_nearest(bank, queries.features, self.config.neighbours, self.world)
+            accuracy = self._vote(near, queries.labels)
+            found |= {"knn_top1": accuracy.top1, "knn_images": accuracy.images}
+            self._examples = choose_examples(queries, near, self.val.samples, self.world)
         head = self.online.classifier
         if head is not None and self.sets.head:
             with torch.no_grad():
@@ -180,7 +197,20 @@ class Probe:
     def measure_pixels(self) -> float:
         """Measure kNN on the pixels themselves. This is the figure that an encoder has to beat."""
         bank = self.extract(self.train, self.config.bank, pixels=True)
-        return self.measure_knn(bank, self.extract(self.val, pixels=True))
+        queries = self.extract(self.val, pixels=True)
+        near = find_nearest(bank, queries.features, self.config.neighbours, self.world)
+        return self._vote(near, queries.labels).top1
+
+    def draw_examples(self, run: str) -> str:
+        """Draw some images of the newest evaluation beside their neighbors, below RUN.
+
+        Only one process calls it. It returns the URL of the sheet, or "" when kNN was not measured.
+
+        Raises InputError and OSError when the images cannot be read or the sheet not be written.
+        """
+        if not self.step or not self._examples:
+            return ""
+        return write_sheet(run, self.step, self._examples, self.crops, self.train, self.val)
 
     def extract(
         self,
@@ -220,15 +250,11 @@ class Probe:
         assert found is not None
         return found
 
-    def measure_knn(self, bank: Features, queries: Features) -> float:
-        """Measure the accuracy of the neighbors' vote with the recipe's k and temperature.
-
-        The accuracy is a fraction.
-        """
+    def _vote(self, near: Neighbours, labels: Tensor) -> Accuracy:
+        """Measure the accuracy of the neighbors' vote with the recipe's k and temperature."""
         k, temperature = self.config.neighbours, self.config.temperature
-        found = find_nearest(bank, queries.features, k, self.world)
-        scores = vote(found, k, temperature, len(self.train.classes))
-        return measure_accuracy(scores, queries.labels, self.world, self.sets.names[1]).top1
+        scores = vote(near, k, temperature, len(self.train.classes))
+        return measure_accuracy(scores, labels, self.world, self.sets.names[1])
 
     @torch.no_grad()
     def _take_weights(self) -> None:

@@ -83,6 +83,7 @@ class Accuracy(NamedTuple):
 
     top1: float
     top5: float
+    images: int
 
 
 def measure_accuracy(scores: Tensor, labels: Tensor, world: World, field: str) -> Accuracy:
@@ -103,4 +104,4 @@ def measure_accuracy(scores: Tensor, labels: Tensor, world: World, field: str) -
     first, five, rows = world.all_reduce(sums).tolist()
     if rows == 0:
         raise InputError(f"evaluation found no labeled image that can be decoded: see {field}")
-    return Accuracy(first / rows, five / rows)
+    return Accuracy(first / rows, five / rows, rows)

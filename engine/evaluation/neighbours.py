@@ -3,7 +3,7 @@
 The features are also written for tensorboard's projector.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,17 +15,15 @@ from torch import Tensor
 from engine.evaluation.features import Features
 from engine.evaluation.knn import find_nearest
 from engine.evaluation.session import Evaluation
+from engine.evaluation.sheet import draw_sheet, list_examples, read_images
 from shards.errors import printable
-from shards.index import Index
 from shards.png import encode_png
 from shards.storage import files
 from shards.storage.commands import quote
 
 SHEET = "neighbours.png"
 SIDE = 96  # side of an image on the sheet, in pixels
-BORDER = 4  # width of a border, in pixels
 SPRITE = 8192  # side of tensorboard's largest sprite, in pixels
-RIGHT, WRONG, NEUTRAL = (46, 160, 67), (207, 34, 46), (140, 149, 159)
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,7 @@ class NeighboursConfig:
 def draw(evaluation: Evaluation, config: NeighboursConfig) -> None:
     """Write RUN/evaluations/.../neighbours.png and the projector's files in RUN/evaluations.
 
-    A neighbor's border is green when it has the query's label and red when it has another one. It
-    is gray when one of the two has no label. All processes call it together.
+    All processes call it together.
     """
     val, world = evaluation.val, evaluation.world
     ids = _spread(val.samples, max(config.queries, config.points))
@@ -62,18 +59,10 @@ def draw(evaluation: Evaluation, config: NeighboursConfig) -> None:
     near = find_nearest(bank, asked.features, config.neighbours, world)
     if not world.main:
         return
-    images = _read_images(evaluation, evaluation.train, near.ids.flatten().cpu().numpy())
-    queries = _read_images(evaluation, val, asked.ids.cpu().numpy())
-    rows = []
-    for i, query in enumerate(asked.ids.tolist()):
-        label = int(asked.labels[i])
-        row = [_draw_frame(queries[query], NEUTRAL)]
-        for neighbour, there in zip(near.ids[i].tolist(), near.labels[i].tolist(), strict=True):
-            known = label >= 0 and there >= 0
-            color = NEUTRAL if not known else RIGHT if there == label else WRONG
-            row.append(_draw_frame(images[neighbour], color))
-        rows.append(np.concatenate(row, axis=1))
-    sheet = np.concatenate(rows)
+    examples, crops = list_examples(asked, near, config.neighbours), evaluation.crops
+    images = read_images(crops, evaluation.train, near.ids.flatten().tolist(), SIDE)
+    queries = read_images(crops, val, asked.ids.tolist(), SIDE)
+    sheet = draw_sheet(examples, queries, images)
     url = files.join(evaluation.url, SHEET)
     files.write(url, encode_png(sheet))
     events = evaluation.events()
@@ -97,34 +86,13 @@ def _gather(evaluation: Evaluation, found: Features) -> Features:
     return Features(*(tensor[order] for tensor in whole))
 
 
-def _read_images(
-    evaluation: Evaluation, index: Index, ids: NDArray[np.int64], side: int = SIDE
-) -> dict[int, NDArray[np.uint8]]:
-    """Read central crops [side, side, 3] and return them by sample id."""
-    crops = replace(evaluation.crops, size=side, part=(0, 1)).read(index, ids=np.unique(ids))
-    return {
-        number: image.permute(1, 2, 0).numpy()
-        for batch in crops
-        for number, image in zip(batch.ids.tolist(), batch.images, strict=True)
-    }
-
-
-def _draw_frame(image: NDArray[np.uint8], color: tuple[int, int, int]) -> NDArray[np.uint8]:
-    """Add a colored border to an image, and a white border around that."""
-    side = len(image) + 4 * BORDER
-    framed = np.full((side, side, 3), 255, np.uint8)
-    framed[BORDER:-BORDER, BORDER:-BORDER] = color
-    framed[2 * BORDER : -2 * BORDER, 2 * BORDER : -2 * BORDER] = image
-    return framed
-
-
 def _write_projector(evaluation: Evaluation, found: Features) -> None:
     """Write the files that tensorboard's projector reads, beside the evaluations' events."""
     folder = evaluation.curves
     points = len(found.ids)
     columns = int(np.ceil(np.sqrt(points)))
     side = min(SIDE // 2, SPRITE // columns)
-    pictures = _read_images(evaluation, evaluation.val, found.ids.cpu().numpy(), side)
+    pictures = read_images(evaluation.crops, evaluation.val, found.ids.tolist(), side)
     sprite = np.full((columns * side, columns * side, 3), 255, np.uint8)
     for i, number in enumerate(found.ids.tolist()):
         y, x = (side * place for place in divmod(i, columns))

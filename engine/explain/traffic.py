@@ -85,10 +85,11 @@ def save_run(recipe: Recipe, size: int, total: int) -> Saving:
     config, every = recipe.checkpoint, cadence(recipe.checkpoint.every)
     written = count_due(every, total)
     kept = min(written, config.keep)
-    if config.keep_every and every.denominator == 1 and every:
+    keep = cadence(config.keep_every)
+    if keep and every and every.denominator == keep.denominator == 1:
         last = int(every) * (written - kept)  # of those that go
-        kept += last // math.lcm(int(every), config.keep_every)
-    elif config.keep_every:
+        kept += last // math.lcm(int(every), int(keep))
+    elif keep:
         older = range(1, written - kept + 1)
-        kept += sum(math.ceil(number * every) % config.keep_every == 0 for number in older)
+        kept += sum(math.ceil(number * every) % keep < 1 for number in older)
     return Saving(size, written, kept)

@@ -27,6 +27,7 @@ ALIKE = 0.04  # view_correlation, as a mean plus its standard error
 FLAT, TOO_WIDE = 0.03, 2.5  # view_std; views of clipped pixels cannot exceed 2.3
 TRIED = 1 / 3  # fraction of the run after which kNN has to beat the untrained encoder, twice
 INFORMED = 1.3  # times chance; labels on which the untrained encoder gets less tell nothing
+SURE = 2.0  # standard errors by which kNN has to be below the untrained encoder
 STARVED = 0.5  # data_wait
 _BY_RATE = ("diverging", "collapsed", "collapsing")  # what a high learning rate leads to
 
@@ -261,12 +262,24 @@ def _find_lost_accuracy(history: History) -> str:
     step, total = history.evaluated[-1]["step"], history.total_steps
     if len(accuracies) < 2 and not step >= total > 0:  # at the end there will be no second one
         return ""
-    if max(accuracies) > untrained or untrained < INFORMED * (chance or 0):
+    noise = _find_noise(untrained, _number(history.evaluated[-1], "knn_images"))
+    if max(accuracies) > untrained - SURE * noise or untrained < INFORMED * (chance or 0):
         return ""
     return (
         f"knn_top1 is {accuracies[-1]:.1%} at step {step:,} of {total:,}, "
         f"and {untrained:.1%} without training"
     )
+
+
+def _find_noise(accuracy: float, images: float | None) -> float:
+    """Return the standard error of an accuracy that was measured on so many images.
+
+    The logs of earlier releases do not tell the number. Their accuracies count as exact, so that
+    these logs are judged as they were before.
+    """
+    if images is None or images < 1:
+        return 0.0
+    return math.sqrt(max(0.0, accuracy * (1 - accuracy)) / images)
 
 
 def _find_starvation(history: History) -> str:

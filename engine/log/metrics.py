@@ -41,6 +41,8 @@ BASELINES = {
     "knn_start": "start weights",
 }
 
+NOT_PLOTTED = {"step", "knn_images"}  # keys of a record without a curve
+
 # The keys of a record that differ between two equal runs. All others are equal bit for bit.
 # `health` can be "starved", which depends on data_wait.
 TIMINGS = (
@@ -58,9 +60,10 @@ class LogConfig:
     pictures: Operation[Annotated[int, Interval(ge=1, le=1024)]] = 8
     """Number of images whose two views are shown in tensorboard, at the start and at
     evaluations."""
-    ranks_every: Operation[Annotated[int, Interval(ge=0)]] = 1000
-    """Steps from one table of the slowest processes to the next. It is printed at logged steps and
-    at the end, when there are several processes. 0 turns it off."""
+    ranks_every: Operation[Annotated[Duration, Lasting()]] = 1000
+    """Time from one table of the slowest processes to the next: steps, such as 1000, or epochs,
+    such as '1 epoch'. It is printed at logged steps and at the end, when there are several
+    processes. 0 turns it off."""
     visdom: Operation[Annotated[str, VisdomURL()]] = ""
     """URL of a Visdom server that shows the run too, such as http://localhost:8097. A path, as in
     http://localhost:8097/mine, names the environment. By default it has the run's name and id."""
@@ -70,6 +73,7 @@ class LogConfig:
 
     def __post_init__(self) -> None:
         simplify(self, "every")
+        simplify(self, "ranks_every")
 
     def due(self, step: int) -> bool:
         """Return whether `step` is logged."""
@@ -281,7 +285,7 @@ class MetricsLog:
         points = {
             name_curve(key): float(value)
             for key, value in figures.items()
-            if key != "step"
+            if key not in NOT_PLOTTED
             and (type(value) is float or (type(value) is int and abs(value) < 2**62))
         }
         return Point(points, record["step"])

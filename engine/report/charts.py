@@ -41,7 +41,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
 }
 BASELINES = {"knn_pixels": "raw pixels", "knn_untrained": "untrained"}
-_NOT_DRAWN = {"step", "epoch", "data_digest", *BASELINES}
+_NOT_DRAWN = {"step", "epoch", "data_digest", "knn_images", *BASELINES}
 _MOST_OTHERS = 24  # curves of keys that are in no group
 
 

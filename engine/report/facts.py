@@ -1,6 +1,7 @@
 """Collect what a run has written about itself. All of it may be a stranger's, or be damaged."""
 
 import math
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from engine.report.views import find_views
 from engine.state import checkpoint, layout, origin
 from shards.documents import build, parse_json
 from shards.errors import InputError
-from shards.storage import files
+from shards.storage import files, local_files
+from shards.storage.commands import spell_program
 from shards.storage.entries import Entry, list_entries
 
 RESULT, SHEET = "result.json", "neighbours.png"
@@ -24,6 +26,8 @@ NOT_FIELDS = {"index_digest", layout.TOTAL, origin.WEIGHTS, origin.BRANCH}
 MOST_EVALUATIONS = 100
 _SMALLEST, _LARGEST = 1e-99, 1e99  # of the numbers that a chart can show
 MOST_BYTES = 20_000_000  # of a result or of a sheet
+
+_OWN_SHEET = re.compile(r"step_\d{8}\.png")
 
 _T = TypeVar("_T")
 
@@ -45,12 +49,12 @@ class EvaluationFacts:
 class RunFacts:
     """What one run says of itself."""
 
-    url: str
+    url: str  # absolute, so that what a page shows of it is right in every folder
     recipe: dict[str, Any] = field(default_factory=dict)  # all of recipe.json, by dotted names
     records: list[Record] = field(default_factory=list)
     evaluations: list[EvaluationFacts] = field(default_factory=list)
     views: tuple[int, bytes] | None = None  # the newest picture of the views, and its step
-    sheet: tuple[str, bytes] | None = None  # the newest sheet of neighbors, and its place
+    sheet: tuple[str, bytes] | None = None  # the newest sheet of neighbors, and its place in RUN
     commit: dict[str, Any] = field(default_factory=dict)  # the newest commit.json
     faults: list[str] = field(default_factory=list)  # what could not be read, and why
 
@@ -136,16 +140,17 @@ def collect(url: str, name: str = "RUN", pictures: bool = True) -> RunFacts:
     files.check(url, name)
     if not url.strip():
         raise InputError(f"{name} is empty: give the URL of a run")
-    run = RunFacts(url.rstrip("/") or url)
+    run = RunFacts(local_files.absolute(url.rstrip("/") or url))
     names = {entry.name for entry in list_entries(url)}
     if layout.RECIPE in names:
         run.recipe = _read_recipe(run)
     elif not names & {layout.JSONL, layout.PARTS}:
         mend = "give the URL of a run"
-        if (home := origin.home(run.url)) != run.url:
+        given = url.rstrip("/") or url
+        if (home := origin.home(given)) != given:
             mend = f"give {files.redact(home)}, whose checkpoint it is"
         elif names:
-            mend = f"launch/evaluate.py runs {files.redact(url)} lists the runs below it"
+            mend = f"`{spell_program('evaluate.py', 'runs', url)}` lists the runs below it"
         raise InputError(
             f"{name} {files.redact(url)}: is no run, because it has neither {layout.RECIPE} nor "
             f"{layout.JSONL}: {mend}"
@@ -153,8 +158,14 @@ def collect(url: str, name: str = "RUN", pictures: bool = True) -> RunFacts:
     else:
         run.faults.append(f"{layout.RECIPE} is missing")
     run.records = _attempt(run, layout.JSONL, lambda: journal.read(run.url)) or []
+    sheets: list[tuple[str, Entry]] = []
     if layout.EVALUATIONS in names:
-        _attempt(run, layout.EVALUATIONS, lambda: _read_evaluations(run))
+        _attempt(run, layout.EVALUATIONS, lambda: sheets.extend(_read_evaluations(run)))
+    if layout.NEIGHBOURS in names:
+        _attempt(run, layout.NEIGHBOURS, lambda: sheets.extend(_list_sheets(run.url)))
+    if sheets:
+        place, entry = max(sheets, key=lambda found: (found[1].modified or 0, found[0]))
+        run.sheet = _attempt(run, place, lambda: _read_sheet(run.url, place, entry))
     if layout.CHECKPOINTS in names:
         run.commit = _attempt(run, "the newest commit.json", lambda: _read_commit(run.url)) or {}
     if pictures:
@@ -196,8 +207,8 @@ def _attempt(run: RunFacts, what: str, read: Callable[[], _T]) -> _T | None:
         return None
 
 
-def _read_evaluations(run: RunFacts) -> None:
-    """Read the results and the newest sheet of neighbors below RUN/evaluations."""
+def _read_evaluations(run: RunFacts) -> list[tuple[str, Entry]]:
+    """Read the results below RUN/evaluations, and list the sheets of neighbors by their places."""
     home = files.join(run.url, layout.EVALUATIONS)
     steps = [entry.name for entry in list_entries(home) if entry.is_folder]
     with ThreadPoolExecutor(8, thread_name_prefix="report") as threads:
@@ -218,10 +229,13 @@ def _read_evaluations(run: RunFacts) -> None:
         results = [(folder, e) for folder, e in there if e.name == RESULT]
         read = list(threads.map(lambda found: _read_result(run, home, *found), results))
     run.evaluations = [one for one in read if one is not None]
-    sheets = [(folder, e) for folder, e in there if e.name == SHEET]
-    if sheets:
-        folder, entry = max(sheets, key=lambda found: (found[1].modified or 0, found[0]))
-        _attempt(run, f"{folder}/{SHEET}", lambda: _read_sheet(run, home, folder, entry))
+    return [(f"{layout.EVALUATIONS}/{place}/{SHEET}", e) for place, e in there if e.name == SHEET]
+
+
+def _list_sheets(url: str) -> list[tuple[str, Entry]]:
+    """List the sheets of neighbors that the run drew itself, by their places."""
+    found = list_entries(files.join(url, layout.NEIGHBOURS))
+    return [(f"{layout.NEIGHBOURS}/{e.name}", e) for e in found if _OWN_SHEET.fullmatch(e.name)]
 
 
 def _read_result(run: RunFacts, home: str, folder: str, entry: Entry) -> EvaluationFacts | None:
@@ -234,8 +248,8 @@ def _read_result(run: RunFacts, home: str, folder: str, entry: Entry) -> Evaluat
     return _attempt(run, f"{folder}/{RESULT}", read)
 
 
-def _read_sheet(run: RunFacts, home: str, folder: str, entry: Entry) -> None:
-    run.sheet = folder, _read_bounded(files.join(home, folder, SHEET), entry)
+def _read_sheet(url: str, place: str, entry: Entry) -> tuple[str, bytes]:
+    return place, _read_bounded(files.join(url, place), entry)
 
 
 def _read_bounded(url: str, entry: Entry) -> bytes:

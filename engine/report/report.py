@@ -1,8 +1,8 @@
 """Write RUN/report.html, at the end of a training and whenever somebody asks for it."""
 
-import threading
 from collections.abc import Callable, Sequence
 
+from engine.log.patience import try_for
 from engine.report.facts import RunFacts, collect
 from engine.report.page import MOST_RUNS, make_page
 from engine.state import layout
@@ -28,7 +28,7 @@ def write_report(run: str, others: Sequence[str] = (), out: str = "") -> str:
     if out and out.endswith("/"):
         raise InputError(f"--out {files.redact(out)}: is a folder: give the URL of a file")
     runs = [collect(run, "RUN"), *(collect(other, "--compare", pictures=False) for other in others)]
-    url = out or files.join(runs[0].url, layout.REPORT)
+    url = out or files.join(run.rstrip("/") or run, layout.REPORT)
     files.write(url, make_page(runs))
     return url
 
@@ -43,17 +43,8 @@ def write_at_end(run: str, main: bool, say: Callable[[str], None]) -> None:
     if not main:
         return
     told: list[str] = []
-
-    def write() -> None:
-        try:
-            told.append(f"report        {files.redact(write_report(run))}")
-        except Exception as error:  # whatever it is, the training has succeeded
-            told.append(f"{layout.REPORT} was not written: {error or type(error).__name__}")
-
-    thread = threading.Thread(target=write, name="report", daemon=True)
-    thread.start()
-    thread.join(PATIENCE)
-    say(told[0] if told else f"{layout.REPORT} was not written within {PATIENCE:g} s")
+    fault = try_for(PATIENCE, lambda: told.append(files.redact(write_report(run))))
+    say(f"{layout.REPORT} was not written: {fault}" if fault else f"report        {told[0]}")
 
 
 __all__ = ["RunFacts", "write_at_end", "write_report"]

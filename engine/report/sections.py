@@ -167,7 +167,7 @@ def write_views(run: RunFacts) -> Html:
 def write_neighbours(run: RunFacts) -> Html:
     """Show the newest sheet of neighbors, or say how to draw one."""
     if run.sheet is None:
-        command = tag("code", spell_program("evaluate.py", "neighbours", run.url))
+        command = tag("code", _spell("neighbours", run))
         text = "No sheet of neighbors was drawn yet. This command draws one: "
         return tag("p", text, command, class_="soft")
     place, content = run.sheet
@@ -176,10 +176,17 @@ def write_neighbours(run: RunFacts) -> Html:
     except ValueError as error:
         return _missing(f"The sheet of neighbors {place}", error)
     text = (
-        "Each row shows an image of data.val and then its nearest images of data.train. The border "
-        f"is green for the same label and red for another one. It is from {place}."
+        "Each row shows an image that was measured (of data.val, or of probe.val where the recipe "
+        "gives it), and then its nearest images of the set that is searched (data.train or "
+        "probe.train). The border is green for the same label, red for another one and gray where "
+        f"there is none. It is {place} of the run."
     )
     return join(tag("p", text, class_="soft"), tag("div", picture, class_="picture"))
+
+
+def _spell(protocol: str, run: RunFacts) -> str:
+    """Return the command of an evaluation, which is right wherever the page is opened."""
+    return spell_program("evaluate.py", protocol, run.url, anywhere=True)
 
 
 def _missing(what: str, error: Exception) -> Html:
@@ -189,7 +196,7 @@ def _missing(what: str, error: Exception) -> Html:
 def write_evaluations(run: RunFacts) -> Html:
     """List the results of launch/evaluate.py, the newest step first."""
     if not run.evaluations:
-        command = tag("code", spell_program("evaluate.py", "linear", run.url))
+        command = tag("code", _spell("linear", run))
         text = "No evaluation was made yet. This command makes the paper's: "
         return tag("p", text, command, class_="soft")
     rows = [

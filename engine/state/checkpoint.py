@@ -54,8 +54,9 @@ class CheckpointConfig:
     because a gradient was not finite is left out."""
     keep: Operation[Annotated[int, Interval(ge=1)]] = 3
     """Number of newest checkpoints that stay."""
-    keep_every: Operation[Annotated[int, Interval(ge=0)]] = 0
-    """Checkpoints whose step is a multiple of this stay too. 0 keeps no others."""
+    keep_every: Operation[Annotated[Duration, Lasting()]] = 0
+    """Checkpoints that are due by this time too stay for good: steps, such as 10000, or epochs,
+    such as '10 epochs'. Choose a multiple of checkpoint.every. 0 keeps no others."""
     keep_best: Operation[str] = ""
     """Name of a figure in the log, such as knn_top1 or linear_top1. The checkpoint where it is
     largest stays too, and an evaluation that finds a new best is saved at once. By default none is
@@ -77,6 +78,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         simplify(self, "every")
+        simplify(self, "keep_every")
 
     def due(self, step: int) -> bool:
         """Return whether `every` asks for a checkpoint of `step`."""
@@ -303,7 +305,7 @@ def prune(
     run: str,
     step: int,
     keep: int,
-    keep_every: int = 0,
+    keep_every: int | str = 0,
     report: Callable[[str], None] = print,
     keep_best: str = "",
 ) -> None:
@@ -315,7 +317,7 @@ def prune(
         step: The step just saved. Checkpoints of later steps were found damaged when this process
             started. They do not count, and stay until they are overwritten.
         keep: Number of checkpoints that stay, at least 1.
-        keep_every: Checkpoints whose step is a multiple of this stay too. 0 keeps no others.
+        keep_every: Checkpoints at the steps where this duration is due stay too. 0 keeps no others.
         report: Is called with a line about what a store refuses to remove.
         keep_best: The checkpoint where the log has the largest value of this key stays too. ""
             keeps no other.
@@ -323,7 +325,7 @@ def prune(
     committed = committed_steps(run, step)
     best = find_best(run, keep_best, committed).step
     for number in committed[:-keep]:
-        if number == best or (keep_every and number % keep_every == 0):
+        if number == best or is_due(keep_every, number):
             continue
         url = step_url(run, number)
         if files.discard(files.join(url, COMMIT), run, report):

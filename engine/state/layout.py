@@ -10,6 +10,7 @@ RUN/trackers.json                     the run's id at trackers (log/tracker_ids.
 RUN/profile/                          what --profile recorded (log/profiling.py)
 RUN/evaluations/                      results of launch/evaluate.py (evaluation/session.py)
 RUN/probe/                            packed folders of images (evaluation/probe_sets.py)
+RUN/neighbours/step_00000100.png      images and their nearest neighbors (evaluation/sheet.py)
 RUN/report.html                       what a browser shows of the run (engine/report)
 RUN/debug_step/                       exists while --debug-step runs
 RUN/replay/step_00000100/             what --replay found of a step (replay/report.py)
@@ -37,10 +38,11 @@ TOTAL = "total_steps"  # the key of recipe.json for the number of steps of the w
 DEBUG_STEP = "debug_step"
 REPLAY = "replay"
 PROBE = "probe"
+NEIGHBOURS = "neighbours"
 
 NAMES = (
     *(RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, PROBE, PROFILE, DEBUG_STEP, REPLAY),
-    *(JSONL, PARTS, TRACKERS),
+    *(JSONL, PARTS, TRACKERS, NEIGHBOURS),
 )
 
 

@@ -14,8 +14,11 @@ def quote(url: str) -> str:
     return shlex.quote(redact(url))
 
 
-def spell_program(name: str, *words: str) -> str:
+def spell_program(name: str, *words: str, anywhere: bool = False) -> str:
     """Return the command that runs one of this project's programs.
+
+    It is right in the current folder, and with `anywhere` in every folder of this machine. The
+    URLs among its words are given as they shall be shown.
 
     Args:
         name: The name of the program's file, such as `pack.py`.
@@ -23,5 +26,5 @@ def spell_program(name: str, *words: str) -> str:
     """
     place = str(_LAUNCH / name)
     near = os.path.relpath(place)
-    shown = near if not near.startswith("..") else place
+    shown = place if anywhere or near.startswith("..") else near
     return f"python {shlex.quote(shown)} {' '.join(quote(word) for word in words)}".rstrip()

@@ -86,7 +86,7 @@ def test_slow_processes_are_named(
         steps=10,
         probe=tiny.NO_PROBE,
         parallel=ParallelConfig("ddp", timeout=60),
-        log=LogConfig(every=2, ranks_every=4),
+        log=LogConfig(every=2, ranks_every="2/3 epochs"),  # of 6 steps
     )
     text = ranks.run(train_unevenly, config, slow, size=2)[0]
     found = rows(text)

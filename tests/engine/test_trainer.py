@@ -368,7 +368,7 @@ def test_epochs_of_the_recipe_are_steps_of_the_run(tiny_data: DataConfig, tmp_pa
         steps=13,
         log=LogConfig(every="1/4 epochs"),
         probe=ProbeConfig(every="0.5 epochs", neighbours=5),
-        checkpoint=CheckpointConfig(every="1 epoch"),
+        checkpoint=CheckpointConfig(every="0.5 epochs", keep=1, keep_every="1 epoch"),
     )
     train(recipe)
     logged = lines(tmp_path)

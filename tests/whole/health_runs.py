@@ -243,7 +243,10 @@ def train(case: Case, folder: str, run: str) -> tuple[int, list[Record]]:
             finish(trainer)
         except InputError as error:
             print(error)
-        return trainer.total_steps, journal.read(run)
+        # Without the number of measured images kNN has no margin, which would be wide of so few.
+        return trainer.total_steps, [
+            {key: record[key] for key in KEYS if key in record} for record in journal.read(run)
+        ]
 
 
 def judge_all(total_steps: int, records: list[Record]) -> list[tuple[float, Health]]:

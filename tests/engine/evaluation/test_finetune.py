@@ -121,7 +121,7 @@ def test_each_choice_begins_at_the_checkpoint(run: str, tmp_path: Path) -> None:
 def test_the_best_is_kept(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = finetuning(run, str(tmp_path))
     figures = iter([0.2, 0.9, 0.5, 0.9])
-    monkeypatch.setattr(ours, "measure", lambda *_: Accuracy(next(figures), 1.0))
+    monkeypatch.setattr(ours, "measure", lambda *_: Accuracy(next(figures), 1.0, 100))
     kept: list[dict[str, Tensor]] = []
     for batch in ours.batches(0):
         ours.train_step(batch)

@@ -128,6 +128,26 @@ def test_one_evaluation_is_enough_at_the_end_of_the_run() -> None:
     assert statuses([baseline, *run], 31) == [HEALTHY] * 31
 
 
+@pytest.mark.parametrize(
+    ("images", "accuracy", "told"),
+    [  # two standard errors of 0.25 are 0.0866 of 100 images, and 0.0087 of 10,000
+        *((100, 0.165, False), (100, 0.162, True), (10_000, 0.242, False), (10_000, 0.240, True)),
+        *((None, 0.25, True), (None, 0.251, False), (0, 0.24, True), ("x", 0.24, True)),
+    ],
+)
+def test_knn_has_to_be_surely_below_the_untrained_encoder(
+    images: Any, accuracy: float, told: bool
+) -> None:
+    """The number of images is unknown in logs of earlier releases, which are judged as before."""
+    baseline = {"step": 0, "knn_untrained": 0.25, "knn_chance": 0.125}
+    run = [record(n) for n in range(1, 61)]
+    for n in (40, 60):
+        run[n - 1] |= {"knn_top1": accuracy}
+        if images is not None:
+            run[n - 1]["knn_images"] = images
+    assert statuses([baseline, *run])[-1] == ("not learning" if told else HEALTHY)
+
+
 def test_the_rate_is_named_where_it_is_the_likely_cause() -> None:
     run = [record(n, projection_std=0.1, lr=12.84) for n in range(1, 5)]
     found = judge(History(100, run))

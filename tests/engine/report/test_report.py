@@ -1,6 +1,7 @@
 """RUN/report.html: written on demand and at the end of a training, and never in its way."""
 
 import json
+import shlex
 import threading
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from shards.loader import DataConfig
 from shards.storage import files
 from tests.engine.report.test_page import write_run
 from tests.helpers import tiny
+from tests.helpers.places import ROOT
 from tests.helpers.training import finish, train, training
 from tests.helpers.web_pages import read_page
 
@@ -57,7 +59,7 @@ def test_a_report_that_takes_long_is_left(
     monkeypatch.setattr(report, "PATIENCE", 0.05)
     write_at_end(str(tmp_path), True, print)
     gate.set()
-    assert capsys.readouterr().out == "report.html was not written within 0.05 s\n"
+    assert capsys.readouterr().out == "report.html was not written: it takes more than 0.05 s\n"
 
 
 def test_only_the_first_process_writes(tmp_path: Path) -> None:
@@ -83,6 +85,21 @@ def test_the_command_compares_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not (tmp_path / "one" / "report.html").exists()
     assert evaluate.main(["report", first]) == 0
     assert (tmp_path / "one" / "report.html").exists()
+
+
+def test_commands_on_the_page_are_right_in_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my runs" / "it's").mkdir(parents=True)
+    (tmp_path / "my runs" / "it's" / "recipe.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert write_report("my runs/it's/") == "my runs/it's/report.html"
+    page = read_page((tmp_path / "my runs" / "it's" / "report.html").read_bytes())
+    monkeypatch.chdir("/")
+    for protocol in ("neighbours", "linear"):
+        (command,) = [text for text in page.texts if f"evaluate.py {protocol}" in text]
+        run = f"{tmp_path}/my runs/it's"
+        assert shlex.split(command) == ["python", f"{ROOT}/launch/evaluate.py", protocol, run]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ def test_programs_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(ROOT)
     shown = spell_program("pack.py", "--index-only", "s3://b/a b")
     assert shown == "python launch/pack.py --index-only 's3://b/a b'"
+    anywhere = spell_program("pack.py", "a b", anywhere=True)
+    assert shlex.split(anywhere) == ["python", f"{ROOT}/launch/pack.py", "a b"]
     monkeypatch.chdir(tmp_path)
     python, *words = shlex.split(spell_program("pack.py", "--help"))
     assert python == "python"
