@@ -58,7 +58,8 @@ def parse_recipe(arguments: list[str]) -> Recipe:
     found = load_file(arguments[0])
     join_help_lines(Recipe, arguments)
     recipe = _override(found.recipe, found, arguments)
-    if found.recipe_for is not None and recipe.data.train.strip():
+    known = recipe.data.train.strip() or (recipe.explain and recipe.explain_images)
+    if found.recipe_for is not None and known:
         epochs = recipe.schedule.epochs
         given = None if epochs == found.recipe.schedule.epochs else epochs
         recipe = _override(found.for_images(_count_images(recipe), given), found, arguments)
@@ -92,6 +93,8 @@ def _override(base: Recipe, found: RecipeFile, arguments: list[str]) -> Recipe:
 
 def _count_images(recipe: Recipe) -> int:
     """Return the number of training images, or that which the first start will draw."""
+    if recipe.explain and recipe.explain_images:
+        return recipe.explain_images
     url, drawn = recipe.data.train, recipe.data.draw
     files.check(url, "data.train")
     if drawn and not files.exists(files.join(url, indexes.NAME)):
@@ -101,7 +104,7 @@ def _count_images(recipe: Recipe) -> int:
     except InputError as error:
         if not recipe.explain:
             raise
-        stand_in = "with --data.draw N, N images stand in for what is not there"
+        stand_in = "with --explain-images N, N images stand in for what is not there"
         raise InputError(f"{error}; {stand_in}") from None
 
 
