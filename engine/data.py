@@ -13,6 +13,7 @@ from shards.errors import InputError
 from shards.index import Index
 from shards.loader import TrainLoader
 from shards.making import synthetic
+from shards.making.packed_folder import find_folder
 from shards.order import Order, rank_streams
 from shards.storage import files
 
@@ -75,7 +76,9 @@ def open_own_probe_sets(
         )
     if recipe.debug_step:
         home = files.join(home, layout.DEBUG_STEP)
-    if not (probe.every or probe.baseline):
+    if not probe.every:
+        if probe.baseline:
+            report("probe.baseline is not measured: probe.every is 0, so no evaluation follows")
         return None
     sets = open_probe_sets(
         (probe.train, probe.val),
@@ -122,11 +125,40 @@ def train_batches(
 
 
 def _draw(recipe: Recipe, report: Callable[[str], None]) -> None:
+    """Draw the sets that the recipe asks for and that are not there.
+
+    Raises InputError, before anything is drawn, when another URL of the recipe leads nowhere.
+    """
     data, size = recipe.data, recipe.views.size
-    for url, samples, seed in ((data.train, data.draw, 0), (data.val, data.draw // 4, 1)):
-        if url and samples and not files.exists(files.join(url, indexes.NAME)):
-            report(f"drawing {samples} images to {files.redact(url)}")
-            synthetic.write(url, samples, size, seed)
+    missing = [
+        (name, url, samples, seed)
+        for name, url, samples, seed in (
+            ("data.train", data.train, data.draw, 0),
+            ("data.val", data.val, data.draw // 4, 1),
+        )
+        if url and samples and not files.exists(files.join(url, indexes.NAME))
+    ]
+    for name, url, _, _ in missing[:1]:
+        _check_others(recipe, name, url)
+    for _, url, samples, seed in missing:
+        report(f"drawing {samples} images to {files.redact(url)}")
+        synthetic.write(url, samples, size, seed)
+
+
+def _check_others(recipe: Recipe, name: str, url: str) -> None:
+    """Raise InputError when no images may be drawn to the `url` of the field `name`."""
+    for probe, place in (("probe.train", recipe.probe.train), ("probe.val", recipe.probe.val)):
+        if recipe.probe.every and place and not files.exists(place):
+            find_folder(place, probe)  # It raises the error that its opening would raise.
+    for other, place in (("data.train", recipe.data.train), ("data.val", recipe.data.val)):
+        if other == name or not place or not files.exists(files.join(place, indexes.NAME)):
+            continue
+        # Beside somebody's own images, a URL with nothing there is a mistake.
+        if tuple(indexes.load(place, other).classes) != synthetic.CLASSES:
+            raise InputError(
+                f"{name} {files.redact(url)}: no {indexes.NAME} there, and nothing is drawn there, "
+                f"because {other} has other images than drawn ones: give another --{name} URL"
+            )
 
 
 def check_batches(recipe: Recipe, order: Order) -> None:

@@ -104,6 +104,9 @@ class Recipe:
     explain_processes: Operation[Annotated[int | None, Interval(ge=1, le=2**20)]] = None
     """Number of processes that --explain takes, one for each GPU. By default it takes those that it
     was started with."""
+    explain_images: Operation[Annotated[int | None, Interval(ge=1, le=2**40)]] = None
+    """Number of training images that --explain takes, without looking at data.train, which then
+    need not be there. By default it takes those that are there."""
     explain_speed: Operation[Annotated[float | None, Interval(gt=0, le=1e9)]] = None
     """Images a second of each process that --explain takes. By default it takes the speed that the
     run's log has."""
@@ -144,7 +147,8 @@ class Recipe:
             ("run", "directory to write to (under torchrun: --run-url)"),
             ("data.train", "folder of shards"),
         ):
-            if not attrgetter(name)(self).strip():
+            needed = name == "run" or not (self.explain and self.explain_images)
+            if needed and not attrgetter(name)(self).strip():
                 raise InputError(f"{name} is not set: give --{name} URL, the {what}")
         places = ("run", "data.train", "data.val", "data.cache", "probe.train", "probe.val")
         beginnings = ("checkpoint.resume", "checkpoint.branch", "model.start")

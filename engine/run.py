@@ -288,7 +288,7 @@ def _find_parent(
 
 def _without_secrets(recipe: Recipe) -> dict[str, Any]:
     fields = flatten(recipe)
-    for name in ("data.train", "data.val", "probe.train", "probe.val"):
+    for name in ("run", "data.train", "data.val", "probe.train", "probe.val"):
         fields[name] = local_files.absolute(fields[name])  # an evaluation may start elsewhere
     return {k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
 

@@ -1,44 +1,17 @@
 """Parse command lines to a recipe."""
 
-import ast
 import re
-import sys
-from contextlib import suppress
 
 import tyro
 
-from engine import recipe_files
 from engine.recipe import Recipe, RecipeFile, load_file, operation_names
+from launch import help_page
 from launch.help_texts import join_help_lines
 from launch.hints import hint
 from launch.plain_errors import plain_errors
 from shards import index as indexes
-from shards.errors import InputError, printable
+from shards.errors import InputError
 from shards.storage import files
-
-_HELP = {"-h", "--help"}
-
-_PROGRAM = """\
-Train an encoder by BYOL, or continue a run that was stopped:
-
-  torchrun launch/train.py RECIPE [--field.name value ...]
-  torchrun --nproc-per-node=8 launch/train.py RECIPE ...      one process for each of 8 GPUs
-  python launch/train.py RECIPE ...                           one process
-  byol-train RECIPE ...                                       the same after pip install
-
-The same command starts a run and continues it. RECIPE is a Python file that defines `recipe`, or
-the bare name of one that comes along:
-"""
-_AFTER = """\
-A field on the command line overrides the recipe's. For instance:
-
-  torchrun launch/train.py imagenette --data.train s3://bucket/mine/train \\
-      --data.val s3://bucket/mine/val --run-url s3://bucket/runs/mine \\
-      --batch.size 512 --schedule.epochs 300 --probe.every "5 epochs"
-
-RECIPE --help lists all fields with the values that the recipe gives them. recipes/README.md tells
-how to write a recipe, and which field answers which question.
-"""
 
 
 def parse_recipe(arguments: list[str]) -> Recipe:
@@ -46,9 +19,7 @@ def parse_recipe(arguments: list[str]) -> Recipe:
 
     Raises InputError with one line for an unknown field or a bad value. --help prints and exits.
     """
-    if _HELP & set(arguments[:1]):
-        _print_help()
-        sys.exit(0)
+    help_page.print_when_asked(arguments)
     if not arguments or arguments[0].startswith("-"):
         raise InputError(
             "usage: torchrun launch/train.py RECIPE [--field.name value ...]; RECIPE is a file "
@@ -58,7 +29,8 @@ def parse_recipe(arguments: list[str]) -> Recipe:
     found = load_file(arguments[0])
     join_help_lines(Recipe, arguments)
     recipe = _override(found.recipe, found, arguments)
-    if found.recipe_for is not None and recipe.data.train.strip():
+    known = recipe.data.train.strip() or (recipe.explain and recipe.explain_images)
+    if found.recipe_for is not None and known:
         epochs = recipe.schedule.epochs
         given = None if epochs == found.recipe.schedule.epochs else epochs
         recipe = _override(found.for_images(_count_images(recipe), given), found, arguments)
@@ -92,6 +64,8 @@ def _override(base: Recipe, found: RecipeFile, arguments: list[str]) -> Recipe:
 
 def _count_images(recipe: Recipe) -> int:
     """Return the number of training images, or that which the first start will draw."""
+    if recipe.explain and recipe.explain_images:
+        return recipe.explain_images
     url, drawn = recipe.data.train, recipe.data.draw
     files.check(url, "data.train")
     if drawn and not files.exists(files.join(url, indexes.NAME)):
@@ -101,7 +75,7 @@ def _count_images(recipe: Recipe) -> int:
     except InputError as error:
         if not recipe.explain:
             raise
-        stand_in = "with --data.draw N, N images stand in for what is not there"
+        stand_in = "with --explain-images N, N images stand in for what is not there"
         raise InputError(f"{error}; {stand_in}") from None
 
 
@@ -110,18 +84,8 @@ def _unknown(argument: str, recipe: Recipe) -> str:
     if argument.startswith("-"):
         return f"unknown field --{name}: {hint(name, recipe)}"
     text = f"unexpected argument {argument!r}: fields are given as --field.name value"
+    if argument.lower() in ("true", "false", "yes", "no", "on", "off", "0", "1"):
+        text += ", and what is on or off without one: --group.name or --group.no-name"
     if re.fullmatch("epochs?|steps?", argument, re.IGNORECASE):
         text += f", and a duration is one value, such as '1 {argument}' in quotes or 1{argument}"
     return text
-
-
-def _print_help() -> None:
-    """Print what the program is, and the recipes that come along, each with its first line."""
-    print(_PROGRAM)
-    for name, path in recipe_files.shipped().items():
-        first = ""
-        with suppress(OSError, ValueError, SyntaxError):
-            text = ast.get_docstring(ast.parse(path.read_text())) or ""
-            first = text.partition("\n")[0]
-        print(f"  {name:<16} {printable(first)}")
-    print(f"\n{_AFTER}", end="")

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from launch import interrupts
+from launch.loading import say_loading
 from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     interrupts.end_plainly()
+    say_loading()
     check_requirements()
     prepare_output()
 

@@ -1,6 +1,7 @@
 """Say which field is meant by an option of another name, such as --lr or --epochs."""
 
 import difflib
+import re
 
 from engine.method.adamw import AdamWConfig
 from engine.method.lars import LARSConfig
@@ -104,6 +105,8 @@ def hint(option: str, recipe: Recipe) -> str:
         option: The option without its dashes.
     """
     name = option.lower().replace("_", "-")
+    if negated := _negate(name, recipe):
+        return f"did you mean --{negated}?"
     known = [field.replace("_", "-") for field in flatten(recipe)] + ["run-url"]
     for names, text in ADVICE.items():
         if name in names.split():
@@ -121,6 +124,22 @@ def hint(option: str, recipe: Recipe) -> str:
     if not near:
         return "--help lists the fields"
     return f"did you mean {' or '.join(f'--{one}' for one in near)}?"
+
+
+def _negate(name: str, recipe: Recipe) -> str:
+    """Return how the field is switched off that `name` negates in another place; "" for none.
+
+    The no- stands before the last part of a field's name, as in --probe.no-baseline.
+    """
+    wanted = re.sub(r"(^|\.)no-", r"\1", name, count=1)
+    if wanted == name:
+        return ""
+    switches = [k.replace("_", "-") for k, v in flatten(recipe).items() if isinstance(v, bool)]
+    found = [one for one in switches if wanted in (one, one.rpartition(".")[2])]
+    if len(found) != 1:
+        return ""
+    group, dot, leaf = found[0].rpartition(".")
+    return f"{group}{dot}no-{leaf}"
 
 
 def fields_of_all_recipes() -> set[str]:

@@ -89,7 +89,7 @@ def _make_table(runs: list[RunSummary], names: list[str]) -> Table:
     for key in shown:
         table.add_column(_FIGURES[key], justify="right")
     for run, name in zip(runs, names, strict=True):
-        figures = [_show_figure(key, run.figures.get(key)) for key in shown]
+        figures = [_show_figure(key, run.figures.get(key)) + _show_place(run, key) for key in shown]
         health = _cut(str(run.figures.get("health") or "-"), _LONGEST_HEALTH)
         age = "" if run.age is None else f"{show_duration(run.age)} ago"
         cells = (_show_step(run), run.state, health, age, *figures)
@@ -149,6 +149,13 @@ def _show_figure(key: str, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return "-"
     return show_number(key, value if abs(value) < 1e99 else math.inf)
+
+
+def _show_place(run: RunSummary, key: str) -> str:
+    """Return the step of an evaluation's figure, where it is not that of the run."""
+    step = run.steps.get(key)
+    evaluated = key in ("knn_top1", "online_top1")
+    return f" at {step:,}" if evaluated and step not in (None, run.step) else ""
 
 
 def _cut(text: str, longest: int = _LONGEST) -> str:

@@ -8,13 +8,20 @@ import os
 import sys
 
 from launch import interrupts
+from launch.loading import say_loading
 from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     interrupts.end_plainly()
+    say_loading()
     check_requirements()
     prepare_output()
+
+from launch import help_page
+
+if __name__ == "__main__":  # the page needs none of the imports below, which take seconds
+    help_page.print_when_asked(sys.argv[1:])
 
 from engine.data import open_data
 from engine.debug import debug_step

@@ -73,7 +73,8 @@ class ProbeConfig:
     a short run that is too low: at the end of the quickstart, the head had 42% with it, 53% with 10
     times and 59% with 100 times the rate, and a linear probe 81%."""
     baseline: Operation[bool] = False
-    """Measure kNN on raw pixels and on the untrained encoder before the first step."""
+    """Measure kNN on raw pixels and on the untrained encoder before the first step, where
+    evaluations follow."""
 
     def __post_init__(self) -> None:
         simplify(self, "every")

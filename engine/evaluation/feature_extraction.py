@@ -55,6 +55,8 @@ class FeaturesConfig:
     format: Format | None = None
     """Format of the files: npz, npy, safetensors or parquet. By default it is what OUT ends in, and
     npz when OUT is a folder. parquet needs pip install 'byol-engine[parquet]'."""
+    overwrite: bool = False
+    """Replace other features that OUT holds. The same features are not computed again."""
 
 
 class _Layer(nn.Module):
@@ -114,7 +116,13 @@ class Extraction:
         header = Header(one.shape[1:], one.dtype, images.classes)
         most = min(max(1, PART_BYTES // one.nbytes), PART_ROWS)
         self.rows = min(most, max(LEAST_ROWS, -(-images.samples // PARTS)))
-        self.parts = Parts(output, self._settings(), header, -(-images.samples // self.rows))
+        origin = {
+            "run": files.redact(source.run or source.url),
+            "step": source.step,
+            "images_from": files.redact(images.url),
+        }
+        count = -(-images.samples // self.rows)
+        self.parts = Parts(output, self._settings(), origin, header, count)
 
     def _settings(self) -> dict[str, Any]:
         source, images, config = self.source, self.images, self.config
@@ -143,7 +151,7 @@ class Extraction:
         Raises InputError when OUT holds something else, and when too many images are damaged.
         """
         parts, world, say = self.parts, self.world, self.terminal.say
-        if not world.on_main(parts.claim):
+        if not world.on_main(lambda: parts.claim(self.config.overwrite)):
             say(f"already there: {files.redact(self.output.url)}")
             return
         done = set(world.on_main(parts.find_done))

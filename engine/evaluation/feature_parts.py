@@ -21,6 +21,8 @@ from shards.fields import differences
 from shards.storage import files, misplaced
 
 INDEX = "features.json"
+# What stands in `origin` for a digest in the settings.
+_IN_WORDS = {"weights": ("run", "step"), "data": ("images_from",)}
 _PARTS = re.compile(r"features-[0-9]{5,}\.[a-z]+(\.csv)?")
 
 
@@ -100,21 +102,49 @@ class Record:
         return Rows(self.ids, self.labels, self.names)
 
 
+class Occupied(InputError):
+    """OUT holds something else than the features that are asked for."""
+
+
 class Parts:
     """The parts of one output."""
 
     def __init__(
-        self, output: Output, settings: dict[str, Any], header: Header, count: int
+        self,
+        output: Output,
+        settings: dict[str, Any],
+        origin: dict[str, Any],
+        header: Header,
+        count: int,
     ) -> None:
-        """Describe the parts, `count` of them. `settings` is all that decides the features."""
+        """Describe the parts, `count` of them.
+
+        Args:
+            settings: All that decides the features.
+            origin: Where weights and images came from, for people.
+        """
         self.output, self.header, self.numbers = output, header, range(count)
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.origin = origin
 
-    def claim(self) -> bool:
+    def claim(self, overwrite: bool = False) -> bool:
         """Claim OUT for these features. Return False when it already holds all of them.
+
+        With `overwrite`, other features there are removed.
 
         Raises InputError when it holds something else.
         """
+        try:
+            return self._claim()
+        except Occupied:
+            if not overwrite:
+                raise
+        output = self.output
+        for url in (output.index, output.work, *self._others()):
+            files.remove(url)
+        return self._claim()
+
+    def _claim(self) -> bool:
         output = self.output
         work = files.join(output.work, INDEX)
         for url in (output.index, work):
@@ -126,20 +156,44 @@ class Parts:
                 there = None
             known = there.get("settings") if isinstance(there, dict) else None
             if known != self.settings:
-                listed = ["no features"]
-                if isinstance(known, dict):
-                    listed = differences(known, self.settings)
-                raise InputError(
-                    f"OUT {files.redact(output.url)}: holds something else ({'; '.join(listed)}): "
-                    "choose another OUT, or remove what is there"
+                listed = self._tell_differences(there) if isinstance(known, dict) else []
+                raise Occupied(
+                    f"OUT {files.redact(output.url)}: holds something else "
+                    f"({'; '.join(listed) or 'no features'}): choose another OUT, or give "
+                    "--overwrite"
                 )
             return url == work
         for url in self._others():
-            raise InputError(
-                f"OUT {files.redact(url)}: is there already: choose another OUT, or remove it"
+            raise Occupied(
+                f"OUT {files.redact(url)}: is there already: choose another OUT, or give "
+                "--overwrite"
             )
-        files.write(work, json.dumps({"settings": self.settings}).encode())
+        document = {"settings": self.settings, "origin": self.origin}
+        files.write(work, json.dumps(document).encode())
         return True
+
+    def _tell_differences(self, document: dict[str, Any]) -> list[str]:
+        """List what differs from the features that an index describes.
+
+        Digests say nothing to people. So the run, the step and the place of the images stand for
+        those of weights and images, if the index has them and they differ.
+        """
+        known, origin = document["settings"], document.get("origin")
+        there, here = dict(known), dict(self.settings)
+        for digest, names in _IN_WORDS.items():
+            if not isinstance(origin, dict) or known.get(digest) == self.settings[digest]:
+                continue
+            places = {name: origin.get(name) for name in names}
+            own = {name: self.origin[name] for name in names}
+            for settings, found in ((there, places), (here, own)):
+                if places != own:
+                    settings.pop(digest, None)
+                settings |= found
+        if known.get("data") != self.settings["data"]:
+            for settings in (there, here):  # They follow from the images.
+                settings.pop("classes", None)
+                settings.pop("rows_of_a_part", None)
+        return differences(there, here)
 
     def _others(self) -> list[str]:
         """List what is there that would be overwritten, although it is not of these features."""
@@ -215,6 +269,7 @@ class Parts:
             "files": [{"name": name, "rows": count} for name, count in sorted(counts.items())],
             "left_out": [asdict(fault) for fault in left_out],
             **facts,
+            "origin": self.origin,
             "settings": self.settings,
         }
         files.write(output.index, json.dumps(document, indent=1).encode())

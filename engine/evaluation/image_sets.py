@@ -42,6 +42,7 @@ class Sample(NamedTuple):
 class Images(Protocol):
     """What features are computed of."""
 
+    url: str
     samples: int
     classes: list[str]
     digest: str
@@ -62,7 +63,7 @@ class ShardImages:
     def __init__(self, index: Index, rules: PixelRules, report: Callable[[str], None]) -> None:
         """Open the data set. `report` takes warnings about damaged shards."""
         self.samples, self.classes, self.digest = index.samples, index.classes, index.digest
-        self.left_out: Reasons = {}
+        self.url, self.left_out = index.url, Reasons()
         self.facts: dict[str, Any] = {}
         self._index, self._reader = index, BlockReader(index, report=report, rules=rules)
 
@@ -107,7 +108,7 @@ class FolderImages:
         self.reads = 0 if files.is_local(url) else REMOTE_READS
         self.options, self.rules = options, rules
         self.facts = options.facts()
-        self._url, self._images = url, images
+        self.url, self._images = url, images
         summed = sha256()  # of the names and sizes of all files
         for image in images:
             summed.update(f"{image.path}\0{image.size}\0".encode(errors="surrogateescape"))
@@ -120,14 +121,14 @@ class FolderImages:
         """
 
         def read(image: Image, start: int | None = None, stop: int | None = None) -> bytes:
-            return files.read(files.join(self._url, image.path), start, stop)
+            return files.read(files.join(self.url, image.path), start, stop)
 
         with _naming_data():
             window = choose_window(
                 self._images,
                 read,
                 percentiles,
-                place=files.redact(self._url),
+                place=files.redact(self.url),
                 most=self.options.max_pixels,
                 threads=threads,
             )
@@ -145,7 +146,7 @@ class FolderImages:
             yield Sample(number, image.path, image.label, decode)
 
     def _decode(self, image: Image) -> Tensor:
-        url = files.join(self._url, image.path)
+        url = files.join(self.url, image.path)
         try:
             content = files.read(url)
         except FileNotFoundError:

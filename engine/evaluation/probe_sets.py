@@ -4,13 +4,13 @@ import json
 from collections.abc import Callable
 from typing import NamedTuple
 
+from engine.evaluation.given_sets import GivenSet
 from engine.processes.world import World, check_alike
 from shards import index as indexes
 from shards.digest import digest
 from shards.errors import InputError
 from shards.index import Index
 from shards.making.convert import PixelOptions
-from shards.making.packed_folder import keep_packed
 from shards.storage import files
 
 
@@ -50,17 +50,15 @@ def open_probe_sets(
     """
     window = train.pixels.get("window")
     options = PixelOptions(max_pixels, None, tuple(window) if window else None)
+    sets, notes = find_sets(places, train, val, world), []
     found: list[Index | None] = [train, val]
-    names, notes = ["data.train", "data.val"], []
-    for i, field in enumerate(("probe.train", "probe.val")):
-        if place := places[i]:
-            own = files.join(cache, field.partition(".")[2])
-            index = _open(place, own, field, options, world, threads, report)
-            if doubt := indexes.compare_windows(train, index, ("data.train", field)):
-                notes.append(doubt)
-            names[i], found[i] = field, index
-    fields = names[0], names[1]
-    bank, queries = found[0] or train, found[1]
+    for i, given in sets.items():
+        own = files.join(cache, given.name.partition(".")[2])
+        index = given.open(own, lambda: options, threads=threads, report=report, alone=True)
+        if doubt := indexes.compare_windows(train, index, ("data.train", given.name)):
+            notes.append(doubt)
+        found[i] = index
+    bank, queries, fields = found[0] or train, found[1], _name_fields(sets)
     # Otherwise a process could measure, and wait for one that does not.
     for name, known in (("data.train", train), (fields[0], bank), (fields[1], queries)):
         if known is not None:
@@ -77,40 +75,33 @@ def open_probe_sets(
     return ProbeSets(bank, queries, fields, knn=True, head=head, notes=tuple(notes))
 
 
-_REMEDY = "give --probe.train URL and --probe.val URL, which have labels, to have it"
+def find_sets(
+    places: tuple[str, str], train: Index, val: Index | None, world: World
+) -> dict[int, GivenSet]:
+    """Find the sets at the values of probe.train and probe.val that are set; 0 is probe.train.
 
-
-def _open(
-    url: str,
-    cache: str,
-    name: str,
-    options: PixelOptions,
-    world: World,
-    threads: int,
-    report: Callable[[str], None],
-) -> Index:
-    """Open the shards at `url`, or pack the folder of images there to `cache` and open that.
-
-    Raises InputError on all processes when there is neither, and when there are no labels.
+    No folder is packed, which may take hours. All processes call it together. Raises InputError
+    when a set is none, has no labels, or has other classes than the other one.
     """
+    sets: dict[int, GivenSet] = {}
+    for i, field in enumerate(_FIELDS):
+        if places[i]:
+            sets[i] = GivenSet(places[i], field, world)
+            sets[i].require_labels()
+    bank, queries = (sets[i].preview if i in sets else (train, val)[i] for i in (0, 1))
+    fields = _name_fields(sets)
+    if bank is not None and queries is not None and not _find_fault(bank, queries, fields):
+        world.on_all(lambda: _check_classes(bank, queries, fields))
+    return sets
 
-    def find() -> str:
-        if files.exists(files.join(url, indexes.NAME)):
-            return ""
-        return keep_packed(url, cache, options, name=name, threads=threads, report=report)
 
-    packed = world.on_main(find)
+def _name_fields(sets: dict[int, GivenSet]) -> tuple[str, str]:
+    first, second = (sets[i].name if i in sets else f"data.{('train', 'val')[i]}" for i in (0, 1))
+    return first, second
 
-    def load() -> Index:
-        index = indexes.load(packed or url, name)  # machines may have the shards in other places
-        if not index.classes:
-            raise InputError(
-                f"{name} {files.redact(url)}: has no labels: give a set that has, or a folder of "
-                "images with one folder for each class"
-            )
-        return index
 
-    return world.on_all(load)
+_FIELDS = ("probe.train", "probe.val")
+_REMEDY = "give --probe.train URL and --probe.val URL, which have labels, to have it"
 
 
 def _find_fault(bank: Index, queries: Index | None, fields: tuple[str, str]) -> str:

@@ -1,15 +1,18 @@
 """Find the two sets that a run's encoder is measured on where the command line names none."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Literal
 
 from engine.encoder.source import Source
+from engine.evaluation.given_sets import GivenSet
 from engine.processes.world import World
 from engine.state.layout import PROBE
 from shards import index as indexes
 from shards.errors import InputError
 from shards.index import Index
+from shards.making.convert import PixelOptions
 from shards.storage import files
 
 Name = Literal["data.train", "data.val"]
@@ -28,14 +31,17 @@ def open_index(url: str, name: str, world: World) -> Index:
 
 
 def open_sets(
-    given: dict[Name, Index],
+    given: dict[Name, GivenSet],
     source: Source,
     world: World,
     *,
     labels: bool,
+    open_given: Callable[[GivenSet], Index],
     report: Callable[[str], None],
 ) -> tuple[Index, Index]:
     """Return the set to learn from and the set to measure; those of the run where none is given.
+
+    What is given is opened last, because a folder of images is packed then.
 
     They are the run's data.train and data.val. Where one of these is not set, or has no labels
     although `labels` are needed, the run's probe.train and probe.val take their places. All
@@ -43,7 +49,7 @@ def open_sets(
     """
     urls = {name: source.data_url(name) for name in _PROBES if name not in given}
     probes = {n: _PROBES[n] for n in urls if source.run and source.fields.get(_PROBES[n])}
-    found = dict(given)
+    found: dict[Name, Index] = {}
     for name in () if probes and not all(urls.values()) else urls:
         found[name] = open_index(urls[name], name, world)
     lacking = [n for n in urls if n not in found or (labels and not found[n].classes)]
@@ -54,6 +60,11 @@ def open_sets(
             report(f"{name} is the run's {probes[name]}: {files.redact(url)}")
         for name in urls.keys() - found.keys():
             found[name] = open_index(urls[name], name, world)
+    if labels:
+        known = found | {name: one.preview for name, one in given.items()}
+        check_classes(known["data.train"], known["data.val"])
+    for name, one in given.items():
+        found[name] = open_given(one)
     return found["data.train"], found["data.val"]
 
 
@@ -77,3 +88,27 @@ def _find_probe(source: Source, name: Literal["probe.train", "probe.val"]) -> st
             f"{files.redact(url)}: give --data.{part} URL, a folder of shards"
         )
     return url
+
+
+def packing_options(source: Source, given: list[GivenSet], max_pixels: int) -> PixelOptions:
+    """Return how a folder's images are converted: with the window of the run's data.train, if any.
+
+    Without one it is that of other shards which were given. The first process calls it.
+    """
+    pixels = [one.index.pixels for one in given if one.index is not None]
+    with suppress(InputError, OSError):  # What is not there has no window.
+        if url := source.data_url("data.train"):
+            pixels.insert(0, indexes.load(url, "data.train").pixels)
+    window = next((found["window"] for found in pixels if found.get("window")), None)
+    return PixelOptions(max_pixels, None, tuple(window) if window else None)
+
+
+def check_classes(train: Index, val: Index) -> None:
+    """Raise InputError unless both data sets have labels and the same classes."""
+    for name, index in (("data.train", train), ("data.val", val)):
+        if not index.classes:
+            raise InputError(
+                f"{name} {files.redact(index.url)}: has no labels, which an evaluation needs: "
+                "pack the images in one folder for each class"
+            )
+    indexes.check_same_classes(train, val)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from engine.encoder.source import EncoderConfig, open_encoder
 from engine.evaluation.features import Features, encoding, extract
+from engine.evaluation.given_sets import GivenSet
 from engine.evaluation.results import Result, read_result, show
-from engine.evaluation.run_sets import Name, open_index, open_sets
+from engine.evaluation.run_sets import Name, check_classes, open_sets, packing_options
 from engine.log import journal
 from engine.log.curves import name_curve
 from engine.log.events import EventLog
@@ -42,6 +43,7 @@ from shards.index import Index
 from shards.storage import files
 
 RESULT = "result.json"
+PACKED = "packed"  # the folder of what was packed, beside the results
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ class EvaluationDataConfig:
     """Options for the data that an encoder is measured on."""
 
     train: str = ""
-    """URL of the training shards, in which neighbors are searched or from which a head learns. By
-    default they are the run's."""
+    """URL of the training images, in which neighbors are searched or from which a head learns:
+    shards, or a folder of images with one folder for each class, which is packed beside the
+    results. By default they are the run's."""
     val: str = ""
-    """URL of the shards that the accuracy is measured on. By default they are the run's. A run
-    whose own images have no labels is measured on its probe.train and probe.val."""
+    """URL of the images that the accuracy is measured on: shards, or a folder of images. By default
+    they are the run's. A run whose own images have no labels is measured on its probe.train and
+    probe.val."""
     corrupt: UnitInterval = 0.01
     """Fraction of the images that each process may find undecodable before the evaluation stops. It
     may always find 10."""
@@ -96,19 +100,28 @@ class Evaluation:
         self.corrupt = data.corrupt
         files.check(out, "--out")
         named: dict[Name, str] = {"data.train": data.train, "data.val": data.val}
-        given = {name: open_index(url, name, world) for name, url in named.items() if url}
+        given = {n: GivenSet(url, n, world, labels=labels) for n, url in named.items() if url}
         self.source, self.network = open_encoder(checkpoint_url, encoder, world, self.terminal.say)
+        self.rules = self.source.rules
+        if data.max_pixels is not None:
+            self.rules = replace(self.rules, max_pixels=data.max_pixels)
+        self.run = "" if out else self.source.run  # the run that gets the results
+        if self.run:
+            refuse_links(self.run, (EVALUATIONS,), "give --out for the results")
+        self.home = out or (files.join(self.run, EVALUATIONS) if self.run else EVALUATIONS)
+        self._given = given
         self.train, self.val = open_sets(
-            given, self.source, world, labels=labels, report=self.terminal.say
+            given,
+            self.source,
+            world,
+            labels=labels,
+            open_given=self._open_given,
+            report=self.terminal.say,
         )
-        self._given = bool(given)
         if labels:
             check_classes(self.train, self.val)
         if doubt := indexes.compare_windows(self.train, self.val):
             self.terminal.say(doubt)
-        self.rules = self.source.rules
-        if data.max_pixels is not None:
-            self.rules = replace(self.rules, max_pixels=data.max_pixels)
         self.crops = CropReader(
             self.source.size,
             self.source.crop,
@@ -120,10 +133,6 @@ class Evaluation:
         )
         self.encode = encoding(self.network, self.source.precision, world.device)
         self.settings = settings
-        self.run = "" if out else self.source.run  # the run that gets the results
-        if self.run:
-            refuse_links(self.run, (EVALUATIONS,), "give --out for the results")
-        self.home = out or (files.join(self.run, EVALUATIONS) if self.run else EVALUATIONS)
         self.url = self._folder()
         self.terminal.say(f"{protocol} of the {self.source.report}")
         if warning := slow_on(world.device, self.source.precision):
@@ -132,6 +141,21 @@ class Evaluation:
     @property
     def classes(self) -> int:
         return len(self.train.classes)
+
+    def _open_given(self, given: GivenSet) -> Index:
+        """Open a set that the command line names. A folder is packed beside the results."""
+        if given.index is not None:
+            return given.index
+        say, place = self.terminal.say, files.join(self.home, PACKED)
+        index = given.open(
+            place,
+            lambda: packing_options(self.source, list(self._given.values()), self.rules.max_pixels),
+            threads=self.threads,
+            report=say,
+            alone=False,
+        )
+        say(f"{given.name} is packed, and stays: {files.redact(index.url)}")
+        return index
 
     def extract(
         self,
@@ -337,14 +361,3 @@ def _fold(run: str) -> None:
         journal.Journal(run, 1 << 62)  # all steps
     finally:
         held.release()
-
-
-def check_classes(train: Index, val: Index) -> None:
-    """Raise InputError unless both data sets have labels and the same classes."""
-    for name, index in (("data.train", train), ("data.val", val)):
-        if not index.classes:
-            raise InputError(
-                f"{name} {files.redact(index.url)}: has no labels, which an evaluation needs: "
-                "pack the images in one folder for each class"
-            )
-    indexes.check_same_classes(train, val)

@@ -79,28 +79,19 @@ def _order(recipe: Recipe, known: Known) -> Order | None:
         check_batches(recipe, order)
         return order
     shard = Shard("", known.samples or batch, 0, None, "")  # it stands for what is not there
-    Order(Index("", [shard]), recipe.seed, streams, batch)
-    check_micro(recipe)
+    order = Order(Index("", [shard]), recipe.seed, streams, batch)
+    check_micro(recipe) if known.samples is None else check_batches(recipe, order)
     return None
 
 
 def look(recipe: Recipe, processes: int) -> Known:
     """Read the index of data.train, and where the run stands; nothing of it has to be there."""
     index: Index | None = None
-    samples, classes, missing = None, 0, []
-    try:
-        index = indexes.load(recipe.data.train, "data.train")
-        samples, classes = index.samples, len(index.classes)
-    except InputError as error:
-        missing.append(f"not read: {error}")
-        if recipe.data.draw:
-            samples, classes = recipe.data.draw, len(synthetic.CLASSES)
-            missing.append(f"the run will draw {samples:,} images there, whose bytes are not known")
-        else:
-            missing.append(
-                "so schedule, dates, requests and online head are left out: with --data.draw N, "
-                "N images stand in for what is not there"
-            )
+    samples, classes, missing = recipe.explain_images, 0, list[str]()
+    if samples is not None:
+        missing.append("requests and the online head are left out: no data was looked at")
+    else:
+        index, samples, classes = _read_data(recipe, missing)
     at, log = 0, []
     try:
         saved = [
@@ -124,6 +115,26 @@ def look(recipe: Recipe, processes: int) -> Known:
             "a second of each process, for dates and rates"
         )
     return Known(index, samples, classes, at, speed, missing)
+
+
+def _read_data(recipe: Recipe, missing: list[str]) -> tuple[Index | None, int | None, int]:
+    """Read the index of data.train; return it, and the number of its images and classes.
+
+    What is not there is added to `missing`.
+    """
+    try:
+        index = indexes.load(recipe.data.train, "data.train")
+        return index, index.samples, len(index.classes)
+    except InputError as error:
+        missing.append(f"not read: {error}")
+    if drawn := recipe.data.draw:
+        missing.append(f"the run will draw {drawn:,} images there, whose bytes are not known")
+        return None, drawn, len(synthetic.CLASSES)
+    missing.append(
+        "so schedule, dates, requests and online head are left out: with --explain-images N, the "
+        "schedule is that of N images"
+    )
+    return None, None, 0
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -267,12 +278,25 @@ def _reading(
     table.caption = (
         ("" if speed else f"A second is one of {UNIT:,.0f} images of all processes.\n")
         + f"The data set has {_gb(sum(shard.bytes for shard in index.shards))} in "
-        f"{len(index.shards):,} shards. Each process has up to {fetches} requests under way.\n"
-        f"Decoding {takes} about {cores:,.1f} cores, {cores / processes:,.1f} for each process, at "
+        f"{len(index.shards):,} {'shard' if len(index.shards) == 1 else 'shards'}. Each process "
+        f"has up to {fetches} requests under way.\n"
+        + _explain_streams(epoch, order.streams)
+        + f"Decoding {takes} about {cores:,.1f} cores, {cores / processes:,.1f} for each process, at "
         f"{traffic.DECODED:g} images a second of a core.\nThat was measured with ImageNet's JPEGs "
         "at 224 pixels (recipes/README.md); measure yours with launch/bench.py input."
     )
     return table
+
+
+def _explain_streams(epoch: traffic.Reading, streams: int) -> str:
+    """Return the line that says why there are more requests than blocks, where there are."""
+    if epoch.requests <= epoch.blocks:
+        return ""
+    number = "1 block" if epoch.blocks == 1 else f"{epoch.blocks:,} blocks"
+    return (
+        f"It is {number}, and each of the {streams} streams (data.streams) fetches those that it "
+        "needs by itself:\na block that several streams need counts once for each of them.\n"
+    )
 
 
 def _saving(recipe: Recipe, known: Known, fakes: Fakes, processes: int) -> Table:

@@ -28,6 +28,7 @@ class Reading(NamedTuple):
     bytes: int
     kept_requests: int  # of these, what a full cache saves
     kept_bytes: int
+    blocks: int  # of the data set
     exact: bool  # False when the sizes of the blocks are in files of their own, which are not read
 
 
@@ -52,7 +53,8 @@ def read_epoch(recipe: Recipe, order: Order) -> Reading:
             requests, size = requests + 1, size + stop - start
             if shard < kept:
                 kept_requests, kept_bytes = kept_requests + 1, kept_bytes + stop - start
-    return Reading(images, requests, size, kept_requests, kept_bytes, exact=True)
+    blocks = sum(len(shard.blocks) for shard in index.shards if shard.blocks is not None)
+    return Reading(images, requests, size, kept_requests, kept_bytes, blocks, exact=True)
 
 
 def count_kept(recipe: Recipe, index: Index) -> int:
@@ -76,6 +78,7 @@ def _estimate(index: Index, streams: int, images: int, kept: int) -> Reading:
         round(size * used) + twice * size // max(1, requests),
         round(sum(blocks[:kept]) * used),
         round(sum(sizes[:kept]) * used),
+        sum(blocks),
         exact=False,
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.log import journal
 from engine.report.facts import NOT_FIELDS, RESULT, RunFacts, read_recipe
-from engine.state import early_stop, layout, lease
+from engine.state import checkpoint, early_stop, layout, lease
 from shards.errors import InputError
 from shards.storage import files
 from shards.storage.entries import Entry, list_entries
@@ -30,6 +30,7 @@ class RunSummary:
     step: int | None = None
     total_steps: int | None = None
     figures: dict[str, Any] = field(default_factory=dict)  # the newest of FIGURES
+    steps: dict[str, int] = field(default_factory=dict)  # of the figures
     stopped_early: bool = False  # a figure of the log ended the training at the newest step
     state: str = ""  # in words
     age: float | None = None  # seconds since the log was last written to
@@ -47,7 +48,7 @@ class Survey:
 def survey_runs(url: str, depth: int) -> Survey:
     """Find the runs below a URL, and read their recipes, leases and newest figures.
 
-    Nothing is written. Folders are listed one by one, and those of checkpoints never.
+    Nothing is written. Folders are listed one by one, and what is in a checkpoint never.
 
     Args:
         depth: Number of levels of folders below the URL that are searched.
@@ -126,6 +127,10 @@ def _summarize(url: str, entries: list[Entry]) -> RunSummary:
     except (OSError, ValueError) as error:
         run.faults.append(f"{layout.JSONL} cannot be read: {error}")
     try:
+        _read_checkpoints(run, there)
+    except OSError as error:
+        run.faults.append(f"{layout.CHECKPOINTS} cannot be listed: {error}")
+    try:
         run.state = _tell_state(run, _is_empty(there))
     except (OSError, InputError) as error:
         run.faults.append(f"{layout.LEASE} cannot be read: {error}")
@@ -148,12 +153,23 @@ def _read_log(run: RunSummary, there: dict[str, Entry]) -> None:
     elif log or parts:
         run.faults.append("the log has no line that can be read")
     for key in FIGURES:
-        values = (record[key] for record in reversed(records) if key in record)
-        value = next(values, None)
-        if value is not None:
-            run.figures[key] = value
+        record = next((one for one in reversed(records) if key in one), {})
+        if record.get(key) is not None:
+            run.figures[key], run.steps[key] = record[key], record["step"]
         elif key == "loss" and records and "loss" in records[-1]:
             run.figures[key] = math.nan
+
+
+def _read_checkpoints(run: RunSummary, there: Collection[str]) -> None:
+    """Take the step of the newest checkpoint where it is beyond the log, whose lines are fewer."""
+    if layout.CHECKPOINTS not in there:
+        return
+    for url in reversed(checkpoint.steps(run.url)):
+        if (step := int(url[-8:])) <= (run.step or 0):
+            return
+        if files.exists(files.join(url, checkpoint.COMMIT)):
+            run.step = step
+            return
 
 
 def _is_empty(there: Collection[str]) -> bool:

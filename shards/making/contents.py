@@ -40,10 +40,19 @@ class Contents:
             yield f"converted: {some.number:,} {done}, such as {some.example}"
 
     def list_faults(self, total: int) -> Iterator[str]:
-        """Yield one line for each fault of the `total` images, and one for too large an image."""
+        """Yield one line for each fault of the `total` images, and one for too large an image.
+
+        Images that cannot be decoded are packed all the same: the plan of the shards, by which a
+        packing that was stopped goes on, is made before any image is read.
+        """
         for reason, bad in sorted(self._bad.items()):
             share = f"{bad.number:,} of {total:,} images ({reason})"
             yield f"cannot be decoded: {share}, such as {bad.example}"
+        if self._bad:
+            yield (
+                "such images are packed as they are: training takes the next good image in the "
+                "place of each, evaluations leave them out, and data.corrupt bounds how many"
+            )
         pixels, path = self._large
         if pixels > MOST_PIXELS:
             yield (

@@ -63,13 +63,15 @@ def find_images(source: str, *, follow_links: bool = False) -> Found:
     paths = [*(path for path, _ in found), *(f"{path}/." for path in empty)]
     if not splits:
         sets = [_image_set("", "", found, _class_names(paths, ""))]
-        return Found(sets, left_out, _doubts(sets[0].classes, sets, tars))
+        doubts = _doubts(sets[0].classes, sets, tars)
+        return Found(sets, left_out, doubts + _tell_nested(found, [""], len(sets[0].classes)))
     classes = sorted({name for folder in splits for name in _class_names(paths, folder)})
     sets = [_image_set(name, folder, found, classes) for folder, name in splits.items()]
     for path, _ in found:
         if path.split("/", 1)[0] not in splits:
             leave_out(left_out, f"images outside of {', '.join(splits)}", path)
-    return Found(sets, left_out, _doubts(classes, sets, tars))
+    doubts = _doubts(classes, sets, tars) + _tell_nested(found, list(splits), len(classes))
+    return Found(sets, left_out, doubts)
 
 
 def find_all_images(source: str, name: str, *, follow_links: bool = False) -> Found:
@@ -211,6 +213,21 @@ def _doubts(classes: list[str], sets: list[ImageSet], tars: list[str]) -> list[s
             where = f" in {part.name}" if part.name else ""
             doubts.append(f"classes without an image{where}: {', '.join(bare[:3])}{more}")
     return doubts
+
+
+def _tell_nested(found: list[tuple[str, int]], splits: list[str], classes: int) -> list[str]:
+    """Say that images in folders below that of a class have its class; nothing when none are."""
+    nested: list[tuple[str, str]] = []
+    for path, _ in found:
+        for split in splits:
+            name = _class_name(path, split)
+            if name and "/" in path[len(split) :].lstrip("/").partition("/")[2]:
+                nested.append((path, name))
+    if not nested or classes == 1:
+        return []  # That there is one class only was said.
+    path, name = nested[0]
+    number = "1 image lies" if len(nested) == 1 else f"{len(nested):,} images lie"
+    return [f"{number} in folders below that of a class, such as {path}, whose class is {name}"]
 
 
 def _class_names(paths: list[str], split: str) -> list[str]:

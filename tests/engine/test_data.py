@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine.data import open_data
+from engine.evaluation.during_training import ProbeConfig
 from engine.processes.world import World
 from shards.errors import InputError
 from shards.index import Index
@@ -64,3 +65,32 @@ def test_other_windows_are_reported(
         len([text for text in said if "packed with other windows ([0.0, 9.0] and" in text])
         == reports
     )
+
+
+def test_nothing_is_drawn_where_a_url_is_wrong(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """Neither beside somebody's own images, nor before a set of the probe is missed."""
+    own, there, nothing = write(tmp_path / "own", None).url, tiny_data.val, f"{tmp_path}/nothing"
+    draw = DataConfig(train=own, val=nothing, streams=4, draw=40)
+    for data, probe, text in (
+        (draw, ProbeConfig(), "data.val .*/nothing: no index.json there, and nothing is drawn"),
+        (dataclasses.replace(draw, train=nothing, val=own), ProbeConfig(), "data.train .*/nothing"),
+        (
+            dataclasses.replace(draw, train=nothing, val=""),
+            ProbeConfig(every=1, train=there, val=f"{tmp_path}/gone"),
+            "probe.val .*/gone: no such folder",
+        ),
+    ):
+        with pytest.raises(InputError, match=text):
+            open_data(tiny.recipe(data, tmp_path / "run", probe=probe), ALONE, print)
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+    # A drawing that was stopped between its two sets goes on.
+    data = dataclasses.replace(draw, train=tiny_data.train)
+    assert open_data(tiny.recipe(data, tmp_path / "run"), ALONE, print).val is not None
+
+
+def test_no_baseline_that_nothing_follows(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = open_trainer(tiny.recipe(tiny_data, tmp_path, probe=ProbeConfig(baseline=True)))
+    assert trainer.measure_baseline() == {}
+    assert "probe.baseline is not measured: probe.every is 0" in capsys.readouterr().out

@@ -141,6 +141,28 @@ def test_a_file_of_torchvision_starts_both_encoders(
     trainer.train_step(next(trainer.batches()))
 
 
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_a_file_of_timm_starts_both_encoders(
+    kind: str, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    network = pytest.importorskip("timm").create_model("resnet18", pretrained=False).eval()
+    path, state = tmp_path / f"timm.{kind}", network.state_dict()
+    if kind == "pth":
+        torch.save(state, path)
+    else:
+        safetensors.torch.save_file(state, path)
+    model = BYOLConfig(ResNetConfig(depth=18), hidden=32, projection=16, start=str(path))
+    trainer = open_trainer(recipe(tiny_data, tmp_path / "run", model=model))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = network.forward_features(images).mean(dim=(2, 3))
+        for side in (trainer.online, trainer.target):
+            twin = ResNet(model.encoder, views=1).eval()
+            own = {name: whole(value) for name, value in side.encoder.state_dict().items()}
+            twin.load_state_dict(own)
+            torch.testing.assert_close(twin(images), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_another_encoder_is_refused_with_the_fields(
     parent: Path, tiny_data: DataConfig, tmp_path: Path
 ) -> None:

@@ -291,7 +291,7 @@ def test_other_features_are_refused(
     for arguments, text in (
         ([run, tiny_data.train, out], "images: there 40, here 104"),
         ([run, tiny_data.val, out, "--layer", "layer2"], "layer: there layer4, here layer2"),
-        ([run, tiny_data.val, out, "--checkpoint", "16"], "weights: there"),
+        ([run, tiny_data.val, out, "--checkpoint", "16"], "else (step: there 20, here 16): choose"),
         ([run, tiny_data.val, f"{tmp_path}/mine.npy"], "mine.npy.csv: is there already"),
         ([run, tiny_data.val, f"{tmp_path}/other.npz"], "holds something else (no features)"),
         ([run, tiny_data.val, out, "--format", "npy"], "--format npy differ"),
@@ -308,6 +308,36 @@ def test_other_features_are_refused(
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert text.replace("{tmp}", str(tmp_path)) in line
     assert Path(out).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["out.npy", "out"])
+def test_other_features_are_replaced_when_asked(
+    name: str,
+    run: str,
+    tiny_data: DataConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The files are those of a first call, and files of the user's own stay."""
+    out, calm = f"{tmp_path}/{name}", f"{tmp_path}/calm/{name}"
+    assert features(run, tiny_data.train, out) == 0
+    assert features(run, tiny_data.val, calm) == 0
+    (tmp_path / "mine.txt").write_text("mine")
+    assert features(run, tiny_data.val, out) == 1
+    error = capsys.readouterr().err
+    assert f"images_from: there {tiny_data.train}, here {tiny_data.val})" in error
+    assert "images: there 104, here 40; images_from" in error
+    assert "rows_of_a_part" not in error
+    assert features(run, tiny_data.val, out, "--overwrite") == 0
+    for path in Path(tmp_path / "calm").rglob("*"):
+        if path.is_file():
+            assert (
+                path.read_bytes() == (tmp_path / path.relative_to(tmp_path / "calm")).read_bytes()
+            )
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    capsys.readouterr()
+    assert features(run, tiny_data.val, out, "--overwrite") == 0
+    assert "already there" in capsys.readouterr().out
 
 
 def test_what_cannot_be_decoded_is_listed(

@@ -61,12 +61,43 @@ def test_what_is_not_there_is_said(
     assert "give --explain-speed" in text
     assert "fsdp (4 to a group)" in text
     assert "The processes of a group share out" in text
-    assert "with --data.draw N" in text
+    assert "with --explain-images N" in text
     drawn = dataclasses.replace(recipe, data=dataclasses.replace(data, draw=104))
     text = printed(dataclasses.replace(drawn, explain_speed=100.0), capsys)
     assert "20 steps" in text
     assert "at 400.0 images a second of all processes" in text
     assert not any(tmp_path.iterdir())
+
+
+def test_dates_before_the_data_is_there(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The number of images takes the place of data.train, which may even be left out."""
+    recipe = tiny.recipe(
+        dataclasses.replace(tiny_data, train=""),
+        tmp_path / "run",
+        explain=True,
+        explain_images=2 * tiny.SAMPLES,
+        explain_speed=100.0,
+    )
+    recipe.check()
+    text = printed(recipe, capsys)
+    assert "208 images, 40 steps" in text
+    assert "no data was looked at" in text
+    assert not re.search("GETs|not read", text)
+    with pytest.raises(InputError, match=r"data\.train is not set"):
+        dataclasses.replace(recipe, explain=False).check()
+    with pytest.raises(InputError, match=r"fewer than batch\.size"):
+        printed(dataclasses.replace(recipe, explain_images=10), capsys)
+
+
+def test_a_block_of_several_streams(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = printed(tiny.recipe(tiny_data, tmp_path / "run"), capsys)
+    assert "It is 1 block, and each of the 4 streams (data.streams) fetches" in text
+    one = dataclasses.replace(tiny_data, streams=1)
+    assert "It is 1 block" not in printed(tiny.recipe(one, tmp_path / "run"), capsys)
 
 
 def test_what_cannot_run_is_refused(tiny_data: DataConfig, tmp_path: Path) -> None:

@@ -119,6 +119,21 @@ def test_damaged_runs_are_listed_with_the_reason(
     assert len([line for line in out.splitlines() if line.startswith("good")]) == 1
 
 
+def test_steps_are_those_of_checkpoints_and_evaluations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint may be newer than the last line, and a line newer than the last evaluation."""
+    write_run(f"{tmp_path}/a", steps=4)
+    write_run(f"{tmp_path}/b", steps=4)
+    (tmp_path / "b" / "checkpoints" / "step_00000005" / "commit.json").unlink()
+    with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss": 0.5}\n')
+    assert evaluate.main(["runs", str(tmp_path)]) == 0
+    _, a, b, *_ = capsys.readouterr().out.splitlines()
+    assert re.search("^a +5 of 10 .* 40.0% at 4$", a)
+    assert re.search("^b +6 of 10 .* 40.0% at 4$", b)
+
+
 def test_the_table_shows_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(f"{tmp_path}/a", seed=1, note="x" * 500)
     write_run(f"{tmp_path}/b", steps=7, seed=2, note="\x1b[2J[red]\n")

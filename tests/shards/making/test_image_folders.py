@@ -188,3 +188,16 @@ def test_tars_in_the_place_of_images_and_beside_them(tmp_path: Path, name: str) 
     found = find_images(str(tmp_path))
     assert len(found.sets[0].images) == 1
     assert f"{name} is a tar, whose images are not taken" in found.warnings[0]
+
+
+def test_folders_below_a_class_are_told(tmp_path: Path) -> None:
+    flat, deep = ["ant/0.jpg", "bee/0.jpg"], ["ant/x/y/1.jpg", "bee/x/2.jpg"]
+    (told,) = find_images(str(write_files(tmp_path / "deep", flat + deep))).warnings
+    assert told == (
+        "2 images lie in folders below that of a class, such as ant/x/y/1.jpg, whose class is ant"
+    )
+    names = [f"{split}/{path}" for split in ("train", "val") for path in flat]
+    (told,) = find_images(str(write_files(tmp_path / "in", [*names, "val/bee/x/1.jpg"]))).warnings
+    assert told == (
+        "1 image lies in folders below that of a class, such as val/bee/x/1.jpg, whose class is bee"
+    )

@@ -50,4 +50,5 @@ def test_packing_names_each_reason_once(tmp_path: Path, capsys: pytest.CaptureFi
     assert "cannot be decoded: 2 of 11 images (an HTML or XML page), such as ant/bad" in text
     assert "cannot be decoded: 1 of 11 images (empty), such as ant/bad2.jpg" in text
     assert err.count("cannot be decoded") == 2
+    assert text.count("packed as they are: training takes the next good image") == 1
     assert "11 samples" in out
