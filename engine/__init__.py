@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from engine.method.adamw import AdamWConfig as AdamWConfig
     from engine.method.average import AverageConfig as AverageConfig
     from engine.method.byol import BYOLConfig as BYOLConfig
+    from engine.method.clipping import ClipConfig as ClipConfig
     from engine.method.lars import LARSConfig as LARSConfig
     from engine.method.resnet import ResNetConfig as ResNetConfig
     from engine.method.schedule import ScheduleConfig as ScheduleConfig
+    from engine.method.sgd import SGDConfig as SGDConfig
+    from engine.method.torch_optimizer import TorchOptimizerConfig as TorchOptimizerConfig
     from engine.notebook import Session as Session
     from engine.notebook import open_session as open_session
     from engine.processes.parallel import ParallelConfig as ParallelConfig
@@ -37,6 +40,7 @@ _PLACES = {
     "BYOLConfig": "engine.method.byol",
     "BatchConfig": "shards.order",
     "CheckpointConfig": "engine.state.checkpoint",
+    "ClipConfig": "engine.method.clipping",
     "DataConfig": "shards.loader",
     "EarlyStopConfig": "engine.state.early_stop",
     "InputError": "shards.errors",
@@ -46,8 +50,10 @@ _PLACES = {
     "ProbeConfig": "engine.evaluation.during_training",
     "Recipe": "engine.recipe",
     "ResNetConfig": "engine.method.resnet",
+    "SGDConfig": "engine.method.sgd",
     "ScheduleConfig": "engine.method.schedule",
     "Session": "engine.notebook",
+    "TorchOptimizerConfig": "engine.method.torch_optimizer",
     "Trainer": "engine.trainer",
     "ViewConfig": "shards.views",
     "ViewsConfig": "shards.views",

@@ -26,10 +26,13 @@ from engine.log.profiling import parse_steps
 from engine.method.adamw import AdamWConfig
 from engine.method.average import AverageConfig
 from engine.method.byol import BYOLConfig
+from engine.method.clipping import ClipConfig
 from engine.method.durations import parse, to_steps
 from engine.method.lars import LARSConfig
 from engine.method.precision import Precision
 from engine.method.schedule import ScheduleConfig
+from engine.method.sgd import SGDConfig
+from engine.method.torch_optimizer import TorchOptimizerConfig
 from engine.processes.parallel import ParallelConfig
 from engine.state import best, layout, origin
 from engine.state.checkpoint import CheckpointConfig
@@ -52,7 +55,8 @@ _MACHINES_OWN = {
 # The method fields that came after the first release, with the values that runs had before them.
 ADDED_LATER: dict[str, Any] = {
     **{"data.max_pixels": 89_478_485, "data.exif": "ignore"},
-    **{"probe.head_lr": None, "schedule.rewarm": 0},
+    **{"probe.head_lr": None, "schedule.rewarm": 0, "schedule.lr_decay": "cosine"},
+    **{"clip.norm": 0.0, "clip.value": 0.0},
     **{"model.initialization": "official", "average.rate": 0.0},
     "data.decode": "cpu",
 }
@@ -120,7 +124,10 @@ class Recipe:
     model: BYOLConfig = field(default_factory=BYOLConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    optimizer: LARSConfig | AdamWConfig = field(default_factory=LARSConfig)
+    optimizer: LARSConfig | AdamWConfig | SGDConfig | TorchOptimizerConfig = field(
+        default_factory=LARSConfig
+    )
+    clip: ClipConfig = field(default_factory=ClipConfig)
     average: AverageConfig = field(default_factory=AverageConfig)
     data: DataConfig = field(default_factory=DataConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
@@ -157,6 +164,7 @@ class Recipe:
         layout.check_run(self.run)
         parse_steps(self.profile)
         self._check_figures()
+        self._check_optimizer()
         self._check_beginning()
         if not files.is_local(self.compile_folder):
             raise InputError(
@@ -178,6 +186,12 @@ class Recipe:
                 raise InputError(
                     f"{name} {key} is measured at evaluations: turn them on with --probe.every N"
                 )
+
+    def _check_optimizer(self) -> None:
+        if isinstance(self.optimizer, SGDConfig):
+            self.optimizer.check()
+        elif isinstance(self.optimizer, TorchOptimizerConfig):
+            self.optimizer.check(spread=self.parallel.strategy in ("fsdp", "hsdp"))
 
     def _check_beginning(self) -> None:
         branch, start = self.checkpoint.branch, self.model.start
@@ -229,6 +243,11 @@ def in_todays_terms(method: dict[str, Any]) -> dict[str, Any]:
         found[WARMUP] = ScheduleConfig(warmup=f"{Fraction(repr(epochs))} epochs").warmup
         del found[WARMUP_BEFORE]
     return found
+
+
+def optimizers() -> tuple[type[Any], ...]:
+    """Return the config classes of the optimizers that a recipe can have."""
+    return get_args(get_type_hints(Recipe)["optimizer"])
 
 
 def operation_names() -> list[str]:

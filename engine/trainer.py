@@ -143,9 +143,9 @@ class Trainer:
         paper. A step with a gradient that is not finite changes only what the guard keeps, and
         counts like any other.
         """
+        stages = (self.warmup_steps, self.total_steps, self.ramp, self.recipe.schedule.lr_decay)
         lr, head_lr = (
-            learning_rate(self.step, peak, self.warmup_steps, self.total_steps, self.ramp)
-            for peak in (self.peak_lr, self.peak_head_lr)
+            learning_rate(self.step, peak, *stages) for peak in (self.peak_lr, self.peak_head_lr)
         )
         rate = tau(self.step, self.recipe.schedule.base_tau, self.total_steps, self.tau_power)
         parts = self._micro_batches(batch)
@@ -169,7 +169,7 @@ class Trainer:
 
         set_rates(self.optimizer, lr, head_lr)
         divisor = self.guard.divisor(self.online.parameters())
-        skip = self.optimizer.step(divisor)  # [] 1 when a gradient is not finite
+        skip = self.optimizer.step(divisor, self.recipe.clip)  # [] 1 when gradients are not finite
         self.optimizer.zero_grad()
         follow = (1 - rate) * (1 - skip).to(parameter_dtype(self.recipe.precision))
         self.update_target(local(self.moved), local(self.towards), follow)

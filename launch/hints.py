@@ -3,9 +3,7 @@
 import difflib
 import re
 
-from engine.method.adamw import AdamWConfig
-from engine.method.lars import LARSConfig
-from engine.recipe import Recipe
+from engine.recipe import Recipe, optimizers
 from shards.fields import flatten
 
 # Names that other programs have, and the fields that do the same here. The first one that the
@@ -144,5 +142,5 @@ def _negate(name: str, recipe: Recipe) -> str:
 
 def fields_of_all_recipes() -> set[str]:
     """Return the options of the fields that a recipe can have, without dashes."""
-    recipes = (Recipe(optimizer=LARSConfig()), Recipe(optimizer=AdamWConfig()))
+    recipes = [Recipe(optimizer=kind()) for kind in optimizers()]
     return {name.replace("_", "-") for recipe in recipes for name in flatten(recipe)} | {"run-url"}

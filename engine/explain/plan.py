@@ -93,7 +93,7 @@ def find_landmarks(recipe: Recipe, samples: int, at: int) -> list[Landmark]:
         Landmark(
             name,
             step,
-            learning_rate(step, peak, warmup, total),
+            learning_rate(step, peak, warmup, total, decay=schedule.lr_decay),
             tau(step, schedule.base_tau, total, power),
         )
         for name, step in sorted(found, key=lambda pair: pair[1])

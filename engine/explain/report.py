@@ -11,6 +11,7 @@ from engine.explain.plan import Speed, date_of
 from engine.explain.sizes import LEAST, Fakes, StepCost
 from engine.log import journal
 from engine.log.terminal import Terminal
+from engine.method.lars import LARSConfig
 from engine.processes import allocation
 from engine.processes.parallel import Strategy
 from engine.processes.world import World
@@ -327,9 +328,10 @@ def _saving(recipe: Recipe, known: Known, fakes: Fakes, processes: int) -> Table
 def _doing(recipe: Recipe, fakes: Fakes) -> Table:
     table = _table("What is compiled, spread and saved")
     blocks = len(fakes.online.encoder.blocks())
+    lars = "the directions of LARS, " * isinstance(recipe.optimizer, LARSConfig)
     compiled = (
-        f"{blocks} blocks, stem and heads of both networks, the directions of LARS, the moving "
-        "average and, on a GPU, the augmentation"
+        f"{blocks} blocks, stem and heads of both networks, {lars}the moving average and, on a "
+        "GPU, the augmentation"
     )
     kept = files.redact(recipe.compile_folder) or "RUN/compile"
     table.add_row("compiled", compiled if recipe.compile else "nothing")

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim.adamw import adamw
 
+from engine.method.adaptation import with_gradients
+from engine.method.clipping import OFF, ClipConfig, clip_gradients
 from engine.method.lars import parameter_groups
-from engine.method.local_shards import foreach_norms, local, not_finite, whole_norms
+from engine.method.local_shards import local, local_gradients
 
 
 class AdamW(torch.optim.Optimizer):
@@ -45,33 +47,29 @@ class AdamW(torch.optim.Optimizer):
                 self.state[p] = state
 
     @torch.no_grad()
-    def step(self, scale: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, scale: Tensor | None = None, clip: ClipConfig = OFF
+    ) -> Tensor:
         """Move every parameter that has a gradient, or none when some gradient is not finite.
 
         Args:
             scale: [] float32, divides the gradients. None leaves them as they are.
+            clip: How gradients are clipped after that. They are changed in place then.
 
         Returns:
             [] float32, 1 when the step was skipped and else 0, the same on all processes.
         """
-        groups = [
-            (group, [p for p in group["params"] if p.grad is not None])
-            for group in self.param_groups
-        ]
-        norms = foreach_norms(local(p.grad for _, parameters in groups for p in parameters))
-        if scale is not None:
-            norms = norms / scale
-        skip = not_finite(whole_norms(norms, self.shard_group))
-        for group, parameters in groups:
-            if not parameters:
-                continue
+        moved = with_gradients(self.param_groups)
+        grads = local_gradients(p for _, parameters in moved for p in parameters)
+        skip, scale = clip_gradients(grads, scale, clip, self.shard_group)
+        for group, parameters in moved:
             states = [self.state[p] for p in parameters]
             beta1, beta2 = group["betas"]
             # torch.optim.AdamW calls the same function, but on DTensors, whose dispatch takes
             # longer than the step itself.
             adamw(
                 local(parameters),
-                local(p.grad for p in parameters),
+                local_gradients(parameters),
                 local(state["exp_avg"] for state in states),
                 local(state["exp_avg_sq"] for state in states),
                 [],

@@ -13,7 +13,9 @@ from annotated_types import Interval
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from engine.method.local_shards import foreach_norms, local, not_finite, whole_norms
+from engine.method.adaptation import Directions, adapted_directions, directions, with_gradients
+from engine.method.clipping import OFF, ClipConfig
+from engine.method.local_shards import local
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -63,44 +65,32 @@ class LARS(torch.optim.Optimizer):
         }
         super().__init__(groups, defaults)
         self.shard_group = shard_group
-        self.directions = directions  # compile_optimizer may replace it
+        self.directions: Directions = directions  # compile_optimizer may replace it
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     @torch.no_grad()
-    def step(self, scale: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, scale: Tensor | None = None, clip: ClipConfig = OFF
+    ) -> Tensor:
         """Move every parameter that has a gradient, or none when some gradient is not finite.
 
         Args:
             scale: [] float32, divides the gradients. None leaves them as they are.
+            clip: How gradients are clipped after that. They are changed in place then.
 
         Returns:
             [] float32, 1 when the step was skipped and else 0, the same on all processes.
         """
-        moved = []  # for each group: the group, parameters, momenta, updates
-        norms = []  # [2, tensors] for each group: of parameters and updates
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
-                continue
-            params, grads = local(parameters), local(p.grad for p in parameters)
+        moved = with_gradients(self.param_groups)
+        updates, skip = adapted_directions(moved, scale, clip, self.shard_group, self.directions)
+        for (group, parameters), own in zip(moved, updates, strict=True):
             momenta = local(self.state[p]["momentum_buffer"] for p in parameters)
-            updates, lengths = self.directions(params, grads, scale, group["weight_decay"])
-            moved.append((group, params, momenta, updates))
-            norms.append(lengths)
-
-        total = whole_norms(torch.cat(norms, dim=1), self.shard_group)  # [2, all tensors]
-        skip = not_finite(total)
-        parts = total.split([lengths.shape[1] for lengths in norms], dim=1)
-        for (group, params, momenta, updates), (p, u) in zip(moved, parts, strict=True):
-            if group["adapt"]:
-                ratios = torch.where((p > 0) & (u > 0), group["trust_coefficient"] * p / u, 1.0)
-                torch._foreach_mul_(updates, list(ratios))
             torch._fused_sgd_(
-                params,
-                updates,
-                momenta,
+                local(parameters),
+                own,
+                momenta if group["momentum"] else [],  # the kernel refuses what it does not use
                 lr=group["lr"],
                 momentum=group["momentum"],
                 weight_decay=0.0,
@@ -111,22 +101,6 @@ class LARS(torch.optim.Optimizer):
                 found_inf=skip,
             )
         return skip
-
-
-def directions(
-    params: list[Tensor], grads: list[Tensor], scale: Tensor | None, weight_decay: float
-) -> tuple[list[Tensor], Tensor]:
-    """Compute the LARS direction of every parameter, before adaptation and momentum.
-
-    Returns:
-        The directions, and the norms [2, tensors] of the parameters and of the directions.
-    """
-    if scale is None:
-        updates = torch._foreach_add(grads, params, alpha=weight_decay)
-    else:
-        updates = torch._foreach_div(grads, scale)
-        torch._foreach_add_(updates, params, alpha=weight_decay)
-    return list(updates), torch.stack([foreach_norms(params), foreach_norms(list(updates))])
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,11 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
+def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return this process's parts of the gradients of parameters that have one."""
+    return local(p.grad for p in parameters if p.grad is not None)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Gather a whole parameter from the processes that hold its parts."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

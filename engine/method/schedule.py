@@ -15,6 +15,8 @@ from annotated_types import Interval
 from engine.method.durations import Duration, Lasting, parse, simplify
 from shards.fields import UnitInterval
 
+Decay = Literal["cosine", "none"]
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -48,6 +50,10 @@ class ScheduleConfig:
     rewarm: Annotated[Duration, Lasting()] = 0
     """Steps, such as 300, or epochs, such as '1 epoch', after a branch in which a factor on the
     learning rate rises linearly from zero to one; see checkpoint.branch."""
+
+    lr_decay: Decay = "cosine"
+    """What the learning rate does after the warm-up. cosine lets it fall to 0 at the end. none
+    leaves it at its peak."""
 
     def __post_init__(self) -> None:
         simplify(self, "warmup")
@@ -105,16 +111,26 @@ class Ramp(NamedTuple):
 _NO_RAMP = Ramp()
 
 
-def learning_rate(step: int, peak: float, warmup: int, total: int, ramp: Ramp = _NO_RAMP) -> float:
+def learning_rate(
+    step: int,
+    peak: float,
+    warmup: int,
+    total: int,
+    ramp: Ramp = _NO_RAMP,
+    decay: Decay = "cosine",
+) -> float:
     """Return the learning rate of a step.
 
     It rises linearly from 0 to `peak` over `warmup` steps, which may be 0. Then it falls along a
-    cosine to 0 at step `total`. All of it is multiplied by the factor of `ramp`.
+    cosine to 0 at step `total`, or without a `decay` it stays. All of it is multiplied by the
+    factor of `ramp`.
     """
-    if step >= total:
+    if decay == "cosine" and step >= total:
         return 0.0
     if step < warmup:
         return peak * step / warmup * ramp.factor(step)
+    if decay == "none":
+        return peak * ramp.factor(step)
     cosine = math.cos(math.pi * (step - warmup) / (total - warmup))
     return peak * (1 + cosine) / 2 * ramp.factor(step)
 

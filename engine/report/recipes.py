@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from engine.method.adamw import AdamWConfig
 from engine.method.lars import LARSConfig
-from engine.recipe import ADDED_LATER, Recipe
+from engine.recipe import ADDED_LATER, Recipe, optimizers
 from shards.fields import flatten
 from shards.storage import files
 
-_OPTIMIZERS = {kind.__name__: kind for kind in (LARSConfig, AdamWConfig)}
 LONGEST = 300  # characters of a value that are shown
 
 
@@ -19,7 +17,8 @@ def defaults(fields: dict[str, Any]) -> dict[str, Any]:
 
     Those of the optimizer are the defaults of the recipe's own kind of optimizer.
     """
-    kind = _OPTIMIZERS.get(str(fields.get("optimizer")), LARSConfig)
+    kinds = {kind.__name__: kind for kind in optimizers()}
+    kind = kinds.get(str(fields.get("optimizer")), LARSConfig)
     found = flatten(replace(Recipe(), optimizer=kind())) | {"optimizer": LARSConfig.__name__}
     return {name: _as_json(value) for name, value in found.items()}
 

@@ -19,8 +19,12 @@ from engine.method.lars import LARS, LARSConfig, parameter_groups
 from engine.method.norm import BatchNorm
 from engine.method.precision import autocast
 from engine.method.resnet import ResNet, ResNetConfig
+from engine.method.sgd import SGDConfig
+from engine.method.torch_optimizer import TorchOptimizerConfig
+from engine.method.torch_options import find_optimizer, read_options
 from engine.recipe import Recipe
 
+_OptimizerConfig = LARSConfig | AdamWConfig | SGDConfig | TorchOptimizerConfig
 _Outputs = tuple[Tensor, Tensor, Tensor]  # projection, prediction, logits
 
 
@@ -43,6 +47,7 @@ class Stock:
                 self.target = nn.SyncBatchNorm.convert_sync_batchnorm(self.target)
             self.see = _ddp(self.online)
         self.optimizer = _stock_optimizer(recipe.optimizer, self.online)
+        self.clip = recipe.clip
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         self.autocast = partial(autocast, recipe.precision, device)
 
@@ -57,6 +62,7 @@ class Stock:
             self.scaler.scale(loss + F.cross_entropy(logits, labels)).backward()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self._clip_gradients()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -65,6 +71,15 @@ class Stock:
             for name, p in self.target.named_parameters():
                 p.mul_(tau).add_(online[name], alpha=1 - tau)
         return loss.detach()
+
+    def _clip_gradients(self) -> None:
+        if self.clip.off:
+            return
+        self.scaler.unscale_(self.optimizer)
+        if self.clip.value:
+            nn.utils.clip_grad_value_(self.online.parameters(), self.clip.value)
+        if self.clip.norm:
+            nn.utils.clip_grad_norm_(self.online.parameters(), self.clip.norm)
 
 
 def _ddp(network: nn.Module) -> DistributedDataParallel:
@@ -115,13 +130,19 @@ def _use_torch_norm(module: nn.Module, norm: type[nn.BatchNorm1d | nn.BatchNorm2
     return module
 
 
-def _stock_optimizer(config: LARSConfig | AdamWConfig, module: nn.Module) -> Optimizer:
+def _stock_optimizer(config: _OptimizerConfig, module: nn.Module) -> Optimizer:
+    """Return torch's optimizer. It has none of LARS, nor any with LARS's adaptation around it."""
     groups = parameter_groups(module)
+    if isinstance(config, LARSConfig):
+        return StockLARS(groups, config.momentum, config.weight_decay, config.trust_coefficient)
+    for group in groups:
+        group.setdefault("weight_decay", config.weight_decay)
     if isinstance(config, AdamWConfig):
-        return torch.optim.AdamW(
-            groups, lr=0.0, betas=config.betas, weight_decay=config.weight_decay
-        )
-    return StockLARS(groups, config.momentum, config.weight_decay, config.trust_coefficient)
+        return torch.optim.AdamW(groups, lr=0.0, betas=config.betas)
+    if isinstance(config, SGDConfig):
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, nesterov=config.nesterov)
+    options = read_options(config.name, config.options)
+    return find_optimizer(config.name)(groups, lr=0.0, **options)  # type: ignore[call-arg]
 
 
 class StockLARS(LARS):

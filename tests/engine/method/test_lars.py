@@ -70,6 +70,18 @@ def test_without_gradient_nothing_moves() -> None:
     assert optimizer.state[module.weight]["momentum_buffer"].count_nonzero() == 0
 
 
+def test_momentum_may_be_0() -> None:
+    module = nn.Linear(3, 2)
+    optimizer = LARSConfig(momentum=0.0).build(module)
+    before = module.bias.detach().clone()
+    for lr in (1.0, 2.0):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        module.bias.grad = torch.ones(2)
+        optimizer.step()
+    assert torch.equal(module.bias, before - 1 - 2)
+
+
 class NoReading(TorchDispatchMode):
     """Fails on whatever waits for the device to look at a value."""
 

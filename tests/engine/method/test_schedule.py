@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from engine.method.schedule import ScheduleConfig, learning_rate, steps_of, tau
+from engine.method.schedule import Ramp, ScheduleConfig, learning_rate, steps_of, tau
 from tests.helpers.golden_files import golden
 
 IMAGENET = 1281167
@@ -44,6 +44,15 @@ def test_ends_and_peak() -> None:
 def test_without_warmup() -> None:
     assert learning_rate(0, 3.2, 0, 100) == 3.2
     assert learning_rate(50, 3.2, 0, 100) == pytest.approx(1.6)
+
+
+def test_without_decay_the_rate_stays() -> None:
+    rates = [learning_rate(step, 3.2, 10, 100, decay="none") for step in (0, 5, 10, 55, 99, 100)]
+    assert rates == [0, 1.6, 3.2, 3.2, 3.2, 3.2]
+    ramp = Ramp(50, 10)  # after a branch at step 50
+    assert learning_rate(55, 3.2, 10, 100, ramp, "none") == 1.6
+    for step in range(11):  # the warm-up is the same
+        assert learning_rate(step, 3.2, 10, 100, decay="none") == learning_rate(step, 3.2, 10, 100)
 
 
 def test_run_shorter_than_its_warmup() -> None:
