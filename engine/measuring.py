@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from engine.log.journal import Record
-from engine.log.metrics import Timer
 from engine.log.profiling import StepProfiler, parse_steps
 from engine.log.ranks import RankTimes
+from engine.log.timer import Timer
 from engine.method.durations import parse
 from engine.method.flops import count_flops, find_peak
 from engine.method.update_norms import UpdateNorms

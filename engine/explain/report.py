@@ -282,9 +282,9 @@ def _reading(
         f"{len(index.shards):,} {'shard' if len(index.shards) == 1 else 'shards'}. Each process "
         f"has up to {fetches} requests under way.\n"
         + _explain_streams(epoch, order.streams)
-        + f"Decoding {takes} about {cores:,.1f} cores, {cores / processes:,.1f} for each process, at "
-        f"{traffic.DECODED:g} images a second of a core.\nThat was measured with ImageNet's JPEGs "
-        "at 224 pixels (recipes/README.md); measure yours with launch/bench.py input."
+        + f"Decoding {takes} about {cores:,.1f} cores, {cores / processes:,.1f} for each process, "
+        f"at {traffic.DECODED:g} images a second of a core.\nThat was measured with ImageNet's "
+        "JPEGs at 224 pixels (recipes/README.md); measure yours with launch/bench.py input."
     )
     return table
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.data import open_data
-from engine.log.metrics import Timer
 from engine.log.terminal import Terminal
+from engine.log.timer import Timer
 from engine.method.byol import BYOLConfig
 from engine.method.resnet import ResNetConfig
 from engine.processes import world
