@@ -251,4 +251,4 @@ def test_a_run_that_decodes_on_the_gpu(packed: Index, tmp_path: Path) -> None:
     assert comparable(tmp_path / "a") == comparable(tmp_path / "b")
     for ours, cpus in zip(comparable(tmp_path / "a"), comparable(tmp_path / "cpu"), strict=True):
         assert ours["data_digest"] == cpus["data_digest"]
-        assert ours["loss"] == pytest.approx(cpus["loss"], rel=0.05)
+        assert ours["loss"] == pytest.approx(cpus["loss"], rel=0.1)
