@@ -104,7 +104,7 @@ def _open_early_stop(trainer: Trainer, log: MetricsLog) -> EarlyStop:
     def is_regular(step: int) -> bool:
         return step == 1 or recipe.log.due(step) or recipe.probe.due(step, total)
 
-    return EarlyStop(recipe.early_stop, trainer.world, log, is_regular)
+    return EarlyStop(recipe.early_stop, trainer.world, log, total, is_regular)
 
 
 def _greet(trainer: Trainer, block_memory: int) -> None:
@@ -208,7 +208,7 @@ def _farewell(trainer: Trainer, log: MetricsLog, early: str) -> None:
     if early or trainer.step == trainer.last_step:  # after a signal there may be no time for it
         _draw_examples(trainer)
         write_at_end(trainer.run.url, trainer.world.main, say)
-    if early and trainer.step < trainer.total_steps:
+    if early:
         patience = trainer.recipe.early_stop.patience
         say(
             f"the same command goes on with a larger --early-stop.patience than {patience}, or "

@@ -86,13 +86,18 @@ class EarlyStop:
         config: EarlyStopConfig,
         world: World,
         log: MetricsLog,
+        total_steps: int,
         regular: Callable[[int], bool],
     ) -> None:
         """Take the records of earlier processes.
 
-        `regular` tells whether a step is logged in any case, and not because a process ended there.
+        Args:
+            total_steps: The last step of the whole run, which ends nothing early.
+            regular: Tells whether a step is logged in any case, and not because a process ended
+                there.
         """
-        self._key, self._world, self._log, self._regular = config.key, world, log, regular
+        self._key, self._world, self._log = config.key, world, log
+        self._total, self._regular = total_steps, regular
         self._patience = Patience(config)
         self.reason = ""  # why the training ends, once it does
         if self._key:
@@ -108,7 +113,10 @@ class EarlyStop:
         return step if self.reason else stop
 
     def _counts(self, record: Record) -> bool:
-        return self._key in record and (self._key in MEASURED or self._regular(record["step"]))
+        step = record["step"]
+        if self._key not in record or step >= self._total:
+            return False
+        return self._key in MEASURED or self._regular(step)
 
     def _decide(self, record: Record) -> str:
         self._patience.note(record)

@@ -186,11 +186,20 @@ def test_lines_of_processes_that_ended_do_not_count(key: str, counts: bool) -> N
     """The last step of a process is logged wherever it is, but evaluated only when that is due."""
     values = {1: 4.0, 3: 3.0, 4: 3.5, 6: 2.0}
     log = MadeLog(values)
-    early = EarlyStop(EarlyStopConfig(key, patience=1), ALONE, log, lambda step: step in (1, 3, 6))
+    config = EarlyStopConfig(key, patience=1)
+    early = EarlyStop(config, ALONE, log, 20, lambda step: step in (1, 3, 6))
     early.note({"step": 7, "loss": 2.5, "knn_top1": -2.5})
     assert bool(early.reason) is counts
     early.note({"step": 9, "loss": 1.0})
     assert early.limit(9, 20) == (9 if counts else 20)
+
+
+def test_the_last_step_of_the_run_ends_nothing_early() -> None:
+    for total, ends in ((7, True), (6, False)):
+        log = MadeLog({1: 1.0, 3: 0.5, 6: 0.7})
+        config = EarlyStopConfig("loss", patience=1)
+        early = EarlyStop(config, ALONE, log, total, lambda _: True)
+        assert bool(early.reason) is (MARK in log.records[-1]) is ends
 
 
 def test_processes_end_together(ranks: Ranks, tiny_data: DataConfig, tmp_path: Path) -> None:
