@@ -66,11 +66,13 @@ class Sender:
         """Wait for the thread until a time of the monotonic clock, and say what was not sent."""
         self._thread.join(max(0.0, until - time.monotonic()))
         late = "it takes too long" if self._thread.is_alive() else ""
-        if reason := self._failure or late:
+        if missing := self._given - self._arrived:
             self._say(
-                f"{self._tracker.name}: {self._given - self._arrived:,} logged steps did not "
-                f"arrive ({reason}); metrics.jsonl has them, and the next start sends them"
+                f"{self._tracker.name}: {missing:,} logged steps did not arrive "
+                f"({self._failure or late}); metrics.jsonl has them, and the next start sends them"
             )
+        elif reason := self._failure or late:
+            self._say(f"{self._tracker.name}: {reason}")
 
     def _work(self) -> None:
         pause = 0.0
@@ -80,14 +82,14 @@ class Sender:
             began = time.monotonic()
             try:
                 self._send()
+                self._recover()
                 if last:
                     self._tracker.finish()
-                self._recover()
                 # At most a tenth of the time goes into sending.
                 pause = min(max(PAUSE, 9 * (time.monotonic() - began)), LONGEST)
             except Exception as error:
                 self._fail(error)
-                pause = RETRY
+                pause, last = RETRY, self._stopping.is_set()
 
     def _send(self) -> None:
         """Send what is waiting, or everything if the tracker is not complete."""
@@ -128,14 +130,14 @@ class Sender:
         return kept
 
     def _fail(self, error: Exception) -> None:
-        """Say what is wrong, unless the last attempt failed too."""
-        if not self._failure:
-            reason = str(error) or type(error).__name__
+        """Say what is wrong, unless the last attempt failed too; `join` says it at the end."""
+        lines = str(error).splitlines() or [type(error).__name__]
+        told, self._failure = bool(self._failure), lines[0].rstrip(".")
+        if not told and not self._stopping.is_set():
             self._say(
-                f"{self._tracker.name}: {reason}; training goes on, and what is missing is sent "
-                "when this is over"
+                f"{self._tracker.name}: {self._failure}; training goes on, and what is missing is "
+                "sent when this is over"
             )
-        self._failure = str(error) or type(error).__name__
 
     def _recover(self) -> None:
         """Say where the run can be seen, at the beginning and after a failure."""

@@ -5,7 +5,8 @@ a local folder. The key for W&B is that library's business.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,40 +70,54 @@ class WandbTracker(Tracker):
         self._next = 0  # W&B takes no figures of earlier steps
 
     def start(self, history: Sequence[Point]) -> str:
-        if self._run is None:
-            self._run = self._open()
-            self._next = self._run.starting_step
-        for values, step in history:
-            self._log(step, values)
+        with self._renewing():
+            if self._run is None:
+                self._run = self._open()
+                self._next = self._run.starting_step
+            for values, step in history:
+                self._log(step, values)
         if self._run.offline:
             return f"offline, for `wandb sync {printable(self._run.dir.removesuffix('/files'))}`"
         return str(self._run.url)
 
     def scalars(self, points: Sequence[Point]) -> None:
-        for values, step in points:
-            # A figure that is measured late is logged at the next step that W&B takes.
-            late = step <= self._description.step
-            self._log(max(step, self._next) if late else step, values)
+        with self._renewing():
+            for values, step in points:
+                # A figure that is measured late is logged at the next step that W&B takes.
+                late = step <= self._description.step
+                self._log(max(step, self._next) if late else step, values)
 
     def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
         import wandb
 
         image = wandb.Image(pixels, caption=f"step {step}")
-        self._log(max(step, self._next), {name: image})  # figures of later steps may be there
+        with self._renewing():
+            self._log(max(step, self._next), {name: image})  # figures of later steps may be there
 
     def finish(self) -> None:
-        self._run.finish()
+        try:
+            self._run.finish()
+        except Exception:
+            folder = printable(self._run.dir.removesuffix("/files"))
+            raise ConnectionError(f"`wandb sync {folder}` sends what did not arrive") from None
+        finally:
+            _end_service()  # else Python's exit would do it, and wait again
 
     def _log(self, step: int, values: dict[str, Any]) -> None:
         """Log values, unless W&B has that step from an earlier process."""
-        if step < self._next:
-            return
-        try:
+        if step >= self._next:
             self._run.log(values, step=step)
-        except BaseException:
-            self._run = None  # to be opened again
+            self._next = step
+
+    @contextmanager
+    def _renewing(self) -> Iterator[None]:
+        """End wandb-core when the block fails, because it would refuse to open the run again."""
+        try:
+            yield
+        except Exception:
+            self._run = None
+            _end_service()
             raise
-        self._next = step
 
     def _open(self) -> Any:
         import wandb
@@ -122,6 +137,13 @@ class WandbTracker(Tracker):
         )
 
 
+def _end_service() -> None:
+    import wandb
+
+    with suppress(Exception):
+        wandb.teardown()
+
+
 def _settings(wandb: Any) -> Any:
     """Return settings that send what the log has, and nothing of the machine or the command line.
 
@@ -137,7 +159,7 @@ def _settings(wandb: Any) -> Any:
         x_disable_machine_info=True,
         x_disable_stats=True,
         x_save_requirements=False,
-        init_timeout=6 * ANSWER,
+        init_timeout=1.5 * ANSWER,
         finish_timeout=1.5 * ANSWER,
         finish_timeout_raises=True,
     )

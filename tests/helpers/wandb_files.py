@@ -1,6 +1,7 @@
 """Read what Weights & Biases wrote of an offline run: a log in the format of LevelDB."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ def find_runs(folder: Path) -> list[Path]:
 
 def read_records(path: Path) -> list[Any]:
     """Return the records of a run's file, as messages of wandb's protocol."""
-    from wandb.proto import wandb_internal_pb2
-
+    messages: Any = import_module("wandb.proto.wandb_internal_pb2")
     content, at, whole, found = path.read_bytes(), HEAD, b"", []
     while at + HEAD <= len(content):
         if BLOCK - at % BLOCK < HEAD:
@@ -26,7 +26,7 @@ def read_records(path: Path) -> list[Any]:
         whole += content[at + HEAD : at + HEAD + length]
         at += HEAD + length
         if kind in (1, 4):  # a whole record, or the last part of one
-            record = wandb_internal_pb2.Record()
+            record = messages.Record()
             record.ParseFromString(whole)
             found.append(record)
             whole = b""
