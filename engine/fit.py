@@ -39,7 +39,7 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
         stopping = _train(trainer, preemption, log)
     if stopping:
         trainer.terminal.say(f"stopped after step {trainer.step} by {preemption.reason}")
-    _farewell(trainer, log)
+    _farewell(trainer, log, first)
     return not (stopping and preemption.only_elsewhere)
 
 
@@ -167,7 +167,8 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
     saver.save(step, trainer.state(), write)
 
 
-def _farewell(trainer: Trainer, log: MetricsLog) -> None:
+def _farewell(trainer: Trainer, log: MetricsLog, first: int) -> None:
+    """Say what became of the training, which began at step `first`, and what can be done now."""
     say, run = trainer.terminal.say, files.redact(trainer.run.url)
     say(f"{trainer.step} of {trainer.total_steps} steps done")
     if trainer.probe is not None and trainer.probe.failures:
@@ -186,7 +187,8 @@ def _farewell(trainer: Trainer, log: MetricsLog) -> None:
     _tell_best(trainer)
     if trainer.step == trainer.last_step:  # after a signal there may be no time for it
         _draw_examples(trainer)
-        write_at_end(trainer.run.url, trainer.world.main, say)
+        news = trainer.step > first or (trainer.probe is not None and trainer.probe.step > 0)
+        write_at_end(trainer.run.url, trainer.world.main, say, news)
     if trainer.step < trainer.total_steps:
         option = "" if trainer.recipe.steps is None else " with a larger --steps, or without it,"
         say(f"the same command{option} goes on")
