@@ -221,7 +221,7 @@ def write_comparison(runs: Sequence[RunFacts], names: Sequence[str]) -> Html | N
     if len(runs) < 2:
         return None
     keys = ["loss", "knn_top1", "online_top1", "feature_std", "feature_rank", "images_per_second"]
-    rows: list[list[Child]] = [["step", *(_last_step(run) for run in runs)]]
+    rows: list[list[Child]] = [[breakable("step"), *(_last_step(run) for run in runs)]]
     for key in keys:
         values = [as_number(run.last(key)) for run in runs]
         if any(value is not None for value in values):
