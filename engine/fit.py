@@ -40,7 +40,7 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
         stopping, early = _train(trainer, preemption, log)
     if stopping:
         trainer.terminal.say(f"stopped after step {trainer.step} by {preemption.reason}")
-    _farewell(trainer, log, early)
+    _farewell(trainer, log, first, early)
     return not (stopping and preemption.only_elsewhere)
 
 
@@ -185,8 +185,11 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
     saver.save(step, trainer.state(), write)
 
 
-def _farewell(trainer: Trainer, log: MetricsLog, early: str) -> None:
-    """Tell what was reached, and how to go on. `early` is why the training ended early."""
+def _farewell(trainer: Trainer, log: MetricsLog, first: int, early: str) -> None:
+    """Say what became of the training, which began at step `first`, and what can be done now.
+
+    `early` is why it ended before its time, if it did.
+    """
     say, run = trainer.terminal.say, files.redact(trainer.run.url)
     say(f"{trainer.step} of {trainer.total_steps} steps done")
     if early:
@@ -207,7 +210,8 @@ def _farewell(trainer: Trainer, log: MetricsLog, early: str) -> None:
     _tell_best(trainer)
     if early or trainer.step == trainer.last_step:  # after a signal there may be no time for it
         _draw_examples(trainer)
-        write_at_end(trainer.run.url, trainer.world.main, say)
+        news = trainer.step > first or (trainer.probe is not None and trainer.probe.step > 0)
+        write_at_end(trainer.run.url, trainer.world.main, say, news)
     if early:
         patience = trainer.recipe.early_stop.patience
         say(

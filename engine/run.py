@@ -21,7 +21,7 @@ from shards.fields import differences, flatten
 from shards.storage import commands, files, local_files, misplaced
 
 DIGEST = "index_digest"
-_FACTS = {DIGEST, layout.TOTAL, origin.WEIGHTS, origin.BRANCH}  # in recipe.json, beside the fields
+_FACTS = {DIGEST, *origin.FACTS}  # in recipe.json, beside the fields
 
 
 class Found(NamedTuple):
@@ -56,6 +56,8 @@ class Run:
         self.start, self.branches, self.recorded = found
         self.origin = Origin() if found.commit is None else found.commit.origin
         """How the run began. engine/beginning.py completes it before anything is written."""
+        self.source: dict[str, Any] = {}
+        """What recipe.json says of the recipe file. launch/train.py sets it."""
         self._recipe, self._digest, self._world, self._held = recipe, index_digest, world, held
 
     def write_recipe(self, total_steps: int | None = None) -> None:
@@ -63,7 +65,7 @@ class Run:
 
         `total_steps` is the number of steps of the whole run, for those who read it.
         """
-        facts = {DIGEST: self._digest} | self.origin.fields()
+        facts = {DIGEST: self._digest} | self.origin.fields() | self.source
         if total_steps is not None:
             facts[layout.TOTAL] = total_steps
         self._world.on_main(lambda: _write_recipe(self._recipe, facts))

@@ -1,21 +1,39 @@
 """Parse command lines to a recipe."""
 
 import re
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import tyro
 
 from engine.recipe import Recipe, RecipeFile, load_file, operation_names
+from engine.state.origin import describe_source
 from launch import help_page
 from launch.help_texts import join_help_lines
 from launch.hints import hint
 from launch.plain_errors import plain_errors
 from shards import index as indexes
-from shards.errors import InputError
+from shards.errors import InputError, printable
+from shards.fields import flatten
 from shards.storage import files
 
 
+class Start(NamedTuple):
+    """Hold what a command line asks for."""
+
+    recipe: Recipe
+    source: dict[str, Any]  # what recipe.json says of the recipe file
+
+
 def parse_recipe(arguments: list[str]) -> Recipe:
+    """Parse RECIPE [--field.name value ...] to the complete recipe; see `parse_start`."""
+    return parse_start(arguments).recipe
+
+
+def parse_start(arguments: list[str]) -> Start:
     """Parse RECIPE [--field.name value ...] to the complete recipe, and check it.
+
+    What the recipe file says otherwise is kept beside it.
 
     Raises InputError with one line for an unknown field or a bad value. --help prints and exits.
     """
@@ -28,14 +46,21 @@ def parse_recipe(arguments: list[str]) -> Recipe:
         )
     found = load_file(arguments[0])
     join_help_lines(Recipe, arguments)
-    recipe = _override(found.recipe, found, arguments)
+    base = found.recipe
+    recipe = _override(base, found, arguments)
     known = recipe.data.train.strip() or (recipe.explain and recipe.explain_images)
     if found.recipe_for is not None and known:
         epochs = recipe.schedule.epochs
         given = None if epochs == found.recipe.schedule.epochs else epochs
-        recipe = _override(found.for_images(_count_images(recipe), given), found, arguments)
+        base = found.for_images(_count_images(recipe), given)
+        recipe = _override(base, found, arguments)
+        if given is not None:  # the function was told the command line's epochs
+            file_epochs = found.recipe.schedule.epochs
+            base = replace(base, schedule=replace(base.schedule, epochs=file_epochs))
     recipe.check()
-    return recipe
+    there, here = flatten(base), flatten(recipe)
+    said = {name: there[name] for name in there.keys() & here if there[name] != here[name]}
+    return Start(recipe, describe_source(found.path, dict(sorted(said.items()))))
 
 
 def _override(base: Recipe, found: RecipeFile, arguments: list[str]) -> Recipe:

@@ -6,6 +6,7 @@ fields, and says which of them may change at every start.
 
 import os
 import sys
+from typing import Any
 
 from launch import interrupts
 from launch.loading import say_loading
@@ -37,7 +38,7 @@ from engine.replay.check import check_replay
 from engine.replay.report import replay
 from engine.run import claim
 from engine.trainer import Trainer
-from launch.command_line import parse_recipe
+from launch.command_line import parse_start
 
 # An exit status other than 0 makes torchrun start the processes again, without those that left.
 START_AGAIN = 75
@@ -45,8 +46,8 @@ START_AGAIN = 75
 RESUMES = "continues from the last checkpoint"
 
 
-def train(recipe: Recipe) -> bool:
-    """Run one job from its start to its end.
+def train(recipe: Recipe, source: dict[str, Any] | None = None) -> bool:
+    """Run one job from its start to its end. recipe.json keeps `source`, its recipe file.
 
     Returns False when torchrun has to start this process again.
     """
@@ -67,6 +68,7 @@ def train(recipe: Recipe) -> bool:
             replay(recipe, recipe.replay, world, data, terminal)
             return True
         with claim(recipe, data.train.digest, world, terminal) as run:
+            run.source = source or {}
             try:
                 trainer = Trainer(recipe, world, data, run)
                 if recipe.debug_step:
@@ -80,7 +82,7 @@ def train(recipe: Recipe) -> bool:
 
 def main(arguments: list[str]) -> int:
     try:
-        ended = train(parse_recipe(arguments))
+        ended = train(*parse_start(arguments))
     except KeyboardInterrupt as interrupt:
         if rank() == 0:
             next_start = str(interrupt) or "begins again"

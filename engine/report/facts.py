@@ -22,7 +22,7 @@ from shards.storage.entries import Entry, list_entries
 
 RESULT, SHEET = "result.json", "neighbours.png"
 # The keys of recipe.json that are no fields of a recipe.
-NOT_FIELDS = {"index_digest", layout.TOTAL, origin.WEIGHTS, origin.BRANCH}
+NOT_FIELDS = {"index_digest", *origin.FACTS}
 MOST_EVALUATIONS = 100
 _SMALLEST, _LARGEST = 1e-99, 1e99  # of the numbers that a chart can show
 MOST_BYTES = 20_000_000  # of a result or of a sheet
@@ -207,28 +207,30 @@ def _attempt(run: RunFacts, what: str, read: Callable[[], _T]) -> _T | None:
         return None
 
 
-def _read_evaluations(run: RunFacts) -> list[tuple[str, Entry]]:
-    """Read the results below RUN/evaluations, and list the sheets of neighbors by their places."""
-    home = files.join(run.url, layout.EVALUATIONS)
+def list_evaluations(url: str) -> list[tuple[str, Entry]]:
+    """List the results and sheets below RUN/evaluations with their folders, newest step first."""
+    home = files.join(url, layout.EVALUATIONS)
     steps = [entry.name for entry in list_entries(home) if entry.is_folder]
     with ThreadPoolExecutor(8, thread_name_prefix="report") as threads:
-        listed = threads.map(lambda step: list_entries(files.join(home, step)), steps)
-        folders = [
-            f"{step}/{entry.name}"
-            for step, entries in zip(steps, listed, strict=True)
-            for entry in entries
-            if entry.is_folder
-        ]
-        folders.sort(reverse=True)  # the newest step comes first
-        if len(folders) > MOST_EVALUATIONS:
-            more = len(folders) - MOST_EVALUATIONS
-            run.faults.append(f"{more} folders of older evaluations are left out")
-        kept = folders[:MOST_EVALUATIONS]
-        held = list(threads.map(lambda folder: list_entries(files.join(home, folder)), kept))
-        there = [(folder, e) for folder, entries in zip(kept, held, strict=True) for e in entries]
-        results = [(folder, e) for folder, e in there if e.name == RESULT]
-        read = list(threads.map(lambda found: _read_result(run, home, *found), results))
-    run.evaluations = [one for one in read if one is not None]
+
+        def list_below(folders: list[str]) -> list[tuple[str, Entry]]:
+            listed = threads.map(lambda folder: list_entries(files.join(home, folder)), folders)
+            return [(f, entry) for f, found in zip(folders, listed, strict=True) for entry in found]
+
+        folders = [f"{step}/{entry.name}" for step, entry in list_below(steps) if entry.is_folder]
+        found = list_below(sorted(folders, reverse=True))
+    return [(folder, entry) for folder, entry in found if entry.name in (RESULT, SHEET)]
+
+
+def _read_evaluations(run: RunFacts) -> list[tuple[str, Entry]]:
+    """Read the results below RUN/evaluations, and list the sheets of neighbors by their places."""
+    home, there = files.join(run.url, layout.EVALUATIONS), list_evaluations(run.url)
+    results = [(folder, entry) for folder, entry in there if entry.name == RESULT]
+    if len(results) > MOST_EVALUATIONS:
+        run.faults.append(f"{len(results) - MOST_EVALUATIONS} older evaluations are left out")
+    with ThreadPoolExecutor(8, thread_name_prefix="report") as threads:
+        read = threads.map(lambda one: _read_result(run, home, *one), results[:MOST_EVALUATIONS])
+        run.evaluations = [one for one in read if one is not None]
     return [(f"{layout.EVALUATIONS}/{place}/{SHEET}", e) for place, e in there if e.name == SHEET]
 
 

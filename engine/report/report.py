@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 
 from engine.log.patience import try_for
-from engine.report.facts import RunFacts, collect
+from engine.report.facts import RunFacts, collect, list_evaluations
 from engine.report.page import MOST_RUNS, make_page
 from engine.state import layout
 from shards.errors import InputError
 from shards.storage import files
+from shards.storage.entries import list_entries
 
 PATIENCE = 30.0  # seconds that the end of a training waits for its report
 
@@ -33,9 +34,10 @@ def write_report(run: str, others: Sequence[str] = (), out: str = "") -> str:
     return url
 
 
-def write_at_end(run: str, main: bool, say: Callable[[str], None]) -> None:
+def write_at_end(run: str, main: bool, say: Callable[[str], None], news: bool = True) -> None:
     """Write the report of a training that has ended, and say where it is.
 
+    Without `news` of the training it stays as it is, unless there are evaluations that it lacks.
     Only the first process, for which `main` is True, does anything. The training is saved already,
     so a report that fails, or that takes long because a store does not answer, is reported in one
     line and is never fatal.
@@ -43,8 +45,22 @@ def write_at_end(run: str, main: bool, say: Callable[[str], None]) -> None:
     if not main:
         return
     told: list[str] = []
-    fault = try_for(PATIENCE, lambda: told.append(files.redact(write_report(run))))
+
+    def write() -> None:
+        url = files.join(run, layout.REPORT)
+        told.append(files.redact(url if not news and _is_current(run) else write_report(run)))
+
+    fault = try_for(PATIENCE, write)
     say(f"{layout.REPORT} was not written: {fault}" if fault else f"report        {told[0]}")
+
+
+def _is_current(run: str) -> bool:
+    """Return whether a report is there, and no evaluation has written anything since."""
+    there = {entry.name: entry.modified for entry in list_entries(run)}
+    made = there.get(layout.REPORT)
+    return made is not None and all(
+        entry.modified is not None and entry.modified <= made for _, entry in list_evaluations(run)
+    )
 
 
 __all__ = ["RunFacts", "write_at_end", "write_report"]

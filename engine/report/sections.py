@@ -14,7 +14,7 @@ from engine.report.recipes import changed_fields, defaults, differing_fields, sh
 from engine.report.tables import fold, make_table
 from engine.report.thinning import Values
 from engine.state.early_stop import MARK
-from engine.state.origin import BRANCH
+from engine.state.origin import BRANCH, SOURCE
 from shards.storage import files
 from shards.storage.commands import spell_program
 
@@ -226,7 +226,7 @@ def write_comparison(runs: Sequence[RunFacts], names: Sequence[str]) -> Html | N
     if len(runs) < 2:
         return None
     keys = ["loss", "knn_top1", "online_top1", "feature_std", "feature_rank", "images_per_second"]
-    rows: list[list[Child]] = [["step", *(_last_step(run) for run in runs)]]
+    rows: list[list[Child]] = [[breakable("step"), *(_last_step(run) for run in runs)]]
     for key in keys:
         values = [as_number(run.last(key)) for run in runs]
         if any(value is not None for value in values):
@@ -295,8 +295,29 @@ def _pair(change: object) -> list[str]:
     return [show(change), ""]
 
 
+def _write_source(run: RunFacts) -> Html | None:
+    """Name the recipe file of the last start, and list what the command line changed of it."""
+    source = run.recipe.get(SOURCE)
+    file, said = (source.get(k) if isinstance(source, dict) else None for k in ("file", "said"))
+    if not isinstance(file, str) or not isinstance(said, dict):
+        return None
+    name = tag("b", file.rpartition("/")[2])
+    text = join("The last start took the recipe ", name, ", which is ", tag("code", show(file)))
+    rows = [
+        [breakable(str(field)), show(run.fields[field]), show(value)]
+        for field, value in sorted(said.items())
+        if field in run.fields and field != "run"
+    ]
+    if not rows:
+        return tag("p", text, ". The command line changed nothing of it.")
+    return join(
+        tag("p", text, ". The command line changed these fields of it:"),
+        make_table(["field", "value", "in the recipe file"], rows),
+    )
+
+
 def write_recipe(run: RunFacts) -> Html:
-    """List the fields that differ from the defaults, and fold all of them."""
+    """List the fields that differ from the recipe file or the defaults, and fold all of them."""
     fields = run.fields
     if not fields:
         return tag("p", "The run has no recipe that can be read.", class_="soft")
@@ -307,6 +328,8 @@ def write_recipe(run: RunFacts) -> Html:
     text = "The run is of an earlier release, which did not have these fields: "
     note = tag("p", text, tag("code", ", ".join(lacking)), class_="soft") if lacking else None
     return join(
+        _write_source(run),
+        tag("h3", "Fields that differ from the defaults"),
         make_table(["field", "value", "default"], changed),
         fold(f"All {len(everything)} fields", make_table(["field", "value"], everything), note),
     )

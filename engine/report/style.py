@@ -63,7 +63,7 @@ th, td { text-align: left; padding: 5px 12px; border-top: 1px solid var(--line);
   vertical-align: top; overflow-wrap: break-word; max-width: 30em; }
 th code, td code { overflow-wrap: break-word; } td.long { min-width: 13em; }
 thead th, .number { white-space: nowrap; }
-tr:first-child > * { border-top: 0; } th { font-weight: 600; }
+thead tr > * { border-top: 0; } th { font-weight: 600; }
 thead th { color: var(--soft); font-weight: 500; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 details > summary { cursor: pointer; margin: 10px 0 8px; color: var(--s0); }
@@ -72,6 +72,7 @@ details > summary { cursor: pointer; margin: 10px 0 8px; color: var(--s0); }
 img { display: block; max-width: 100%; height: auto; }
 img.small { width: min(100%, 640px); image-rendering: pixelated; }
 footer { margin-top: 36px; color: var(--soft); font-size: 13px; }
+@media (max-width: 600px) { td { overflow-wrap: anywhere; min-width: 6em; } }
 @media print { nav, .legend { position: static; } .chart, .card, tr { break-inside: avoid; } }
 """
     + "".join(

@@ -8,13 +8,15 @@ import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from engine.state.layout import CHECKPOINTS
+from engine.state import layout
 from shards.documents import Natural, build
 from shards.errors import InputError
-from shards.storage import files, misplaced
+from shards.storage import files, local_files, misplaced
 
 WEIGHTS = "model.start_digest"  # keys of recipe.json
 BRANCH = "branched_from"
+SOURCE = "recipe_file"
+FACTS = {layout.TOTAL, WEIGHTS, BRANCH, SOURCE}  # keys of recipe.json that are no fields
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,17 @@ class Origin:
         return found
 
 
+def describe_source(file: str, said: dict[str, Any]) -> dict[str, Any]:
+    """Return what recipe.json says of the recipe file that a start took.
+
+    Args:
+        file: The path of the file.
+        said: What the file says of the fields that the command line changed, by dotted name.
+    """
+    shown = {name: files.redact(v) if isinstance(v, str) else v for name, v in said.items()}
+    return {SOURCE: {"file": local_files.absolute(file), "said": shown}}
+
+
 def of_fields(fields: dict[str, Any]) -> Origin:
     """Return what the fields of a recipe.json say. What is damaged in them counts as absent."""
     url, digest, branch = (fields.get(name) for name in ("model.start", WEIGHTS, BRANCH))
@@ -69,7 +82,7 @@ def home(url: str) -> str:
     """Return the URL of the run that a checkpoint is in; other URLs are returned as they are."""
     url = url.rstrip("/")
     above = misplaced.folder_of(url)
-    return misplaced.folder_of(above) if misplaced.last_name(above) == CHECKPOINTS else url
+    return misplaced.folder_of(above) if misplaced.last_name(above) == layout.CHECKPOINTS else url
 
 
 def names_same(given: str, there: str) -> bool:

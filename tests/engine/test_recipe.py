@@ -13,7 +13,7 @@ from engine.method.schedule import ScheduleConfig
 from engine.processes.world import World
 from engine.recipe import Recipe, in_todays_terms, load, method_fields, operation_names
 from engine.run import Run, open_run
-from launch.command_line import parse_recipe
+from launch.command_line import parse_recipe, parse_start
 from shards.errors import InputError
 from shards.fields import differences, flatten
 from shards.loader import DataConfig
@@ -63,6 +63,48 @@ def test_overrides() -> None:
         assert parse_recipe([QUICKSTART, name, "a"]).run == "a"
     assert (recipe.batch.size, recipe.compile, recipe.precision) == (64, True, "fp64")
     assert recipe.optimizer == load(QUICKSTART).optimizer
+
+
+def test_what_the_recipe_file_says_is_kept_beside_the_command_line(tmp_path: Path) -> None:
+    file = load(QUICKSTART)
+    same = ["--seed", str(file.seed), "--run", file.run]
+    given = ["--batch.size", "64", "--no-compile-artefacts", "--data.val", "s3://KEY:SECRET@b/v"]
+    source = parse_start([QUICKSTART, *given, *same]).source["recipe_file"]
+    assert source["file"] == QUICKSTART
+    assert source["said"] == {
+        "batch.size": file.batch.size,
+        "compile_artefacts": True,
+        "data.val": file.data.val,
+    }
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from dataclasses import replace\nfrom recipes.quickstart import recipe as base\n"
+        "recipe = replace(base, run='s3://KEY:SECRET@b/run')\n"
+        "def recipe_for(images, epochs=None):\n"
+        "    n = epochs or 7\n"
+        "    schedule = replace(recipe.schedule, epochs=n, base_lr=images * n)\n"
+        "    return replace(recipe, schedule=schedule)\n"
+    )
+    start = parse_start(
+        [
+            str(path),
+            "--data.draw",
+            "50",
+            "--schedule.epochs",
+            "3",
+            "--run",
+            "x",
+            "--data.train",
+            f"{tmp_path}/none",
+        ]
+    )
+    assert start.recipe.schedule.base_lr == 150  # it follows the epochs, and nobody changed it
+    assert start.source["recipe_file"]["said"] == {
+        "data.draw": file.data.draw,
+        "data.train": file.data.train,
+        "run": "s3://b/run",
+        "schedule.epochs": file.schedule.epochs,
+    }
 
 
 @pytest.mark.parametrize(

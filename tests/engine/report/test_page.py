@@ -233,6 +233,24 @@ def test_only_void_elements_have_no_end() -> None:
     assert tag("td", "<", title='"') == '<td title="&quot;">&lt;</td>'
 
 
+def test_the_page_names_the_recipe_file_and_what_the_command_line_changed(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    source: dict[str, Any] = {"file": "/home/me/<b>.py", "said": {}}
+    recipe: dict[str, Any] = {"run": "here", "batch.size": 64, "recipe_file": source}
+    path.write_text(json.dumps(recipe))
+    text = page_of(str(tmp_path)).text
+    assert "took the recipe <b>.py , which is /home/me/<b>.py . The command line changed no" in text
+    assert "recipe_file" not in text  # it is no field
+    source["said"] = {"batch.size": 128, "run": "there", "unknown": 3}
+    path.write_text(json.dumps(recipe))
+    text = page_of(str(tmp_path)).text
+    assert "changed these fields of it: field value in the recipe file batch.size 64 128" in text
+    assert "there" not in text
+    for odd in (3, {"file": 3, "said": {}}, {"file": "a", "said": []}):
+        path.write_text(json.dumps(recipe | {"recipe_file": odd}))
+        assert "took the recipe" not in page_of(str(tmp_path)).text
+
+
 def test_the_page_names_what_a_run_began_from(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text('{"checkpoint.resume": "runs/first"}')
     assert "full state of runs/first . The method is the same" in page_of(str(tmp_path)).text

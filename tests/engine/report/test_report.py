@@ -1,6 +1,7 @@
 """RUN/report.html: written on demand and at the end of a training, and never in its way."""
 
 import json
+import os
 import shlex
 import threading
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from engine.report import report
 from engine.report.report import write_at_end, write_report
 from engine.state import layout
+from engine.state.origin import describe_source
 from launch import evaluate
 from shards.errors import InputError
 from shards.loader import DataConfig
@@ -31,11 +33,34 @@ def test_a_training_ends_with_its_report(
     for text in ("of 20 steps (100%)", "kNN accuracy", "batch of step 20", "model.encoder.depth"):
         assert text in page.text
     assert files.read_json(f"{tmp_path}/run/recipe.json")["total_steps"] == 20
+    (tmp_path / "run" / "report.html").write_text("compared with others")
+    assert train(recipe)  # it takes no step
+    assert (tmp_path / "run" / "report.html").read_text() == "compared with others"
     (tmp_path / "run" / "report.html").unlink()
     with training(recipe) as trainer:  # the same recipe goes on, and at its end makes a new one
         assert trainer.step == 20
         assert finish(trainer)
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_a_start_without_news_leaves_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run")
+    report_file = tmp_path / "run" / "report.html"
+    (result,) = (tmp_path / "run").glob("evaluations/*/*/result.json")
+    (sheet,) = (tmp_path / "run").glob("evaluations/*/*/neighbours.png")
+    for news, age, left in ((False, -9, True), (True, -9, False), (False, 9, False)):
+        report_file.write_text("mine")
+        made = report_file.stat().st_mtime
+        for path in (result, sheet):
+            os.utime(path, (made + age, made + age))
+        write_at_end(run, True, print, news)
+        assert (report_file.read_text() == "mine") == left
+        assert capsys.readouterr().out == f"report        {run}/report.html\n"
+    report_file.unlink()
+    write_at_end(run, True, print, news=False)
+    assert report_file.exists()
 
 
 def test_a_report_that_fails_is_one_line(
@@ -134,9 +159,12 @@ def test_runs_of_earlier_releases_have_a_report(tmp_path: Path) -> None:
     assert "Parent" not in text
 
 
-def test_the_total_does_not_hinder_a_resume(tiny_data: DataConfig, tmp_path: Path) -> None:
-    """It stands in recipe.json, which is compared with the recipe at every start."""
-    assert train(tiny.recipe(tiny_data, tmp_path / "run", steps=2))
+def test_what_is_no_field_does_not_hinder_a_resume(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """recipe.json has it too, which is compared with the recipe at every start."""
+    with training(tiny.recipe(tiny_data, tmp_path / "run", steps=2)) as trainer:
+        trainer.run.source = describe_source("mine.py", {"steps": None})
+        assert finish(trainer)
+    assert files.read_json(f"{tmp_path}/run/recipe.json")["recipe_file"]["said"] == {"steps": None}
     assert train(tiny.recipe(tiny_data, tmp_path / "run", steps=4))
 
 
