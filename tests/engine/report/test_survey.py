@@ -136,7 +136,7 @@ def test_steps_are_those_of_checkpoints_and_evaluations(
 
 def test_the_same_knn_of_an_evaluation_counts(tmp_path: Path) -> None:
     """Of a run that measures none, or of a later step; not that of other neighbors."""
-    measured = {"probe.neighbours": 20, "probe.temperature": 0.07}
+    measured: dict[str, Any] = {"probe.neighbours": 20, "probe.temperature": 0.07}
     for name, key, expected in (
         ("same", "knn_k20_t0.07_top1", (0.75, 5)),
         ("other", "knn_k200_t0.07_top1", (0.4, 4)),
