@@ -153,11 +153,20 @@ def _read_log(run: RunSummary, there: dict[str, Entry]) -> None:
     elif log or parts:
         run.faults.append("the log has no line that can be read")
     for key in FIGURES:
-        record = next((one for one in reversed(records) if key in one), {})
-        if record.get(key) is not None:
-            run.figures[key], run.steps[key] = record[key], record["step"]
+        names = (key, _name_evaluated(run.fields)) if key == "knn_top1" else (key,)
+        record = next((one for one in reversed(records) if one.keys() & set(names)), {})
+        value = next((record[name] for name in names if record.get(name) is not None), None)
+        if value is not None:
+            run.figures[key], run.steps[key] = value, record["step"]
         elif key == "loss" and records and "loss" in records[-1]:
             run.figures[key] = math.nan
+
+
+def _name_evaluated(fields: dict[str, Any]) -> str:
+    """Return the name that launch/evaluate.py gives to the same kNN as the training's own."""
+    k, temperature = fields.get("probe.neighbours"), fields.get("probe.temperature")
+    known = isinstance(k, int) and isinstance(temperature, int | float)
+    return f"knn_k{k}_t{temperature:g}_top1" if known else ""
 
 
 def _read_checkpoints(run: RunSummary, there: Collection[str]) -> None:

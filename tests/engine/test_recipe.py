@@ -12,7 +12,7 @@ from engine.method.adamw import AdamWConfig
 from engine.method.schedule import ScheduleConfig
 from engine.processes.world import World
 from engine.recipe import Recipe, in_todays_terms, load, method_fields, operation_names
-from engine.run import Run, open_run
+from engine.run import Run, check_recipe, open_run
 from launch.command_line import parse_recipe, parse_start
 from shards.errors import InputError
 from shards.fields import differences, flatten
@@ -248,3 +248,15 @@ def test_recipe_json_has_every_field(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "recipe.json").read_text())
     assert document.keys() == flatten(recipe).keys() | {"index_digest"}
     assert document["optimizer"] == "AdamWConfig"
+
+
+def test_recipe_json_has_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation may start in another folder; a run continues under either name."""
+    monkeypatch.chdir(tmp_path)
+    recipe = dataclasses.replace(load(QUICKSTART), run="runs/mine")
+    Run(recipe, "aaaa", ALONE, Terminal(main=True), None).write_recipe()
+    document = json.loads((tmp_path / "runs" / "mine" / "recipe.json").read_text())
+    assert document["run"] == f"{tmp_path}/runs/mine"
+    assert document["data.train"] == f"{tmp_path}/data/quickstart/train"
+    check_recipe(recipe, "aaaa", print)
+    check_recipe(dataclasses.replace(recipe, run=f"{tmp_path}/runs/mine"), "aaaa", print)

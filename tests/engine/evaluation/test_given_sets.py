@@ -7,7 +7,7 @@ import pytest
 
 from launch import evaluate
 from shards.loader import DataConfig
-from shards.making import packed_folder
+from shards.making import pack
 from shards.storage import files
 from tests.engine.evaluation.test_probe_sets import NAMES, write_folder
 from tests.helpers import tiny
@@ -64,7 +64,7 @@ def test_all_places_are_checked_before_anything_is_packed(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.delattr(packed_folder.pack, "write_shards")  # packing would fail
+    monkeypatch.delattr(pack, "write_shards")  # packing would fail
     a = write_folder(f"{tmp_path}/a", 4)
     other = write_folder(f"{tmp_path}/other", 4, ("x", "checks"))
     lone = str(shutil.copytree(run, tmp_path / "lone"))

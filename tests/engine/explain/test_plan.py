@@ -131,7 +131,8 @@ def test_requests_of_an_epoch(packed: Index, streams: int) -> None:
                     start, stop = packed.block_range(*last)
                     requests, size = requests + 1, size + stop - start
     recipe = Recipe(data=DataConfig(streams=streams), batch=BatchConfig(size=15))
-    assert traffic.read_epoch(recipe, order) == (90, requests, size, 0, 0, True)
+    blocks = sum(len(packed.blocks(shard)) for shard in range(len(packed.shards)))
+    assert traffic.read_epoch(recipe, order) == (90, requests, size, 0, 0, blocks, True)
 
 
 def test_requests_that_a_store_gets(

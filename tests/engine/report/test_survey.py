@@ -134,6 +134,20 @@ def test_steps_are_those_of_checkpoints_and_evaluations(
     assert re.search("^b +6 of 10 .* 40.0% at 4$", b)
 
 
+def test_the_same_knn_of_an_evaluation_counts(tmp_path: Path) -> None:
+    """Of a run that measures none, or of a later step; not that of other neighbors."""
+    measured: dict[str, Any] = {"probe.neighbours": 20, "probe.temperature": 0.07}
+    for name, key, expected in (
+        ("same", "knn_k20_t0.07_top1", (0.75, 5)),
+        ("other", "knn_k200_t0.07_top1", (0.4, 4)),
+    ):
+        write_run(f"{tmp_path}/{name}", steps=4, **measured)
+        with (tmp_path / name / "metrics.jsonl").open("a") as file:
+            file.write(f'{{"step": 5, "loss": 0.5, "{key}": 0.75}}\n')
+        run = found(str(tmp_path))[name]
+        assert (run.figures["knn_top1"], run.steps["knn_top1"]) == expected
+
+
 def test_the_table_shows_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(f"{tmp_path}/a", seed=1, note="x" * 500)
     write_run(f"{tmp_path}/b", steps=7, seed=2, note="\x1b[2J[red]\n")
