@@ -13,7 +13,7 @@ from launch.help_texts import join_help_lines
 from launch.hints import hint
 from launch.plain_errors import plain_errors
 from shards import index as indexes
-from shards.errors import InputError, printable
+from shards.errors import InputError
 from shards.fields import flatten
 from shards.storage import files
 

@@ -42,6 +42,16 @@ FIELDS: dict[str, tuple[list[str], str]] = {
     "wd weight-decay decay": (["optimizer.weight-decay"], ""),
     "beta betas beta1 beta2": (["optimizer.betas"], ""),
     "optim optimiser opt": (["optimizer"], "a recipe file sets it"),
+    "nesterov": (["optimizer.nesterov", "optimizer.options"], ""),
+    "clip clip-grad grad-clip clip-grad-norm max-grad-norm gradient-clip-val max-norm": (
+        ["clip.norm"],
+        "it bounds the gradient of all parameters together",
+    ),
+    "clip-grad-value gradient-clip-value": (["clip.value"], ""),
+    "scheduler lr-scheduler lr-schedule lr-policy": (
+        ["schedule.lr-decay"],
+        "it is cosine or none",
+    ),
     "arch architecture depth backbone encoder network net": (["model.encoder.depth"], ""),
     "width width-multiplier": (["model.encoder.width"], ""),
     "proj-dim projection-dim projection-size out-dim dim": (["model.projection"], ""),

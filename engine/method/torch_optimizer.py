@@ -40,9 +40,10 @@ class TorchOptimizer(torch.optim.Optimizer):
     parameters u is g. Without `adapt` it gets the gradients and its own weight decay.
 
     `lr` starts at 0, and the trainer sets it in each group before a step. The state exists from
-    the start, so that a checkpoint can be loaded into it. A step never waits for the device. Torch
-    has fused kernels of some optimizers that skip a step. Of the others the step is taken and
-    undone, for which it copies parameters and state.
+    the start, so that a checkpoint can be loaded into it. Torch has fused kernels of some
+    optimizers that skip a step. Of the others the step is taken and undone, for which it copies
+    parameters and state. A step never waits for the device, except for Adafactor's, in which torch
+    reads norms on the host.
     """
 
     def __init__(

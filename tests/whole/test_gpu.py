@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import math
 import threading
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,14 @@ from PIL import Image
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from engine.method.adamw import AdamWConfig
+from engine.method.clipping import ClipConfig
+from engine.method.lars import LARSConfig
 from engine.method.local_shards import local
 from engine.method.norm import BatchNorm, synchronize
+from engine.method.sgd import SGDConfig
+from engine.method.torch_optimizer import TorchOptimizerConfig
+from engine.method.torch_options import ELEMENTWISE
 from engine.processes import world
 from engine.processes.parallel import ParallelConfig
 from engine.state.saver import Saver
@@ -78,6 +86,48 @@ def test_one_rank_of_nccl_is_one_process(
     ):
         assert ours["data_digest"] == alone["data_digest"]
         assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(LARSConfig(), AdamWConfig(), SGDConfig()),
+        *(TorchOptimizerConfig(name, weight_decay=0.0) for name in sorted(ELEMENTWISE)),
+        TorchOptimizerConfig("RMSprop", adapt=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("clip", [ClipConfig(), ClipConfig(norm=0.5, value=0.1)], ids=str)
+def test_an_optimizer_never_waits_for_the_device(config: Any, clip: ClipConfig) -> None:
+    """Its steps are those on a CPU, and a step that is not finite changes nothing."""
+    torch.manual_seed(0)
+    there = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(7, 5))
+    here = deepcopy(there).cuda()
+    optimizers = [config.build(there), config.build(here)]
+    parameters = list(here.parameters())
+
+    def step(fault: float) -> list[Any]:
+        for p, q in zip(there.parameters(), parameters, strict=True):
+            p.grad = torch.randn_like(p)
+            p.grad.view(-1)[0] += fault
+            q.grad = p.grad.cuda()
+        for group in [group for one in optimizers for group in one.param_groups]:
+            group["lr"] = 0.01
+        optimizers[0].step(clip=clip)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            skip = optimizers[1].step(clip=clip)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert skip == (fault != 0)
+        return deepcopy([parameters, [optimizers[1].state[p] for p in parameters]])
+
+    for _ in range(3):
+        before = step(0.0)
+    torch.testing.assert_close(step(math.nan), before, rtol=0, atol=0)
+    step(0.0)
+    for p, q in zip(there.parameters(), parameters, strict=True):
+        torch.testing.assert_close(q.cpu(), p, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("offset", [0.0, 10.0, 1e3])

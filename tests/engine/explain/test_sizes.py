@@ -18,6 +18,7 @@ from engine.method.average import AverageConfig
 from engine.method.byol import VIEWS, BYOLConfig, byol_loss
 from engine.method.precision import Precision, autocast
 from engine.method.resnet import ResNetConfig
+from engine.method.torch_optimizer import TorchOptimizerConfig
 from engine.processes import parallel
 from engine.processes.world import World
 from engine.recipe import Recipe
@@ -30,6 +31,10 @@ from tests.helpers.training import finish, training
 
 pytestmark = pytest.mark.versions
 
+OPTIMIZERS = [
+    *(tiny.recipe(DataConfig(), "").optimizer, AdamWConfig()),
+    TorchOptimizerConfig("NAdam", adapt=True),
+]
 CLASSES, ROWS = 8, 8
 MARK = 12_345  # bytes of a tensor that marks a moment in the profile
 BASIC = BYOLConfig(
@@ -122,7 +127,7 @@ def test_live_bytes_follow_real_tensors() -> None:
     assert (live.now, live.peak) == (0, 40)
 
 
-@pytest.mark.parametrize("optimizer", [tiny.recipe(DataConfig(), "").optimizer, AdamWConfig()])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_checkpoint_is_as_large_as_said(
     tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory, optimizer: Any
 ) -> None:
@@ -153,7 +158,7 @@ def test_parameters_are_those_of_the_networks(tiny_data: DataConfig) -> None:
 
 
 @pytest.mark.parametrize(("strategy", "shards"), [("ddp", 1), ("fsdp", 6), ("hsdp", 3)])
-@pytest.mark.parametrize("optimizer", [tiny.recipe(DataConfig(), "").optimizer, AdamWConfig()])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_what_a_process_holds(strategy: Any, shards: int, optimizer: Any) -> None:
     """Beside the parts that torch's own sharding gives to the first of six processes."""
     recipe = tiny.recipe(DataConfig(streams=8), "", optimizer=optimizer)
