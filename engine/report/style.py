@@ -72,7 +72,7 @@ details > summary { cursor: pointer; margin: 10px 0 8px; color: var(--s0); }
 img { display: block; max-width: 100%; height: auto; }
 img.small { width: min(100%, 640px); image-rendering: pixelated; }
 footer { margin-top: 36px; color: var(--soft); font-size: 13px; }
-@media (max-width: 600px) { td { overflow-wrap: anywhere; min-width: 6em; } }
+@media (max-width: 600px) { td { overflow-wrap: anywhere; min-width: 7.5em; } }
 @media print { nav, .legend { position: static; } .chart, .card, tr { break-inside: avoid; } }
 """
     + "".join(
