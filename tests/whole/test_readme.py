@@ -41,6 +41,7 @@ READERS = {"mine.py", "photos.npz", "features-00000.npz"}
 # Options of programs that are not ours and not torchrun, and what every program has.
 OTHERS = {"--help", "--logdir", "--from-env-file", "--signal", "--field.name"}
 OTHERS |= {"--shutdown-timeout"}  # torchrun of torch 2.11 has none
+OTHERS |= {"--no-build-isolation"}  # of pip
 OPTION = re.compile(r"(?<![\w-])--[a-z](?:[\w.-]*\w)?")
 
 every = pytest.mark.parametrize("name", NAMES)
