@@ -21,6 +21,7 @@ from shards.storage import files
 _SHAPES = ("model.encoder.", "model.hidden", "model.projection")
 _ORDER = ("seed", "batch.size", "data.streams")  # with the data, all that decides the order
 _DATA = "digest of data.train"
+_OPTIMIZER = ("optimizer", "optimizer.name", "optimizer.options")  # that decide its state
 _HEAD = "online.classifier.weight"
 _LONGEST = 200  # characters of a value that a stranger's recipe may have
 _MOST = 200  # changed fields that are kept
@@ -160,7 +161,7 @@ def _left_out(
     if classes and classes != head:
         parts += ["online.classifier", "optimizer.classifier"]
         told.append(f"the online head is drawn anew: {head} classes there, {classes} here")
-    if there.get("optimizer") != here.get("optimizer"):
+    if any(there.get(name) != here.get(name) for name in _OPTIMIZER):
         parts.append("optimizer")
         told.append("the optimizer begins anew")
     if here.get("average.rate") and not any(name.startswith(f"{PART}.") for name in held):

@@ -19,6 +19,7 @@ from engine.method.lars import LARSConfig
 from engine.method.local_shards import whole
 from engine.method.resnet import ResNetConfig
 from engine.method.schedule import ScheduleConfig
+from engine.method.torch_optimizer import TorchOptimizerConfig
 from engine.processes.world import World
 from engine.recipe import Recipe
 from engine.state import checkpoint
@@ -239,6 +240,25 @@ def test_a_head_of_other_classes_and_another_optimizer_begin_anew(
     networks = {n for n in loaded if n.startswith(("online.", "target.")) and "classifier" not in n}
     assert networks <= same
     assert not any(t.any() for n, t in state.items() if n.startswith("optimizer."))
+    trainer.train_step(next(trainer.batches()))
+
+
+@pytest.mark.parametrize(
+    ("options", "anew"), [((), False), (("alpha=0.9", "momentum=0.5"), True)], ids=str
+)
+def test_an_optimizer_with_other_state_begins_anew(
+    tiny_data: DataConfig, tmp_path: Path, options: tuple[str, ...], anew: bool
+) -> None:
+    """Torch's RMSprop has one tensor more with momentum."""
+    there, rmsprop = tmp_path / "parent", TorchOptimizerConfig("RMSprop")
+    train(recipe(tiny_data, there, steps=2, optimizer=rmsprop))
+    optimizer = TorchOptimizerConfig("RMSprop", options, weight_decay=0.1)
+    config = recipe(tiny_data, tmp_path / "run", checkpoint=branch(there), optimizer=optimizer)
+    trainer = open_trainer(config)
+    state = tensors(trainer.state())
+    moved = [t.any().item() for n, t in state.items() if n.endswith(".square_avg")]
+    assert moved
+    assert not any(moved) if anew else all(moved)
     trainer.train_step(next(trainer.batches()))
 
 
