@@ -260,9 +260,11 @@ def _find_lost_accuracy(history: History) -> str:
     if untrained is None or not accuracies or history.progress < TRIED:
         return ""
     step, total = history.evaluated[-1]["step"], history.total_steps
-    if len(accuracies) < 2 and not step >= total > 0:  # at the end there will be no second one
+    ended = step >= total > 0
+    if len(accuracies) < 2 and not ended:  # at the end there will be no second one
         return ""
-    noise = _find_noise(untrained, _number(history.evaluated[-1], "knn_images"))
+    # A run that has ended without a gain gets no second chance either, however small the loss.
+    noise = 0.0 if ended else _find_noise(untrained, _number(history.evaluated[-1], "knn_images"))
     if max(accuracies) > untrained - SURE * noise or untrained < INFORMED * (chance or 0):
         return ""
     return (
