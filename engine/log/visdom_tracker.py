@@ -173,10 +173,18 @@ def _connect(address: Address, environment: str) -> Any:
 
     logging.getLogger("visdom").setLevel(logging.ERROR)  # it warns of what is meant so
 
+    place = f"{address.server}:{address.port}"
+
     class Session(requests.Session):
         def request(self, *arguments: Any, **options: Any) -> Any:
-            answer = super().request(*arguments, **{"timeout": ANSWER, **options})
-            answer.raise_for_status()
+            try:
+                answer = super().request(*arguments, **{"timeout": ANSWER, **options})
+            except requests.Timeout:
+                raise ConnectionError(f"{place} does not answer") from None
+            except requests.RequestException:
+                raise ConnectionError(f"{place} cannot be reached") from None
+            if not answer.ok:
+                raise ConnectionError(f"{place} refuses, with HTTP {answer.status_code}")
             return answer
 
     class Client(visdom.Visdom):
