@@ -59,8 +59,8 @@ class Average:
     @torch.no_grad()
     def restart(self) -> None:
         """Begin anew with the encoder's tensors as they are now."""
-        for name, tensor in self._own.items():
-            tensor.copy_(self._online[name])
+        if self._own:
+            torch._foreach_copy_(local(self._own.values()), local(self._online.values()))
 
     def follow(self, skip: Tensor) -> None:
         """Move towards the encoder after its update, unless `skip` [] is 1. No host waits."""

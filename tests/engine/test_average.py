@@ -183,6 +183,25 @@ def test_it_survives_another_number_of_processes(
     assert same(average_of(alone), there[1])
 
 
+def begin_on_ranks(config: Recipe) -> bool:
+    """On a rank: whether the average of a new run is the encoder that it begins with."""
+    trainer = open_trainer(config)
+    return same(average_of(trainer), encoder_of(trainer))
+
+
+def test_a_branch_of_two_processes(ranks: Ranks, tiny_data: DataConfig, tmp_path: Path) -> None:
+    parent = parity.recipe(tiny_data, str(tmp_path / "parent"), steps=1)
+    train(parent)
+    config = dataclasses.replace(
+        parent,
+        run=str(tmp_path / "run"),
+        average=AverageConfig(rate=RATE),
+        checkpoint=CheckpointConfig(branch=parent.run),
+        parallel=ParallelConfig(strategy="fsdp", timeout=60),
+    )
+    assert ranks.run(begin_on_ranks, config, size=2) == [True, True]
+
+
 def test_without_a_rate_nothing_is_kept(tiny_data: DataConfig, tmp_path: Path) -> None:
     trainer = open_trainer(recipe(tiny_data, tmp_path, 0.0))
     assert "average" not in trainer.state()
