@@ -92,7 +92,8 @@ def read_options(name: str, texts: tuple[str, ...]) -> dict[str, Any]:
             near = _nearest(key, list(arguments))
             meant = f"did you mean {near}? " if near else ""
             has = _listed(list(arguments))
-            raise InputError(f"{place}: {name} has no such option: {meant}it has {has}")
+            what = f"{name} has no such option: {meant}it has {has}"
+            raise InputError(f"{place}: {what} (--optimizer.options replaces all of them)")
         options[key] = _value(place, value, arguments[key])
     return options
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ import torch.distributed as dist
 
 from engine.method import byol
 from engine.method.byol import BYOLConfig
+from engine.method.clipping import ClipConfig
 from engine.method.norm import BatchNorm
 from engine.method.resnet import ResNetConfig
 from engine.method.schedule import ScheduleConfig
+from engine.method.sgd import SGDConfig
 from engine.recipe import Recipe, load
 from launch import bench
 from launch.benchmarks.input import draw_photo
@@ -210,10 +213,19 @@ def test_step_of_two_processes() -> None:
 
 
 @pytest.mark.parametrize(
-    "encoder",  # the first is torchvision's
-    [ResNetConfig(depth=18), ResNetConfig(depth=50, width=0.125, stem="cifar")],
+    ("encoder", "changes"),  # the first encoder is torchvision's
+    [
+        (ResNetConfig(depth=18), {}),
+        (ResNetConfig(depth=50, width=0.125, stem="cifar"), {}),
+        (
+            ResNetConfig(depth=10, width=0.125),
+            {"optimizer": SGDConfig(nesterov=True), "clip": ClipConfig(norm=0.1, value=0.05)},
+        ),
+    ],
 )
-def test_stock_takes_the_same_step(encoder: ResNetConfig, tmp_path: Path) -> None:
+def test_stock_takes_the_same_step(
+    encoder: ResNetConfig, changes: dict[str, Any], tmp_path: Path
+) -> None:
     recipe = Recipe(
         threads=1,
         compile=False,
@@ -221,6 +233,7 @@ def test_stock_takes_the_same_step(encoder: ResNetConfig, tmp_path: Path) -> Non
         model=BYOLConfig(encoder, hidden=32, projection=16),
         views=ViewsConfig(size=32),
         schedule=ScheduleConfig(epochs=20, warmup="2 epochs", base_lr=4.0),
+        **changes,
     )
     trainer, batch = prepare(recipe, str(tmp_path))
     stock = Stock(trainer.recipe, trainer.classes, trainer.device)
