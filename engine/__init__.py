@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from engine.method.lars import LARSConfig as LARSConfig
     from engine.method.resnet import ResNetConfig as ResNetConfig
     from engine.method.schedule import ScheduleConfig as ScheduleConfig
+    from engine.method.torchvision_encoder import TorchvisionConfig as TorchvisionConfig
     from engine.notebook import Session as Session
     from engine.notebook import open_session as open_session
     from engine.processes.parallel import ParallelConfig as ParallelConfig
@@ -44,6 +45,7 @@ _PLACES = {
     "ResNetConfig": "engine.method.resnet",
     "ScheduleConfig": "engine.method.schedule",
     "Session": "engine.notebook",
+    "TorchvisionConfig": "engine.method.torchvision_encoder",
     "Trainer": "engine.trainer",
     "ViewConfig": "shards.views",
     "ViewsConfig": "shards.views",

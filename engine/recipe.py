@@ -51,6 +51,7 @@ _MACHINES_OWN = {
 ADDED_LATER: dict[str, Any] = {
     **{"data.max_pixels": 89_478_485, "data.exif": "ignore"},
     **{"probe.head_lr": None, "schedule.rewarm": 0},
+    "model.encoder": "ResNetConfig",
 }
 
 # The warm-up was a number of epochs before it could also be one of steps.
@@ -124,8 +125,7 @@ class Recipe:
         """Raise InputError, naming the field, when a value is wrong or fields conflict."""
         check_types(self)
         check_bounds(self)
-        least = 32 if self.model.encoder.stem == "imagenet" else 8
-        check_range("views.size", self.views.size, Interval(ge=least, le=2**12))
+        self.model.encoder.check_size(self.views.size)
         # Batch norm needs at least two rows.
         check_range("batch.micro", self.batch.micro, Interval(ge=1, le=self.batch.size // 2))
         warmup, unit = parse(self.schedule.warmup)

@@ -25,9 +25,8 @@ from annotated_types import Interval
 from engine.encoder import card
 from engine.encoder.classifier import attach, read_head
 from engine.encoder.export import Format
-from engine.encoder.source import EncoderConfig, Source, open_encoder
+from engine.encoder.source import EncoderConfig, Pixels, Source, open_encoder
 from engine.log.terminal import Terminal
-from engine.method.resnet import ResNet
 from engine.processes.world import World, share_of_cores
 from launch.help_texts import join_help_lines
 from launch.plain_errors import plain_errors
@@ -81,7 +80,7 @@ class Export:
         alone = World(0, 1, 0, 1, torch.device("cpu"))
         _terminal.say(f"opening {files.redact(self.checkpoint_url)}")
         source, encoder = open_encoder(self.checkpoint_url, self.encoder, alone, _terminal.say)
-        if not isinstance(encoder, ResNet):
+        if isinstance(encoder, Pixels):
             raise InputError("--network pixels is no encoder: there is nothing to export")
         _terminal.say(source.report)
         images = card.sample_images(source, self._open_val(source), _terminal.say)

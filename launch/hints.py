@@ -3,7 +3,9 @@
 import difflib
 
 from engine.method.adamw import AdamWConfig
+from engine.method.byol import BYOLConfig
 from engine.method.lars import LARSConfig
+from engine.method.torchvision_encoder import TorchvisionConfig
 from engine.recipe import Recipe
 from shards.fields import flatten
 
@@ -43,7 +45,14 @@ FIELDS: dict[str, tuple[list[str], str]] = {
     "wd weight-decay decay": (["optimizer.weight-decay"], ""),
     "beta betas beta1 beta2": (["optimizer.betas"], ""),
     "optim optimiser opt": (["optimizer"], "a recipe file sets it"),
-    "arch architecture depth backbone encoder network net": (["model.encoder.depth"], ""),
+    "arch architecture depth backbone encoder network net": (
+        ["model.encoder.depth", "model.encoder.name"],
+        "",
+    ),
+    "model.encoder model.encoder.name": (
+        ["model.encoder.depth"],
+        "this recipe has a ResNet; a recipe with TorchvisionConfig has any network of torchvision",
+    ),
     "width width-multiplier": (["model.encoder.width"], ""),
     "proj-dim projection-dim projection-size out-dim dim": (["model.projection"], ""),
     "hidden-dim hidden-size mlp-dim projection-hidden-size": (["model.hidden"], ""),
@@ -125,5 +134,6 @@ def hint(option: str, recipe: Recipe) -> str:
 
 def fields_of_all_recipes() -> set[str]:
     """Return the options of the fields that a recipe can have, without dashes."""
-    recipes = (Recipe(optimizer=LARSConfig()), Recipe(optimizer=AdamWConfig()))
+    other = BYOLConfig(encoder=TorchvisionConfig())
+    recipes = (Recipe(optimizer=LARSConfig()), Recipe(optimizer=AdamWConfig(), model=other))
     return {name.replace("_", "-") for recipe in recipes for name in flatten(recipe)} | {"run-url"}
