@@ -17,7 +17,7 @@ from engine.method.resnet import ResNet, ResNetConfig
 from shards.documents import shown
 from shards.errors import InputError
 
-_COUNTER = "num_batches_tracked"
+COUNTER = "num_batches_tracked"
 
 # Names that mark the slowly moving network of a pair. MoCo calls it encoder_k.
 _TARGET = re.compile(r"target|momentum|teacher|(^|[._])(ema|key)([._]|$)|_k([._]|$)", re.I)
@@ -28,7 +28,7 @@ _CHILDREN = {"0": "conv1", "1": "bn1", **{str(3 + i): f"layer{i}" for i in (1, 2
 _NORM = (
     *(("weight", "gamma", "scale"), ("bias", "beta", "offset")),
     *(("running_mean", "moving_mean", "mean"), ("running_var", "moving_variance", "var")),
-    (_COUNTER,),
+    (COUNTER,),
 )
 # What a stranger's file may hold, so that the search for its network ends.
 MOST_NETWORKS = 64  # networks that are found by name
@@ -226,7 +226,7 @@ def _match_names(
 
 def _misfits(expected: Mapping[str, Size], found: Mapping[str, Size]) -> list[tuple[str, str]]:
     """List the tensors that are not as expected, as pairs: what is wrong, the tensor's name."""
-    misfits = [("missing", n) for n in expected if n not in found and _COUNTER not in n]
+    misfits = [("missing", n) for n in expected if n not in found and COUNTER not in n]
     for name, shape in found.items():
         if name not in expected and _TRUNK.match(name):
             misfits.append(("too many", name))
@@ -253,7 +253,7 @@ def _match_order(tensors: Mapping[str, Tensor], place: str) -> dict[str, _Match]
             taken = dict(zip(order, names[start:end], strict=True))
             for ours, name in list(taken.items()):
                 if ours.endswith("running_var") and name in counters:
-                    taken[ours.replace("running_var", _COUNTER)] = counters[name]
+                    taken[ours.replace("running_var", COUNTER)] = counters[name]
             how = f"by position and shape from {first!r} on"
             found[first] = _Match(candidate, taken, how)
         elif fitting > nearest:
@@ -322,7 +322,7 @@ def _candidates(channels: int) -> list[_Candidate]:
             with torch.device("meta"):
                 net = ResNet(config, views=1)
             shapes = {name: value.shape for name, value in net.state_dict().items()}
-            last = [name for name in shapes if _COUNTER not in name]
+            last = [name for name in shapes if COUNTER not in name]
             blocks = itertools.groupby(last, lambda name: name.split(".")[:2])
             first = [n for _, b in blocks for n in sorted(b, key=lambda n: "downsample" not in n)]
             inner = shapes["layer4.0.conv1.weight"]
@@ -345,7 +345,7 @@ def read_state(
     """
     state: dict[str, Tensor] = {}
     for ours in wanted:
-        if _COUNTER in ours:  # old checkpoints have none; it has no effect with a fixed momentum
+        if COUNTER in ours:  # old checkpoints have none; it has no effect with a fixed momentum
             count = tensors.get(names.get(ours, ""), torch.tensor(0))
             state[ours] = count.to(torch.int64).reshape(())
             continue

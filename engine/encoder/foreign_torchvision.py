@@ -91,7 +91,10 @@ def match_torchvision(
         raise InputError(_describe_misfit(config, size, tensors, place))
     chosen = foreign.choose(there, network, place, prefix, flag)
     plain = {foreign.plain(name): name for name in tensors}
-    wanted = _shapes(config.name, size)
+    with torch.device("meta"):
+        kept = config.build(1, size).stock_state()
+    # Tables of positions are constants of the network.
+    wanted = [n for n, v in kept.items() if v.is_floating_point() or foreign.COUNTER in n]
     names = {ours: plain[chosen + ours] for ours in wanted if chosen + ours in plain}
     state = foreign.read_state(tensors, wanted, names, place)
     how = f"by name{f' under {chosen!r}' if chosen else ''}"
