@@ -1,7 +1,7 @@
 """Export an encoder: python launch/export.py CHECKPOINT OUT [--option value ...]
 
 CHECKPOINT is the URL of a run (its newest checkpoint is used), of one of its checkpoints, or of a
-third-party checkpoint file of a ResNet. OUT is the URL of a folder.
+third-party checkpoint file of a network of torchvision. OUT is the URL of a folder.
 """
 
 import os

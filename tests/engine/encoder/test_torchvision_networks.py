@@ -134,7 +134,7 @@ def test_layers_are_refused(run: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "prefix"),
-    [(NAME, ""), ("mobilenet_v3_small", "state_dict.module."), ("vgg11", "a.")],
+    [(NAME, ""), ("mobilenet_v3_small", "state_dict.module."), ("mnasnet0_5", "a.")],
 )
 def test_others_files_are_matched_by_torchvisions_names(name: str, prefix: str) -> None:
     network = torchvision.models.get_model(name, weights=None)

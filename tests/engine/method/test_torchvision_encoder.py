@@ -243,3 +243,22 @@ def test_the_least_size_is_enough_and_one_less_is_not_offered(name: str) -> None
     assert len(features) == 4
     with pytest.raises(InputError):
         config.check_size(least - 1)
+
+
+def test_norms_of_several_momenta_update_their_own_statistics() -> None:
+    config = BYOLConfig(TorchvisionConfig("mobilenet_v3_small"), hidden=16, projection=8)
+    online, _ = build(config, 0, seed=0, size=32)
+    statistics = RunningStatistics([online])
+    online.train()(torch.rand(8, 3, 32, 32))
+    statistics.note()
+    statistics.apply()
+    norms = [one for one in online.modules() if isinstance(one, BatchNorm)]
+    assert {norm.momentum for norm in norms} == {0.1, 0.01}
+    for norm in norms:
+        m, first, second = norm.momentum, *norm.batch_statistics.double()
+        for running, start, one, two in (
+            (norm.running_mean, 0, first[0], second[0]),
+            (norm.running_var, 1, first[1], second[1]),
+        ):
+            expected = (1 - m) * ((1 - m) * start + m * one) + m * two
+            torch.testing.assert_close(running.double(), expected, rtol=1e-5, atol=1e-6)
