@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from engine.method.schedule import ScheduleConfig as ScheduleConfig
     from engine.method.sgd import SGDConfig as SGDConfig
     from engine.method.torch_optimizer import TorchOptimizerConfig as TorchOptimizerConfig
+    from engine.method.torchvision_encoder import TorchvisionConfig as TorchvisionConfig
     from engine.notebook import Session as Session
     from engine.notebook import open_session as open_session
     from engine.processes.parallel import ParallelConfig as ParallelConfig
@@ -54,6 +55,7 @@ _PLACES = {
     "ScheduleConfig": "engine.method.schedule",
     "Session": "engine.notebook",
     "TorchOptimizerConfig": "engine.method.torch_optimizer",
+    "TorchvisionConfig": "engine.method.torchvision_encoder",
     "Trainer": "engine.trainer",
     "ViewConfig": "shards.views",
     "ViewsConfig": "shards.views",

@@ -56,7 +56,9 @@ def begin(recipe: Recipe, world: World, run: Run, train: Index) -> Beginning:
         if run.recorded is not None:
             _check_given(recipe, run, run.recorded)
         if recipe.model.start:
-            weights = read_start(recipe.model, classes, world, run.terminal.report)
+            weights = read_start(
+                recipe.model, classes, recipe.views.size, world, run.terminal.report
+            )
             text = weights.report
             run.origin = Origin(weights=weights.source)
             if run.recorded is not None and run.recorded.weights is not None:
@@ -123,7 +125,7 @@ def _check_weights(recipe: Recipe, world: World, run: Run, there: Origin, classe
                 f"{error}; the run began with the weights of {known.url} and goes on without them"
             )
         return
-    weights = read_start(recipe.model, classes, world, run.terminal.report)
+    weights = read_start(recipe.model, classes, recipe.views.size, world, run.terminal.report)
     _check_digest(recipe, run, known.digest, weights)
 
 

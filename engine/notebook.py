@@ -16,7 +16,6 @@ from engine.log.terminal import Terminal
 from engine.method.augment import MEAN, STD
 from engine.method.byol import VIEWS
 from engine.method.local_shards import whole
-from engine.method.resnet import ResNet
 from engine.processes.world import join
 from engine.recipe import Recipe
 from engine.run import Run, open_run
@@ -41,7 +40,7 @@ class Session:
         self._loader: TrainLoader | None = None
         self._batches: Iterator[Batch] = iter(())
         self._closed = False
-        self._encoder = ResNet(self.recipe.model.encoder, VIEWS)
+        self._encoder = self.recipe.model.encoder.build(VIEWS, self.recipe.views.size)
 
     def __enter__(self) -> "Session":
         return self

@@ -59,6 +59,7 @@ ADDED_LATER: dict[str, Any] = {
     **{"clip.norm": 0.0, "clip.value": 0.0},
     **{"model.initialization": "official", "average.rate": 0.0},
     "data.decode": "cpu",
+    "model.encoder": "ResNetConfig",
 }
 
 # The warm-up was a number of epochs before it could also be one of steps.
@@ -140,8 +141,7 @@ class Recipe:
         """Raise InputError, naming the field, when a value is wrong or fields conflict."""
         check_types(self)
         check_bounds(self)
-        least = 32 if self.model.encoder.stem == "imagenet" else 8
-        check_range("views.size", self.views.size, Interval(ge=least, le=2**12))
+        self.model.encoder.check_size(self.views.size)
         # Batch norm needs at least two rows.
         check_range("batch.micro", self.batch.micro, Interval(ge=1, le=self.batch.size // 2))
         warmup, unit = parse(self.schedule.warmup)

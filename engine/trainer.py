@@ -80,7 +80,8 @@ class Trainer:
         beginning = begin(recipe, world, run, data.train)
         self.ramp = beginning.ramp
         probe_sets = open_own_probe_sets(recipe, data, world, self.threads, self.terminal.say)
-        self.online, self.target = byol.build(recipe.model, self.classes, recipe.seed)
+        size = recipe.views.size
+        self.online, self.target = byol.build(recipe.model, self.classes, recipe.seed, size)
         if beginning.weights is not None:
             beginning.weights.fill(self.online, self.target)
         self._parallelize()

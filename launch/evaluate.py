@@ -1,7 +1,8 @@
 """Measure an encoder: python launch/evaluate.py PROTOCOL CHECKPOINT [--option value ...]
 
 CHECKPOINT is the URL of a run (its newest checkpoint is used), of one of its checkpoints, or of a
-third-party checkpoint file of a ResNet. For several processes use torchrun launch/evaluate.py ...
+third-party checkpoint file of a network of torchvision. For several processes use torchrun
+launch/evaluate.py ...
 
 The commands `report RUN` and `runs URL` measure nothing. They show what runs have written.
 """

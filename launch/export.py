@@ -1,7 +1,7 @@
 """Export an encoder: python launch/export.py CHECKPOINT OUT [--option value ...]
 
 CHECKPOINT is the URL of a run (its newest checkpoint is used), of one of its checkpoints, or of a
-third-party checkpoint file of a ResNet. OUT is the URL of a folder.
+third-party checkpoint file of a network of torchvision. OUT is the URL of a folder.
 """
 
 import os
@@ -27,9 +27,8 @@ from annotated_types import Interval
 from engine.encoder import card
 from engine.encoder.classifier import attach, read_head
 from engine.encoder.export import Format
-from engine.encoder.source import EncoderConfig, Source, open_encoder
+from engine.encoder.source import EncoderConfig, Pixels, Source, open_encoder
 from engine.log.terminal import Terminal
-from engine.method.resnet import ResNet
 from engine.processes.world import World, share_of_cores
 from launch.help_texts import join_help_lines
 from launch.plain_errors import plain_errors
@@ -83,7 +82,7 @@ class Export:
         alone = World(0, 1, 0, 1, torch.device("cpu"))
         _terminal.say(f"opening {files.redact(self.checkpoint_url)}")
         source, encoder = open_encoder(self.checkpoint_url, self.encoder, alone, _terminal.say)
-        if not isinstance(encoder, ResNet):
+        if isinstance(encoder, Pixels):
             raise InputError("--network pixels is no encoder: there is nothing to export")
         _terminal.say(source.report)
         images = card.sample_images(source, self._open_val(source), _terminal.say)

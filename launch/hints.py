@@ -3,6 +3,8 @@
 import difflib
 import re
 
+from engine.method.byol import BYOLConfig
+from engine.method.torchvision_encoder import TorchvisionConfig
 from engine.recipe import Recipe, optimizers
 from shards.fields import flatten
 
@@ -52,7 +54,14 @@ FIELDS: dict[str, tuple[list[str], str]] = {
         ["schedule.lr-decay"],
         "it is cosine or none",
     ),
-    "arch architecture depth backbone encoder network net": (["model.encoder.depth"], ""),
+    "arch architecture depth backbone encoder network net": (
+        ["model.encoder.depth", "model.encoder.name"],
+        "",
+    ),
+    "model.encoder model.encoder.name": (
+        ["model.encoder.depth"],
+        "this recipe has a ResNet; a recipe with TorchvisionConfig has any network of torchvision",
+    ),
     "width width-multiplier": (["model.encoder.width"], ""),
     "proj-dim projection-dim projection-size out-dim dim": (["model.projection"], ""),
     "hidden-dim hidden-size mlp-dim projection-hidden-size": (["model.hidden"], ""),
@@ -152,5 +161,6 @@ def _negate(name: str, recipe: Recipe) -> str:
 
 def fields_of_all_recipes() -> set[str]:
     """Return the options of the fields that a recipe can have, without dashes."""
-    recipes = [Recipe(optimizer=kind()) for kind in optimizers()]
+    other = BYOLConfig(encoder=TorchvisionConfig())
+    recipes = [Recipe(model=other), *(Recipe(optimizer=kind()) for kind in optimizers())]
     return {name.replace("_", "-") for recipe in recipes for name in flatten(recipe)} | {"run-url"}

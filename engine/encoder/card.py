@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -9,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.encoder.classifier import Classifier
+from engine.encoder.classifier import count_classes
 from engine.encoder.export import FILES, TOLERANCE, Format, convert, verify, verify_timm
-from engine.encoder.hub import CONFIG, describe_network
+from engine.encoder.hub import CONFIG, describe_network, timm_name
 from engine.encoder.preprocessing import transform as transform
 from engine.encoder.source import Source
 from engine.encoder.torchvision_twin import recipe_lines
 from engine.log import journal
 from engine.method.augment import MEAN, STD, normalize
-from engine.method.resnet import ResNet
+from engine.method.encoders import BackboneConfig, Encoder
+from engine.method.resnet import ResNetConfig
 from shards.center_crops import CropReader
 from shards.digest import digest
 from shards.errors import InputError
@@ -43,7 +45,7 @@ def sample_images(source: Source, val: Index | None, report: Callable[[str], Non
 
 def write(
     source: Source,
-    encoder: ResNet,
+    encoder: Encoder,
     formats: tuple[Format, ...],
     out: str,
     images: Tensor,
@@ -95,12 +97,12 @@ def write(
             "largest_difference": difference,
         }
         say(f"{files.redact(url)}  {len(content) / 1e6:.1f} MB, equal within {difference:.0e}")
-    timm = verify_timm(encoder.state_dict(), source.config, encoder, images)
+    timm = verify_timm(encoder.stock_state(), source.config, encoder, images)
     if timm is not None:
-        say(f"timm's resnet{source.config.depth} with these weights: equal within {timm:.0e}")
+        say(f"timm's {timm_name(source.config)} with these weights: equal within {timm:.0e}")
     document = describe(source, encoder, len(images), say)
     document |= {"files": written, "timm_difference": timm}
-    document |= {"classes": classes or []} if isinstance(encoder, Classifier) else {}
+    document |= {"classes": classes or []} if count_classes(encoder) else {}
     weights = [names[name] for name in ("safetensors", "state-dict") if name in names]
     if weights:
         _write_config(files.join(out, CONFIG), source, encoder, weights[0], classes or [])
@@ -110,16 +112,15 @@ def write(
 
 
 def _write_config(
-    url: str, source: Source, encoder: ResNet, weights: str, classes: list[str]
+    url: str, source: Source, encoder: Encoder, weights: str, classes: list[str]
 ) -> None:
-    count = encoder.fc.out_features if isinstance(encoder, Classifier) else 0
-    found = describe_network(source, weights, encoder.feature_dim, classes, count)
+    found = describe_network(source, weights, encoder, classes, count_classes(encoder))
     files.write(url, json.dumps(found, indent=1).encode())
 
 
-def _file(name: Format, encoder: ResNet) -> str:
+def _file(name: Format, encoder: Encoder) -> str:
     """Return the name of a file, which says whether it is of an encoder or of a classifier."""
-    return _classifier(FILES[name]) if isinstance(encoder, Classifier) else FILES[name]
+    return _classifier(FILES[name]) if count_classes(encoder) else FILES[name]
 
 
 def _classifier(file: str) -> str:
@@ -127,16 +128,13 @@ def _classifier(file: str) -> str:
 
 
 def describe(
-    source: Source, encoder: ResNet, compared: int, say: Callable[[str], None]
+    source: Source, encoder: Encoder, compared: int, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Describe the encoder and its input for the users of the files."""
     config = source.config
     return {
-        "encoder": f"ResNet-{config.depth}" + (f" x{config.width:g}" if config.width != 1 else ""),
-        "depth": config.depth,
-        "width": config.width,
-        "stem": config.stem,
-        "projection_shortcut": config.projection_shortcut,
+        "encoder": config.describe().removesuffix(" x1"),
+        **_shape(config),
         "features": encoder.feature_dim,
         "network": source.network,
         "checkpoint": files.redact(source.url),
@@ -156,14 +154,17 @@ def describe(
             "mean": MEAN,
             "std": STD,
         },
-        "build": recipe_lines(
-            config, encoder.fc.out_features if isinstance(encoder, Classifier) else 0
-        ),
+        "build": recipe_lines(config, source.size, count_classes(encoder)),
         "compared_on_images": compared,
         "recipe": source.fields,
         "metrics": _metrics(source, say),
         "packages": {name: version(name) for name in ("torch", "torchvision", "safetensors")},
     }
+
+
+def _shape(config: BackboneConfig) -> dict[str, Any]:
+    """Return the fields of the network's config."""
+    return asdict(config) if isinstance(config, ResNetConfig) else {"torchvision": config.name}
 
 
 def _metrics(source: Source, say: Callable[[str], None]) -> dict[str, Any]:

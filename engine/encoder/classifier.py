@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from engine.encoder.foreign_files import read_tensors
 from engine.encoder.source import Source
+from engine.method.encoders import BackboneConfig, Encoder
 from engine.method.resnet import ResNet, ResNetConfig
+from engine.method.torchvision_encoder import TorchvisionConfig, TorchvisionEncoder
 from shards.documents import check, parse_json
 from shards.errors import InputError
 from shards.storage import files
@@ -29,6 +31,30 @@ class Classifier(ResNet):
         return logits
 
 
+class TorchvisionClassifier(TorchvisionEncoder):
+    """A network of torchvision whose own classifier's place has one of C classes."""
+
+    def __init__(self, config: TorchvisionConfig, size: int, classes: int) -> None:
+        super().__init__(config, 1, size)
+        self.network.set_submodule(self.classifier_name, nn.Linear(self.feature_dim, classes))
+
+
+AnyClassifier = Classifier | TorchvisionClassifier
+
+
+def build_classifier(config: BackboneConfig, size: int, classes: int) -> AnyClassifier:
+    """Build an encoder with a linear classifier, for images of `size` pixels."""
+    if isinstance(config, TorchvisionConfig):
+        return TorchvisionClassifier(config, size, classes)
+    return Classifier(config, classes)
+
+
+def count_classes(encoder: Encoder) -> int:
+    """Return the number of classes of a classifier; 0 for an encoder without one."""
+    weight = encoder.stock_state().get(f"{encoder.classifier_name}.weight")
+    return 0 if weight is None else len(weight)
+
+
 class Head(NamedTuple):
     """A linear classifier that was read from a file."""
 
@@ -43,14 +69,18 @@ def name_weights(source: Source) -> str:
     return f"{source.network} {source.digest}"
 
 
-def save_head(tensors: dict[str, Tensor], classes: list[str], learned_on: str = "") -> bytes:
+def save_head(
+    tensors: dict[str, Tensor], classes: list[str], learned_on: str = "", name: str = "fc"
+) -> bytes:
     """Return the content of a safetensors file with these tensors and the names of the classes.
 
     Args:
         learned_on: The name of the weights of the encoder, which stayed as they were.
+        name: The name of the linear classifier among the tensors.
     """
     facts = {"format": "pt", "classes": json.dumps(classes)}
     facts |= {"learned_on": learned_on} if learned_on else {}
+    facts |= {"classifier": name} if name != "fc" else {}
     # The library writes metadata in a random order, and equal heads shall be equal files.
     content = save(tensors)
     start = 8 + int.from_bytes(content[:8], "little")
@@ -65,8 +95,9 @@ def read_head(url: str) -> Head:
     files.check(url, "--head")
     try:
         tensors = read_tensors(url)
-        weight, bias = tensors[WEIGHT], tensors[BIAS]
         facts = _read_metadata(files.read(url))
+        place_there = facts.get("classifier", "fc")
+        weight, bias = tensors[f"{place_there}.weight"], tensors[f"{place_there}.bias"]
         names = facts.get("classes", "[]")
         classes: list[str] = check(list[str], parse_json(names.encode()), "classes")
     except KeyError as missing:
@@ -83,7 +114,7 @@ def read_head(url: str) -> Head:
     return Head(weight.float(), bias.float(), classes, facts.get("learned_on", ""))
 
 
-def attach(encoder: ResNet, head: Head, source: Source, url: str) -> Classifier:
+def attach(encoder: Encoder, head: Head, source: Source, url: str) -> AnyClassifier:
     """Return the encoder with the classifier on top. `url` is the classifier's, for messages.
 
     Raises InputError when the classifier was learned on other weights or on other features.
@@ -101,9 +132,10 @@ def attach(encoder: ResNet, head: Head, source: Source, url: str) -> Classifier:
             "--network"
         )
     with torch.device("meta"):
-        made = Classifier(source.config, len(head.weight))
-    state = encoder.state_dict() | {WEIGHT: head.weight, BIAS: head.bias}
-    made.load_state_dict(state, strict=True, assign=True)
+        made = build_classifier(source.config, source.size, len(head.weight))
+    name = encoder.classifier_name
+    state = encoder.stock_state() | {f"{name}.weight": head.weight, f"{name}.bias": head.bias}
+    made.stock_module().load_state_dict(state, strict=True, assign=True)
     return made.eval()
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.encoder.hub import timm_name
-from engine.encoder.torchvision_twin import stock_resnet
-from engine.method.resnet import ResNet, ResNetConfig
+from engine.encoder.torchvision_twin import stock_network
+from engine.method.encoders import BackboneConfig, Encoder
 from shards.errors import InputError
 
 Format = Literal["safetensors", "state-dict", "torchscript", "torch-export", "onnx"]
@@ -52,7 +52,7 @@ def _quiet() -> Iterator[None]:
 
 
 @_quiet()
-def convert(encoder: ResNet, config: ResNetConfig, format: Format, size: int) -> bytes:
+def convert(encoder: Encoder, config: BackboneConfig, format: Format, size: int) -> bytes:
     """Convert the encoder to the content of a file of `format`, which takes any batch size.
 
     Args:
@@ -77,14 +77,14 @@ def convert(encoder: ResNet, config: ResNetConfig, format: Format, size: int) ->
         # These are copies, because torch.save stores the whole storage of a tensor that is a view.
         state = {
             key: value.clone(memory_format=torch.contiguous_format)
-            for key, value in encoder.state_dict().items()
+            for key, value in encoder.stock_state().items()
         }
         if format == "safetensors":
             return safetensors.torch.save(state, {"format": "pt"})
         torch.save(state, buffer)
         return buffer.getvalue()
 
-    network = _stock_with(encoder.state_dict(), config)
+    network = _stock_with(encoder.stock_state(), encoder, config, size)
     example = torch.zeros(2, 3, size, size)  # a batch of 1 could be taken for a constant
     if format == "torchscript":
         with torch.no_grad():
@@ -114,7 +114,7 @@ def convert(encoder: ResNet, config: ResNetConfig, format: Format, size: int) ->
 @_quiet()
 @torch.no_grad()
 def verify(
-    content: bytes, format: Format, encoder: ResNet, config: ResNetConfig, images: Tensor
+    content: bytes, format: Format, encoder: Encoder, config: BackboneConfig, images: Tensor
 ) -> float:
     """Measure how far a file's features are from the encoder's: max|a - b| / max|a|.
 
@@ -140,13 +140,13 @@ def verify(
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
         found = torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
     else:
-        found = _load(content, format, config)(images)
+        found = _load(content, format, encoder, config, images.shape[-1])(images)
     return _difference(encoder(images), found)
 
 
 @torch.no_grad()
 def verify_timm(
-    state: dict[str, Tensor], config: ResNetConfig, encoder: ResNet, images: Tensor
+    state: dict[str, Tensor], config: BackboneConfig, encoder: Encoder, images: Tensor
 ) -> float | None:
     """Measure the same difference for timm's network of this depth with the weights in `state`.
 
@@ -164,7 +164,9 @@ def verify_timm(
     return _difference(encoder(images), network.eval()(images))
 
 
-def _load(content: bytes, format: Format, config: ResNetConfig) -> nn.Module:
+def _load(
+    content: bytes, format: Format, encoder: Encoder, config: BackboneConfig, size: int
+) -> nn.Module:
     buffer = io.BytesIO(content)
     if format == "torchscript":
         traced: nn.Module = torch.jit.load(buffer)
@@ -172,17 +174,17 @@ def _load(content: bytes, format: Format, config: ResNetConfig) -> nn.Module:
     if format == "torch-export":
         return torch.export.load(buffer).module()
     if format == "state-dict":
-        return _stock_with(torch.load(buffer, weights_only=True), config)
-    return _stock_with(safetensors.torch.load(content), config)
+        return _stock_with(torch.load(buffer, weights_only=True), encoder, config, size)
+    return _stock_with(safetensors.torch.load(content), encoder, config, size)
 
 
-def _stock_with(state: dict[str, Tensor], config: ResNetConfig) -> nn.Module:
+def _stock_with(
+    state: dict[str, Tensor], encoder: Encoder, config: BackboneConfig, size: int
+) -> nn.Module:
     """Build the stock network in evaluation mode with these tensors, uncopied, as its weights."""
     with torch.device("meta"):  # so that no weights are drawn
-        network: nn.Module = stock_resnet(config)
-        if "fc.weight" in state:
-            classes, features = state["fc.weight"].shape
-            network.fc = nn.Linear(features, classes)
+        classes = len(state.get(f"{encoder.classifier_name}.weight", ()))
+        network = stock_network(config, size, classes)
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval()
 

@@ -6,17 +6,18 @@ A checkpoint has no strides, dilations, paddings or epsilons. They are assumed t
 import functools
 import itertools
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Size, Tensor
 
+from engine.method.encoders import BackboneConfig
 from engine.method.resnet import ResNet, ResNetConfig
 from shards.documents import shown
 from shards.errors import InputError
 
-_COUNTER = "num_batches_tracked"
+COUNTER = "num_batches_tracked"
 
 # Names that mark the slowly moving network of a pair. MoCo calls it encoder_k.
 _TARGET = re.compile(r"target|momentum|teacher|(^|[._])(ema|key)([._]|$)|_k([._]|$)", re.I)
@@ -27,7 +28,7 @@ _CHILDREN = {"0": "conv1", "1": "bn1", **{str(3 + i): f"layer{i}" for i in (1, 2
 _NORM = (
     *(("weight", "gamma", "scale"), ("bias", "beta", "offset")),
     *(("running_mean", "moving_mean", "mean"), ("running_var", "moving_variance", "var")),
-    (_COUNTER,),
+    (COUNTER,),
 )
 # What a stranger's file may hold, so that the search for its network ends.
 MOST_NETWORKS = 64  # networks that are found by name
@@ -40,8 +41,8 @@ _ROLES = {name: role for role, names in enumerate(_NORM) for name in names}
 class Foreign(NamedTuple):
     """A checkpoint's encoder under this project's names."""
 
-    config: ResNetConfig
-    state: dict[str, Tensor]  # float32, for ResNet(config, views=1).load_state_dict
+    config: BackboneConfig
+    state: dict[str, Tensor]  # float32, by torchvision's names
     report: str  # one line that says how it was matched and what was left out
 
 
@@ -87,21 +88,23 @@ def match(
     Raises InputError when there is no such encoder, when there are several, and when values are
     damaged.
     """
-    plain = {_plain(name): name for name in tensors}
-    trunks = _trunks(plain, place)
+    by_name = {plain(name): name for name in tensors}
+    trunks = _trunks(by_name, place)
     if prefix is None:
-        trunks = _distinct(trunks, plain, tensors)
+        trunks = _distinct(trunks, by_name, tensors)
     if trunks:
-        chosen = _chosen(list(trunks), network, place, prefix, flag)
-        names = {ours: plain[theirs] for ours, theirs in trunks[chosen].items()}
+        chosen = choose(list(trunks), network, place, prefix, flag)
+        names = {ours: by_name[theirs] for ours, theirs in trunks[chosen].items()}
         found = _match_names(tensors, names, chosen, place)
     else:
         matches = _match_order(tensors, place)
-        found = matches[_chosen(list(matches), network, place, prefix, flag, in_order=True)]
-    return Foreign(found.candidate.config, _state(tensors, found, place), _report(tensors, found))
+        found = matches[choose(list(matches), network, place, prefix, flag, in_order=True)]
+    config = found.candidate.config
+    state = read_state(tensors, found.candidate.shapes, found.names, place)
+    return Foreign(config, state, describe_match(tensors, describe(config), found.how, found.names))
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """Remove from a name what torch.compile adds."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
@@ -140,7 +143,7 @@ def _trunks(names: Collection[str], place: str) -> dict[str, dict[str, str]]:
 
 
 def _distinct(
-    trunks: dict[str, dict[str, str]], plain: Mapping[str, str], tensors: Mapping[str, Tensor]
+    trunks: dict[str, dict[str, str]], by_name: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, str]]:
     """Remove networks that are the same as another one, because modules share a part.
 
@@ -148,19 +151,19 @@ def _distinct(
     """
     kept: dict[str, dict[str, str]] = {}
     for prefix, names in trunks.items():
-        own = {ours: tensors[plain[theirs]] for ours, theirs in names.items()}
+        own = {ours: tensors[by_name[theirs]] for ours, theirs in names.items()}
         side = bool(_TARGET.search(prefix))
         if not any(
             side == bool(_TARGET.search(other))
             and names.keys() == others.keys()
-            and all(torch.equal(own[ours], tensors[plain[t]]) for ours, t in others.items())
+            and all(torch.equal(own[ours], tensors[by_name[t]]) for ours, t in others.items())
             for other, others in kept.items()
         ):
             kept[prefix] = names
     return kept
 
 
-def _chosen(
+def choose(
     found: Sequence[str],
     network: str,
     place: str,
@@ -176,7 +179,7 @@ def _chosen(
     others = [name for name in found if name not in targets]
     chosen = targets if network == "target" else others or targets
     if prefix is not None:
-        chosen = [name for name in found if name.rstrip(".") == _plain(prefix).rstrip(".")]
+        chosen = [name for name in found if name.rstrip(".") == plain(prefix).rstrip(".")]
     elif in_order and network == "online" and others:
         chosen = others[:1]
     if len(chosen) == 1:
@@ -184,7 +187,7 @@ def _chosen(
     there = _some([shown(name) for name in found], 16)
     if prefix is not None:
         remedy = f"give one of {there}" if len(found) > 1 else "leave it out, there is one only"
-        raise InputError(f"{place}: {flag} {prefix} is of no ResNet: {remedy}")
+        raise InputError(f"{place}: {flag} {prefix} is of no network there: {remedy}")
     if chosen:
         raise InputError(
             f"{place}: several networks may be the {network} one: give {flag} PREFIX, one of "
@@ -223,7 +226,7 @@ def _match_names(
 
 def _misfits(expected: Mapping[str, Size], found: Mapping[str, Size]) -> list[tuple[str, str]]:
     """List the tensors that are not as expected, as pairs: what is wrong, the tensor's name."""
-    misfits = [("missing", n) for n in expected if n not in found and _COUNTER not in n]
+    misfits = [("missing", n) for n in expected if n not in found and COUNTER not in n]
     for name, shape in found.items():
         if name not in expected and _TRUNK.match(name):
             misfits.append(("too many", name))
@@ -250,7 +253,7 @@ def _match_order(tensors: Mapping[str, Tensor], place: str) -> dict[str, _Match]
             taken = dict(zip(order, names[start:end], strict=True))
             for ours, name in list(taken.items()):
                 if ours.endswith("running_var") and name in counters:
-                    taken[ours.replace("running_var", _COUNTER)] = counters[name]
+                    taken[ours.replace("running_var", COUNTER)] = counters[name]
             how = f"by position and shape from {first!r} on"
             found[first] = _Match(candidate, taken, how)
         elif fitting > nearest:
@@ -319,7 +322,7 @@ def _candidates(channels: int) -> list[_Candidate]:
             with torch.device("meta"):
                 net = ResNet(config, views=1)
             shapes = {name: value.shape for name, value in net.state_dict().items()}
-            last = [name for name in shapes if _COUNTER not in name]
+            last = [name for name in shapes if COUNTER not in name]
             blocks = itertools.groupby(last, lambda name: name.split(".")[:2])
             first = [n for _, b in blocks for n in sorted(b, key=lambda n: "downsample" not in n)]
             inner = shapes["layer4.0.conv1.weight"]
@@ -333,14 +336,20 @@ def _options(field: str) -> tuple[Any, ...]:
     return get_args(get_type_hints(ResNetConfig)[field])
 
 
-def _state(tensors: Mapping[str, Tensor], found: _Match, place: str) -> dict[str, Tensor]:
+def read_state(
+    tensors: Mapping[str, Tensor], wanted: Iterable[str], names: Mapping[str, str], place: str
+) -> dict[str, Tensor]:
+    """Return the tensors that are wanted, in float32. `names` has the file's name of each.
+
+    Raises InputError when values are damaged.
+    """
     state: dict[str, Tensor] = {}
-    for ours in found.candidate.shapes:
-        if _COUNTER in ours:  # old checkpoints have none; it has no effect with a fixed momentum
-            count = tensors.get(found.names.get(ours, ""), torch.tensor(0))
+    for ours in wanted:
+        if COUNTER in ours:  # old checkpoints have none; it has no effect with a fixed momentum
+            count = tensors.get(names.get(ours, ""), torch.tensor(0))
             state[ours] = count.to(torch.int64).reshape(())
             continue
-        name = found.names[ours]
+        name = names[ours]
         value = tensors[name]
         if not value.is_floating_point():
             raise InputError(f"{place}: {name} is {value.dtype}: only floating point can be read")
@@ -355,10 +364,13 @@ def _state(tensors: Mapping[str, Tensor], found: _Match, place: str) -> dict[str
     return state
 
 
-def _report(tensors: Mapping[str, Tensor], found: _Match) -> str:
-    taken = set(found.names.values())
+def describe_match(
+    tensors: Mapping[str, Tensor], network: str, how: str, names: Mapping[str, str]
+) -> str:
+    """Say how a network was matched, and what of the file is left out."""
+    taken = set(names.values())
     left = [name for name in tensors if name not in taken]
-    text = f"{describe(found.candidate.config)}, matched {found.how}: {len(taken)} tensors"
+    text = f"{network}, matched {how}: {len(taken)} tensors"
     return f"{text}; left out {len(left)} ({_some(left)})" if left else text
 
 

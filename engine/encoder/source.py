@@ -10,12 +10,12 @@ import torch
 from annotated_types import Interval
 from torch import Generator, Tensor, nn
 
-from engine.encoder import foreign
 from engine.encoder.foreign_files import read_tensors
+from engine.encoder.foreign_torchvision import match_any
 from engine.method.average import PART
-from engine.method.initialization import Initialization, initialize
+from engine.method.encoders import ENCODERS, BackboneConfig, Encoder, initialize_encoder
+from engine.method.initialization import Initialization
 from engine.method.precision import Precision
-from engine.method.resnet import ResNet, ResNetConfig
 from engine.processes.world import World
 from engine.state import checkpoint, layout
 from engine.state.best import check_key, find_best
@@ -31,12 +31,16 @@ TRIES = 3  # a training run may remove the checkpoint while it is read
 
 _T = TypeVar("_T")
 
-_ENCODER = "model.encoder."
-_ENCODER_FIELDS = get_type_hints(ResNetConfig)
+_KIND, _ENCODER = "model.encoder", "model.encoder."
 DataField = Literal["data.train", "data.val", "probe.train", "probe.val"]
 _PLACES = ("data.train", "data.val")
 _HINTS: dict[str, Any] = {  # types and bounds of the fields that are used of a stranger's recipe
-    **{_ENCODER + k: v for k, v in get_type_hints(ResNetConfig, include_extras=True).items()},
+    **{
+        _ENCODER + name: hint
+        for kind in ENCODERS.values()
+        for name, hint in get_type_hints(kind, include_extras=True).items()
+    },
+    _KIND: Literal["ResNetConfig", "TorchvisionConfig"],
     "model.initialization": Initialization,
     "views.size": Annotated[int, Interval(ge=8, le=2**12)],
     "precision": Precision,
@@ -102,7 +106,7 @@ class Source:
     network: str
     digest: str  # digest of the weights, 16 hex digits
     data_digest: str  # digest of the run's training set; empty for a file that others made
-    config: ResNetConfig
+    config: BackboneConfig
     size: int
     crop: float
     rules: PixelRules
@@ -132,7 +136,7 @@ class Pixels(nn.Module):
         return images.flatten(1)
 
 
-Network = ResNet | Pixels
+Network = Encoder | Pixels
 
 
 def open_encoder(
@@ -260,28 +264,31 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
     remedy = "use the version of this engine that wrote it"
     try:
         fields |= {k: check(hint, fields[k], k) for k, hint in _HINTS.items() if k in fields}
-        encoder = {n.removeprefix(_ENCODER): v for n, v in fields.items() if n.startswith(_ENCODER)}
-        resnet = ResNetConfig(**encoder)
+        kind = ENCODERS[fields.get(_KIND, "ResNetConfig")]
+        given = {n.removeprefix(_ENCODER): v for n, v in fields.items() if n.startswith(_ENCODER)}
+        backbone: BackboneConfig = kind(**given)
         size, precision, seed = fields["views.size"], fields["precision"], fields["seed"]
     except InputError as error:
         raise InputError(f"{place}: its recipe is damaged: {error}") from None
     except KeyError as missing:
         raise InputError(f"{place}: its recipe has no field {missing.args[0]}: {remedy}") from None
     except TypeError:
-        unknown = ", ".join(sorted(ascii(n)[:80] for n in encoder.keys() - _ENCODER_FIELDS))
+        unknown = ", ".join(sorted(ascii(n)[:80] for n in given.keys() - get_type_hints(kind)))
         told = f"{place}: model.encoder has unknown fields ({unknown}): {remedy}"
         raise InputError(told) from None
-    _check_weight(resnet, commit)
-    size = config.size or size
-    network: Network = ResNet(resnet, views=1)
+    size = _check_size(backbone, size, config.size)
+    _check_weight(backbone, size, commit)
+    encoder = backbone.build(1, size)
+    network: Network = encoder
     if config.network == "pixels":
         network = Pixels(size)
     elif config.network == "untrained":
         rule = fields.get("model.initialization", "official")
-        initialize(network, Generator().manual_seed(2 * seed), rule)  # the seed of byol.build
+        # the same seed as in byol.build
+        initialize_encoder(encoder, Generator().manual_seed(2 * seed), rule)
     else:
         _check_held(config.network, commit, world)
-        own = {f"encoder.{name}": value for name, value in network.state_dict().items()}
+        own = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
         checkpoint.load(commit, {config.network: own}, world)
     return Source(
         url=commit.url,
@@ -290,7 +297,7 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
         network=config.network,
         digest=digest_of(commit),
         data_digest=commit.index_digest,
-        config=resnet,
+        config=backbone,
         size=size,
         crop=config.crop or fields.get("probe.crop", 0.875),
         rules=config.rules(fields),
@@ -317,10 +324,23 @@ def digest_of(commit: Commit) -> str:
     return _digest(sorted((name, *entry) for name, entry in commit.files.items()))
 
 
-def _check_weight(config: ResNetConfig, commit: Commit) -> None:
+def _check_size(config: BackboneConfig, own: int, given: int | None) -> int:
+    """Return the side of the network's input. Raises InputError when it cannot have that size."""
+    if given is None:
+        return own
+    config.check_size(given, "--size")
+    if config.fixed_size and given != own:
+        raise InputError(
+            f"--size {given}: the weights of {config.describe()} are for images of {own} pixels: "
+            "leave it out"
+        )
+    return given
+
+
+def _check_weight(config: BackboneConfig, size: int, commit: Commit) -> None:
     """Raise InputError when the network needs more memory than the checkpoint's files can fill."""
     with torch.device("meta"):
-        needed = sum(value.nbytes for value in ResNet(config, views=1).parameters())
+        needed = sum(value.nbytes for value in config.build(1, size).parameters())
     there = sum(length for length, _ in commit.files.values())
     if needed > there:
         raise InputError(
@@ -337,9 +357,11 @@ def _foreign(url: str, config: EncoderConfig) -> tuple[Source, Network]:
         raise InputError(f"--network {config.network} is for runs: {place} is a file")
     tensors = read_tensors(url, "CHECKPOINT")
     side: Literal["online", "target"] = "target" if config.network == "target" else "online"
-    found = foreign.match(tensors, side, place, config.prefix)
-    network = ResNet(found.config, views=1)
-    network.load_state_dict(found.state)
+    found, own_size = match_any(tensors, side, place, config.prefix)
+    size = _check_size(found.config, own_size, config.size)
+    network = found.config.build(1, size)
+    # Beside its weights a network may have constants, such as tables of positions.
+    network.stock_module().load_state_dict(network.stock_state() | found.state)
     sums = [(name, value.double().sum().item()) for name, value in found.state.items()]
     return Source(
         url=url,
@@ -349,7 +371,7 @@ def _foreign(url: str, config: EncoderConfig) -> tuple[Source, Network]:
         digest=_digest(sums),
         data_digest="",
         config=found.config,
-        size=config.size or 224,
+        size=size,
         crop=config.crop or 0.875,
         rules=config.rules({}),
         precision=config.precision or "fp32",

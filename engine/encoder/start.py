@@ -9,10 +9,14 @@ import torch
 from torch import Size, Tensor, nn
 
 from engine.encoder import foreign
+from engine.encoder.foreign import Foreign
 from engine.encoder.foreign_files import read_tensors
+from engine.encoder.foreign_torchvision import match_torchvision
 from engine.encoder.source import digest_of, find_kind, read_newest
 from engine.method.byol import BYOLConfig, Online, Target
-from engine.method.resnet import ResNet, ResNetConfig
+from engine.method.encoders import BackboneConfig
+from engine.method.resnet import ResNetConfig
+from engine.method.torchvision_encoder import TorchvisionConfig
 from engine.processes.world import World
 from engine.state import checkpoint
 from engine.state.checkpoint import Commit
@@ -23,7 +27,7 @@ from shards.fields import as_option
 from shards.storage import files
 
 FIELD = "model.start"
-_ENCODER = "model.encoder."
+_KIND = "model.encoder"
 _DIGITS = 16
 
 
@@ -42,40 +46,37 @@ class StartWeights(NamedTuple):
 
 
 def read_start(
-    config: BYOLConfig, classes: int, world: World, report: Callable[[str], None]
+    config: BYOLConfig, classes: int, size: int, world: World, report: Callable[[str], None]
 ) -> StartWeights:
     """Read the weights at `config.start`. All processes call it together.
 
     Args:
         classes: Number of classes of the online head; 0 when there is none.
+        size: Side of the views in pixels, which some encoders need.
         report: Takes a line about checkpoints that are skipped.
 
     Raises InputError when there are none, or when they are of another encoder.
     """
     url = config.start
     if world.on_main(lambda: find_kind(url, FIELD)) == "file":
-        return world.on_all(lambda: _of_file(config, classes))
+        return world.on_all(lambda: _of_file(config, classes, size))
     if config.start_prefix is not None:
         raise InputError(
             f"model.start_prefix is for files that others made: {files.redact(url)} is a run"
         )
 
     def read() -> StartWeights:
-        return _of_run(checkpoint.find(url, world, report, FIELD), config, classes, world)
+        return _of_run(checkpoint.find(url, world, report, FIELD), config, classes, size, world)
 
     return read_newest(url, world, report, read)
 
 
-def _of_file(config: BYOLConfig, classes: int) -> StartWeights:
+def _of_file(config: BYOLConfig, classes: int, size: int) -> StartWeights:
     place = f"{FIELD} {files.redact(config.start)}"
     tensors = read_tensors(config.start, FIELD)
-    found = foreign.match(tensors, "online", place, config.start_prefix, "--model.start-prefix")
-    with torch.device("meta"):
-        own = _shapes(ResNet(config.encoder, views=1))
-    if own != {name: value.shape for name, value in found.state.items()}:
-        there = {_ENCODER + name: value for name, value in asdict(found.config).items()}
-        raise _other_encoder(place, there, config.encoder)
-    state = {f"encoder.{name}": value for name, value in found.state.items()}
+    found = _match(tensors, config, size, place)
+    prefix = "encoder.network." if isinstance(found.config, TorchvisionConfig) else "encoder."
+    state = {prefix + name: value for name, value in found.state.items()}
     content = hashlib.sha256()
     for name, value in sorted(state.items()):
         content.update(f"{name} {list(value.shape)}".encode())
@@ -89,11 +90,25 @@ def _of_file(config: BYOLConfig, classes: int) -> StartWeights:
     )
 
 
-def _of_run(commit: Commit, config: BYOLConfig, classes: int, world: World) -> StartWeights:
+def _match(tensors: dict[str, Tensor], config: BYOLConfig, size: int, place: str) -> Foreign:
+    prefix, flag = config.start_prefix, "--model.start-prefix"
+    if isinstance(config.encoder, TorchvisionConfig):
+        return match_torchvision(tensors, config.encoder, size, "online", place, prefix, flag)
+    found = foreign.match(tensors, "online", place, prefix, flag)
+    with torch.device("meta"):
+        own = _shapes(config.encoder.build(1, size))
+    if own != {name: value.shape for name, value in found.state.items()}:
+        raise _other_encoder(place, _name_fields(found.config), config.encoder)
+    return found
+
+
+def _of_run(
+    commit: Commit, config: BYOLConfig, classes: int, size: int, world: World
+) -> StartWeights:
     place = f"{FIELD} {files.redact(commit.url)}"
     held = checkpoint.shapes(commit, world)
     with torch.device("meta"):
-        online, target = Online(config, classes), Target(config)
+        online, target = Online(config, classes, size), Target(config, size)
         wanted = {
             **{f"online.{name}": value for name, value in online.state_dict().items()},
             **{f"target.{name}": value for name, value in target.state_dict().items()},
@@ -104,7 +119,13 @@ def _of_run(commit: Commit, config: BYOLConfig, classes: int, world: World) -> S
         return all(name in fitting for name in wanted if name.startswith(f"{part}."))
 
     if not fits("online.encoder"):
-        raise _other_encoder(place, commit.method, config.encoder)
+        there = {_KIND: ResNetConfig.__name__, **commit.method}
+        if config.encoder.fixed_size and there.get("views.size") != size:
+            raise InputError(
+                f"{place}: its weights are for images of {shown(there.get('views.size'))} pixels, "
+                f"and views.size is {size}: give the same size"
+            )
+        raise _other_encoder(place, there, config.encoder)
     whole = all(map(fits, ("online.projector", "online.predictor", "target")))
     parts = ["online.encoder"]
     if whole:
@@ -151,9 +172,20 @@ def _shapes(network: nn.Module) -> dict[str, Size]:
     return {name: value.shape for name, value in network.state_dict().items()}
 
 
-def _other_encoder(place: str, there: Mapping[str, object], own: ResNetConfig) -> InputError:
+def _name_fields(config: BackboneConfig) -> dict[str, object]:
+    """Return the kind of an encoder and its fields, by the names that recipe.json has."""
+    named = {f"{_KIND}.{name}": value for name, value in asdict(config).items()}
+    return {_KIND: type(config).__name__, **named}
+
+
+def _other_encoder(place: str, there: Mapping[str, object], own: BackboneConfig) -> InputError:
     """Return the error that names the fields in which the encoder there is another one."""
-    mine = {_ENCODER + name: value for name, value in asdict(own).items()}
+    mine = _name_fields(own)
+    if there.get(_KIND) != mine[_KIND]:
+        return InputError(
+            f"{place}: is of another kind of encoder (there {shown(there.get(_KIND))}, here "
+            f"{mine[_KIND]}): use a recipe whose model.encoder is of that kind"
+        )
     other = {name: there[name] for name, value in mine.items() if there.get(name, value) != value}
     if not other:
         return InputError(f"{place}: is damaged: it does not hold the encoder that it names")

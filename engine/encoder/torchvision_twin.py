@@ -1,13 +1,39 @@
 """Build the encoder's network from torchvision's parts, for users who do not have this package."""
 
+import torch
 import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from engine.method.encoders import BackboneConfig
 from engine.method.resnet import ResNetConfig
+from engine.method.torchvision_encoder import (
+    TorchvisionConfig,
+    build_stock,
+    find_classifier,
+    size_options,
+)
 
 NAMED = (18, 34, 50, 101, 152)
 """Depths for which torchvision has a function."""
+
+
+def stock_network(config: BackboneConfig, size: int, classes: int = 0) -> nn.Module:
+    """Build torchvision's network: [N, 3, H, W] -> features [N, F], or logits [N, classes].
+
+    Its `state_dict` has the keys and shapes of the encoder's `stock_state`. `size` is the side of
+    the images, which some networks need.
+    """
+    network: nn.Module
+    if isinstance(config, TorchvisionConfig):
+        network = build_stock(config.name, size)
+        name, linear = find_classifier(network)
+        features = linear.in_features
+    else:
+        network, name = stock_resnet(config), "fc"
+        features = config.channels[3] * _block(config).expansion
+    network.set_submodule(name, nn.Linear(features, classes) if classes else nn.Identity())
+    return network
 
 
 def stock_resnet(config: ResNetConfig) -> torchvision.models.ResNet:
@@ -38,11 +64,32 @@ def stock_resnet(config: ResNetConfig) -> torchvision.models.ResNet:
     return model
 
 
-def recipe_lines(config: ResNetConfig, classes: int = 0) -> list[str]:
-    """Return lines of Python that build `stock_resnet(config)` as `model`.
+def recipe_lines(config: BackboneConfig, size: int, classes: int = 0) -> list[str]:
+    """Return lines of Python that build `stock_network(config, size, classes)` as `model`."""
+    if isinstance(config, TorchvisionConfig):
+        return _network_lines(config.name, size, classes)
+    return _resnet_lines(config, classes)
 
-    With a number of classes the network ends in a classifier.
-    """
+
+def _network_lines(name: str, size: int, classes: int) -> list[str]:
+    with torch.device("meta"):
+        network = build_stock(name, size)
+    place, linear = find_classifier(network)
+    options = ", ".join(f"{key}={value!r}" for key, value in size_options(name, size).items())
+    path = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in place.split("."))
+    end = f"Linear({linear.in_features}, {classes})" if classes else "Identity()"
+    lines = ["import torch", "import torchvision", ""]
+    lines.append(f"model = torchvision.models.{name}({options})")
+    lines.append(f"model{path} = torch.nn.{end}")
+    if isinstance(network, torchvision.models.MNASNet):
+        lines.insert(0, "from types import MethodType\n")
+        lines.append("# Its own method wants torch's notes of versions, which files may not have.")
+        lines.append("plain = torch.nn.Module._load_from_state_dict")
+        lines.append("model._load_from_state_dict = MethodType(plain, model)")
+    return lines
+
+
+def _resnet_lines(config: ResNetConfig, classes: int) -> list[str]:
     block, blocks, channels = _block(config), list(config.blocks), config.channels
     c1, name = channels[0], block.__name__
     named, resized = config.depth in NAMED, config.width != 1

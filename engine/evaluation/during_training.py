@@ -27,9 +27,9 @@ from engine.evaluation.sheet import Example, choose_examples, write_sheet
 from engine.log.figures import effective_rank
 from engine.method.byol import VIEWS, Online
 from engine.method.durations import Duration, Lasting, is_due, simplify
+from engine.method.encoders import BackboneConfig
 from engine.method.local_shards import whole
 from engine.method.precision import Precision, parameter_dtype
-from engine.method.resnet import ResNet, ResNetConfig
 from engine.processes.world import World
 from shards.center_crops import CropReader
 from shards.decode import PixelRules
@@ -103,7 +103,7 @@ class Probe:
         self,
         config: ProbeConfig,
         online: Online,
-        encoder: ResNetConfig,
+        encoder: BackboneConfig,
         sets: ProbeSets,
         world: World,
         *,
@@ -133,7 +133,8 @@ class Probe:
         self._kinds: set[str] = set()  # of failures that were reported
         part = world.rank, world.size
         self.crops = CropReader(size, config.crop, threads, corrupt, report, part, rules)
-        self.encoder = ResNet(encoder, VIEWS).to(world.device, parameter_dtype(precision)).eval()
+        self.encoder = encoder.build(VIEWS, size).to(world.device, parameter_dtype(precision))
+        self.encoder.eval()
 
     def check_val(self) -> None:
         """Look whether every shard of the images that are measured is there and whole.

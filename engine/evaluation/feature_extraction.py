@@ -23,6 +23,7 @@ from engine.evaluation.image_sets import Images, load
 from engine.log.progress import Progress, show_progress
 from engine.log.terminal import Terminal
 from engine.method.resnet import ResNet
+from engine.method.torchvision_encoder import TorchvisionEncoder
 from engine.processes import world as processes
 from engine.processes.world import World
 from shards.corrupt import Faults
@@ -76,11 +77,17 @@ class _Layer(nn.Module):
 
 
 def choose_layer(network: Network, config: FeaturesConfig) -> nn.Module:
-    """Return what computes the features that are asked for. Raises InputError for pixels."""
+    """Return what computes the features that are asked for.
+
+    Raises InputError when a layer is asked for and the network is no ResNet.
+    """
     if isinstance(network, ResNet):
         return _Layer(network, config)
     if config.maps or config.layer != "layer4":
-        raise InputError("--network pixels has no layers: leave out --layer and --maps")
+        there = "--network pixels has no layers"
+        if isinstance(network, TorchvisionEncoder):
+            there = f"layers are told apart in ResNets, and this is {network.config.describe()}"
+        raise InputError(f"{there}: leave out --layer and --maps")
     return network
 
 

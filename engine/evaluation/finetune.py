@@ -25,6 +25,7 @@ from torch.distributed import ProcessGroup
 
 from engine.encoder.classifier import save_head
 from engine.encoder.hub import CONFIG, describe_network
+from engine.encoder.source import Pixels
 from engine.evaluation.features import Accuracy, forward, measure_accuracy
 from engine.evaluation.results import Result, Row, show_chosen
 from engine.evaluation.session import Evaluation
@@ -45,10 +46,10 @@ from engine.evaluation.supervised import (
     total_steps,
     train,
 )
+from engine.method.encoders import Encoder
 from engine.method.initialization import initialize
 from engine.method.norm import RunningStatistics, synchronize
 from engine.method.precision import parameter_dtype
-from engine.method.resnet import ResNet
 from engine.method.schedule import learning_rate
 from shards.errors import InputError
 from shards.index import Index
@@ -115,16 +116,16 @@ def evaluate(evaluation: Evaluation, config: FinetuneConfig, split: Split) -> Re
 def _write(evaluation: Evaluation, model: "Classifier") -> None:
     """Write the network, and the config by which timm and others build it."""
     classes, source = evaluation.train.classes, evaluation.source
-    files.write(files.join(evaluation.url, MODEL), save_head(model.tensors(), classes))
-    features = model.encoder.feature_dim
-    config = describe_network(source, MODEL, features, classes, len(classes))
+    content = save_head(model.tensors(), classes, name=model.encoder.classifier_name)
+    files.write(files.join(evaluation.url, MODEL), content)
+    config = describe_network(source, MODEL, model.encoder, classes, len(classes))
     files.write(files.join(evaluation.url, CONFIG), json.dumps(config, indent=1).encode())
 
 
 class Classifier(nn.Module):
     """An encoder and a linear classifier: [B, 3, S, S] -> [B, C]."""
 
-    def __init__(self, encoder: ResNet, classes: int) -> None:
+    def __init__(self, encoder: Encoder, classes: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.fc = nn.Linear(encoder.feature_dim, classes)
@@ -135,7 +136,8 @@ class Classifier(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return parameters and buffers on the CPU, under torchvision's names."""
-        named = {**self.encoder.state_dict(), **self.fc.state_dict(prefix="fc.")}
+        prefix = f"{self.encoder.classifier_name}."
+        named = {**self.encoder.stock_state(), **self.fc.state_dict(prefix=prefix)}
         return {name: value.detach().cpu().contiguous() for name, value in named.items()}
 
 
@@ -148,7 +150,7 @@ class Finetuning:
     def __init__(self, evaluation: Evaluation, config: FinetuneConfig, split: Split) -> None:
         """Raises InputError for --network pixels, for fp16, and when there are too few images."""
         network, source = evaluation.network, evaluation.source
-        if not isinstance(network, ResNet):
+        if isinstance(network, Pixels):
             raise InputError("--network pixels has nothing to fine-tune: measure it by linear")
         if source.precision == "fp16":
             raise InputError("fine-tuning in fp16 is not supported: give --precision bf16 or fp32")

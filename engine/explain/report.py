@@ -12,6 +12,8 @@ from engine.explain.sizes import LEAST, Fakes, StepCost
 from engine.log import journal
 from engine.log.terminal import Terminal
 from engine.method.lars import LARSConfig
+from engine.method.resnet import ResNet
+from engine.method.torchvision_encoder import TorchvisionEncoder
 from engine.processes import allocation
 from engine.processes.parallel import Strategy
 from engine.processes.world import World
@@ -148,11 +150,14 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _networks(recipe: Recipe, fakes: Fakes, cost: StepCost, share: plan.Share) -> Table:
-    encoder = recipe.model.encoder
-    table = _table(f"Networks: ResNet-{encoder.depth} x{encoder.width:g}", "part", "parameters")
+    encoder = fakes.online.encoder
+    table = _table(f"Networks: {recipe.model.encoder.describe()}", "part", "parameters")
     for name, number in fakes.parts().items():
         table.add_row(name, f"{number:,}")
-    table.add_row("an image's features", f"{fakes.online.encoder.feature_dim:,} numbers")
+    table.add_row("an image's features", f"{encoder.feature_dim:,} numbers")
+    if isinstance(encoder, TorchvisionEncoder):
+        for name, text in encoder.facts().items():
+            table.add_row(name, text)
     operations = cost.operations / max(share.rows[1], LEAST) / 1e9
     table.add_row("a step, for each image (both views)", f"{operations:,.2f} GFLOP")
     return table
@@ -327,11 +332,12 @@ def _saving(recipe: Recipe, known: Known, fakes: Fakes, processes: int) -> Table
 
 def _doing(recipe: Recipe, fakes: Fakes) -> Table:
     table = _table("What is compiled, spread and saved")
-    blocks = len(fakes.online.encoder.blocks())
+    blocks = f"{len(fakes.online.encoder.blocks())} blocks"
+    stem = ", stem" if isinstance(fakes.online.encoder, ResNet) else ""
     lars = "the directions of LARS, " * isinstance(recipe.optimizer, LARSConfig)
     compiled = (
-        f"{blocks} blocks, stem and heads of both networks, {lars}the moving average and, on a "
-        "GPU, the augmentation"
+        f"{blocks}{stem} and heads of both networks, {lars}the moving average and, on a GPU, the "
+        "augmentation"
     )
     kept = files.redact(recipe.compile_folder) or "RUN/compile"
     table.add_row("compiled", compiled if recipe.compile else "nothing")

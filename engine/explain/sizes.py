@@ -45,8 +45,15 @@ class Fakes:
     def __init__(self, recipe: Recipe, classes: int) -> None:
         """Build them. `classes` is the number of classes of data.train."""
         self.recipe, self._mode = recipe, FakeTensorMode()
+        size, default = recipe.views.size, _default(parameter_dtype(recipe.precision))
+        # Some networks look at the weights that they draw, and fake ones have no values. On the
+        # meta device nothing is drawn.
+        with torch.device("meta"), default:
+            self.online = Online(recipe.model, classes, size)
+            self.target = Target(recipe.model, size)
         with self._mode, _default(parameter_dtype(recipe.precision)):
-            self.online, self.target = Online(recipe.model, classes), Target(recipe.model)
+            for network in (self.online, self.target):
+                network._apply(lambda held: torch.empty(held.shape, dtype=held.dtype))
             optimizer: torch.optim.Optimizer = recipe.optimizer.build(self.online)
             guard = StepGuard(recipe.precision, _CPU, recipe.batch.size, 1)
             average = Average(recipe.average, self.online.encoder, update_target)

@@ -13,9 +13,11 @@ import torch
 from annotated_types import Interval
 from torch import Generator, Tensor, nn
 
+from engine.method.encoders import initialize_encoder
 from engine.method.initialization import Initialization, initialize
 from engine.method.norm import BatchNorm
-from engine.method.resnet import ResNet, ResNetConfig
+from engine.method.resnet import ResNetConfig
+from engine.method.torchvision_encoder import TorchvisionConfig
 from shards.fields import Operation
 
 VIEWS = 2
@@ -25,7 +27,7 @@ VIEWS = 2
 class BYOLConfig:
     """Configure the shapes of the networks; the defaults are the paper's."""
 
-    encoder: ResNetConfig = field(default_factory=ResNetConfig)
+    encoder: ResNetConfig | TorchvisionConfig = field(default_factory=ResNetConfig)
     """The network whose features the training is for."""
 
     hidden: Annotated[int, Interval(ge=1, le=2**20)] = 4096
@@ -41,8 +43,8 @@ class BYOLConfig:
 
     start: Operation[str] = ""
     """URL of the weights that a new run starts from: of a run, of one of its checkpoints, or of a
-    third-party checkpoint file of a ResNet. By default all weights are drawn. A run goes on without
-    the file, and with another one only if its weights are the same."""
+    third-party checkpoint file of the encoder. By default all weights are drawn. A run goes on
+    without the file, and with another one only if its weights are the same."""
 
     start_prefix: Operation[str | None] = None
     """What stands before conv1.weight in the encoder's tensor names in the file of model.start. It
@@ -71,12 +73,12 @@ class Online(nn.Module):
     """The online network, which is trained, with a linear classifier on its features.
 
     The classifier sees detached features, so it measures the encoder without training it. There is
-    no classifier when `classes` is 0.
+    no classifier when `classes` is 0. `size` is the side of the images, which some encoders need.
     """
 
-    def __init__(self, config: BYOLConfig, classes: int) -> None:
+    def __init__(self, config: BYOLConfig, classes: int, size: int = 224) -> None:
         super().__init__()
-        self.encoder = ResNet(config.encoder, VIEWS)
+        self.encoder = config.encoder.build(VIEWS, size)
         features = self.encoder.feature_dim
         self.projector = mlp(features, config.hidden, config.projection, VIEWS)
         self.predictor = mlp(config.projection, config.hidden, config.projection, VIEWS)
@@ -98,9 +100,9 @@ class Target(nn.Module):
     It stays in training mode and never needs a gradient.
     """
 
-    def __init__(self, config: BYOLConfig) -> None:
+    def __init__(self, config: BYOLConfig, size: int = 224) -> None:
         super().__init__()
-        self.encoder = ResNet(config.encoder, VIEWS)
+        self.encoder = config.encoder.build(VIEWS, size)
         self.projector = mlp(self.encoder.feature_dim, config.hidden, config.projection, VIEWS)
         self.requires_grad_(False)
 
@@ -110,11 +112,17 @@ class Target(nn.Module):
         return projection
 
 
-def build(config: BYOLConfig, classes: int, seed: int) -> tuple[Online, Target]:
+def build(config: BYOLConfig, classes: int, seed: int, size: int = 224) -> tuple[Online, Target]:
     """Build both networks on the CPU and initialize each on its own, as the official code does."""
-    online, target = Online(config, classes), Target(config)
-    initialize(online, Generator().manual_seed(2 * seed), config.initialization)
-    initialize(target, Generator().manual_seed(2 * seed + 1), config.initialization)
+    online, target = Online(config, classes, size), Target(config, size)
+    networks: list[Online | Target] = [online, target]
+    for number, network in enumerate(networks, start=2 * seed):
+        generator = Generator().manual_seed(number)
+        encoder, *heads = network.children()
+        assert encoder is network.encoder
+        initialize_encoder(network.encoder, generator, config.initialization)
+        for head in heads:
+            initialize(head, generator, config.initialization)
     return online, target
 
 

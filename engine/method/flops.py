@@ -41,7 +41,7 @@ def count_flops(model: BYOLConfig, classes: int, size: int) -> float:
     """
     rows = 2  # which batch norm needs
     with torch.device("meta"):
-        online, target = Online(model, classes), Target(model)
+        online, target = Online(model, classes, size), Target(model, size)
         images = torch.empty(VIEWS * rows, 3, size, size)
     with FlopCounterMode(display=False) as counter:
         output = online(images)

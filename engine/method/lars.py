@@ -21,13 +21,17 @@ from engine.method.local_shards import local
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Return one group with the weights of `module`, one with its biases and norm parameters.
 
-    The second group holds all parameters of at most one dimension. They have no weight decay, and
-    LARS does not adapt their rates.
+    The second group also holds the other parameters that are no weights of a linear layer, [O, I],
+    or of a convolution, [O, I, H, W]. In torchvision's networks these are class tokens [1, 1, D],
+    position embeddings [1, N, D], and scales [D, 1, 1]. All of them have no weight decay, and LARS
+    does not adapt their rates.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
+    weights = [p for p in parameters if p.ndim in (2, 4)]
+    others = [p for p in parameters if p.ndim not in (2, 4)]
     return [
-        {"params": [p for p in parameters if p.ndim > 1], "adapt": True},
-        {"params": [p for p in parameters if p.ndim <= 1], "adapt": False, "weight_decay": 0.0},
+        {"params": weights, "adapt": True},
+        {"params": others, "adapt": False, "weight_decay": 0.0},
     ]
 
 

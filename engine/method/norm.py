@@ -191,17 +191,26 @@ class RunningStatistics:
         modules = [module for network in networks for module in network.modules()]
         self._norms = [module for module in modules if isinstance(module, BatchNorm)]
         self._running = [t for norm in self._norms for t in (norm.running_mean, norm.running_var)]
+        self._momentum = _momentum(self._norms)
         self._next: Tensor | None = None  # [all channels]
         self._seen = 0
 
     @torch.no_grad()
     def note(self) -> None:
         """Add the statistics of the last training forward pass of all networks."""
+        if not self._norms:
+            return
         running = torch.cat(self._running) if self._next is None else self._next
         for view in torch.cat([norm.batch_statistics.flatten(1) for norm in self._norms], dim=1):
-            running = torch.lerp(running, view, self._norms[0].momentum)
+            running = self._blend(running, view)
         self._next = running
         self._seen += self._norms[0].views
+
+    def _blend(self, running: Tensor, view: Tensor) -> Tensor:
+        if isinstance(self._momentum, float):
+            return torch.lerp(running, view, self._momentum)
+        self._momentum = self._momentum.to(running)  # norms move to their device after this is made
+        return torch.lerp(running, view, self._momentum)
 
     @torch.no_grad()
     def apply(self, skip: Tensor | None = None) -> None:
@@ -216,3 +225,11 @@ class RunningStatistics:
         torch._foreach_copy_(self._running, self._next.split([len(t) for t in self._running]))
         torch._foreach_add_(counters, [seen] * len(counters))
         self._next, self._seen = None, 0
+
+
+def _momentum(norms: list[BatchNorm]) -> float | Tensor:
+    """Return the momentum of all norms, or of every channel, [mean, var, mean, ...]."""
+    momenta = {norm.momentum for norm in norms}
+    if len(momenta) <= 1:
+        return next(iter(momenta), 0.0)
+    return torch.cat([torch.full((2 * len(norm.running_mean),), norm.momentum) for norm in norms])

@@ -15,6 +15,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 
 from engine.method.norm import BatchNorm
+from shards.fields import check_range
 
 _BLOCKS = {  # by depth: the number of blocks in each of the four groups
     10: (1, 1, 1, 1),
@@ -61,6 +62,24 @@ class ResNetConfig:
     def bottleneck(self) -> bool:
         """Return whether the blocks are bottlenecks."""
         return self.depth >= 50
+
+    @property
+    def fixed_size(self) -> bool:
+        """Return whether the network's weights are for one size of images."""
+        return False
+
+    def check_size(self, size: int, field: str = "views.size") -> None:
+        """Raise InputError naming the `field` when the network cannot take images of `size`."""
+        least = 32 if self.stem == "imagenet" else 8
+        check_range(field, size, Interval(ge=least, le=2**12))
+
+    def describe(self) -> str:
+        """Return the network's name for people."""
+        return f"ResNet-{self.depth} x{self.width:g}"
+
+    def build(self, views: int, _size: int) -> "ResNet":
+        """Build the network, which takes images of any size."""
+        return ResNet(self, views)
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -126,6 +145,8 @@ class ResNet(nn.Module):
     weights have torch's defaults until `initialize` draws them.
     """
 
+    classifier_name = "fc"  # what torchvision calls the classifier that is left out
+
     def __init__(self, config: ResNetConfig, views: int) -> None:
         super().__init__()
         block = Bottleneck if config.bottleneck else BasicBlock
@@ -153,6 +174,14 @@ class ResNet(nn.Module):
         """List all residual blocks, in order."""
         layers = (self.layer1, self.layer2, self.layer3, self.layer4)
         return [block for layer in layers for block in layer]
+
+    def stock_module(self) -> nn.Module:
+        """Return the module whose state dict has torchvision's names."""
+        return self
+
+    def stock_state(self) -> dict[str, Tensor]:
+        """Return parameters and buffers by torchvision's names."""
+        return self.state_dict()
 
     def stem(self, x: Tensor) -> Tensor:
         """Apply the layers before the first block.

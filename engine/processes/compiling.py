@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from engine.method.byol import Online, Target
 from engine.method.lars import LARS
 from engine.method.norm import BatchNorm
+from engine.method.resnet import ResNet
 from shards.errors import InputError
 
 _P = ParamSpec("_P")
@@ -74,7 +75,8 @@ def compile_networks(*networks: Online | Target) -> None:
         heads += [network.predictor] if isinstance(network, Online) else []
         for region in [*network.encoder.blocks(), *heads]:
             region.forward = compiled(region.forward)
-        setattr(network.encoder, "stem", compiled(network.encoder.stem))  # noqa: B010
+        if isinstance(network.encoder, ResNet):  # elsewhere the stem is no function of its own
+            setattr(network.encoder, "stem", compiled(network.encoder.stem))  # noqa: B010
 
 
 def compile_optimizer(optimizer: torch.optim.Optimizer) -> None:

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from engine.method.encoders import ENCODERS
 from engine.method.lars import LARSConfig
+from engine.method.resnet import ResNetConfig
 from engine.recipe import ADDED_LATER, Recipe, optimizers
 from shards.fields import flatten
 from shards.storage import files
@@ -15,11 +17,15 @@ LONGEST = 300  # characters of a value that are shown
 def defaults(fields: dict[str, Any]) -> dict[str, Any]:
     """Return the default of each field of a recipe, as recipe.json holds values.
 
-    Those of the optimizer are the defaults of the recipe's own kind of optimizer.
+    Those of the optimizer and of the encoder are the defaults of the recipe's own kinds of them.
     """
+    plain = Recipe()
     kinds = {kind.__name__: kind for kind in optimizers()}
     kind = kinds.get(str(fields.get("optimizer")), LARSConfig)
-    found = flatten(replace(Recipe(), optimizer=kind())) | {"optimizer": LARSConfig.__name__}
+    encoder = ENCODERS.get(str(fields.get("model.encoder")), ResNetConfig)
+    model = replace(plain.model, encoder=encoder())
+    found = flatten(replace(plain, optimizer=kind(), model=model))
+    found |= {"optimizer": LARSConfig.__name__, "model.encoder": ResNetConfig.__name__}
     return {name: _as_json(value) for name, value in found.items()}
 
 

@@ -18,7 +18,7 @@ from shards.errors import InputError
 from shards.fields import as_option, differences
 from shards.storage import files
 
-_SHAPES = ("model.encoder.", "model.hidden", "model.projection")
+_SHAPES = ("model.encoder", "model.hidden", "model.projection")
 _ORDER = ("seed", "batch.size", "data.streams")  # with the data, all that decides the order
 _DATA = "digest of data.train"
 _OPTIMIZER = ("optimizer", "optimizer.name", "optimizer.options")  # that decide its state

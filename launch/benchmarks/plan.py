@@ -23,6 +23,7 @@ from engine.method import byol
 from engine.method.byol import VIEWS, Online, Target, byol_loss, update_target
 from engine.method.local_shards import local
 from engine.method.precision import autocast, parameter_dtype
+from engine.method.resnet import ResNetConfig
 from engine.processes import parallel
 from engine.processes.parallel import Parallel
 from engine.processes.world import World
@@ -112,7 +113,7 @@ def bench_plan(
         _check(config, size, shard if "hsdp" in strategies else None)
     encoder, optimizer = config.model.encoder, type(config.optimizer).__name__
     print(
-        f"plan: ResNet-{encoder.depth} x{encoder.width:g}, {classes} classes, {config.precision}, "
+        f"plan: {encoder.describe()}, {classes} classes, {config.precision}, "
         f"{optimizer.removesuffix('Config')}; the largest part that a process has"
     )
     for strategy in strategies:
@@ -127,11 +128,11 @@ def _with_encoder(recipe: Recipe, depth: Depth | None, width: float | None) -> R
     The URLs of the run and the data are not checked, because they are not needed.
     """
     encoder = recipe.model.encoder
-    encoder = replace(
-        encoder,
-        depth=encoder.depth if depth is None else depth,
-        width=encoder.width if width is None else width,
-    )
+    if isinstance(encoder, ResNetConfig):
+        depth, width = depth or encoder.depth, encoder.width if width is None else width
+        encoder = replace(encoder, depth=depth, width=width)
+    elif depth is not None or width is not None:
+        raise InputError(f"--depth and --width are for ResNets, and this is {encoder.describe()}")
     recipe = replace(recipe, model=replace(recipe.model, encoder=encoder))
     replace(recipe, run="-", data=replace(recipe.data, train="-", val="-")).check()
     return recipe
@@ -177,7 +178,7 @@ def need(recipe: Recipe, strategy: Spreading, processes: int, shard: int, classe
     hsdp spreads the parameters over groups of `shard` processes.
     """
     with _pretended(processes, shard) as world:
-        online, target = byol.build(recipe.model, classes, recipe.seed)
+        online, target = byol.build(recipe.model, classes, recipe.seed, recipe.views.size)
         for network in (online, target):
             network.to(world.device, parameter_dtype(recipe.precision))
         spread = parallel.parallelize(

@@ -126,7 +126,7 @@ def bench_step(
 
     encoder = config.model.encoder
     print(
-        f"step: ResNet-{encoder.depth} x{encoder.width:g}, {config.views.size} px, batch {batch}, "
+        f"step: {encoder.describe()}, {config.views.size} px, batch {batch}, "
         f"{precision}, {'compiled' if trainer.compile else 'eager'}, {device_name()}, "
         f"threads {trainer.threads}"
     )

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from engine.encoder.torchvision_twin import stock_resnet
+from engine.encoder.torchvision_twin import stock_network
 from engine.method import byol
 from engine.method.adamw import AdamWConfig
 from engine.method.byol import Online, Target, regression_loss
+from engine.method.encoders import BackboneConfig
 from engine.method.lars import LARS, LARSConfig, parameter_groups
 from engine.method.norm import BatchNorm
 from engine.method.precision import autocast
-from engine.method.resnet import ResNet, ResNetConfig
 from engine.method.sgd import SGDConfig
 from engine.method.torch_optimizer import TorchOptimizerConfig
 from engine.method.torch_options import find_optimizer, read_options
@@ -37,9 +37,10 @@ class Stock:
 
     def __init__(self, recipe: Recipe, classes: int, device: torch.device) -> None:
         """Build the networks with the weights that a Trainer of the same recipe starts from."""
-        online, target = byol.build(recipe.model, classes, recipe.seed)
-        self.online = _StockNetwork(online, recipe.model.encoder).to(device)
-        self.target = _StockNetwork(target, recipe.model.encoder).to(device).requires_grad_(False)
+        online, target = byol.build(recipe.model, classes, recipe.seed, recipe.views.size)
+        config, size = recipe.model.encoder, recipe.views.size
+        self.online = _StockNetwork(online, config, size).to(device)
+        self.target = _StockNetwork(target, config, size).to(device).requires_grad_(False)
         self.see: Callable[[Tensor], _Outputs] = self.online
         if dist.is_initialized():
             if device.type == "cuda":
@@ -94,9 +95,10 @@ def _ddp(network: nn.Module) -> DistributedDataParallel:
 class _StockNetwork(nn.Module):
     """Our network with torch's batch norm, and with torchvision's encoder where it has the same."""
 
-    def __init__(self, ours: Online | Target, config: ResNetConfig) -> None:
+    def __init__(self, ours: Online | Target, config: BackboneConfig, size: int) -> None:
         super().__init__()
-        self.encoder = _stock_encoder(ours.encoder, config)
+        self.encoder = stock_network(config, size)
+        self.encoder.load_state_dict(ours.encoder.stock_state())
         self.projector = _use_torch_norm(ours.projector, nn.BatchNorm1d)
         self.predictor: nn.Module = nn.Identity()
         self.classifier: nn.Module = nn.Identity()
@@ -110,12 +112,6 @@ class _StockNetwork(nn.Module):
         features = self.encoder(images)
         projection = self.projector(features)
         return projection, self.predictor(projection), self.classifier(features.detach())
-
-
-def _stock_encoder(ours: ResNet, config: ResNetConfig) -> nn.Module:
-    encoder: nn.Module = stock_resnet(config)
-    encoder.load_state_dict(ours.state_dict())
-    return encoder
 
 
 def _use_torch_norm(module: nn.Module, norm: type[nn.BatchNorm1d | nn.BatchNorm2d]) -> nn.Module:

@@ -375,9 +375,9 @@ def test_no_target_and_no_such_prefix() -> None:
         assert told.startswith("file: no network is named as a target network is (target, ")
         assert ": give --prefix PREFIX, one of '" in told
     told = message(lambda: match(several("a.", "b."), "online", "file", "c."))
-    assert told == "file: --prefix c. is of no ResNet: give one of 'a.', 'b.'"
+    assert told == "file: --prefix c. is of no network there: give one of 'a.', 'b.'"
     told = message(lambda: match(named(), "online", "file", "c."))
-    assert told == "file: --prefix c. is of no ResNet: leave it out, there is one only"
+    assert told == "file: --prefix c. is of no network there: leave it out, there is one only"
 
 
 def test_a_network_that_stands_there_twice() -> None:
