@@ -17,7 +17,6 @@ from engine.encoder.source import EncoderConfig, open_encoder
 from engine.method.average import AverageConfig
 from engine.method.byol import update_target
 from engine.method.local_shards import whole
-from engine.method.resnet import ResNet
 from engine.processes.parallel import ParallelConfig, state_bytes
 from engine.processes.world import World
 from engine.recipe import Recipe
@@ -75,7 +74,7 @@ def take_steps(config: Recipe, steps: int = 4, poisoned: int = 0) -> tuple[State
 
 def follow(config: Recipe, online: States) -> States:
     """Average the encoders by torch in float64, from the first one on."""
-    network = ResNet(config.model.encoder, views=1).double()
+    network = config.model.encoder.build(1, config.views.size).double()
     network.load_state_dict(online[0])
     average = AveragedModel(
         network, multi_avg_fn=get_ema_multi_avg_fn(config.average.rate), use_buffers=True

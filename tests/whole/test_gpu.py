@@ -167,8 +167,8 @@ def test_images_and_features_are_channels_last(tiny_data: DataConfig, tmp_path: 
         for tensor in (*inputs, output):
             shapes.append(tensor.is_contiguous(memory_format=torch.channels_last))
 
-    trainer.online.encoder.conv1.register_forward_hook(look)
-    trainer.online.encoder.bn1.register_forward_hook(look)
+    trainer.online.encoder.get_submodule("conv1").register_forward_hook(look)
+    trainer.online.encoder.get_submodule("bn1").register_forward_hook(look)
     with contextlib.closing(trainer.batches()) as batches:
         output = trainer.train_step(next(batches))
     assert output.images.is_contiguous(memory_format=torch.channels_last)

@@ -281,7 +281,7 @@ def test_stock_keys_and_shapes(depth: Depth) -> None:
         names: dict[str, Any] = {}
         with torch.device("meta"):
             ours, stock = ResNet(config, views=1), stock_resnet(config)
-            exec("\n".join(recipe_lines(config)), names)
+            exec("\n".join(recipe_lines(config, 48)), names)
         expected = [(key, value.shape) for key, value in ours.state_dict().items()]
         for model in (stock, names["model"]):
             assert type(model) is torchvision.models.ResNet
@@ -299,7 +299,7 @@ def test_stock_keys_and_shapes(depth: Depth) -> None:
 )
 def test_lines_build_the_encoder(config: ResNetConfig) -> None:
     names: dict[str, Any] = {}
-    exec("\n".join(recipe_lines(config)), names)
+    exec("\n".join(recipe_lines(config, 48)), names)
     encoder, model = draw(config), names["model"]
     model.load_state_dict(encoder.state_dict(), strict=True)
     with torch.no_grad():
@@ -308,7 +308,7 @@ def test_lines_build_the_encoder(config: ResNetConfig) -> None:
 
 
 def test_shortest_lines() -> None:
-    assert recipe_lines(ResNetConfig(50)) == [
+    assert recipe_lines(ResNetConfig(50), 48) == [
         "import torch",
         "import torchvision",
         "",

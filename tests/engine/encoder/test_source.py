@@ -14,7 +14,6 @@ from engine.encoder import source as encoder_source
 from engine.encoder.source import EncoderConfig, open_encoder
 from engine.evaluation.features import encoding
 from engine.method.local_shards import whole
-from engine.method.resnet import ResNet
 from engine.processes.world import World
 from engine.recipe import Recipe
 from engine.state import checkpoint
@@ -42,7 +41,7 @@ def train_and_encode(config: Recipe, images: torch.Tensor) -> dict[str, NDArray[
     finish(trainer)
     found = {}
     for name, network in (("online", trainer.online), ("target", trainer.target)):
-        alone = ResNet(config.model.encoder, views=1).double()
+        alone = config.model.encoder.build(1, config.views.size).double()
         alone.load_state_dict({k: whole(v) for k, v in network.encoder.state_dict().items()})
         found[name] = encoding(alone, "fp64", torch.device("cpu"))(images).numpy()
     return found

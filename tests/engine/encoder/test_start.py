@@ -27,7 +27,8 @@ from tests.helpers import tiny
 from tests.helpers.ranks import Ranks
 from tests.helpers.training import open_trainer, train
 
-TINY = BYOLConfig(encoder=ResNetConfig(depth=10, width=0.125), hidden=32, projection=16)
+ENCODER = ResNetConfig(depth=10, width=0.125)
+TINY = BYOLConfig(encoder=ENCODER, hidden=32, projection=16)
 
 
 def recipe(data: DataConfig, run: Path | str, start: Path | str = "", **changes: Any) -> Recipe:
@@ -157,7 +158,7 @@ def test_a_file_of_timm_starts_both_encoders(
     with torch.no_grad():
         expected = network.forward_features(images).mean(dim=(2, 3))
         for side in (trainer.online, trainer.target):
-            twin = ResNet(model.encoder, views=1).eval()
+            twin = model.encoder.build(1, 32).eval()
             own = {name: whole(value) for name, value in side.encoder.state_dict().items()}
             twin.load_state_dict(own)
             torch.testing.assert_close(twin(images), expected, rtol=1e-4, atol=1e-4)
@@ -186,16 +187,16 @@ def test_of_several_networks_the_prefix_chooses(tiny_data: DataConfig, tmp_path:
     state = {
         f"{prefix}{name}": value
         for seed, prefix in enumerate(("a.", "b."))
-        for name, value in torch.load(
-            torch_file(tmp_path / f"{seed}.pth", TINY.encoder, seed=seed)
-        )["state_dict"].items()
+        for name, value in torch.load(torch_file(tmp_path / f"{seed}.pth", ENCODER, seed=seed))[
+            "state_dict"
+        ].items()
     }
     torch.save(state, tmp_path / "both.pth")
     with pytest.raises(InputError, match=r"give --model.start-prefix PREFIX, one of"):
         open_trainer(recipe(tiny_data, tmp_path / "run", tmp_path / "both.pth"))
     model = dataclasses.replace(TINY, start=str(tmp_path / "both.pth"), start_prefix="b.")
     trainer = open_trainer(recipe(tiny_data, tmp_path / "run", model=model))
-    assert torch.equal(trainer.online.encoder.conv1.weight, state["b.conv1.weight"])
+    assert torch.equal(trainer.online.encoder.state_dict()["conv1.weight"], state["b.conv1.weight"])
     with pytest.raises(InputError, match=r"model.start_prefix is for model.start"):
         recipe(tiny_data, "run", model=dataclasses.replace(model, start="")).check()
 
@@ -203,7 +204,7 @@ def test_of_several_networks_the_prefix_chooses(tiny_data: DataConfig, tmp_path:
 def test_a_run_goes_on_without_the_file(
     tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file, run = torch_file(tmp_path / "given.pth", TINY.encoder), tmp_path / "run"
+    file, run = torch_file(tmp_path / "given.pth", ENCODER), tmp_path / "run"
     train(recipe(tiny_data, run, file, steps=1))
     digest = json.loads((run / "recipe.json").read_text())["model.start_digest"]
     commit = json.loads((run / "checkpoints" / "step_00000001" / "commit.json").read_text())
@@ -212,7 +213,7 @@ def test_a_run_goes_on_without_the_file(
     train(recipe(tiny_data, run, file, steps=2))  # neither read nor needed
     train(recipe(tiny_data, run, moved, steps=3))  # the same weights elsewhere
     assert json.loads((run / "recipe.json").read_text())["model.start_digest"] == digest
-    other = torch_file(tmp_path / "other.pth", TINY.encoder, seed=1)
+    other = torch_file(tmp_path / "other.pth", ENCODER, seed=1)
     with pytest.raises(InputError, match=rf"not the weights that run .* \(digest there {digest}"):
         train(recipe(tiny_data, run, other, steps=4))
     with pytest.raises(InputError, match=r"is not given: run .* began with the weights of"):
@@ -226,7 +227,7 @@ def test_weights_are_not_put_into_a_run_that_began_without(
     tiny_data: DataConfig, tmp_path: Path
 ) -> None:
     """Also where the run has no checkpoint yet, and where the file there is another one by now."""
-    file, run = torch_file(tmp_path / "given.pth", TINY.encoder), tmp_path / "run"
+    file, run = torch_file(tmp_path / "given.pth", ENCODER), tmp_path / "run"
     train(recipe(tiny_data, run, steps=1))
     with pytest.raises(InputError, match=r"began with drawn weights: leave --model.start out"):
         train(recipe(tiny_data, run, file))
@@ -238,7 +239,7 @@ def test_weights_are_not_put_into_a_run_that_began_without(
     shutil.rmtree(run / "checkpoints")
     train(recipe(tiny_data, run, file, steps=1))
     shutil.rmtree(run / "checkpoints")
-    torch_file(file, TINY.encoder, seed=1)
+    torch_file(file, ENCODER, seed=1)
     with pytest.raises(InputError, match="not the weights that run"):
         train(recipe(tiny_data, run, file, steps=1))
 
@@ -265,7 +266,7 @@ def test_on_several_processes(
 
 
 def test_from_object_storage(parent: Path, tiny_data: DataConfig, s3: str, tmp_path: Path) -> None:
-    file = torch_file(tmp_path / "given.pth", TINY.encoder)
+    file = torch_file(tmp_path / "given.pth", ENCODER)
     files.write(f"{s3}/given.pth", file.read_bytes())
     local = states(open_trainer(recipe(tiny_data, tmp_path / "run", file)))
     ours = states(open_trainer(recipe(tiny_data, f"{s3}/run", f"{s3}/given.pth")))

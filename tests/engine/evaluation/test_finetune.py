@@ -70,7 +70,9 @@ def learn(run: str, out: str) -> tuple[list[float], dict[str, Any], list[float]]
 def test_steps_equal_stock_torch(run: str, tmp_path: Path) -> None:
     """torchvision's network with torch's own batch norm, cross-entropy and schedule."""
     ours = finetuning(run, str(tmp_path))
-    stock = stock_resnet(ours.evaluation.source.config)
+    config = ours.evaluation.source.config
+    assert isinstance(config, ResNetConfig)
+    stock = stock_resnet(config)
     stock.fc = nn.Linear(ours.model.fc.in_features, ours.model.fc.out_features)
     stock.double().load_state_dict(ours.model.tensors())
     optimizer = torch.optim.SGD(stock.parameters(), lr=1.0, momentum=0.9, nesterov=True)
