@@ -17,6 +17,7 @@ from engine.evaluation.features import Accuracy
 from engine.evaluation.finetune import FinetuneConfig, Finetuning, Split
 from engine.evaluation.session import Evaluation, EvaluationDataConfig
 from engine.evaluation.supervised import hold_out
+from engine.method.resnet import ResNetConfig
 from engine.processes import world
 from engine.recipe import method_fields
 from engine.state import checkpoint
