@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.data import open_data, open_own_probe_sets
 from engine.evaluation.during_training import Probe, ProbeConfig, Stopped
 from engine.log.metrics import TIMINGS, LogConfig, NoLog
 from engine.processes.world import World
@@ -233,6 +234,11 @@ def test_a_figure_that_is_not_measured_is_refused(tiny_data: DataConfig, tmp_pat
     alone = DataConfig(train=tiny_data.train, streams=4)
     with pytest.raises(InputError, match=r"early_stop.key knn_top1 cannot be measured on data.val"):
         train(recipe(alone, tmp_path / "run", STOP))
+    config = recipe(tiny_data, tmp_path / "run", EarlyStopConfig("head_loss"))
+    data = open_data(config, ALONE, print)
+    data = data._replace(train=dataclasses.replace(data.train, classes=[]))
+    with pytest.raises(InputError, match=r"head_loss cannot be measured, because data.train has"):
+        open_own_probe_sets(config, data, ALONE, 1, print)
     for wrong in (EarlyStopConfig(patience=0), EarlyStopConfig(least=-1)):
         with pytest.raises(InputError, match=r"early_stop\.(patience|least) must be"):
             recipe(tiny_data, "run", wrong).check()
