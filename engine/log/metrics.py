@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from annotated_types import Interval
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from engine.log.curves import (
     VIEWS,
@@ -20,13 +19,13 @@ from engine.log.curves import (
 from engine.log.events import EventLog
 from engine.log.health import Health, Watch
 from engine.log.journal import JSONL, Journal, Record
+from engine.log.pictures import draw_views
 from engine.log.terminal import Terminal
 from engine.log.tracker_ids import run_id
 from engine.log.trackers import Description, Point
 from engine.log.tracking import Tracking
 from engine.log.visdom_tracker import VisdomURL
 from engine.log.wandb_tracker import Project
-from engine.method.augment import MEAN, STD
 from engine.method.durations import Duration, Lasting, is_due, simplify
 from shards.errors import printable
 from shards.fields import Operation
@@ -189,14 +188,8 @@ class MetricsLog:
             self._tracking.start(config.visdom, config.wandb, about)
 
     def pictures(self, views: Tensor, step: int) -> None:
-        """Log both views [2, n, 3, S, S] as one picture, with one row for each view.
-
-        They are normalized, as the network sees them.
-        """
-        mean, std = (views.new_tensor(values)[:, None, None] for values in (MEAN, STD))
-        images = (views * std + mean).clamp(0, 1).flatten(0, 1).float().cpu()
-        grid = make_grid(images, nrow=views.shape[1]).mul(255).round().byte()
-        pixels = grid.permute(1, 2, 0).numpy()
+        """Log both views [2, n, 3, S, S] as one picture. They are normalized."""
+        pixels = draw_views(views)
         self._events.picture(VIEWS, pixels, step)
         self._tracking.picture(VIEWS, pixels, step)
         self._store()

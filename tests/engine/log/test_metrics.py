@@ -109,8 +109,9 @@ def test_killed_and_resumed(run: str) -> None:
     assert pictures(folder) == [2, 5]
 
 
-def test_pictures_look_as_before_the_normalization(memory: str) -> None:
-    pixels = torch.randint(256, (2, 3, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("images", [3, 16, 20, 64])
+def test_pictures_look_as_before_the_normalization(memory: str, images: int) -> None:
+    pixels = torch.randint(256, (2, images, 3, 8, 8), generator=torch.Generator().manual_seed(0))
     views = (pixels / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     log = open_log(memory, 0)
     log.pictures(views, 1)
@@ -118,8 +119,9 @@ def test_pictures_look_as_before_the_normalization(memory: str) -> None:
     (picture,) = read(memory).Images("views/batch")
     grid = np.asarray(Image.open(io.BytesIO(picture.encoded_image_string)))
     for view in range(2):
-        for n in range(3):
-            top, left = 10 * view + 2, 10 * n + 2
+        for n in range(images):
+            row, column = 2 * (n // 16) + view, n % 16  # two rows for each 16 images
+            top, left = 10 * row + 2, 10 * column + 2
             shown = grid[top : top + 8, left : left + 8].transpose(2, 0, 1)
             np.testing.assert_array_equal(shown, pixels[view, n].numpy())
 
