@@ -24,8 +24,8 @@ _REFUSED = {
 }
 _ELSEWHERE = {
     "lars": "a recipe has it by optimizer=LARSConfig(...)",
-    "lamb": "torch has none, and Adam with --optimizer.adapt is the nearest (recipes/README.md)",
-    "momentum": "it is SGD with --optimizer.options momentum=0.9",
+    "lamb": "torch has none, and the nearest is Adam with --optimizer.adapt (recipes/README.md)",
+    "momentum": "write SGD and --optimizer.options momentum=0.9",
 }
 _OWN = {
     "lr": "the schedule sets it: give --schedule.base-lr",
@@ -55,11 +55,11 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     if name in known:
         return known[name]
     usable = sorted(set(known) - set(_REFUSED))
-    word, lars = name.lower(), name.lower().startswith("lars_")
+    word = name.lower().removeprefix("lars_")
+    adapt = " with --optimizer.adapt" * name.lower().startswith("lars_")
     if word in _ELSEWHERE:
-        raise InputError(f"{place}: {_ELSEWHERE[word]}")
-    near = _nearest(word.removeprefix("lars_"), sorted(known))
-    adapt = " with --optimizer.adapt" * lars
+        raise InputError(f"{place}: {_ELSEWHERE[word]}{adapt}")
+    near = _nearest(word, sorted(known))
     meant = f"did you mean {near}{adapt}? " if near else ""
     raise InputError(f"{place}: torch.optim has no such optimizer: {meant}it has {_listed(usable)}")
 

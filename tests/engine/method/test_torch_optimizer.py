@@ -169,8 +169,9 @@ def test_slots_count_the_state_of_a_weight(name: str, slots: int) -> None:
         (("lars_adam",), "did you mean Adam with --optimizer.adapt?"),
         (("Optimizer",), "torch.optim has no such optimizer"),
         (("lr_scheduler",), "torch.optim has no such optimizer"),
-        (("lamb",), "Adam with --optimizer.adapt is the nearest"),
-        (("momentum",), "SGD with --optimizer.options momentum=0.9"),
+        (("lamb",), "the nearest is Adam with --optimizer.adapt"),
+        (("momentum",), "write SGD and --optimizer.options momentum=0.9"),
+        (("lars_momentum",), "--optimizer.options momentum=0.9 with --optimizer.adapt"),
         (("",), "optimizer.name '': torch.optim has no such optimizer"),
         (("a\x1b[2J\n",), r"optimizer.name 'a\x1b[2J\n': torch.optim has no such"),
         (
