@@ -33,6 +33,21 @@ FIELDS: dict[str, tuple[list[str], str]] = {
         "it is the URL of the weights that training starts from",
     ),
     "branch fork": (["checkpoint.branch"], ""),
+    "initialization weight-init weight-initialization init-method": (
+        ["model.initialization"],
+        "it is official, xavier_uniform, kaiming_normal and so on",
+    ),
+    "polyak polyak-ema ema model-ema ema-decay swa average": (
+        ["average.rate"],
+        "--network average evaluates and exports it; the target's own rate is --schedule.base-tau",
+    ),
+    "patience early-stopping early-stop stop-early": (
+        ["early-stop.key", "early-stop.patience"],
+        "the first names a figure of the log, and the second counts its measurements",
+    ),
+    "visdom visdom-url visdom-server": (["log.visdom"], ""),
+    "wandb wandb-project wandb-entity": (["log.wandb"], ""),
+    "dali gpu-decode decode-gpu": (["data.decode"], "it is cpu or gpu"),
     "checkpoint ckpt checkpoint-path ckpt-path": (
         ["checkpoint.resume"],
         "it starts a new run from another run's state, and the same command continues a run",

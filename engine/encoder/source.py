@@ -16,6 +16,7 @@ from engine.method.average import PART
 from engine.method.encoders import ENCODERS, BackboneConfig, Encoder, initialize_encoder
 from engine.method.initialization import Initialization
 from engine.method.precision import Precision
+from engine.method.resnet import ResNetConfig
 from engine.processes.world import World
 from engine.state import checkpoint, layout
 from engine.state.best import check_key, find_best
@@ -326,8 +327,8 @@ def digest_of(commit: Commit) -> str:
 
 def _check_size(config: BackboneConfig, own: int, given: int | None) -> int:
     """Return the side of the network's input. Raises InputError when it cannot have that size."""
-    if given is None:
-        return own
+    if given is None or isinstance(config, ResNetConfig):
+        return given or own
     config.check_size(given, "--size")
     if config.fixed_size and given != own:
         raise InputError(

@@ -55,6 +55,11 @@ def _is_without_linear(name: str) -> bool:
     return name.startswith("squeezenet")
 
 
+def is_for_one_size(name: object) -> bool:
+    """Return whether a network has an embedding for each position, and so takes one size only."""
+    return isinstance(name, str) and name.startswith("vit_")
+
+
 class TorchvisionName(Rule):
     """The value is the name of a network of torchvision that can be an encoder."""
 
@@ -85,7 +90,7 @@ class TorchvisionConfig:
     @property
     def fixed_size(self) -> bool:
         """Return whether the network's weights are for one size of images."""
-        return self.name in _MULTIPLES
+        return is_for_one_size(self.name)
 
     def check_size(self, size: int, field: str = "views.size") -> None:
         """Raise InputError naming the `field` when the network cannot take images of `size`."""

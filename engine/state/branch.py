@@ -11,6 +11,7 @@ from typing import Any
 from torch import Size
 
 from engine.method.average import PART
+from engine.method.torchvision_encoder import is_for_one_size
 from engine.state.checkpoint import Commit
 from engine.state.origin import BranchPoint
 from shards.documents import shown
@@ -18,7 +19,8 @@ from shards.errors import InputError
 from shards.fields import as_option, differences
 from shards.storage import files
 
-_SHAPES = ("model.encoder", "model.hidden", "model.projection")
+_KIND = "model.encoder"
+_SHAPES = (_KIND, "model.hidden", "model.projection")
 _ORDER = ("seed", "batch.size", "data.streams")  # with the data, all that decides the order
 _DATA = "digest of data.train"
 _OPTIMIZER = ("optimizer", "optimizer.name", "optimizer.options")  # that decide its state
@@ -102,13 +104,18 @@ def _keep(state: dict[str, Any], wanted: Callable[[str], bool], path: str = "") 
 
 
 def _check_shapes(place: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    mine = {name: value for name, value in here.items() if name.startswith(_SHAPES)}
+    sized = is_for_one_size(here.get(f"{_KIND}.name"))
+    shaping = (*_SHAPES, "views.size") if sized else _SHAPES
+    mine = {name: value for name, value in here.items() if name.startswith(shaping)}
     theirs = {name: there[name] for name in mine if name in there}
     if found := differences(theirs, mine):
         flags = " ".join(as_option(n, v) for n, v in theirs.items() if v != mine[n])
+        mend = f"give {flags}, or take"
+        if theirs.get(_KIND) != mine.get(_KIND):
+            mend = "use a recipe whose encoder is of that kind, or take"
         raise InputError(
-            f"{place}: a branch keeps the shapes of the networks ({'; '.join(found)}): give "
-            f"{flags}, or take the weights alone by --model.start in place of --checkpoint.branch"
+            f"{place}: a branch keeps the shapes of the networks ({'; '.join(found)}): {mend} the "
+            "weights alone by --model.start in place of --checkpoint.branch"
         )
 
 

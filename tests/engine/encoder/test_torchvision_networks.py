@@ -20,6 +20,8 @@ from engine.method.resnet import ResNetConfig
 from engine.method.torchvision_encoder import TorchvisionConfig, TorchvisionEncoder
 from engine.processes.world import World
 from engine.recipe import Recipe, in_todays_terms, method_fields
+from engine.state.branch import Facts, plan
+from engine.state.checkpoint import Commit
 from shards.errors import InputError
 from shards.loader import DataConfig
 from tests.helpers import tiny
@@ -202,3 +204,26 @@ def test_runs_of_earlier_versions_had_resnets() -> None:
     assert method["model.encoder"] == "ResNetConfig"
     del method["model.encoder"]
     assert in_todays_terms(method)["model.encoder"] == "ResNetConfig"
+
+
+def branch(there: dict[str, object], here: dict[str, object]) -> None:
+    common = {"model.encoder": "TorchvisionConfig", "batch.size": 8}
+    parent = Commit("s3://b/run/checkpoints/step_00000001", 1, {}, "", {})
+    facts = (Facts({**common, **method}, "", 8) for method in (there, here))
+    plan(parent, *facts, {}, 0)
+
+
+@pytest.mark.parametrize(
+    ("here", "told"),
+    [
+        ({"model.encoder": "ResNetConfig"}, "use a recipe whose encoder is of that kind, or take"),
+        ({"model.encoder.name": "vit_b_32"}, "give --model.encoder.name vit_b_16, or take"),
+        ({"views.size": 224}, r"views.size: there 96, here 224\): give --views.size 96, or take"),
+    ],
+)
+def test_a_branch_keeps_kind_name_and_a_transformers_size(
+    here: dict[str, object], told: str
+) -> None:
+    there: dict[str, object] = {"model.encoder.name": "vit_b_16", "views.size": 96}
+    with pytest.raises(InputError, match=told):
+        branch(there, there | here)
