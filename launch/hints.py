@@ -37,7 +37,7 @@ FIELDS: dict[str, tuple[list[str], str]] = {
         ["model.initialization"],
         "it is official, xavier_uniform, kaiming_normal and so on",
     ),
-    "polyak polyak-ema ema model-ema ema-decay swa average": (
+    "polyak polyak-ema model-ema swa average": (
         ["average.rate"],
         "--network average evaluates and exports it; the target's own rate is --schedule.base-tau",
     ),
@@ -72,10 +72,6 @@ FIELDS: dict[str, tuple[list[str], str]] = {
     "arch architecture depth backbone encoder network net": (
         ["model.encoder.depth", "model.encoder.name"],
         "",
-    ),
-    "model.encoder model.encoder.name": (
-        ["model.encoder.depth"],
-        "this recipe has a ResNet; a recipe with TorchvisionConfig has any network of torchvision",
     ),
     "width width-multiplier": (["model.encoder.width"], ""),
     "proj-dim projection-dim projection-size out-dim dim": (["model.projection"], ""),
