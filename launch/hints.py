@@ -1,9 +1,11 @@
 """Say which field is meant by an option of another name, such as --lr or --epochs."""
 
 import difflib
+from dataclasses import fields
 
 from engine.method.adamw import AdamWConfig
 from engine.method.byol import BYOLConfig
+from engine.method.encoders import ENCODERS
 from engine.method.lars import LARSConfig
 from engine.method.torchvision_encoder import TorchvisionConfig
 from engine.recipe import Recipe
@@ -48,10 +50,6 @@ FIELDS: dict[str, tuple[list[str], str]] = {
     "arch architecture depth backbone encoder network net": (
         ["model.encoder.depth", "model.encoder.name"],
         "",
-    ),
-    "model.encoder model.encoder.name": (
-        ["model.encoder.depth"],
-        "this recipe has a ResNet; a recipe with TorchvisionConfig has any network of torchvision",
     ),
     "width width-multiplier": (["model.encoder.width"], ""),
     "proj-dim projection-dim projection-size out-dim dim": (["model.projection"], ""),
@@ -114,6 +112,11 @@ def hint(option: str, recipe: Recipe) -> str:
     """
     name = option.lower().replace("_", "-")
     known = [field.replace("_", "-") for field in flatten(recipe)] + ["run-url"]
+    if name in _encoder_fields() - set(known) | {"model.encoder"}:
+        return (
+            f"the encoder of this recipe is {recipe.model.encoder.describe()}; a recipe file sets "
+            "ResNetConfig or TorchvisionConfig, which is any network of torchvision"
+        )
     for names, text in ADVICE.items():
         if name in names.split():
             return text
@@ -130,6 +133,12 @@ def hint(option: str, recipe: Recipe) -> str:
     if not near:
         return "--help lists the fields"
     return f"did you mean {' or '.join(f'--{one}' for one in near)}?"
+
+
+def _encoder_fields() -> set[str]:
+    """Return the options of the fields that an encoder of some kind has."""
+    names = {entry.name for kind in ENCODERS.values() for entry in fields(kind)}
+    return {f"model.encoder.{name.replace('_', '-')}" for name in names}
 
 
 def fields_of_all_recipes() -> set[str]:

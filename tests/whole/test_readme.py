@@ -141,7 +141,7 @@ def helped(call: Callable[[], object]) -> str:
 
 
 def helps() -> Iterator[str]:
-    for recipe in ("quickstart", "r50_4096"):  # with AdamW and with LARS
+    for recipe in ("quickstart", "r50_4096", "vit_b16"):  # two optimizers, two kinds of encoders
         yield helped(partial(parse_recipe, [str(RECIPES / f"{recipe}.py"), "--help"]))
     for protocol in (
         "linear",
@@ -183,7 +183,11 @@ def test_options_exist(name: str) -> None:
 
 @pytest.mark.parametrize("recipe", ["quickstart", "r50_4096"])
 def test_the_cookbook_has_every_field(recipe: str) -> None:
-    told = set(OPTION.findall(TEXTS["recipes/README.md"])) | {"--run", "--optimizer"}
+    told = set(OPTION.findall(TEXTS["recipes/README.md"])) | {
+        "--run",
+        "--optimizer",
+        "--model.encoder",
+    }
     told |= {option.replace("no-", "") for option in told}
     for name, _, _ in walk(load(str(RECIPES / f"{recipe}.py"))):
         option = "--" + name.replace("view2", "view1").replace("_", "-")
