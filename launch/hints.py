@@ -2,8 +2,10 @@
 
 import difflib
 import re
+from dataclasses import fields
 
 from engine.method.byol import BYOLConfig
+from engine.method.encoders import ENCODERS
 from engine.method.torchvision_encoder import TorchvisionConfig
 from engine.recipe import Recipe, optimizers
 from shards.fields import flatten
@@ -136,6 +138,11 @@ def hint(option: str, recipe: Recipe) -> str:
     if negated := _negate(name, recipe):
         return f"did you mean --{negated}?"
     known = [field.replace("_", "-") for field in flatten(recipe)] + ["run-url"]
+    if name in _encoder_fields() - set(known) | {"model.encoder"}:
+        return (
+            f"the encoder of this recipe is {recipe.model.encoder.describe()}; a recipe file sets "
+            "ResNetConfig or TorchvisionConfig, which is any network of torchvision"
+        )
     for names, text in ADVICE.items():
         if name in names.split():
             return text
@@ -168,6 +175,12 @@ def _negate(name: str, recipe: Recipe) -> str:
         return ""
     group, dot, leaf = found[0].rpartition(".")
     return f"{group}{dot}no-{leaf}"
+
+
+def _encoder_fields() -> set[str]:
+    """Return the options of the fields that an encoder of some kind has."""
+    names = {entry.name for kind in ENCODERS.values() for entry in fields(kind)}
+    return {f"model.encoder.{name.replace('_', '-')}" for name in names}
 
 
 def fields_of_all_recipes() -> set[str]:

@@ -45,6 +45,8 @@ def test_every_hint_leads_somewhere() -> None:
         (["--num-workers", "3"], "did you mean --threads?"),
         (["--wd", "3"], "did you mean --optimizer.weight-decay?"),
         (["--arch", "resnet50"], "did you mean --model.encoder.depth?"),
+        (["--model.encoder.name", "vit_b_16"], "this recipe is ResNet-10 x0.25; a recipe file"),
+        (["--model.encoder", "vit_b_16"], "this recipe is ResNet-10 x0.25; a recipe file sets"),
         (["--output", "x"], "did you mean --run-url?"),
         (["--data", "x"], "did you mean --data.train?"),
         (["--gpus", "8"], "torchrun starts one process for each GPU"),

@@ -143,7 +143,7 @@ def helped(call: Callable[[], object]) -> str:
 
 
 def helps() -> Iterator[str]:
-    for recipe in ("quickstart", "r50_4096"):  # with AdamW and with LARS
+    for recipe in ("quickstart", "r50_4096", "vit_b16"):  # two optimizers, two kinds of encoders
         yield helped(partial(parse_recipe, [str(RECIPES / f"{recipe}.py"), "--help"]))
     for protocol in (
         "linear",
