@@ -64,7 +64,7 @@ def stock_resnet(config: ResNetConfig) -> torchvision.models.ResNet:
     return model
 
 
-def recipe_lines(config: BackboneConfig, size: int, classes: int = 0) -> list[str]:
+def recipe_lines(config: BackboneConfig, size: int = 224, classes: int = 0) -> list[str]:
     """Return lines of Python that build `stock_network(config, size, classes)` as `model`."""
     if isinstance(config, TorchvisionConfig):
         return _network_lines(config.name, size, classes)
