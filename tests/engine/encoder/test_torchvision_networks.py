@@ -209,8 +209,8 @@ def test_runs_of_earlier_versions_had_resnets() -> None:
 def branch(there: dict[str, object], here: dict[str, object]) -> None:
     common = {"model.encoder": "TorchvisionConfig", "batch.size": 8}
     parent = Commit("s3://b/run/checkpoints/step_00000001", 1, {}, "", {})
-    parents, own = (Facts({**common, **method}, "", 8) for method in (there, here))
-    plan(parent, parents, own, {}, 0)
+    before, after = (Facts({**common, **method}, "", 8) for method in (there, here))
+    plan(parent, before, after, {}, 0)
 
 
 @pytest.mark.parametrize(
