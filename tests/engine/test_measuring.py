@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from engine import measuring
-from engine.log import journal, metrics
+from engine.log import journal, timer
 from engine.log.metrics import LogConfig
 from engine.method.byol import BYOLConfig
 from engine.method.flops import count_flops, find_peak
@@ -40,7 +40,7 @@ def train_unevenly(recipe: Recipe, slow: str) -> str:
     printed, clock = io.StringIO(), Clock()
     with (
         patch.object(measuring, "time", clock),
-        patch.object(metrics, "time", clock),
+        patch.object(timer, "time", clock),
         training(recipe) as trainer,
     ):
 

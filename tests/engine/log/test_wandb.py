@@ -9,7 +9,7 @@ import pytest
 
 from engine.log import journal, sending
 from engine.log.curves import name_curve
-from engine.log.metrics import LogConfig
+from engine.log.metrics import NOT_PLOTTED, LogConfig
 from engine.log.tracker_ids import TRACKERS
 from engine.log.trackers import Description, Point
 from engine.log.tracking import check_trackers
@@ -56,7 +56,8 @@ def test_a_run_and_its_continuation(
         shown = [one for one in history if one["_step"] == record["step"]]
         assert len(shown) == 1
         numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
-        del numbers["step"]
+        for key in NOT_PLOTTED & numbers.keys():
+            del numbers[key]
         assert {key: shown[0][name_curve(key)] for key in numbers} == numbers
     name = "views/batch/caption"
     captions = [one[name] for one in read_history(records[0]) if name in one]

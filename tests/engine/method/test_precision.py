@@ -48,7 +48,7 @@ def take_steps(config: Recipe, first_scale: float, fault: bool) -> Scaled:
         scales, skipped, gradients = list[float](), list[int](), list[Tensor]()
 
         def look(_: object, arguments: Any, __: object) -> None:
-            _, divisor = arguments
+            _, divisor, *_ = arguments
             found = [whole(p.grad).flatten() for p in trainer.online.parameters()]  # type: ignore[arg-type]
             gradients.append(torch.cat(found) / (divisor if divisor > 0 else 1))
 
