@@ -112,5 +112,7 @@ def _clipped_directions(
         decay = group["weight_decay"]
         torch._foreach_add_(own, ps, alpha=decay)
         square = factor**2 * gg + 2 * decay * factor * gp + decay**2 * pp
-        lengths.append(torch.stack([pp, square.clamp(min=0)]).sqrt())
-    return grads, torch.cat(lengths, dim=1).to(norms.dtype), skip
+        lengths.append(torch.stack([pp, square.clamp(min=0)]))
+    # A direction that clipping made vanish has norm 0, as it would have by foreach_norms: its
+    # elements have vanished too, and a ratio of infinity would make nan of them.
+    return grads, torch.cat(lengths, dim=1).to(norms.dtype).sqrt(), skip

@@ -68,7 +68,7 @@ class TorchOptimizer(torch.optim.Optimizer):
         super().__init__(groups, self._stock.defaults)
         self.shard_group = shard_group
         self._adapts = "trust_coefficient" in self.param_groups[0]
-        self._skips = kind.__name__ in _SKIPPING
+        self._skips = bool(self._stock.defaults.get("fused"))
         self._make_state()
 
     @staticmethod
@@ -77,12 +77,13 @@ class TorchOptimizer(torch.optim.Optimizer):
     ) -> Any:
         """Return torch's optimizer, which computes the steps and borrows tensors for each of them.
 
-        Its counters of steps are on the parameters' device, except for Adafactor's.
+        Its counters of steps are on the parameters' device, except for Adafactor's, and Adagrad's
+        where torch has no kernel that skips.
         """
         device = next(p.device for group in groups for p in group["params"])
         arguments = signature(kind).parameters
         own: dict[str, Any] = {}
-        if kind.__name__ in _SKIPPING:
+        if can_skip(kind, device):
             own["fused"] = True
         elif "capturable" in arguments:
             own["capturable"] = device.type == "cuda"
@@ -96,20 +97,29 @@ class TorchOptimizer(torch.optim.Optimizer):
         """Make the state that torch makes in the first step."""
         moved: Moved = [(group, group["params"]) for group in self.param_groups]
         views = self._lend(moved, [local(parameters) for _, parameters in moved])
+        for view in views.values():
+            self._stock.state[view] |= self._state_made_elsewhere(view)
         begin = self._stock._init_group
         lists = len(signature(begin).parameters) - 1
         for group in self._stock.param_groups:
             begin(group, *([] for _ in range(lists)))
         for p, view in views.items():
-            state = dict(self._stock.state[view])
-            if self._kind.__name__ == "SGD":  # Torch makes it of the first gradient.
-                state["momentum_buffer"] = torch.zeros_like(view)
-            elif self._kind.__name__ == "Adagrad":  # Torch makes it with the optimizer.
-                first = torch.full_like(view, self.defaults["initial_accumulator_value"])
-                state = {"step": torch.zeros((), device=p.device), "sum": first}
-            for key, value in state.items():
+            for key, value in self._stock.state[view].items():
                 self.state[p][key] = _like(p, view, value if key == "step" else value.to(p.dtype))
         self._take_back()
+
+    def _state_made_elsewhere(self, view: Tensor) -> dict[str, Tensor]:
+        """Make the state that torch does not make where it makes all other.
+
+        SGD's is made of the first gradient. Adagrad's is made with the optimizer up to torch 2.11.
+        """
+        if self._kind.__name__ == "SGD":
+            return {"momentum_buffer": torch.zeros_like(view)}
+        if self._kind.__name__ == "Adagrad":
+            step = torch.zeros((), device=view.device if self._skips else None)
+            first = self.defaults["initial_accumulator_value"]
+            return {"step": step, "sum": torch.full_like(view, first)}
+        return {}
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -189,6 +199,22 @@ class TorchOptimizer(torch.optim.Optimizer):
             for view in group["params"]:
                 state = self._stock.state[view]
                 state[key].copy_(torch.where(state["step"] > 0, state[key], group["lr"]))
+
+
+def can_skip(kind: type[torch.optim.Optimizer], device: torch.device) -> bool:
+    """Return whether torch has a kernel of the optimizer for the device that can skip a step.
+
+    Adagrad's kernel for GPUs came after torch 2.11.
+    """
+    if kind.__name__ not in _SKIPPING or device.type == "cpu":
+        return kind.__name__ in _SKIPPING
+    weight = torch.zeros(1, device=device, requires_grad=True)
+    weight.grad = torch.zeros_like(weight)
+    try:
+        kind([weight], lr=0.0, fused=True).step()  # type: ignore[call-arg]
+    except RuntimeError:
+        return False
+    return True
 
 
 def _like(p: Tensor, view: Tensor, value: Tensor) -> Tensor:

@@ -52,11 +52,14 @@ class Best:
         if not self.reads(record):
             return False
         value = record[self.key]
-        gain = self._sign * (value - self.value)
-        if self.step >= 0 and (gain <= 0 or gain < self._least):
+        if self.step >= 0 and not self._is_better(self._sign * (value - self.value)):
             return False
         self.step, self.value = step, float(value)
         return True
+
+    def _is_better(self, gain: float) -> bool:
+        # A gain of 0.01, from 0.2 to 0.21, is 0.00999... in floating point.
+        return gain > 0 and (gain >= self._least or math.isclose(gain, self._least))
 
     def __str__(self) -> str:
         shown = f"{self.value:.1%}" if "_top" in self.key else f"{self.value:.4g}"

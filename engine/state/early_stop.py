@@ -21,7 +21,9 @@ from shards.fields import Operation
 
 MARK = "stopped_early"  # the key of the log for why the training ended at that step
 
-FALLING = ("loss", "head_loss", "grad_norm", "update_ratio")  # better when they are smaller
+# The figures that are better when they are smaller. update_ratio is not among them: it follows the
+# learning rate, and is 0 in the first step of a warm-up and in steps that are skipped.
+FALLING = ("loss", "head_loss", "grad_norm")
 RISING = (*MEASURED, "feature_std", "projection_std", "view_correlation")
 
 
@@ -123,9 +125,11 @@ class EarlyStop:
         return self._mark()
 
     def _look_back(self) -> str:
-        for record in self._log.records:
-            if self._counts(record):
-                self._patience.note(record)
+        records = self._log.records
+        if records and records[-1]["step"] >= self._total:  # the run is at its end anyway
+            return ""
+        for record in filter(self._counts, records):
+            self._patience.note(record)
         return self._mark()
 
     def _mark(self) -> str:

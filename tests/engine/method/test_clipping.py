@@ -102,6 +102,16 @@ def test_lars_takes_the_norms_of_clipped_directions(clip: ClipConfig, dtype: tor
         torch.testing.assert_close(p.double(), q, rtol=tolerance, atol=tolerance)
 
 
+def test_a_gradient_that_vanishes_by_clipping_makes_no_weight_nan() -> None:
+    module = network().float()
+    draw_gradients(module, 1)
+    optimizer = LARSConfig(weight_decay=0.0).build(module)
+    for group in optimizer.param_groups:
+        group["lr"] = 2.0
+    assert optimizer.step(clip=ClipConfig(norm=1e-42)) == 0
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
 Make = Callable[[Any], torch.optim.Optimizer]
 STOCK: list[tuple[Any, Make]] = [
     (

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from engine.method import torch_optimizer
 from engine.method.lars import LARSConfig, parameter_groups
 from engine.method.sgd import SGDConfig
 from engine.method.torch_optimizer import TorchOptimizerConfig
@@ -93,6 +94,15 @@ def test_takes_torchs_steps(name: str, options: tuple[str, ...]) -> None:
         advance(torchs, stock, step)
     for p, q in zip(ours.parameters(), torchs.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "AdamW"])
+def test_where_torch_has_no_kernel_that_skips(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Adagrad on a GPU with torch 2.11."""
+    monkeypatch.setattr(torch_optimizer, "can_skip", lambda *_: False)
+    optimizer = TorchOptimizerConfig(name).build(network())
+    assert not optimizer.param_groups[0]["fused"]
+    test_takes_torchs_steps(name, OPTIONS[name])
 
 
 def spoil(module: Any) -> None:

@@ -78,6 +78,7 @@ def state_of(run: Path | str) -> str:
         (EarlyStopConfig("knn_top1", 2), [0.1, 0.2, 0.1, 0.3, 0.2], None),
         (EarlyStopConfig("knn_top1", 1), [None, "high", NAN, 0.5, INFINITY, 0.6], None),
         (EarlyStopConfig("knn_top1", 2, least=0.1), [0.1, 0.15, 0.21, 0.25, 0.3], 5),
+        (EarlyStopConfig("knn_top1", 1, least=0.01), [0.2, 0.21, 0.22, 0.23, 0.23], 5),
         (EarlyStopConfig("loss", 2), [3, 2, 2.5, 2, 1], 4),
         (EarlyStopConfig("loss", 2), [3.0, 2.0, 2.5, 1.9, 1.8], None),
         (EarlyStopConfig("loss", 3, least=0.5), [3.0, 2.6, 2.4, 2.2, 2.1, 2.0], 6),
@@ -196,11 +197,12 @@ def test_lines_of_processes_that_ended_do_not_count(key: str, counts: bool) -> N
 
 
 def test_the_last_step_of_the_run_ends_nothing_early() -> None:
+    config = EarlyStopConfig("loss", patience=1)
     for total, ends in ((7, True), (6, False)):
-        log = MadeLog({1: 1.0, 3: 0.5, 6: 0.7})
-        config = EarlyStopConfig("loss", patience=1)
-        early = EarlyStop(config, ALONE, log, total, lambda _: True)
-        assert bool(early.reason) is (MARK in log.records[-1]) is ends
+        for values in ({1: 1.0, 3: 0.5, 6: 0.7}, {1: 0.5, 3: 0.6, 6: 0.7}):
+            log = MadeLog(values)
+            early = EarlyStop(config, ALONE, log, total, lambda _: True)
+            assert bool(early.reason) is (MARK in log.records[-1]) is ends
 
 
 def test_processes_end_together(ranks: Ranks, tiny_data: DataConfig, tmp_path: Path) -> None:
@@ -219,6 +221,7 @@ def test_processes_end_together(ranks: Ranks, tiny_data: DataConfig, tmp_path: P
         ("Loss", r"did you mean loss\?"),
         ("images_per_second", "is no figure that the training measures"),
         ("linear_top1", "is no figure that the training measures"),
+        ("update_ratio", "is no figure that the training measures and that can get better"),
         ("\x1b[31m", r"early_stop.key '\\x1b\[31m'"),
     ],
 )
