@@ -269,6 +269,7 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
         given = {n.removeprefix(_ENCODER): v for n, v in fields.items() if n.startswith(_ENCODER)}
         backbone: BackboneConfig = kind(**given)
         size, precision, seed = fields["views.size"], fields["precision"], fields["seed"]
+        backbone.check_size(size)
     except InputError as error:
         raise InputError(f"{place}: its recipe is damaged: {error}") from None
     except KeyError as missing:

@@ -23,7 +23,12 @@ from shards.storage import files, misplaced
 INDEX = "features.json"
 # What stands in `origin` for a digest in the settings.
 _IN_WORDS = {"weights": ("run", "step"), "data": ("images_from",)}
-_PARTS = re.compile(r"features-[0-9]{5,}\.[a-z]+(\.csv)?")
+_PARTS = re.compile(rf"features-[0-9]{{5,}}\.({'|'.join(feature_files.FORMATS)})(\.csv)?")
+# What a call, also one that was stopped while it wrote, leaves in its folder of unfinished parts.
+_UNFINISHED = re.compile(
+    rf"({re.escape(INDEX)}|features-[0-9]{{5,}}\.json|{_PARTS.pattern})"
+    r"(\.[0-9a-f]{12}\.partial)?"
+)
 
 
 @dataclass(frozen=True)
@@ -132,8 +137,10 @@ class Parts:
 
         With `overwrite`, other features there are removed.
 
-        Raises InputError when it holds something else.
+        Raises InputError when it holds something else, and, also with `overwrite`, when that would
+        remove or hide what is nobody's features.
         """
+        self._check_folders()
         try:
             return self._claim()
         except Occupied:
@@ -143,6 +150,22 @@ class Parts:
         for url in (output.index, output.work, *self._others()):
             files.remove(url)
         return self._claim()
+
+    def _check_folders(self) -> None:
+        """Raise InputError when a folder lies where a file goes, or work holds other files."""
+        output = self.output
+        for url in (output.index, *self._others()):
+            if files.list_names(url):
+                raise InputError(
+                    f"OUT {files.redact(url)}: is a folder, and a file goes there: choose another "
+                    "OUT"
+                )
+        for name in files.list_names(output.work):
+            if not _UNFINISHED.fullmatch(name):
+                raise InputError(
+                    f"OUT {files.redact(output.work)}: has files of something else, such as "
+                    f"{as_text(name)}, and parts go there for a while: choose another OUT"
+                )
 
     def _claim(self) -> bool:
         output = self.output

@@ -49,7 +49,7 @@ class VisdomURL(Rule):
         try:
             parse(value)
         except (ValueError, AttributeError, TypeError):
-            given = files.redact(value) if isinstance(value, str) else value
+            given = _without_login(value) if isinstance(value, str) else value
             raise InputError(
                 f"{name} takes the URL of a Visdom server and an environment there, such as "
                 f"http://localhost:{PORT} or http://localhost:{PORT}/mine, not {given!r}"
@@ -79,6 +79,11 @@ def parse(url: str) -> Address:
         user=unquote(parts.username or ""),
         password=unquote(parts.password or ""),
     )
+
+
+def _without_login(url: str) -> str:
+    """Return a URL, which may lack its scheme, without user and password."""
+    return files.redact(url) if "://" in url else url.rpartition("@")[2]
 
 
 class VisdomTracker(Tracker):
@@ -146,7 +151,11 @@ class VisdomTracker(Tracker):
             for name, value in self._fields.items()
         )
         size = {"width": 600, "height": 350}  # pixels
-        self._client.text(f"<table>{rows}</table>", win=RECIPE, opts={"title": RECIPE, **size})
+        table = f"<table>{rows}</table>"
+        answer = self._client.text(table, win=RECIPE, opts={"title": RECIPE, **size})
+        if answer != RECIPE:  # Visdom names the window. A login page, for one, has other answers.
+            server, port, *_ = self._address
+            raise ConnectionError(f"what answers at {server}:{port} is no Visdom server")
 
 
 def thin(numbers: list[Any]) -> list[Any]:

@@ -2,12 +2,14 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torchvision
 from torch import Generator, Tensor, nn
 
+from engine.encoder import source
 from engine.encoder.classifier import Head, attach
 from engine.encoder.export import TOLERANCE, convert, verify
 from engine.encoder.foreign_torchvision import match_any
@@ -125,6 +127,22 @@ def test_a_classifier_has_torchvisions_keys(run: Path) -> None:
     logits = encoder(images()) @ head.weight.T + head.bias
     torch.testing.assert_close(made(images()), logits)
     torch.testing.assert_close(stock.eval()(images()), logits)
+
+
+def test_a_recipe_of_a_size_that_the_network_cannot_have_is_one_line(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = source._find
+    for name, size in (("vit_b_16", 33), ("maxvit_t", 32), ("inception_v3", 64)):
+        changes = {"model.encoder.name": name, "views.size": size}
+
+        def other(*given: Any, changes: dict[str, Any] = changes) -> Any:
+            commit = find(*given)
+            return dataclasses.replace(commit, method=commit.method | changes)
+
+        monkeypatch.setattr(source, "_find", other)
+        with pytest.raises(InputError, match=r"its recipe is damaged: views.size must be"):
+            opened(run)
 
 
 def test_layers_are_refused(run: Path) -> None:

@@ -20,12 +20,13 @@ from safetensors.torch import load, load_file
 
 from engine.encoder import card
 from engine.encoder.source import open_encoder
-from engine.evaluation import feature_extraction, feature_parts
+from engine.evaluation import feature_extraction, feature_files, feature_parts
 from engine.evaluation.features import extract
 from engine.method.augment import normalize
 from launch import evaluate, export
 from shards import index as indexes
 from shards.center_crops import CropReader
+from shards.errors import InputError
 from shards.loader import DataConfig
 from shards.storage import files
 from tests.helpers import tiny
@@ -323,6 +324,11 @@ def test_other_features_are_replaced_when_asked(
     assert features(run, tiny_data.train, out) == 0
     assert features(run, tiny_data.val, calm) == 0
     (tmp_path / "mine.txt").write_text("mine")
+    if Path(out).is_dir():  # It is named much as a part is.
+        (tmp_path / "out/features-00007.txt").write_text("mine")
+    # A call that was killed leaves such a file.
+    work = feature_parts.choose_output(out, None).work
+    files.write(f"{work}/features-00000.json.{'0' * 12}.partial", b"")
     assert features(run, tiny_data.val, out) == 1
     error = capsys.readouterr().err
     assert f"images_from: there {tiny_data.train}, here {tiny_data.val})" in error
@@ -335,9 +341,31 @@ def test_other_features_are_replaced_when_asked(
                 path.read_bytes() == (tmp_path / path.relative_to(tmp_path / "calm")).read_bytes()
             )
     assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert not Path(out).is_dir() or (tmp_path / "out/features-00007.txt").read_text() == "mine"
     capsys.readouterr()
     assert features(run, tiny_data.val, out, "--overwrite") == 0
     assert "already there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_nobodys_features_is_never_removed(store: str, *, overwrite: bool) -> None:
+    header = feature_files.Header((4,), np.dtype("<f4"), [])
+    for number, (out, mine, text) in enumerate(
+        (
+            ("out.npz", "out.npz/mine", "out.npz: is a folder"),
+            ("out.npz", "out.npz.json/mine", "out.npz.json: is a folder"),
+            ("out.npy", "out.npy.csv/mine", "out.npy.csv: is a folder"),
+            ("out.npy", "out.npy.parts/mine", "parts: has files of something else, such as mine,"),
+            ("out", "out/features-00000.npz/mine", "features-00000.npz: is a folder"),
+            ("out", "out/.parts/features-1.json", "else, such as features-1.json"),
+        )
+    ):
+        place = f"{store}/{number}"
+        files.write(f"{place}/{mine}", b"mine")
+        output = feature_parts.choose_output(f"{place}/{out}", None)
+        with pytest.raises(InputError, match=re.escape(text)):
+            feature_parts.Parts(output, {}, {}, header, 1).claim(overwrite)
+        assert files.read(f"{place}/{mine}") == b"mine"
 
 
 def test_what_cannot_be_decoded_is_listed(

@@ -6,7 +6,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -242,14 +244,17 @@ def test_other_texts_are_no_url_of_a_server(url: str) -> None:
         check_bounds(tiny.recipe(DataConfig(), "run", log=LogConfig(visdom=url)))
 
 
-def test_a_password_is_neither_told_nor_kept() -> None:
-    good, bad = "http://me:SECRET@host", "http://me:SECRET@host:x/"
+@pytest.mark.parametrize(
+    "bad", ["http://me:SECRET@host:x/", "me:SECRET@host:8097", "//me:SECRET@host", "me:SEC/RET@h"]
+)
+def test_a_password_is_neither_told_nor_kept(bad: str) -> None:
+    good = "http://me:SECRET@host"
     recipe = tiny.recipe(DataConfig(), "run", log=LogConfig(visdom=good))
     assert "SECRET" not in json.dumps(_without_secrets(recipe))
     assert "log.visdom" not in shared_fields(recipe)  # machines that differ list them
     with pytest.raises(InputError) as caught:
         check_bounds(tiny.recipe(DataConfig(), "run", log=LogConfig(visdom=bad)))
-    assert "SECRET" not in str(caught.value)
+    assert "SEC" not in str(caught.value)
 
 
 @pytest.mark.parametrize("project", ["a/b/c", "a%b", "/a", "a/", " ", "a\nb", "x" * 129])
@@ -281,6 +286,35 @@ def test_a_server_that_never_answers(run: Run, monkeypatch: pytest.MonkeyPatch) 
         join_all([sender])
     assert "does not answer; training goes on" in run.said[0]
     assert "SECRET" not in "".join(run.said)
+
+
+class _Page(BaseHTTPRequestHandler):
+    """Answers every request with a page, as what asks for a login does."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"<html>Who are you?</html>")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_server_of_something_else_is_told(run: Run) -> None:
+    pytest.importorskip("visdom", reason="visdom is not installed")
+    with HTTPServer(("127.0.0.1", 0), _Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/mine"
+        sender = Sender(
+            VisdomTracker(address, Description("run", "1a2b", {}, 0)), list, run.said.append
+        )
+        sender.scalars(Point({"train/loss": 1.0}, 0))
+        wait_for(lambda: run.said)
+        join_all([sender])
+        server.shutdown()
+    assert "is no Visdom server; training goes on" in run.said[0]
+    assert not any("/env/mine" in line for line in run.said)
 
 
 def test_long_curves_are_thinned_evenly() -> None:
