@@ -99,12 +99,12 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> tuple[b
 
 
 def _open_early_stop(trainer: Trainer, log: MetricsLog) -> EarlyStop:
-    recipe, total = trainer.recipe, trainer.total_steps
+    recipe, total, warmup = trainer.recipe, trainer.total_steps, trainer.warmup_steps
 
     def is_regular(step: int) -> bool:
         return step == 1 or recipe.log.due(step) or recipe.probe.due(step, total)
 
-    return EarlyStop(recipe.early_stop, trainer.world, log, total, is_regular)
+    return EarlyStop(recipe.early_stop, trainer.world, log, warmup, total, is_regular)
 
 
 def _greet(trainer: Trainer, block_memory: int) -> None:
@@ -196,12 +196,14 @@ def _farewell(trainer: Trainer, log: MetricsLog, first: int, early: str) -> None
         say(f"stopped early: {early}")
     if trainer.probe is not None and trainer.probe.failures:
         say(f"{trainer.probe.failures} evaluations failed: see {FAILED} in metrics.jsonl")
-    trained = log.find_newest("knn_top1")
-    if log.baseline and trained is not None:
+    newest = log.find_newest("knn_top1")
+    if log.baseline and newest is not None:
         data = trainer.probe.sets.names[1] if trainer.probe else "data.val"
         say(f"kNN accuracy on {data}:")
-        for name, accuracy in (log.baseline | {"trained encoder": trained}).items():
+        for name, accuracy in (log.baseline | {"trained encoder": newest.value}).items():
             say(f"  {name:<18} {accuracy:6.1%}")
+        if newest.step != trainer.step:
+            say(f"  the trained encoder was measured last at step {newest.step:,}")
     if log.health and (trouble := log.health.summary):
         say(f"health        {trouble}")
     if trainer.step:

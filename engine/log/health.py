@@ -14,6 +14,7 @@ from typing import NamedTuple
 from engine.log.journal import Record
 
 HEALTHY = "healthy"
+STOPPED_EARLY = "stopped_early"  # the key of the log for why the training ended at that step
 
 RECENT = 5  # logged steps that are judged together, so that no single batch raises an alarm
 LONG = 20  # logged steps, for figures that a single batch tells little about
@@ -257,10 +258,12 @@ def _find_equal_images(history: History) -> str:
 def _find_lost_accuracy(history: History) -> str:
     untrained, chance = (_number(history.baseline, key) for key in ("knn_untrained", "knn_chance"))
     accuracies = [float(record["knn_top1"]) for record in history.evaluated]
-    if untrained is None or not accuracies or history.progress < TRIED:
+    if untrained is None or not accuracies:
         return ""
     step, total = history.evaluated[-1]["step"], history.total_steps
-    ended = step >= total > 0
+    ended = step >= total > 0 or STOPPED_EARLY in history.recent[-1]
+    if history.progress < TRIED and not ended:
+        return ""
     if len(accuracies) < 2 and not ended:  # at the end there will be no second one
         return ""
     # A run that has ended without a gain gets no second chance either, however small the loss.

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from annotated_types import Interval
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -77,6 +77,13 @@ class LogConfig:
         return is_due(self.every, step)
 
 
+class Newest(NamedTuple):
+    """Hold the newest value of a figure, and the step that it is of."""
+
+    step: int
+    value: float
+
+
 class MetricsLog:
     """Write RUN/metrics.jsonl and tensorboard's files, and move the progress bar.
 
@@ -145,10 +152,10 @@ class MetricsLog:
         """Return all records, of which earlier processes may have logged some."""
         return self._journal.after(-1)
 
-    def find_newest(self, key: str) -> float | None:
+    def find_newest(self, key: str) -> Newest | None:
         """Return the newest value of a figure, which an earlier process may have logged."""
-        values = (record.get(key) for record in reversed(self.records))
-        return next((value for value in values if isinstance(value, float)), None)
+        values = (Newest(one["step"], one.get(key)) for one in reversed(self.records))
+        return next((found for found in values if isinstance(found.value, float)), None)
 
     def advance(self) -> None:
         self._progress.advance(self._task)
@@ -169,9 +176,13 @@ class MetricsLog:
         self._show(record)
 
     def mark(self, values: Record) -> None:
-        """Add values that are no figures to the newest record, if there is one."""
+        """Add values that are no figures to the newest record, if there is one.
+
+        The health is judged again with them.
+        """
         if (last := self._journal.last) is not None:
-            self._journal.write({"step": last["step"]} | values)
+            record = last | values
+            self._journal.write(record | self._watch.judge(record))
             self._store()
 
     def describe(self, fields: dict[str, Any], method: Collection[str], config: LogConfig) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from annotated_types import Interval
 
+from engine.log.health import STOPPED_EARLY
 from engine.log.journal import Record
 from engine.log.metrics import MetricsLog
 from engine.processes.world import World
@@ -19,7 +20,7 @@ from shards.documents import shown
 from shards.errors import InputError
 from shards.fields import Operation
 
-MARK = "stopped_early"  # the key of the log for why the training ended at that step
+MARK = STOPPED_EARLY
 
 # The figures that are better when they are smaller. update_ratio is not among them: it follows the
 # learning rate, and is 0 in the first step of a warm-up and in steps that are skipped.
@@ -36,7 +37,8 @@ class EarlyStopConfig:
     it no longer improves. By default no figure ends it."""
     patience: Operation[Annotated[int, Interval(ge=1, le=10**9)]] = 5
     """Number of measurements in a row without an improvement that end the training. Figures of
-    evaluations are measured every probe.every, and all others every log.every."""
+    evaluations are measured every probe.every, and all others every log.every. Those within the
+    warm-up do not count."""
     least: Operation[Annotated[float, Interval(ge=0, le=1e9)]] = 0.0
     """Smallest change over the best value so far that is an improvement, such as 0.01 for a point
     of an accuracy. With 0 every change for the better is one."""
@@ -88,18 +90,21 @@ class EarlyStop:
         config: EarlyStopConfig,
         world: World,
         log: MetricsLog,
+        warmup_steps: int,
         total_steps: int,
         regular: Callable[[int], bool],
     ) -> None:
         """Take the records of earlier processes.
 
         Args:
+            warmup_steps: The last step whose figures do not count, because sound runs get worse
+                during the warm-up.
             total_steps: The last step of the whole run, which ends nothing early.
             regular: Tells whether a step is logged in any case, and not because a process ended
                 there.
         """
         self._key, self._world, self._log = config.key, world, log
-        self._total, self._regular = total_steps, regular
+        self._warmup, self._total, self._regular = warmup_steps, total_steps, regular
         self._patience = Patience(config)
         self.reason = ""  # why the training ends, once it does
         if self._key:
@@ -116,7 +121,7 @@ class EarlyStop:
 
     def _counts(self, record: Record) -> bool:
         step = record["step"]
-        if self._key not in record or step >= self._total:
+        if self._key not in record or not self._warmup < step < self._total:
             return False
         return self._key in MEASURED or self._regular(step)
 

@@ -11,6 +11,7 @@ import torch
 from engine.data import open_data, open_own_probe_sets
 from engine.evaluation.during_training import Probe, ProbeConfig, Stopped
 from engine.log.metrics import TIMINGS, LogConfig, NoLog
+from engine.method.schedule import ScheduleConfig
 from engine.processes.world import World
 from engine.recipe import Recipe
 from engine.report.survey import survey_runs
@@ -149,7 +150,8 @@ def test_an_evaluation_that_was_left_counts_when_it_is_made(
 
 def test_a_figure_of_the_steps(tiny_data: DataConfig, tmp_path: Path) -> None:
     """Beside the log of a whole run."""
-    given = {"log": LogConfig(every=3), "probe": tiny.NO_PROBE, "steps": 18}
+    schedule = ScheduleConfig(epochs=20 * 16 / tiny.SAMPLES, warmup=0, base_lr=2.0)
+    given = {"log": LogConfig(every=3), "probe": tiny.NO_PROBE, "steps": 18, "schedule": schedule}
     train(recipe(tiny_data, tmp_path / "whole", EarlyStopConfig(), **given))
     whole = comparable(tmp_path / "whole")
     assert [line["step"] for line in whole] == [1, 3, 6, 9, 12, 15, 18]
@@ -189,7 +191,7 @@ def test_lines_of_processes_that_ended_do_not_count(key: str, counts: bool) -> N
     values = {1: 4.0, 3: 3.0, 4: 3.5, 6: 2.0}
     log = MadeLog(values)
     config = EarlyStopConfig(key, patience=1)
-    early = EarlyStop(config, ALONE, log, 20, lambda step: step in (1, 3, 6))
+    early = EarlyStop(config, ALONE, log, 0, 20, lambda step: step in (1, 3, 6))
     early.note({"step": 7, "loss": 2.5, "knn_top1": -2.5})
     assert bool(early.reason) is counts
     early.note({"step": 9, "loss": 1.0})
@@ -201,8 +203,44 @@ def test_the_last_step_of_the_run_ends_nothing_early() -> None:
     for total, ends in ((7, True), (6, False)):
         for values in ({1: 1.0, 3: 0.5, 6: 0.7}, {1: 0.5, 3: 0.6, 6: 0.7}):
             log = MadeLog(values)
-            early = EarlyStop(config, ALONE, log, total, lambda _: True)
+            early = EarlyStop(config, ALONE, log, 0, total, lambda _: True)
             assert bool(early.reason) is (MARK in log.records[-1]) is ends
+
+
+@pytest.mark.parametrize(("warmup", "ends"), [(0, 2), (2, 4), (3, 5), (9, None)])
+def test_measurements_within_the_warmup_do_not_count(warmup: int, ends: int | None) -> None:
+    """They are neither the best nor worse than it, and are left out of an older log too."""
+    values = {step: float(step) for step in range(1, 7)}  # a loss that rises
+    config, found = EarlyStopConfig("loss", patience=1), None
+    for step in values:
+        log = MadeLog({s: v for s, v in values.items() if s <= step})
+        resumed = EarlyStop(config, ALONE, log, warmup, 20, lambda _: True)
+        if found is None and resumed.reason:
+            found = step
+    assert found == ends
+    log = MadeLog({0: 0.0})
+    early = EarlyStop(config, ALONE, log, warmup, 20, lambda _: True)
+    steps = []
+    for step, value in values.items():
+        early.note({"step": step, "loss": value})
+        steps += [step] * bool(early.reason)
+    assert steps[:1] == ([] if ends is None else [ends])
+
+
+def test_a_run_that_ended_below_its_untrained_encoder_says_so(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And names the step of a measurement that is not of the last step."""
+    stop = EarlyStopConfig("grad_norm", patience=1, least=1e9)  # after the second one that counts
+    baseline = {"knn_pixels": 0.4, "knn_untrained": 0.9, "knn_chance": 0.1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "measure_baseline", lambda _: baseline)
+        train_with(recipe(tiny_data, tmp_path, stop))
+    told = " ".join(capsys.readouterr().out.split())
+    assert MARK in lines(tmp_path)[-1]
+    assert lines(tmp_path)[-1]["health"] == "not learning"
+    assert "health not learning (knn_top1 is 60.0% at step 4 of 20, and 90.0% without" in told
+    assert "the trained encoder was measured last at step 4" in told
 
 
 def test_processes_end_together(ranks: Ranks, tiny_data: DataConfig, tmp_path: Path) -> None:
