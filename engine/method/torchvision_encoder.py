@@ -15,18 +15,17 @@ Source: https://pytorch.org/vision/stable/models.html
 import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import MethodType
 from typing import Annotated, Any
-from unittest.mock import patch
 
 import torch
 import torchvision
 from annotated_types import Interval
 from torch import Tensor, nn
-from torchvision.models.regnet import BlockParams
+from torch.overrides import TorchFunctionMode
 from torchvision.ops import StochasticDepth
 
 from engine.method.norm import BatchNorm
@@ -170,7 +169,7 @@ class TorchvisionEncoder(nn.Module):
 def build_stock(name: str, size: int) -> nn.Module:
     """Build torchvision's network with its classifier and its own norms and initialization."""
     builder: Callable[..., nn.Module] = torchvision.models.get_model_builder(name)
-    with _real_widths():
+    with _RealNumbers() if name.startswith("regnet_") else nullcontext():
         network = builder(weights=None, **size_options(name, size))
     if isinstance(network, torchvision.models.MNASNet):
         # Its own method refuses a state dict that came without torch's hidden notes of versions.
@@ -238,14 +237,15 @@ def _drawing(seed: int) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _real_widths() -> Iterator[None]:
-    """Let RegNets compute their widths by real tensors, also on torch's meta device."""
-    compute = BlockParams.from_init_params
+class _RealNumbers(TorchFunctionMode):
+    """Keep tensors of numbers real where `torch.device("meta")` makes all others.
 
-    def compute_for_real(*args: Any, **options: Any) -> BlockParams:
-        with torch.device("cpu"):
-            return compute(*args, **options)
+    RegNets compute their widths by such tensors. Layers pass a device, if only None, for theirs,
+    so that these are made as ever.
+    """
 
-    with patch.object(BlockParams, "from_init_params", compute_for_real):
-        yield
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        real = {"device": "cpu"} if func in (torch.arange, torch.tensor) else {}
+        return func(*args, **real | (kwargs or {}))

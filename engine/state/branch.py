@@ -23,7 +23,8 @@ _KIND = "model.encoder"
 _SHAPES = (_KIND, "model.hidden", "model.projection")
 _ORDER = ("seed", "batch.size", "data.streams")  # with the data, all that decides the order
 _DATA = "digest of data.train"
-_OPTIMIZER = ("optimizer", "optimizer.name", "optimizer.options")  # that decide its state
+# The fields that decide the optimizer's state. What adapt scales is of another size in it.
+_OPTIMIZER = ("optimizer", "optimizer.name", "optimizer.options", "optimizer.adapt")
 _HEAD = "online.classifier.weight"
 _LONGEST = 200  # characters of a value that a stranger's recipe may have
 _MOST = 200  # changed fields that are kept

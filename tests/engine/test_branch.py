@@ -244,15 +244,17 @@ def test_a_head_of_other_classes_and_another_optimizer_begin_anew(
 
 
 @pytest.mark.parametrize(
-    ("options", "anew"), [((), False), (("alpha=0.9", "momentum=0.5"), True)], ids=str
+    ("changes", "anew"),
+    [({}, False), ({"options": ("alpha=0.9", "momentum=0.5")}, True), ({"adapt": True}, True)],
+    ids=str,
 )
 def test_an_optimizer_with_other_state_begins_anew(
-    tiny_data: DataConfig, tmp_path: Path, options: tuple[str, ...], anew: bool
+    tiny_data: DataConfig, tmp_path: Path, changes: dict[str, Any], anew: bool
 ) -> None:
-    """Torch's RMSprop has one tensor more with momentum."""
+    """Torch's RMSprop has one tensor more with momentum, and adapted gradients are shorter."""
     there, rmsprop = tmp_path / "parent", TorchOptimizerConfig("RMSprop")
     train(recipe(tiny_data, there, steps=2, optimizer=rmsprop))
-    optimizer = TorchOptimizerConfig("RMSprop", options, weight_decay=0.1)
+    optimizer = TorchOptimizerConfig("RMSprop", weight_decay=0.1, **changes)
     config = recipe(tiny_data, tmp_path / "run", checkpoint=branch(there), optimizer=optimizer)
     trainer = open_trainer(config)
     state = tensors(trainer.state())
