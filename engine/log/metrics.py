@@ -154,8 +154,10 @@ class MetricsLog:
 
     def find_newest(self, key: str) -> Newest | None:
         """Return the newest value of a figure, which an earlier process may have logged."""
-        values = (Newest(one["step"], one.get(key)) for one in reversed(self.records))
-        return next((found for found in values if isinstance(found.value, float)), None)
+        for record in reversed(self.records):
+            if isinstance(value := record.get(key), float):
+                return Newest(record["step"], value)
+        return None
 
     def advance(self) -> None:
         self._progress.advance(self._task)
