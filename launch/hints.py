@@ -47,27 +47,30 @@ FIELDS: dict[str, tuple[list[str], str]] = {
         ["early-stop.key", "early-stop.patience"],
         "the first names a figure of the log, and the second counts its measurements",
     ),
-    "visdom visdom-url visdom-server": (["log.visdom"], ""),
+    "visdom visdom-url visdom-port visdom-server": (["log.visdom"], ""),
     "wandb wandb-project wandb-entity": (["log.wandb"], ""),
     "dali gpu-decode decode-gpu": (["data.decode"], "it is cpu or gpu"),
     "checkpoint ckpt checkpoint-path ckpt-path": (
         ["checkpoint.resume"],
         "it starts a new run from another run's state, and the same command continues a run",
     ),
-    "workers num-workers n-workers j jobs num-threads": (
+    "workers workers-per-replica num-workers n-workers j jobs num-threads": (
         ["threads"],
         "threads of each process do what worker processes do elsewhere",
     ),
     "wd weight-decay decay": (["optimizer.weight-decay"], ""),
     "beta betas beta1 beta2": (["optimizer.betas"], ""),
-    "optim optimiser opt": (["optimizer"], "a recipe file sets it"),
     "nesterov": (["optimizer.nesterov", "optimizer.options"], ""),
-    "clip clip-grad grad-clip clip-grad-norm max-grad-norm gradient-clip-val max-norm": (
+    "clip": (
+        ["clip.value", "clip.norm"],
+        "the first bounds each element of the gradient, the second all of it together",
+    ),
+    "clip-grad grad-clip clip-grad-norm max-grad-norm gradient-clip-val max-norm": (
         ["clip.norm"],
         "it bounds the gradient of all parameters together",
     ),
     "clip-grad-value gradient-clip-value": (["clip.value"], ""),
-    "scheduler lr-scheduler lr-schedule lr-policy": (
+    "scheduler lr-update-schedule lr-scheduler lr-schedule lr-policy": (
         ["schedule.lr-decay"],
         "it is cosine or none",
     ),
@@ -77,8 +80,12 @@ FIELDS: dict[str, tuple[list[str], str]] = {
     ),
     "width width-multiplier": (["model.encoder.width"], ""),
     "proj-dim projection-dim projection-size out-dim dim": (["model.projection"], ""),
-    "hidden-dim hidden-size mlp-dim projection-hidden-size": (["model.hidden"], ""),
-    "output out output-dir out-dir log-dir logdir run-dir save-dir exp-dir rundir dir name": (
+    "hidden-dim head-latent-size hidden-size mlp-dim projection-hidden-size": (
+        ["model.hidden"],
+        "",
+    ),
+    "output out output-dir out-dir log-dir logdir run-dir save-dir exp-dir rundir dir name "
+    "uid model-dir": (
         ["run-url"],
         "it is the URL of the run's directory",
     ),
@@ -91,9 +98,12 @@ FIELDS: dict[str, tuple[list[str], str]] = {
         ["precision"],
         "it is fp32, bf16 or fp16",
     ),
-    "image-size img-size imsize crop-size resolution input-size size-crops": (["views.size"], ""),
+    "image-size image-size-override img-size imsize crop-size resolution input-size size-crops": (
+        ["views.size"],
+        "",
+    ),
     "crop crop-scale min-scale scale": (["views.area"], ""),
-    "tau ema ema-decay ema-momentum momentum moving-average-decay m target-decay": (
+    "tau base-decay ema ema-decay ema-momentum momentum moving-average-decay m target-decay": (
         ["schedule.base-tau"],
         "it is the target's averaging rate, and that of the optimizer is --optimizer.momentum",
     ),
@@ -120,9 +130,22 @@ ADVICE: dict[str, str] = {
         "the same command continues its run by itself; --checkpoint.resume URL starts a new run "
         "from another run's state, and --checkpoint.branch URL one with other fields"
     ),
+    "num-replicas distributed-master distributed-rank distributed-port "
     "gpus gpu num-gpus ngpu devices device world-size nproc nproc-per-node local-rank nodes": (
         "torchrun starts one process for each GPU: torchrun --nproc-per-node=N launch/train.py "
         "RECIPE"
+    ),
+    "task download": (
+        "launch/pack.py packs a folder of images once, and nothing is downloaded; --data.train is "
+        "what it wrote, and --data.decode is cpu or gpu"
+    ),
+    "representation-size": "the encoder says how many features it has",
+    "convert-to-sync-bn sync-bn": "norms always share statistics over all processes",
+    "no-cuda cpu": "CUDA_VISIBLE_DEVICES= before the command hides the GPUs of a machine",
+    "color-jitter-strength": (
+        "--views.view1.brightness, --views.view1.contrast, --views.view1.saturation and "
+        "--views.view1.hue set it, and those of view2; recipes/simclr_views.py sets all by one "
+        "strength"
     ),
     "config cfg recipe": "the recipe is the first argument, without an option's name",
 }
@@ -143,13 +166,20 @@ def hint(option: str, recipe: Recipe) -> str:
             f"the encoder of this recipe is {recipe.model.encoder.describe()}; a recipe file sets "
             "ResNetConfig or TorchvisionConfig, which is any network of torchvision"
         )
+    if name in _optimizer_fields() - (set(known) - {"optimizer"}):
+        return (
+            f"the optimizer of this recipe is {type(recipe.optimizer).__name__}; a recipe file "
+            "sets it, and only a TorchOptimizerConfig has optimizer.name and optimizer.options"
+        )
     for names, text in ADVICE.items():
         if name in names.split():
             return text
     for names, (targets, text) in FIELDS.items():
         there = [target for target in targets if target in known]
         if name in names.split() and there:
-            return f"did you mean --{there[0]}?" + f" ({text})" * bool(text)
+            both = there if name == "clip" else there[:1]
+            meant = " or ".join(f"--{one}" for one in both)
+            return f"did you mean {meant}?" + f" ({text})" * bool(text)
     leaves = [field for field in known if field.rpartition(".")[2] == name.rpartition(".")[2]]
     near = (
         difflib.get_close_matches(name, known, n=1, cutoff=0.85)
@@ -181,6 +211,13 @@ def _encoder_fields() -> set[str]:
     """Return the options of the fields that an encoder of some kind has."""
     names = {entry.name for kind in ENCODERS.values() for entry in fields(kind)}
     return {f"model.encoder.{name.replace('_', '-')}" for name in names}
+
+
+def _optimizer_fields() -> set[str]:
+    """Return the options that set an optimizer, and those of the fields of any kind of one."""
+    names = {entry.name.replace("_", "-") for kind in optimizers() for entry in fields(kind)}
+    choices = {"optimizer", "optim", "optimiser", "opt"}
+    return choices | {f"optimizer.{name}" for name in names}
 
 
 def fields_of_all_recipes() -> set[str]:

@@ -133,9 +133,9 @@ def _write_npz(stream: Stream, header: Header, parts: list[Part]) -> None:
         ),
         ("names", (rows,), text, (_bytes(np.array(some, text)) for some in names if some)),
     ]
-    if header.classes:
-        classes = np.array([as_text(name) for name in header.classes])
-        columns.append(("classes", classes.shape, classes.dtype, iter([_bytes(classes)])))
+    classes = np.array([as_text(name) for name in header.classes], dtype=np.str_)
+    written = [_bytes(classes)] if header.classes else []
+    columns.append(("classes", classes.shape, classes.dtype, written))
     with zipfile.ZipFile(stream, "w", allowZip64=True) as archive:
         for name, shape, dtype, contents in columns:
             entry = zipfile.ZipInfo(f"{name}.npy")  # Its date is fixed, so equal runs are equal.

@@ -39,7 +39,7 @@ class BYOLConfig:
     initialization: Initialization = "official"
     """How the weights of convolutions and linear layers are drawn. official is a truncated normal
     distribution of deviation 1/sqrt(fan in), and the others are the rules of torch.nn.init. Biases
-    begin at zero."""
+    begin at zero. For a network of torchvision, official is torchvision's own rule."""
 
     start: Operation[str] = ""
     """URL of the weights that a new run starts from: of a run, of one of its checkpoints, or of a

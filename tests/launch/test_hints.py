@@ -8,6 +8,7 @@ from launch.command_line import parse_recipe
 from launch.hints import ADVICE, FIELDS, fields_of_all_recipes, hint
 from shards.errors import InputError
 from tests.helpers.places import RECIPES
+from tests.test_ancestors import TABLES
 
 QUICKSTART = str(RECIPES / "quickstart.py")
 LARS = str(RECIPES / "imagenette.py")
@@ -22,7 +23,7 @@ def test_every_hint_leads_somewhere() -> None:
     named = {target for targets, _ in FIELDS.values() for target in targets}
     assert named <= known
     advised = {
-        name for text in ADVICE.values() for name in re.findall(r"--([a-z.]+\.[a-z]+)", text)
+        name for text in ADVICE.values() for name in re.findall(r"--([a-z]+(?:\.[a-z0-9]+)+)", text)
     }
     assert advised
     assert advised <= known
@@ -43,6 +44,11 @@ def test_every_hint_leads_somewhere() -> None:
         (["--bs", "3"], "did you mean --batch.size?"),
         (["--resume"], "the same command continues its run by itself; --checkpoint.resume URL"),
         (["--num-workers", "3"], "did you mean --threads?"),
+        (["--optimizer", "lars_adam"], "recipe is AdamWConfig; a recipe file sets it, and only a"),
+        (["--optimizer.name", "RMSprop"], "only a TorchOptimizerConfig has optimizer.name"),
+        (["--clip", "1.0"], "did you mean --clip.value or --clip.norm?"),
+        (["--uid", "a"], "did you mean --run-url?"),
+        (["--num-replicas", "8"], "torchrun starts one process for each GPU"),
         (["--wd", "3"], "did you mean --optimizer.weight-decay?"),
         (["--arch", "resnet50"], "did you mean --model.encoder.depth?"),
         (["--model.encoder.name", "vit_b_16"], "this recipe is ResNet-10 x0.25; a recipe file"),
@@ -83,3 +89,16 @@ def test_a_field_of_another_recipe_is_not_proposed() -> None:
     recipe = parse_recipe([LARS])
     assert "--optimizer.betas?" not in hint("betas", recipe)
     assert hint("betas", parse_recipe([QUICKSTART])) == "did you mean --optimizer.betas?"
+
+
+def test_the_flags_of_the_ancestor_with_a_command_line_agree_with_the_cookbook() -> None:
+    recipe = parse_recipe([QUICKSTART])
+    for row in TABLES["The one-process-per-GPU reproduction"]:
+        for option in (one for one in row.options if re.fullmatch("[a-z-]+", one)):
+            if option in row.fields or option.replace("-", "_") in row.fields:
+                continue  # the field has the flag's name
+            text = hint(option, recipe)
+            targets = {one.replace("_", "-").replace("run", "run-url") for one in row.fields}
+            told = set(re.findall(r"--([a-z]+(?:[.-][a-z0-9]+)*)", text))
+            assert not targets or targets & told or "recipe file sets" in text, (option, text)
+            assert text != "--help lists the fields", option
