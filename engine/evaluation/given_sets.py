@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from engine.processes.world import World
+from engine.state import layout
 from shards import index as indexes
 from shards.errors import InputError
 from shards.index import Index
@@ -30,6 +31,11 @@ class GivenSet:
         def look() -> list[str] | None:
             if files.exists(files.join(url, indexes.NAME)):
                 return None
+            if files.exists(files.join(url, layout.RECIPE)):  # its pictures are no data
+                raise InputError(
+                    f"{name} {files.redact(url)}: no images there but a run's own: give the URL of "
+                    "shards or of a folder of images"
+                )
             folders.append(find_folder(url, name, labels=labels))
             return folders[0].images.classes
 
