@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from itertools import chain
 
 from torch import Tensor
 
@@ -60,7 +61,7 @@ def decode_good(
     Raises InputError when there are too many faults, or when no sample of the block can be decoded.
     """
     reason = ""
-    for candidate in [*range(row, len(block)), *range(row)]:
+    for candidate in chain(range(row, len(block)), range(row)):
         try:
             return candidate, reader.decode(block, candidate)
         except DecodeError as error:

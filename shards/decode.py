@@ -3,6 +3,7 @@
 This code runs in threads: the decoders and torch's resize release the GIL.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,9 @@ from shards.png import SIGNATURE, decode_png, undo_scaling
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 Exif = Literal["ignore", "apply"]
+
+# F.interpolate takes no `out`, so this is the function that it calls.
+_bicubic: Callable[..., Tensor] = torch._C._nn.upsample_bicubic2d
 
 
 class DecodeError(Exception):
@@ -112,6 +116,17 @@ def crop_resize(image: Tensor, box: Box, size: int) -> Tensor:
     top, left, height, width = box
     crop = image[None, :, top : top + height, left : left + width]
     return F.interpolate(crop, (size, size), mode="bicubic", align_corners=False)[0]
+
+
+def crop_into(out: Tensor, image: Tensor, box: Box) -> None:
+    """Write what `crop_resize` returns into `out` [1, 3, size, size], which is channels last.
+
+    The kernel asks that both sides have this layout. It would make the same copy of the crop.
+    """
+    top, left, height, width = box
+    crop = image[None, :, top : top + height, left : left + width]
+    crop = crop.contiguous(memory_format=torch.channels_last)
+    _bicubic(crop, out.shape[-2:], align_corners=False, out=out)
 
 
 def center_box(height: int, width: int, fraction: float) -> Box:

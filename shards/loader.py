@@ -19,7 +19,7 @@ from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, Prefetche
 
 from shards.cache import ShardCache
 from shards.corrupt import Faults, decode_good
-from shards.decode import Exif, PixelRules, crop_resize
+from shards.decode import Exif, PixelRules, crop_into
 from shards.device_crops import DeviceCrops
 from shards.dimensions import MOST_PIXELS
 from shards.errors import InputError
@@ -28,9 +28,9 @@ from shards.order import Order
 from shards.reader import BlockReader, Fetches, StreamReader
 from shards.samples import Block
 from shards.storage import files
-from shards.views import COLUMNS, ViewsConfig, crop_box, draw_views
+from shards.views import ViewsConfig, crop_box, draw_views
 
-CHUNK = 16  # A decode thread takes this many samples at a time.
+CHUNK = 16  # A decode thread takes up to this many samples at a time.
 BATCHES_AHEAD = 2
 REMOTE_FETCHES = 32  # Not more threads than this, or than decode threads, wait for an object store.
 
@@ -91,15 +91,21 @@ class Batch(NamedTuple):
     crcs: NDArray[np.uint32]  # [B], zeros unless audited
 
 
-class Chunk(NamedTuple):
-    """Rows [start, stop) of a batch that come from one block."""
+class Piece(NamedTuple):
+    """Consecutive rows of a batch that come from one block."""
 
-    batch: Batch
-    start: int
+    start: int  # the first of the rows
     block: Block
     first_id: int
-    rows: NDArray[np.int64]  # [n] positions in the block
-    crops: NDArray[np.float64]  # [V, n, 4] uniforms for `crop_box`
+    positions: list[int]  # positions in the block
+
+
+class Chunk(NamedTuple):
+    """The rows of a batch that a thread fills at a time."""
+
+    batch: Batch
+    pieces: list[Piece]
+    crops: NDArray[np.float64]  # [V, B, 4] uniforms for `crop_box`, of the whole batch
     epoch: int
     last: bool  # True for the last chunk of a batch
 
@@ -206,81 +212,98 @@ class TrainLoader:
 
     def _plan_batch(self, step: int, readers: dict[int, StreamReader]) -> Iterator[Chunk]:
         part = self.order.rows // self.micro  # rows of one stream in one micro-batch
-        pieces = []  # (first row in the batch, block, rows, ids)
+        pieces = []
+        ids = np.empty(self.order.rows * len(self.streams), np.int64)  # [B]
         for position, stream in enumerate(self.streams):
             used = 0
             for segment in self.order.batch_segments(step, stream):
+                first_id = int(segment.ids[0] - segment.rows[0])
+                positions = segment.rows.tolist()
                 taken = 0
-                while taken < len(segment.rows):
+                while taken < len(positions):
                     micro, inside = divmod(used, part)
-                    count = min(CHUNK, part - inside, len(segment.rows) - taken)
+                    count = min(CHUNK, part - inside, len(positions) - taken)
                     row = (micro * len(self.streams) + position) * part + inside
-                    rows = segment.rows[taken : taken + count]
-                    ids = segment.ids[taken : taken + count]
                     block = readers[stream].get(segment.shard, segment.block)
-                    pieces.append((row, block, rows, ids))
+                    ids[row : row + count] = segment.ids[taken : taken + count]
+                    pieces.append(Piece(row, block, first_id, positions[taken : taken + count]))
                     taken, used = taken + count, used + count
-        batch = self._allocate(self.order.rows * len(self.streams))
-        for row, _, _, ids in pieces:
-            batch.ids[row : row + len(ids)] = ids
         epoch = step // self.order.steps_per_epoch
-        draws = draw_views(self.order.seed, epoch, batch.ids, self.views)
-        batch.params.numpy()[...] = draws.params
-        for i, (row, block, rows, ids) in enumerate(pieces):
-            crops = draws.crop[:, row : row + len(rows)]
-            first_id = int(ids[0] - rows[0])
-            yield Chunk(batch, row, block, first_id, rows, crops, epoch, i + 1 == len(pieces))
+        draws = draw_views(self.order.seed, epoch, ids, self.views)
+        batch = self._allocate(ids, draws.params)
+        groups = _group(pieces)
+        for i, group in enumerate(groups):
+            yield Chunk(batch, group, draws.crop, epoch, i + 1 == len(groups))
 
-    def _allocate(self, rows: int) -> Batch:
-        size, count = self.views.size, len(self.views.views)
+    def _allocate(self, ids: NDArray[np.int64], drawn: NDArray[np.float32]) -> Batch:
+        """Return a batch of the samples `ids` whose views and labels are still to be filled in."""
+        size, count, rows = self.views.size, len(self.views.views), len(ids)
         shape = (count, rows, size, size, 3)
         views = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
-        params = torch.empty((count, rows, COLUMNS), pin_memory=self.pin_memory)
+        params = torch.empty(drawn.shape, pin_memory=self.pin_memory)
+        params.numpy()[...] = drawn
         labels = torch.empty(rows, dtype=torch.int64, pin_memory=self.pin_memory)
-        ids, crcs = np.empty(rows, np.int64), np.zeros(rows, np.uint32)
+        crcs = np.zeros(rows, np.uint32)
         return Batch(views.permute(0, 1, 4, 2, 3), params, ids, labels, crcs)
 
     def _decode(self, chunk: Chunk | InputError) -> Chunk | InputError:
         if isinstance(chunk, InputError):
             return chunk
-        rows = chunk.rows.tolist()
-        out = chunk.batch.views[:, chunk.start : chunk.start + len(rows)]
-        crops = self._device_crops
         try:
-            cut = set() if crops is None else crops.cut(chunk.block, rows, chunk.crops, out)
-            for i, row in enumerate(rows):
-                if i not in cut:
-                    row = self._decode_row(chunk, chunk.start + i, row, chunk.crops[:, i])
-                self._finish_row(chunk, chunk.start + i, row)
+            for piece in chunk.pieces:
+                self._fill(chunk, piece)
         except InputError as error:
             return error
         return chunk
 
-    def _decode_row(self, chunk: Chunk, place: int, row: int, crops: NDArray[np.float64]) -> int:
-        """Cut the views of an image, or of its replacement, on the CPU; return the row it has."""
-        batch = chunk.batch
-        found, image = decode_good(self.reader, chunk.block, row, chunk.first_id, self.faults)
-        if found != row:  # The replacement has its own id and parameters.
-            batch.ids[place] = chunk.first_id + found
-            draws = draw_views(
-                self.order.seed, chunk.epoch, batch.ids[place : place + 1], self.views
-            )
-            batch.params[:, place] = torch.from_numpy(draws.params[:, 0])
+    def _fill(self, chunk: Chunk, piece: Piece) -> None:
+        """Fill in the views, the labels and, if they are wanted, the CRCs of a piece's rows."""
+        batch, crops = chunk.batch, self._device_crops
+        rows = slice(piece.start, piece.start + len(piece.positions))
+        cut: set[int] = set()
+        if crops is not None:
+            out = batch.views[:, rows]
+            cut = crops.cut(piece.block, piece.positions, chunk.crops[:, rows], out)
+        labels = batch.labels.numpy()
+        for i, position in enumerate(piece.positions):
+            row = piece.start + i
+            if i not in cut:
+                position = self._cut_row(chunk, piece, row, position)
+            labels[row] = piece.block.label(position)
+            if self.config.audit:
+                pixels = batch.views[:, row].permute(0, 2, 3, 1).contiguous()
+                batch.crcs[row] = zlib.crc32(pixels.numpy().tobytes())
+
+    def _cut_row(self, chunk: Chunk, piece: Piece, row: int, position: int) -> int:
+        """Cut the views of an image, or of its replacement, on the CPU; return its position."""
+        batch, block, first_id = chunk.batch, piece.block, piece.first_id
+        crops = chunk.crops[:, row]
+        found, image = decode_good(self.reader, block, position, first_id, self.faults)
+        if found != position:  # The replacement has its own id and parameters.
+            batch.ids[row] = first_id + found
+            ids = batch.ids[row : row + 1]
+            draws = draw_views(self.order.seed, chunk.epoch, ids, self.views)
+            batch.params[:, row] = torch.from_numpy(draws.params[:, 0])
             crops = draws.crop[:, 0]
         elif self._device_crops is not None:
-            self._device_crops.tell(self.reader.name_sample(chunk.block, row, chunk.first_id))
+            self._device_crops.tell(self.reader.name_sample(block, position, first_id))
         for view in range(len(batch.views)):
             box = crop_box(crops[view], image.shape[1], image.shape[2], self.views)
-            batch.views[view, place] = crop_resize(image, box, self.views.size)
+            crop_into(batch.views[view, row : row + 1], image, box)
         return found
 
-    def _finish_row(self, chunk: Chunk, place: int, row: int) -> None:
-        """Fill in the label of the image in a row of the block, and the CRC if it is wanted."""
-        batch = chunk.batch
-        batch.labels[place] = chunk.block.label(row)
-        if self.config.audit:
-            pixels = batch.views[:, place].permute(0, 2, 3, 1).contiguous()
-            batch.crcs[place] = zlib.crc32(pixels.numpy().tobytes())
+
+def _group(pieces: list[Piece]) -> list[list[Piece]]:
+    """Group pieces, in order, so that each group has at most CHUNK rows, or is one piece."""
+    groups: list[list[Piece]] = []
+    room = 0
+    for piece in pieces:
+        if len(piece.positions) > room:
+            groups.append([])
+            room = CHUNK
+        groups[-1].append(piece)
+        room -= len(piece.positions)
+    return groups
 
 
 class _Assemble(BaseNode[Any]):

@@ -5,11 +5,13 @@ import resource
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 from PIL import ImageOps
 
-from shards.decode import DecodeError, PixelRules, decode
+from shards.decode import Box, DecodeError, PixelRules, crop_into, crop_resize, decode
 from shards.dimensions import MOST_PIXELS
 from shards.orientation import exif_orientation, image_orientation, make_exif
 from tests.shards.test_dimensions import encode, png_header
@@ -133,3 +135,21 @@ def test_other_values_need_a_window() -> None:
     content = encode_wide(values)
     with pytest.raises(DecodeError, match=r"16 bits .* a window: .*pack.py SOURCE OUT --window"):
         decode(content, 0, len(content))
+
+
+@pytest.mark.parametrize("layout", [(0, 1, 2), (1, 2, 0), (2, 1, 0)])
+@pytest.mark.parametrize(
+    "box", [(0, 0, 40, 50), (3, 7, 30, 31), (5, 0, 20, 50), (9, 8, 24, 24), (1, 49, 7, 1)]
+)
+def test_a_crop_is_written_where_it_belongs(layout: tuple[int, ...], box: Box) -> None:
+    shape = [(3, 40, 50)[axis] for axis in layout]
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
+    image = pixels.permute(*map(layout.index, range(3)))  # [3, 40, 50] in each order in memory
+    rows = torch.zeros(3, 24, 24, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    crop_into(rows[1:2], image, box)
+    top, left, height, width = box
+    cut = image[None, :, top : top + height, left : left + width].contiguous()
+    expected = F.interpolate(cut, (24, 24), mode="bicubic", align_corners=False)[0]
+    assert torch.equal(rows[1], expected)
+    assert torch.equal(rows[1], crop_resize(image, box, 24))
+    assert not rows[::2].any()

@@ -1,6 +1,7 @@
 """The input pipeline: its batches are those computed one sample at a time, whatever runs beside."""
 
 import io
+import itertools
 import tarfile
 import threading
 import time
@@ -22,7 +23,7 @@ from shards.center_crops import CropReader
 from shards.decode import PixelRules, center_box, crop_resize, decode
 from shards.errors import InputError
 from shards.index import Index
-from shards.loader import Batch, DataConfig, TrainLoader
+from shards.loader import CHUNK, Batch, Chunk, DataConfig, TrainLoader
 from shards.order import Order, rank_streams
 from shards.orientation import make_exif
 from shards.views import ViewsConfig, crop_box, draw_views
@@ -135,6 +136,16 @@ def test_batches_equal_the_plain_ones(packed: Index, threads: int, micro: int) -
         for step in range(11):
             expected = reference.batch(step, range(4), micro)
             assert_equal(next(loader), expected, crcs=True)
+
+
+def test_a_thread_takes_small_pieces_together(packed: Index) -> None:
+    order = Order(packed, SEED, 16, 32)  # two rows of each stream
+    with loading(order, threads=1) as loader:
+        plan = itertools.islice(loader._plan(), 4)
+        chunks = [chunk for chunk in plan if isinstance(chunk, Chunk)]
+    taken = [sum(len(piece.positions) for piece in chunk.pieces) for chunk in chunks]
+    assert taken == [CHUNK, CHUNK, CHUNK, CHUNK]
+    assert [chunk.last for chunk in chunks] == [False, True, False, True]
 
 
 def test_any_start_step(packed: Index) -> None:
