@@ -1,5 +1,6 @@
 """Measure this project beside stock PyTorch, in the same run.
 
+    python launch/bench.py all        one table of all that follow, and one file of JSON
     python launch/bench.py input      the pipeline's images per second and per core-second
     python launch/bench.py step       images per second, compile time, memory and data wait of a
                                       training step; also under torchrun
@@ -33,16 +34,20 @@ if __name__ == "__main__":  # the imports below would fail with a less helpful m
 import tyro
 
 from engine.processes.failures import report_failure
+from launch.benchmarks.all import bench_all
 from launch.benchmarks.checkpoint import bench_checkpoint
 from launch.benchmarks.input import bench_input
+from launch.benchmarks.machine import read_head
 from launch.benchmarks.order import bench_order
 from launch.benchmarks.plan import bench_plan
+from launch.benchmarks.results import Report, publish
 from launch.benchmarks.step import bench_step
 from launch.help_texts import join_help_lines
 from launch.plain_errors import plain_errors
 from shards.errors import InputError
 
-BENCHES: dict[str, Callable[..., None]] = {
+BENCHES: dict[str, Callable[..., Report | None]] = {
+    "all": bench_all,
     "input": bench_input,
     "step": bench_step,
     "checkpoint": bench_checkpoint,
@@ -56,18 +61,22 @@ def main(arguments: list[str]) -> int:
         join_help_lines(bench, arguments)
     try:
         with plain_errors():
-            tyro.extras.subcommand_cli_from_dict(
+            head = read_head()
+            report = tyro.extras.subcommand_cli_from_dict(
                 BENCHES,
                 prog="python launch/bench.py",
                 description=__doc__,
                 args=arguments,
             )
+        if report is None:  # of a process that is not the first
+            return 0
+        publish(report, head, arguments)
+        return 1 if report.failed else 0
     except (InputError, OSError) as error:
         report_failure(error)
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":
