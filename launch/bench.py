@@ -4,6 +4,7 @@
     python launch/bench.py input      the pipeline's images per second and per core-second
     python launch/bench.py step       images per second, compile time, memory and data wait of a
                                       training step; also under torchrun
+    python launch/bench.py peers      a step, training and views beside lightly and kornia
     python launch/bench.py checkpoint seconds that training waits for a checkpoint, seconds that the
                                       checkpoint takes, and seconds from a process's start to its
                                       first step
@@ -39,6 +40,7 @@ from launch.benchmarks.checkpoint import bench_checkpoint
 from launch.benchmarks.input import bench_input
 from launch.benchmarks.machine import read_head
 from launch.benchmarks.order import bench_order
+from launch.benchmarks.peers import bench_peers
 from launch.benchmarks.plan import bench_plan
 from launch.benchmarks.results import Report, publish
 from launch.benchmarks.step import bench_step
@@ -51,6 +53,7 @@ BENCHES: dict[str, Callable[..., Report | None]] = {
     "input": bench_input,
     "step": bench_step,
     "checkpoint": bench_checkpoint,
+    "peers": bench_peers,
     "order": bench_order,
     "plan": bench_plan,
 }

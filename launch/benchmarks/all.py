@@ -61,6 +61,8 @@ def list_commands(rounds: int, fast: bool) -> list[str]:
     commands += [f"{ALONE} step --precision {kind} {steps} {every}" for kind in precisions]
     if not CUDA:
         commands.append(f"{GLOO} step --precision fp32 {steps} {every}")
+    tiny = "--size 32 --batch 4 --steps 1" if fast else ""
+    commands.append(f"{ALONE} peers {tiny} --rounds {rounds}".replace("  ", " "))
     saved = " --recipe recipes/quickstart.py" if fast else ""
     commands += [
         f"{ALONE} checkpoint --rounds {rounds} --starts {0 if fast else rounds}{saved}",

@@ -87,7 +87,7 @@ def bench_input(
     views = ViewsConfig(size=size)
     with TemporaryDirectory() as folder:
         order = Order(_find_index(data, folder, batch), 0, math.gcd(batch, 10), batch)
-        contents = _read_contents(order, warm + count)
+        contents = read_contents(order, warm + count)
         sample, params = _device_batch(order, views, device)
         distort: Callable[..., Tensor] = partial(augment, blur=views.ever_blur)
         if CUDA:
@@ -220,7 +220,7 @@ def _stock_batches(
     )
 
 
-def _read_contents(order: Order, steps: int) -> list[bytes]:
+def read_contents(order: Order, steps: int) -> list[bytes]:
     """Read the image files of the first `steps` batches, in the order of TrainLoader.
 
     It reads one epoch at most.

@@ -156,7 +156,8 @@ def print_rows(rows: list[Row]) -> None:
     for row in rows:
         beside = "" if row.other is None else f"{row.beside} {_figure(row.other)}"
         share = "" if row.share is None else f"{row.share:.0%} of {_figure(row.limit)}"
-        cells = f"{_figure(row.ours):>10} {row.unit:<15}{beside:>22}{row.ratio or '':>24}"
+        times = "" if row.ratio is None else str(row.ratio)
+        cells = f"{_figure(row.ours):>10} {row.unit:<15}{beside:>22}{times:>24}"
         print(f"{row.name:<{width}}{cells}{share:>16}  {row.note}".rstrip())
 
 

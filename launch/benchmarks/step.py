@@ -81,8 +81,9 @@ def bench_step(
     augmentation is timed by itself. So is our training from the loader, with the time that it waits
     for data.
 
-    Under torchrun both sides are distributed. Stock uses DDP and, on GPUs, torch's synchronized
-    norm. Figures are for the global batch, with the slowest process's time and the CPU time of all.
+    Under torchrun both sides are distributed. Stock uses DDP and torch's synchronized norm, which
+    refuses CPUs, so there it is one that is written by hand in the usual way. Figures are for the
+    global batch, with the slowest process's time and the CPU time of all.
 
     Args:
         recipe: Recipe file whose networks, views and optimizer are used. By default it is
@@ -115,9 +116,9 @@ def bench_step(
         batch=BatchConfig(batch),
         parallel=ParallelConfig(strategy, shard),
     )
-    with TemporaryDirectory() as folder, _empty_caches(compile):
+    with TemporaryDirectory() as folder, empty_caches(compile):
         trainer, data = prepare(config, folder)
-        sides = _Sides(trainer, data, steps)
+        sides = Sides(trainer, data, steps)
         with nullcontext() if trainer.world.main else redirect_stderr(StringIO()):
             costs = alternate(sides.work(), rounds)
     main, distributed = trainer.world.main, trainer.world.distributed
@@ -135,9 +136,7 @@ def bench_step(
         size, ours = trainer.world.size, trainer.parallel.strategy
         title.append(f"processes {size}: ours {ours}, stock ddp; figures are of all together")
         if size > 1 and not CUDA:
-            title.append(
-                "stock has no synchronized norm on a CPU: each process normalizes by itself"
-            )
+            title.append("stock's synchronized norm is made by hand, because torch's refuses CPUs")
     title.append(f"medians of {rounds} rounds of {steps} steps")
     known = PEAK_TFLOPS.get(device_name()) if precision in ("bf16", "fp16") else None
     peak = peak_tflops or known
@@ -156,7 +155,7 @@ def _default_recipe() -> Recipe:
     )
 
 
-def _empty_caches(compile: bool) -> AbstractContextManager[None]:
+def empty_caches(compile: bool) -> AbstractContextManager[None]:
     """Use empty compiler caches, so that nothing compiled by earlier runs shortens the compile."""
     if not compile:
         return nullcontext()
@@ -207,7 +206,7 @@ def _write_photos(url: str, samples: int) -> None:
     )
 
 
-class _Sides:
+class Sides:
     """The sides that take turns. The constructor takes each side's first steps, which compile."""
 
     def __init__(self, trainer: Trainer, data: Batch, steps: int) -> None:

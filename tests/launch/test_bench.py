@@ -23,6 +23,7 @@ from engine.method.schedule import ScheduleConfig
 from engine.method.sgd import SGDConfig
 from engine.recipe import Recipe, load
 from launch import bench
+from launch.benchmarks import peers
 from launch.benchmarks.all import run_command
 from launch.benchmarks.input import draw_photo
 from launch.benchmarks.measuring import Cost
@@ -156,6 +157,28 @@ def test_the_command_is_the_one_without_its_file(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     started = "torchrun --nproc-per-node 2 launch/bench.py step --steps 1"
     assert find_command(arguments) == started
+
+
+@pytest.mark.parametrize("peer", ["lightly", "kornia"])
+def test_a_peer_that_is_not_there_has_a_row(peer: str) -> None:
+    cost = [Cost(0.5, 0.5, 0)]
+    costs = {"ours": cost, "training": cost, "augmentation": cost}
+    costs |= {side: cost for name, sides in peers.ROWS.items() if name != peer for side in sides}
+    for row in peers._rows(costs, {peer: f"{peer} is not installed"}):
+        if row.name.endswith(peer):
+            assert (row.other, row.note) == (None, f"{peer} is not installed")
+        else:
+            assert row.other == 2.0
+
+
+def test_peers(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lightly")
+    pytest.importorskip("kornia")
+    options = "--size 32 --batch 4 --steps 1 --rounds 1 --threads 1 --precision fp32 --no-compile"
+    lines = run(f"peers {options}", capsys)
+    for row in ("step on augmented images", "training end to end", "views on the device"):
+        assert rows(lines, row) == 2
+    assert not [line for line in lines if "not installed" in line]
 
 
 def test_photos_are_of_the_usual_size() -> None:

@@ -11,6 +11,7 @@ from launch.benchmarks.all import bench_all
 from launch.benchmarks.checkpoint import bench_checkpoint
 from launch.benchmarks.input import bench_input
 from launch.benchmarks.order import bench_order
+from launch.benchmarks.peers import bench_peers
 from launch.benchmarks.plan import bench_plan
 from launch.benchmarks.step import bench_step
 from launch.feature_command import Features
@@ -34,6 +35,7 @@ BENCHES: dict[str, Callable[..., object]] = {
     "step": bench_step,
     "checkpoint": bench_checkpoint,
     "order": bench_order,
+    "peers": bench_peers,
     "plan": bench_plan,
 }
 
