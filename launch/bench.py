@@ -11,6 +11,9 @@
     python launch/bench.py order      seconds and memory until a rank knows its batch at any step
     python launch/bench.py plan       memory and communication of one process among many, without
                                       starting the others
+    python launch/bench.py roofline   bytes, FLOPs and least time of a step on a device
+    python launch/bench.py variants   one forward beside two, channels_last beside contiguous
+    python launch/bench.py largest    the largest batch that a device holds
 
 "ours" is this project, and "stock" is the usual way in PyTorch. The two take turns in every round.
 A figure is the median over the rounds. A ratio is the ratio of the medians, and behind it stand the
@@ -43,7 +46,9 @@ from launch.benchmarks.order import bench_order
 from launch.benchmarks.peers import bench_peers
 from launch.benchmarks.plan import bench_plan
 from launch.benchmarks.results import Report, publish
+from launch.benchmarks.roofline import bench_roofline
 from launch.benchmarks.step import bench_step
+from launch.benchmarks.variants import bench_largest, bench_variants
 from launch.help_texts import join_help_lines
 from launch.plain_errors import plain_errors
 from shards.errors import InputError
@@ -56,6 +61,9 @@ BENCHES: dict[str, Callable[..., Report | None]] = {
     "peers": bench_peers,
     "order": bench_order,
     "plan": bench_plan,
+    "roofline": bench_roofline,
+    "variants": bench_variants,
+    "largest": bench_largest,
 }
 
 

@@ -146,7 +146,7 @@ def _lightly(sides: Sides, contents: list[bytes], depth: int, precision: Precisi
         for view1, view2 in DataLoader(
             images,
             batch,
-            sampler=itertools.cycle(range(len(contents))),  # type: ignore[arg-type]
+            sampler=itertools.cycle(range(len(contents))),
             num_workers=trainer.threads,
             pin_memory=CUDA,
             multiprocessing_context="fork",  # so that the images' bytes are shared and not sent

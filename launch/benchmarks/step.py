@@ -103,7 +103,7 @@ def bench_step(
         out: File that the rows are also written to, as JSON.
     """
     check_out(out)
-    base = load(recipe) if recipe else _default_recipe()
+    base = load(recipe) if recipe else default_recipe()
     batch = base.batch.size if batch is None else batch
     require_positive(batch=batch, steps=steps, rounds=rounds)
     if threads is not None:
@@ -144,7 +144,7 @@ def bench_step(
     return Report(title, sides.rows(costs, most), out)
 
 
-def _default_recipe() -> Recipe:
+def default_recipe() -> Recipe:
     if CUDA:
         return Recipe(batch=BatchConfig(256))
     encoder = ResNetConfig(depth=18, width=0.25, stem="cifar")
@@ -176,7 +176,7 @@ def prepare(recipe: Recipe, folder: str) -> tuple[Trainer, Batch]:
         raise InputError(f"--batch {batch.size} is not divisible by {size} processes")
     data = f"{folder}/data"
     if recipe.views.size > 64:
-        _write_photos(data, batch.size)
+        write_photos(data, batch.size)
     else:
         synthetic.write(data, batch.size, 32, seed=0)
     recipe = replace(
@@ -196,7 +196,7 @@ def prepare(recipe: Recipe, folder: str) -> tuple[Trainer, Batch]:
         return trainer, next(batches)
 
 
-def _write_photos(url: str, samples: int) -> None:
+def write_photos(url: str, samples: int) -> None:
     """Write shards of photos as large as ImageNet's, so that decoding costs as much as theirs."""
     photos = [draw_photo(i) for i in range(min(samples, PHOTOS))]
     entries = [pack.Image(f"{i}.jpg", len(photos[i % len(photos)]), i % 8) for i in range(samples)]

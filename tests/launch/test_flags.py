@@ -13,7 +13,9 @@ from launch.benchmarks.input import bench_input
 from launch.benchmarks.order import bench_order
 from launch.benchmarks.peers import bench_peers
 from launch.benchmarks.plan import bench_plan
+from launch.benchmarks.roofline import bench_roofline
 from launch.benchmarks.step import bench_step
+from launch.benchmarks.variants import bench_largest, bench_variants
 from launch.feature_command import Features
 from tests.helpers.command_help import field_texts, options, parameter_texts, squeeze
 from tests.helpers.places import GOLDEN, ROOT
@@ -37,6 +39,9 @@ BENCHES: dict[str, Callable[..., object]] = {
     "order": bench_order,
     "peers": bench_peers,
     "plan": bench_plan,
+    "roofline": bench_roofline,
+    "variants": bench_variants,
+    "largest": bench_largest,
 }
 
 

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from engine.processes import world
 from launch.benchmarks.stock_norm import HandMadeSyncNorm, synchronize_by_hand
 from tests.helpers.ranks import Ranks
 
@@ -38,7 +38,8 @@ def make(shape: tuple[int, ...]) -> nn.Module:
 
 
 def normalize_on_a_rank(shape: tuple[int, ...]) -> dict[str, Any]:
-    half = slice(6 * dist.get_rank(), 6 * dist.get_rank() + 6)
+    here = world.join(1, distributed=True)
+    half = slice(6 * here.rank, 6 * here.rank + 6)
     x, upstream = batch(shape)
     module = synchronize_by_hand(nn.Sequential(make(shape)))[0]  # type: ignore[index]
     assert isinstance(module, HandMadeSyncNorm)
