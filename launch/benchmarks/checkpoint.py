@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -22,7 +21,8 @@ from engine.recipe import load
 from engine.state import checkpoint
 from engine.state.saver import Saver
 from engine.trainer import Trainer
-from launch.benchmarks.measuring import alternate, device_name, ratio, require_positive, row, wait
+from launch.benchmarks.measuring import alternate, device_name, require_positive, wait
+from launch.benchmarks.results import Report, Row, check_out, compare
 from launch.benchmarks.step import prepare
 from shards.making import synthetic
 from shards.storage import files
@@ -45,7 +45,8 @@ def bench_checkpoint(
     recipe: str = "recipes/cifar10.py",
     rounds: int = 3,
     starts: int = 3,
-) -> None:
+    out: str = "",
+) -> Report:
     """Measure how long training waits for a checkpoint, and how long a start takes.
 
     Ours saves once in the background and once while training waits. Stock, the usual way, is
@@ -59,7 +60,9 @@ def bench_checkpoint(
         recipe: Recipe file whose networks and optimizer are saved.
         rounds: Number of times that each way of saving is measured.
         starts: Number of times that a start is measured. 0 leaves starts out.
+        out: File that the rows are also written to, as JSON.
     """
+    check_out(out)
     files.check(url, "--url")
     require_positive(rounds=rounds)
     base = load(recipe)
@@ -73,35 +76,35 @@ def bench_checkpoint(
             places[url.split("://")[0]] = files.join(url, FOLDER)
             stack.callback(files.discard, files.join(url, FOLDER), url, print)
         size = sum(t.numel() * t.element_size() for t in tree_leaves(trainer.state()))
-        print(f"checkpoint: {recipe}, {size / 2**20:,.0f} MiB, {device_name()}")
-        print(f"medians of {rounds} rounds, in seconds")
-        row("", "training waits", "in all", "MiB/s")
+        title = [f"checkpoint: {recipe}, {size / 2**20:,.0f} MiB, {device_name()}"]
+        title.append(f"medians of {rounds} rounds and {starts} starts, in seconds")
+        rows: list[Row] = []
         for place, where in places.items():
-            _show_saves(place, where, trainer, rounds, size)
-        if starts:
-            print(f"medians of {starts} starts, in seconds")
-            for place, where in places.items():
-                _show_starts(place, where, starts, folder)
+            rows += _measure_saves(place, where, trainer, rounds)
+        for place, where in places.items() if starts else ():
+            rows.append(_measure_starts(place, where, starts, folder))
+        return Report(title, rows, out)
 
 
-def _show_saves(place: str, url: str, trainer: Trainer, rounds: int, size: int) -> None:
+def _measure_saves(place: str, url: str, trainer: Trainer, rounds: int) -> list[Row]:
     sides: dict[str, Callable[[], Times]] = {}
     with contextlib.ExitStack() as stack:
         for name, background in (("in the background", True), ("waiting", False)):
             saver = stack.enter_context(Saver(trainer.world, background, print))
-            sides[f"ours, {name}"] = partial(_ours, trainer, saver, url)
-        sides["torch.save and upload"] = partial(_stock, trainer, files.join(url, "stock.pt"))
+            sides[name] = partial(_ours, trainer, saver, url)
+        sides["stock"] = partial(_stock, trainer, files.join(url, "stock.pt"))
         for side in sides.values():  # a first save makes buffers and connections
             side()
         times = alternate(sides, rounds)
-    for name, found in times.items():
-        stall, total = (median(column) for column in zip(*found, strict=True))
-        row(f"{place}: {name}", f"{stall:.3f}", f"{total:.3f}", f"{size / 2**20 / total:,.0f}")
-    stock = times["torch.save and upload"]
-    for name in list(times)[:2]:
-        columns = zip(zip(*stock, strict=True), zip(*times[name], strict=True), strict=True)
-        ratios = [ratio(list(theirs), list(own)) for theirs, own in columns]
-        row(f"{place}: stock / {name}", *ratios)
+    columns = {name: list(zip(*found, strict=True)) for name, found in times.items()}
+    rows = []
+    for name in ("in the background", "waiting"):
+        for what, ours, stock in zip(
+            ("training waits", "all is there"), columns[name], columns["stock"], strict=True
+        ):
+            label = f"checkpoint to {place}, {name}: {what}"
+            rows.append(compare(label, list(ours), list(stock), "s", "torch.save"))
+    return rows
 
 
 def _ours(trainer: Trainer, saver: Saver, url: str) -> Times:
@@ -126,7 +129,7 @@ def _stock(trainer: Trainer, url: str) -> Times:
     return Times(seconds, seconds)
 
 
-def _show_starts(place: str, url: str, starts: int, folder: str) -> None:
+def _measure_starts(place: str, url: str, starts: int, folder: str) -> Row:
     data = f"{folder}/start"
     if not files.exists(f"{data}/train/index.json"):
         synthetic.write(f"{data}/train", 1024, 32, seed=0)
@@ -142,9 +145,8 @@ def _show_starts(place: str, url: str, starts: int, folder: str) -> None:
         start = time.perf_counter()
         subprocess.run([sys.executable, "-c", IMPORTS], check=True)
         imports.append(time.perf_counter() - start)
-    row(f"{place}: resumed, start to first step", f"{median(seconds):.1f}")
-    row("imports of torch and torchvision alone", f"{median(imports):.1f}")
-    row("start / imports", ratio(seconds, imports))
+    row = compare(f"resumed from {place}, start to first step", seconds, imports, "s", "imports")
+    return replace(row, note="imports are those of torch and torchvision alone")
 
 
 def _until_first_step(command: list[str]) -> float:

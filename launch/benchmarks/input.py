@@ -28,10 +28,8 @@ from launch.benchmarks.measuring import (
     measure,
     repeat,
     require_positive,
-    row,
-    show,
-    show_ratio,
 )
+from launch.benchmarks.results import Report, Row, check_out, speeds
 from shards import index as indexes
 from shards.errors import InputError
 from shards.index import Index
@@ -55,7 +53,8 @@ def bench_input(
     batch: int = 50,
     rounds: int = 3,
     threads: int = CORES,
-) -> None:
+    out: str = "",
+) -> Report:
     """Measure this project's input pipeline beside DataLoader, PIL and torchvision.
 
     Ours and stock, the usual way, turn images into two views. Ours cuts and resizes the two crops
@@ -77,7 +76,9 @@ def bench_input(
         batch: Images in a batch.
         rounds: Number of times that each side is measured.
         threads: Decode threads for ours, and worker processes for stock.
+        out: File that the rows are also written to, as JSON.
     """
+    check_out(out)
     files.check(data, "--data")
     require_positive(size=size, images=images, batch=batch, rounds=rounds, threads=threads)
     device = world.join(threads, distributed=False).device
@@ -86,7 +87,7 @@ def bench_input(
     views = ViewsConfig(size=size)
     with TemporaryDirectory() as folder:
         order = Order(_find_index(data, folder, batch), 0, math.gcd(batch, 10), batch)
-        contents = _read_contents(order, warm + count)
+        contents = read_contents(order, warm + count)
         sample, params = _device_batch(order, views, device)
         distort: Callable[..., Tensor] = partial(augment, blur=views.ever_blur)
         if CUDA:
@@ -113,21 +114,24 @@ def bench_input(
         costs = alternate(sides, rounds)
 
     source = files.redact(data) or "drawn photos"
-    print(f"input: {source}, {size} px, batch {batch}, threads or workers {threads}")
-    print(f"medians of {rounds} rounds of {count * batch} images")
-    row("", "images/s", "images/core-s")
-    show("ours: read, decode, two crops", costs["ours"])
-    show(f"ours: augmentation on {device.type}", costs["augmentation"])
-    show("stock: decode, augment both views", costs["stock"])
+    title = [
+        f"input: {source}, {size} px, batch {batch}, threads or workers {threads}",
+        f"medians of {rounds} rounds of {count * batch} images",
+    ]
+    return Report(title, _rows(costs, fetched, device.type), out)
+
+
+def _rows(costs: dict[str, list[Cost]], fetched: float, device: str) -> list[Row]:
+    ours, colors, stock = costs["ours"], costs["augmentation"], costs["stock"]
+    rows = speeds("host work with a GPU: read, decode, two crops", ours, stock)
+    rows += speeds(f"augmentation on {device}", colors)
     if local := costs.get("ours, local"):
-        show("ours from a copy on a local disk", local)
-        show_ratio("object store / local disk", costs["ours"], local)
-        row("bytes fetched / bytes of the images", f"{fetched:.3f}x")
-    show_ratio("ours / stock, host work with a GPU", costs["ours"], costs["stock"])
+        rows += speeds("object store", ours, local, "local disk")
+        rows.append(Row("bytes fetched / bytes of the images", fetched, "x"))
     if not CUDA:
-        total = [a.then(b) for a, b in zip(costs["ours"], costs["augmentation"], strict=True)]
-        show("ours: all on the CPU (sum)", total)
-        show_ratio("ours / stock, all on the CPU", total, costs["stock"])
+        total = [a.then(b) for a, b in zip(ours, colors, strict=True)]
+        rows += speeds("all on the CPU: read, decode, augment", total, stock)
+    return rows
 
 
 def _steady(batches: Iterator[object], warm: int, count: int, size: int) -> Cost:
@@ -216,7 +220,7 @@ def _stock_batches(
     )
 
 
-def _read_contents(order: Order, steps: int) -> list[bytes]:
+def read_contents(order: Order, steps: int) -> list[bytes]:
     """Read the image files of the first `steps` batches, in the order of TrainLoader.
 
     It reads one epoch at most.

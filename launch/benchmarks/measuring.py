@@ -1,4 +1,4 @@
-"""Measure the costs of sides that take turns, and print them as a table."""
+"""Measure the costs of sides that take turns."""
 
 import multiprocessing
 import os
@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -55,32 +54,6 @@ def alternate(sides: Mapping[str, Callable[[], _T]], rounds: int) -> dict[str, l
             print(f"round {number + 1} of {rounds}: {name}", file=sys.stderr)
             costs[name].append(sides[name]())
     return costs
-
-
-def show(name: str, costs: list[Cost]) -> None:
-    """Print the median images per second and per core-second."""
-    speeds = [1 / median(values) for values in _walls_and_cpus(costs)]
-    row(name, *(f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}" for speed in speeds))
-
-
-def show_ratio(name: str, ours: list[Cost], stock: list[Cost]) -> None:
-    """Print how many times as fast ours is as stock, by wall time and by core time."""
-    pairs = zip(_walls_and_cpus(ours), _walls_and_cpus(stock), strict=True)
-    row(name, *(ratio(theirs, own) for own, theirs in pairs))
-
-
-def _walls_and_cpus(costs: list[Cost]) -> tuple[list[float], list[float]]:
-    return [cost.wall for cost in costs], [cost.cpu for cost in costs]
-
-
-def ratio(over: list[float], under: list[float]) -> str:
-    """Format the ratio of the medians, with the smallest and largest ratio of a single round."""
-    single = [a / b for a, b in zip(over, under, strict=True)]
-    return f"{median(over) / median(under):.2f}x ({min(single):.2f} to {max(single):.2f})"
-
-
-def row(name: str, *cells: str) -> None:
-    print(f"{name:<38}" + "".join(f"{cell:>24}" for cell in cells))
 
 
 def _cpu_seconds() -> float:

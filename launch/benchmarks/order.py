@@ -23,11 +23,10 @@ from torch.utils.data import BatchSampler, Dataset, DistributedSampler
 from launch.benchmarks.measuring import (
     alternate,
     host_peak,
-    ratio,
     require_positive,
     reset_host_peak,
-    row,
 )
+from launch.benchmarks.results import Ratio, Report, Row, check_out, compare
 from shards import index as indexes
 from shards.blocks import Blocks, checksum
 from shards.errors import InputError
@@ -89,7 +88,8 @@ def bench_order(
     walk: int = 2000,
     stock: int = 10_000_000,
     rounds: int = 3,
-) -> None:
+    out: str = "",
+) -> Report:
     """Measure how long a rank takes from index.json to its batch at any step.
 
     Ours reads index.json from a local disk, checks that every shard is there and has its length,
@@ -113,7 +113,9 @@ def bench_order(
         stock: Samples in the smaller data set, on which stock and ours are compared. At most
             `samples` are used.
         rounds: Number of times that each start is measured.
+        out: File that the rows are also written to, as JSON.
     """
+    check_out(out)
     require_positive(samples=samples, shards=shards, ranks=ranks, streams=streams, batch=batch)
     require_positive(walk=walk, stock=stock, rounds=rounds)
     common = min(stock, samples)
@@ -138,23 +140,27 @@ def bench_order(
         memory = {name: _in_fresh_process(growth, sides[name]) for name in sides}
         walked = _in_fresh_process(walk_growths, full, ranks // 2, walk)
 
-    print(f"order: {samples:,} samples, {shards:,} shards, {ranks:,} ranks, {streams:,} streams,")
-    print(f"batch {batch:,}, {full.steps_per_epoch:,} steps an epoch; medians of {rounds} rounds")
-    row("seconds", "index loaded", "order at the step", "both")
-    for name, values in starts.items():
-        row(name, *(f"{seconds:.3f}" for seconds in _medians(values)))
-    slowest = max(_medians(values)[-1] for values in starts.values())
-    row("slowest", "", "", f"{slowest:.3f}")
-    for name, grown in walked.items():
-        row(f"memory: {name}", f"{grown / 1e6:+,.1f} MB")
-    for name, values in costs.items():
-        row(
-            f"{name}, {common:,} samples",
-            f"{_medians(values)[-1]:.3f} s",
-            f"{memory[name] / 1e6:+,.1f} MB",
-        )
-    times = ratio(*([sum(value) for value in costs[name]] for name in ("stock", "ours")))
-    row(f"ours / stock, {common:,} samples", times, f"{memory['stock'] / memory['ours']:.1f}x less")
+    title = [
+        f"order: {samples:,} samples, {shards:,} shards, {ranks:,} ranks, {streams:,} streams,",
+        f"batch {batch:,}, {full.steps_per_epoch:,} steps an epoch; medians of {rounds} rounds",
+    ]
+    rows = [_tell_start(name, values) for name, values in starts.items()]
+    slowest = max(median(map(sum, values)) for values in starts.values())
+    rows.append(Row("slowest start", slowest, "s"))
+    rows += [Row(f"memory: {name}", grown / 1e6, "MB") for name, grown in walked.items()]
+    seconds = {name: [sum(value) for value in values] for name, values in costs.items()}
+    name = f"order at a step, {common:,} samples"
+    rows.append(compare(name, seconds["ours"], seconds["stock"], "s"))
+    own, theirs = memory["ours"] / 1e6, memory["stock"] / 1e6
+    less = Ratio(theirs / own, theirs / own, theirs / own)
+    rows.append(Row(f"memory of {name}", own, "MB", theirs, "stock", less))
+    return Report(title, rows, out)
+
+
+def _tell_start(name: str, values: list[Start]) -> Row:
+    load, plan = (median(column) for column in zip(*values, strict=True))
+    note = f"{load:.3f} s until the index is loaded, {plan:.3f} s to the order at the step"
+    return Row(name, median(map(sum, values)), "s", note=note)
 
 
 def _check(common: int, samples: int, shards: int, ranks: int, streams: int, batch: int) -> None:
@@ -167,11 +173,6 @@ def _check(common: int, samples: int, shards: int, ranks: int, streams: int, bat
         raise InputError(f"--batch {batch} is not divisible by --streams {streams}")
     if ranks > streams:
         raise InputError(f"--ranks {ranks} is more than --streams {streams}")
-
-
-def _medians(starts: list[Start]) -> list[float]:
-    columns = list(zip(*starts, strict=True))
-    return [median(column) for column in columns] + [median(map(sum, starts))]
 
 
 def start(setting: Setting, rank: int, step: int) -> Start:

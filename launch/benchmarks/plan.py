@@ -28,7 +28,8 @@ from engine.processes import parallel
 from engine.processes.parallel import Parallel
 from engine.processes.world import World
 from engine.recipe import Recipe, load
-from launch.benchmarks.measuring import require_positive, row
+from launch.benchmarks.measuring import require_positive
+from launch.benchmarks.results import Report, Row, check_out
 from shards.errors import InputError
 from shards.order import rank_streams
 
@@ -78,7 +79,8 @@ def bench_plan(
     depth: Depth | None = None,
     width: float | None = None,
     classes: int = 1000,
-) -> None:
+    out: str = "",
+) -> Report:
     """Predict the memory and communication of a training step on machines that are not available.
 
     Only the first of all processes runs, on this CPU. The others are assumed to hold the same
@@ -104,7 +106,9 @@ def bench_plan(
         depth: Depth of the ResNet, in place of the recipe's.
         width: Width of the ResNet, in place of the recipe's.
         classes: Number of classes, for the online classifier. 0 leaves the classifier out.
+        out: File that the rows are also written to, as JSON.
     """
+    check_out(out)
     config = _with_encoder(load(recipe), depth, width)
     require_positive(shard=shard)
     if classes < 0:
@@ -112,14 +116,16 @@ def bench_plan(
     for size in processes:
         _check(config, size, shard if "hsdp" in strategies else None)
     encoder, optimizer = config.model.encoder, type(config.optimizer).__name__
-    print(
+    title = [
         f"plan: {encoder.describe()}, {classes} classes, {config.precision}, "
         f"{optimizer.removesuffix('Config')}; the largest part that a process has"
-    )
+    ]
+    rows: list[Row] = []
     for strategy in strategies:
         for size in processes:
-            _show(strategy, size, shard, need(config, strategy, size, shard, classes))
+            rows += _tell(strategy, size, shard, need(config, strategy, size, shard, classes))
             gc.collect()  # wrapped networks refer to themselves, so only this frees them
+    return Report(title, rows, out)
 
 
 def _with_encoder(recipe: Recipe, depth: Depth | None, width: float | None) -> Recipe:
@@ -149,27 +155,27 @@ def _check(recipe: Recipe, processes: int, shard: int | None) -> None:
         )
 
 
-def _show(strategy: str, processes: int, shard: int, need: Need) -> None:
+def _tell(strategy: str, processes: int, shard: int, need: Need) -> list[Row]:
+    """Make the rows of what a process holds, and of what it hands over in a step."""
     groups = f" in groups of {shard}" if strategy == "hsdp" else ""
-    print(f"\n{strategy}, {processes} processes{groups}")
-    row("  held by a process", "", "", "MiB")
-    for name, size in need.state.items():
-        row(f"  {name}", "", "", _mib(size))
-    row("  total", "", "", _mib(sum(need.state.values())))
-    row("  handed over in a step", "collectives", "processes in each", "MiB")
+    where = f"{strategy}, {processes} processes{groups}"
+    rows = [_row(f"{where}: {name}", size) for name, size in need.state.items()]
+    rows.append(_row(f"{where}: held in all", sum(need.state.values())))
     for part in PARTS:
         entries = {entry: t for entry, t in need.traffic.items() if entry.part == part}
         if not entries:
-            row(f"  {part}", "0", "", "")
+            rows.append(_row(f"{where}: {part}", 0, "0 collectives"))
         for entry, traffic in entries.items():
-            name = f"  {part}, {entry.kind}"
-            row(name, str(traffic.collectives), str(entry.processes), _mib(traffic.bytes))
+            note = f"{traffic.collectives} collectives of {entry.processes} processes"
+            rows.append(_row(f"{where}: {part}, {entry.kind}", traffic.bytes, note))
     count = sum(traffic.collectives for traffic in need.traffic.values())
-    row("  total", str(count), "", _mib(sum(t.bytes for t in need.traffic.values())))
+    total = sum(traffic.bytes for traffic in need.traffic.values())
+    rows.append(_row(f"{where}: handed over in all", total, f"{count} collectives"))
+    return rows
 
 
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.3f}"
+def _row(name: str, size: int, note: str = "") -> Row:
+    return Row(name, size / 2**20, "MiB", note=note)
 
 
 def need(recipe: Recipe, strategy: Spreading, processes: int, shard: int, classes: int) -> Need:

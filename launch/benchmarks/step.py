@@ -33,11 +33,9 @@ from launch.benchmarks.measuring import (
     measure,
     repeat,
     require_positive,
-    row,
-    show,
-    show_ratio,
     wait,
 )
+from launch.benchmarks.results import Report, Row, check_out, compare, speeds
 from launch.benchmarks.stock import Stock
 from shards.errors import InputError
 from shards.loader import Batch, DataConfig
@@ -71,7 +69,8 @@ def bench_step(
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto",
     shard: int = 0,
     peak_tflops: float | None = None,
-) -> None:
+    out: str = "",
+) -> Report | None:
     """Measure a training step of this project beside eager PyTorch as it is usually written.
 
     A step is the forward passes of both networks, the backward pass, the optimizer and the moving
@@ -82,8 +81,9 @@ def bench_step(
     augmentation is timed by itself. So is our training from the loader, with the time that it waits
     for data.
 
-    Under torchrun both sides are distributed. Stock uses DDP and, on GPUs, torch's synchronized
-    norm. Figures are for the global batch, with the slowest process's time and the CPU time of all.
+    Under torchrun both sides are distributed. Stock uses DDP and torch's synchronized norm, which
+    refuses CPUs, so there it is one that is written by hand in the usual way. Figures are for the
+    global batch, with the slowest process's time and the CPU time of all.
 
     Args:
         recipe: Recipe file whose networks, views and optimizer are used. By default it is
@@ -100,8 +100,10 @@ def bench_step(
         shard: Processes in a group of hsdp. 0 stands for those of one machine.
         peak_tflops: Peak speed of a device in TFLOP/s, to print the share that is used. It is known
             for some GPUs in bf16 and fp16.
+        out: File that the rows are also written to, as JSON.
     """
-    base = load(recipe) if recipe else _default_recipe()
+    check_out(out)
+    base = load(recipe) if recipe else default_recipe()
     batch = base.batch.size if batch is None else batch
     require_positive(batch=batch, steps=steps, rounds=rounds)
     if threads is not None:
@@ -114,43 +116,35 @@ def bench_step(
         batch=BatchConfig(batch),
         parallel=ParallelConfig(strategy, shard),
     )
-    with TemporaryDirectory() as folder, _empty_caches(compile):
+    with TemporaryDirectory() as folder, empty_caches(compile):
         trainer, data = prepare(config, folder)
-        sides = _Sides(trainer, data, steps)
+        sides = Sides(trainer, data, steps)
         with nullcontext() if trainer.world.main else redirect_stderr(StringIO()):
             costs = alternate(sides.work(), rounds)
     main, distributed = trainer.world.main, trainer.world.distributed
     world.leave()
     if not main:
-        return
+        return None
 
     encoder = config.model.encoder
-    print(
+    title = [
         f"step: {encoder.describe()}, {config.views.size} px, batch {batch}, "
         f"{precision}, {'compiled' if trainer.compile else 'eager'}, {device_name()}, "
         f"threads {trainer.threads}"
-    )
+    ]
     if distributed:
         size, ours = trainer.world.size, trainer.parallel.strategy
-        print(f"processes {size}: ours {ours}, stock ddp; figures are of all together")
+        title.append(f"processes {size}: ours {ours}, stock ddp; figures are of all together")
         if size > 1 and not CUDA:
-            print("stock has no synchronized norm on a CPU: each process normalizes by itself")
-    print(f"medians of {rounds} rounds of {steps} steps")
-    row("", "images/s", "images/core-s")
-    show("ours: step on augmented images", costs["ours"])
-    show("ours: augmentation", costs["augmentation"])
-    show("ours: training from the loader", costs["training"])
-    show("stock: step on augmented images", costs["stock"])
-    show_ratio("ours / stock", costs["ours"], costs["stock"])
-    sides.tell(costs)
+            title.append("stock's synchronized norm is made by hand, because torch's refuses CPUs")
+    title.append(f"medians of {rounds} rounds of {steps} steps")
     known = PEAK_TFLOPS.get(device_name()) if precision in ("bf16", "fp16") else None
-    if peak := peak_tflops or known:
-        available = peak * 1e12 * trainer.world.size
-        own, theirs = (sides.flops / _wall(costs[side]) / available for side in ("ours", "stock"))
-        print(f"model FLOPs utilization of {peak:g} TFLOP/s: ours {own:.1%}, stock {theirs:.1%}")
+    peak = peak_tflops or known
+    most = peak * 1e12 * trainer.world.size / sides.flops if peak else None
+    return Report(title, sides.rows(costs, most), out)
 
 
-def _default_recipe() -> Recipe:
+def default_recipe() -> Recipe:
     if CUDA:
         return Recipe(batch=BatchConfig(256))
     encoder = ResNetConfig(depth=18, width=0.25, stem="cifar")
@@ -161,7 +155,7 @@ def _default_recipe() -> Recipe:
     )
 
 
-def _empty_caches(compile: bool) -> AbstractContextManager[None]:
+def empty_caches(compile: bool) -> AbstractContextManager[None]:
     """Use empty compiler caches, so that nothing compiled by earlier runs shortens the compile."""
     if not compile:
         return nullcontext()
@@ -182,7 +176,7 @@ def prepare(recipe: Recipe, folder: str) -> tuple[Trainer, Batch]:
         raise InputError(f"--batch {batch.size} is not divisible by {size} processes")
     data = f"{folder}/data"
     if recipe.views.size > 64:
-        _write_photos(data, batch.size)
+        write_photos(data, batch.size)
     else:
         synthetic.write(data, batch.size, 32, seed=0)
     recipe = replace(
@@ -202,7 +196,7 @@ def prepare(recipe: Recipe, folder: str) -> tuple[Trainer, Batch]:
         return trainer, next(batches)
 
 
-def _write_photos(url: str, samples: int) -> None:
+def write_photos(url: str, samples: int) -> None:
     """Write shards of photos as large as ImageNet's, so that decoding costs as much as theirs."""
     photos = [draw_photo(i) for i in range(min(samples, PHOTOS))]
     entries = [pack.Image(f"{i}.jpg", len(photos[i % len(photos)]), i % 8) for i in range(samples)]
@@ -212,7 +206,7 @@ def _write_photos(url: str, samples: int) -> None:
     )
 
 
-class _Sides:
+class Sides:
     """The sides that take turns. The constructor takes each side's first steps, which compile."""
 
     def __init__(self, trainer: Trainer, data: Batch, steps: int) -> None:
@@ -256,17 +250,26 @@ class _Sides:
             "stock": lambda: self._cost(self._stock_step, without="ours"),
         }
 
-    def tell(self, costs: dict[str, list[Cost]]) -> None:
-        """Print all figures except the speeds."""
+    def rows(self, costs: dict[str, list[Cost]], most: float | None) -> list[Row]:
+        """Return all figures. `most` is the images a second of a device at its peak."""
+        ours, colors, stock = costs["ours"], costs["augmentation"], costs["stock"]
+        rows = speeds("step on augmented images", ours, stock, limit=most)
+        rows += speeds("augmentation", colors)
+        alone = 1 / (_wall(ours) + _wall(colors))  # images/s when data is there at once
+        rows += speeds("training from the loader", costs["training"], limit=alone)
         steady = {side: self.batch * _wall(costs[side]) for side in costs}
         own = max(0.0, self.first["ours"] - steady["ours"] - steady["augmentation"])
         theirs = max(0.0, self.first["stock"] - steady["stock"])
-        print(f"first step, beyond a usual one: ours {own:.1f} s, stock {theirs:.1f} s")
-        peaks = (max(cost.memory for cost in costs[side]) / 2**30 for side in ("ours", "stock"))
-        both = "" if CUDA else " (one process holds both sides)"
-        print("peak memory: ours {:.2f} GiB, stock {:.2f} GiB".format(*peaks) + both)
-        print(f"data wait of our training: {median(self.waits):.1%}")
-        print("loss of the same batch and weights: ours {:.5f}, stock {:.5f}".format(*self.losses))
+        rows.append(Row("first step, beyond a usual one", own, "s", theirs, "stock"))
+        own_memory, their_memory = (
+            [max(1, cost.memory) / 2**30 for cost in side] for side in (ours, stock)
+        )
+        row = compare("peak memory", own_memory, their_memory, "GiB")
+        rows.append(row if CUDA else replace(row, note="one process holds both sides"))
+        rows.append(Row("data wait of our training", 100 * median(self.waits), "%"))
+        own, theirs = self.losses
+        rows.append(Row("loss of the same batch and weights", own, "", theirs, "stock"))
+        return rows
 
     def _own_step(self) -> StepOutput:
         self.trainer.augment = lambda *_: self.images

@@ -23,6 +23,7 @@ from engine.method.sgd import SGDConfig
 from engine.method.torch_optimizer import TorchOptimizerConfig
 from engine.method.torch_options import find_optimizer, read_options
 from engine.recipe import Recipe
+from launch.benchmarks.stock_norm import synchronize_by_hand
 
 _OptimizerConfig = LARSConfig | AdamWConfig | SGDConfig | TorchOptimizerConfig
 _Outputs = tuple[Tensor, Tensor, Tensor]  # projection, prediction, logits
@@ -31,21 +32,23 @@ _Outputs = tuple[Tensor, Tensor, Tensor]  # projection, prediction, logits
 class Stock:
     """Trains BYOL one network, one view and one tensor at a time.
 
-    When there is a process group, it uses DDP and, on GPUs, torch's synchronized norm. Torch has
-    none for CPUs.
+    When there is a process group, it uses DDP and torch's synchronized norm. Torch has none for
+    CPUs, so there it is one that is written by hand in the usual way.
     """
 
     def __init__(self, recipe: Recipe, classes: int, device: torch.device) -> None:
         """Build the networks with the weights that a Trainer of the same recipe starts from."""
         online, target = byol.build(recipe.model, classes, recipe.seed, recipe.views.size)
         config, size = recipe.model.encoder, recipe.views.size
-        self.online = _StockNetwork(online, config, size).to(device)
-        self.target = _StockNetwork(target, config, size).to(device).requires_grad_(False)
+        self.online: nn.Module = _StockNetwork(online, config, size).to(device)
+        self.target: nn.Module = (
+            _StockNetwork(target, config, size).to(device).requires_grad_(False)
+        )
         self.see: Callable[[Tensor], _Outputs] = self.online
         if dist.is_initialized():
-            if device.type == "cuda":
-                self.online = nn.SyncBatchNorm.convert_sync_batchnorm(self.online)
-                self.target = nn.SyncBatchNorm.convert_sync_batchnorm(self.target)
+            cuda = device.type == "cuda"
+            convert = nn.SyncBatchNorm.convert_sync_batchnorm if cuda else synchronize_by_hand
+            self.online, self.target = convert(self.online), convert(self.target)
             self.see = _ddp(self.online)
         self.optimizer = _stock_optimizer(recipe.optimizer, self.online)
         self.clip = recipe.clip

@@ -1,5 +1,6 @@
 """The benches run and say how the sides compare; what stock computes is what ours computes."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -22,9 +23,13 @@ from engine.method.schedule import ScheduleConfig
 from engine.method.sgd import SGDConfig
 from engine.recipe import Recipe, load
 from launch import bench
+from launch.benchmarks import peers
+from launch.benchmarks.all import run_command
 from launch.benchmarks.input import draw_photo
+from launch.benchmarks.measuring import Cost
 from launch.benchmarks.order import VISITS, Setting, write_data_set
 from launch.benchmarks.plan import Entry, Spreading, Traffic, need
+from launch.benchmarks.results import Ratio, compare, find_command, read_rows, speeds
 from launch.benchmarks.step import prepare
 from launch.benchmarks.stock import Stock
 from shards.index import Index
@@ -66,8 +71,8 @@ def test_input_on_drawn_photos(
     monkeypatch.setattr("launch.benchmarks.input.PHOTOS", 12)
     options = "--size 32 --images 10 --batch 5 --rounds 2 --threads 1"
     lines = run(f"input {options}", capsys)
-    assert rows(lines, "ours / stock, host work with a GPU") == 1
-    assert rows(lines, "ours / stock, all on the CPU") == (not torch.cuda.is_available())
+    assert rows(lines, "host work with a GPU") == 2
+    assert rows(lines, "all on the CPU") == 2 * (not torch.cuda.is_available())
 
 
 def test_input_from_a_bucket(
@@ -77,9 +82,9 @@ def test_input_from_a_bucket(
     synthetic.write("memory://bench/data", 64, 32, seed=0)
     options = "--size 32 --images 16 --batch 8 --rounds 1 --threads 1"
     lines = run(f"input --data memory://bench/data {options}", capsys)
-    assert rows(lines, "object store / local disk") == 1
+    assert rows(lines, "object store") == 2
     (share,) = [line for line in lines if line.startswith("bytes fetched")]
-    assert 0.8 < float(share.split()[-1].rstrip("x")) < 1.5
+    assert 0.8 < float(share.split()[-2]) < 1.5
 
 
 def test_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,10 +92,93 @@ def test_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
         f"checkpoint --recipe {QUICKSTART} --url memory://bench --rounds 1 --starts 0", capsys
     )
     for place in ("local disk", "memory"):
-        for side in ("ours, in the background", "ours, waiting", "torch.save and upload"):
-            assert rows(lines, f"{place}: {side}") == 1
-        assert rows(lines, f"{place}: stock / ours") == 2
+        for side in ("in the background", "waiting"):
+            assert rows(lines, f"checkpoint to {place}, {side}: ") == 2
     assert not files.list_names("memory://bench/bench_checkpoint")
+
+
+@pytest.fixture
+def few_commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The commands that `all` runs instead: one that gives rows, and one that fails."""
+    small = "--samples 500 --shards 5 --ranks 2 --streams 4 --batch 40 --walk 5 --rounds 3"
+    commands = [
+        f"python launch/bench.py order {small}",
+        "python launch/bench.py step --recipe NONE.py",
+    ]
+    monkeypatch.setattr("launch.benchmarks.all.list_commands", lambda *_: commands)
+    return commands
+
+
+def test_all_gathers_rows_and_failures(
+    few_commands: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(["all", "--out", str(tmp_path / "rows.json")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    document = json.loads((tmp_path / "rows.json").read_text())
+    found = {row.name: row for row in read_rows(document)}
+    for name, row in found.items():
+        assert row.command == few_commands[0]
+        assert rows(lines, name) == 1
+    row = found["order at a step, 500 samples"]
+    assert row.ratio is not None
+    assert row.ratio.least <= row.ratio.value <= row.ratio.most
+    assert row.ours is not None
+    assert row.other is not None
+    assert row.ratio.value == pytest.approx(row.other / row.ours)
+    (failure,) = document["failed"]
+    assert failure["command"] == few_commands[1]
+    assert "no such recipe file" in failure["reason"]
+    assert {"machine", "versions", "date", "load"} <= document.keys()
+    assert document["machine"]["cores"] >= 1
+    assert document["versions"]["torch"] == torch.__version__
+
+
+def test_a_hanging_command_costs_its_own_rows(
+    few_commands: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.benchmarks.all.TIMEOUT", 0.2)
+    found, failure = run_command(few_commands[0])
+    assert not found
+    assert failure == {"command": few_commands[0], "reason": "it took more than 0.2 seconds"}
+
+
+def test_ratios_are_of_medians_and_of_single_rounds() -> None:
+    row = compare("it", [1.0, 2.0, 4.0], [4.0, 3.0, 2.0], "s")
+    assert (row.ours, row.other, row.ratio) == (2.0, 3.0, Ratio(1.5, 0.5, 4.0))
+    whole, _ = speeds("it", [Cost(0.5, 1.0, 0)], [Cost(1.0, 1.0, 0)], limit=4.0)
+    assert (whole.ours, whole.other, whole.ratio) == (2.0, 1.0, Ratio(2.0, 2.0, 2.0))
+    assert whole.share == 0.5
+
+
+def test_the_command_is_the_one_without_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["step", "--out", "a b.json", "--steps", "1", "--out=c.json"]
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert find_command(arguments) == "python launch/bench.py step --steps 1"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    started = "torchrun --nproc-per-node 2 launch/bench.py step --steps 1"
+    assert find_command(arguments) == started
+
+
+@pytest.mark.parametrize("peer", ["lightly", "kornia"])
+def test_a_peer_that_is_not_there_has_a_row(peer: str) -> None:
+    cost = [Cost(0.5, 0.5, 0)]
+    costs = {"ours": cost, "training": cost, "augmentation": cost}
+    costs |= {side: cost for name, sides in peers.ROWS.items() if name != peer for side in sides}
+    for row in peers._rows(costs, {peer: f"{peer} is not installed"}):
+        if row.name.endswith(peer):
+            assert (row.other, row.note) == (None, f"{peer} is not installed")
+        else:
+            assert row.other == 2.0
+
+
+def test_peers(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lightly")
+    pytest.importorskip("kornia")
+    options = "--size 32 --batch 4 --steps 1 --rounds 1 --threads 1 --precision fp32 --no-compile"
+    lines = run(f"peers {options}", capsys)
+    for row in ("step on augmented images", "training end to end", "views on the device"):
+        assert rows(lines, row) == 2
+    assert not [line for line in lines if "not installed" in line]
 
 
 def test_photos_are_of_the_usual_size() -> None:
@@ -107,7 +195,7 @@ def test_input_on_tars_without_an_index(
     before = sorted(folder.iterdir())
     options = "--size 16 --images 10 --batch 10 --rounds 1 --threads 1"
     for data in (before[0], folder, Path(packed.url)):
-        assert rows(run(f"input --data {data} {options}", capsys), "ours / stock") >= 1
+        assert rows(run(f"input --data {data} {options}", capsys), "host work") == 2
     assert sorted(folder.iterdir()) == before  # nothing is written next to the user's data
 
 
@@ -134,6 +222,9 @@ def test_input_on_tars_without_an_index(
         ("plan --processes 8 --shard 8", "--shard 8: hsdp divides 8 processes into two or more"),
         ("plan --shard 0", "--shard must be at least 1"),
         ("plan --classes -1", "--classes must be at least 0"),
+        ("plan --out tests", "--out tests: is a folder"),
+        ("all --out pyproject.toml/rows.json", "--out pyproject.toml/rows.json: cannot be written"),
+        ("all --rounds 0", "--rounds must be at least 1"),
         ("plan --width 0", "model.encoder.width must be from"),
     ],
 )
@@ -153,7 +244,8 @@ def test_order(capsys: pytest.CaptureFixture[str]) -> None:
         for step in (0, 25, 50, 51_025):  # first, middle, last; far away
             assert rows(lines, f"rank {rank}, step {step:,} ") == 1
     assert rows(lines, "memory: ") == 2 + len(VISITS)
-    assert rows(lines, "ours / stock, 500 samples") == 1
+    assert rows(lines, "order at a step, 500 samples") == 1
+    assert rows(lines, "memory of order at a step, 500 samples") == 1
 
 
 def test_order_plans_on_a_sound_data_set(tmp_path: Path) -> None:
@@ -171,14 +263,15 @@ def test_order_plans_on_a_sound_data_set(tmp_path: Path) -> None:
     assert sorted(np.concatenate(ids).tolist()) == list(range(2051))
 
 
-STEP_ROWS = (
-    "ours: training from the loader",
-    "ours / stock",
-    "first step, beyond a usual one: ours",
-    "peak memory: ours",
-    "data wait",
-    "model FLOPs utilization",
-)
+STEP_ROWS = {
+    "step on augmented images": 2,
+    "augmentation": 2,
+    "training from the loader": 2,
+    "first step, beyond a usual one": 1,
+    "peak memory": 1,
+    "data wait": 1,
+    "loss of the same batch and weights": 1,
+}
 
 
 @pytest.mark.parametrize(
@@ -188,8 +281,8 @@ STEP_ROWS = (
 def test_step(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = "--batch 8 --steps 1 --rounds 2 --threads 1 --no-compile"
     lines = run(f"step {recipe} {options} --peak-tflops 1", capsys)
-    for row in STEP_ROWS:
-        assert rows(lines, row) == 1, row
+    for row, times in STEP_ROWS.items():
+        assert rows(lines, row) == times, row
     assert not torch.distributed.is_initialized()
 
 
@@ -208,8 +301,8 @@ def test_step_of_two_processes() -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    for row in ("processes 2: ours fsdp, stock ddp", "stock has no sync", *STEP_ROWS):
-        assert rows(lines, row) == 1, row
+    for row, times in (STEP_ROWS | {"processes 2: ours fsdp, stock ddp": 1}).items():
+        assert rows(lines, row) == times, row
 
 
 @pytest.mark.parametrize(
@@ -286,13 +379,12 @@ def test_plan(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = run(f"plan --recipe {tiny_recipe} --processes 2 4 --strategies ddp fsdp", capsys)
     for strategy in ("ddp", "fsdp"):
         for processes in (2, 4):
-            assert rows(lines, f"{strategy}, {processes} processes") == 1
-    assert [line.split() for line in lines if line.startswith("  moving average")] == [
-        ["moving", "average", "0"]
-    ] * 4
+            where = f"{strategy}, {processes} processes: "
+            assert rows(lines, where + "held in all") == 1
+            (line,) = [line for line in lines if line.startswith(where + "moving average")]
+            assert line.endswith("0 collectives")
     lines = run(f"plan --recipe {tiny_recipe} --processes 4 --strategies hsdp --shard 2", capsys)
-    assert rows(lines, "hsdp, 4 processes in groups of 2") == 1
-    assert rows(lines, "  optimizer, all-reduce") == 1
+    assert rows(lines, "hsdp, 4 processes in groups of 2: optimizer, all-reduce") == 1
 
 
 @pytest.mark.versions

@@ -7,11 +7,15 @@ import pytest
 
 from engine.recipe import load
 from launch import evaluate, export, pack, reports
+from launch.benchmarks.all import bench_all
 from launch.benchmarks.checkpoint import bench_checkpoint
 from launch.benchmarks.input import bench_input
 from launch.benchmarks.order import bench_order
+from launch.benchmarks.peers import bench_peers
 from launch.benchmarks.plan import bench_plan
+from launch.benchmarks.roofline import bench_roofline
 from launch.benchmarks.step import bench_step
+from launch.benchmarks.variants import bench_largest, bench_variants
 from launch.feature_command import Features
 from tests.helpers.command_help import field_texts, options, parameter_texts, squeeze
 from tests.helpers.places import GOLDEN, ROOT
@@ -28,11 +32,16 @@ PROTOCOLS = {
     "runs": reports.Runs,
 }
 BENCHES: dict[str, Callable[..., object]] = {
+    "all": bench_all,
     "input": bench_input,
     "step": bench_step,
     "checkpoint": bench_checkpoint,
     "order": bench_order,
+    "peers": bench_peers,
     "plan": bench_plan,
+    "roofline": bench_roofline,
+    "variants": bench_variants,
+    "largest": bench_largest,
 }
 
 

@@ -163,7 +163,7 @@ def helps() -> Iterator[str]:
         yield helped(lambda: fuzz.main(["--help"]))
     pairs_off = (tyro.conf.FlagCreatePairsOff,)
     yield helped(lambda: tyro.cli(pack.main, args=["--help"], config=pairs_off))
-    for name in ("input", "step", "checkpoint", "order", "plan"):
+    for name in bench.BENCHES:
         with mock.patch.object(sys, "argv", ["bench.py", name, "--help"]):
             yield helped(lambda: runpy.run_path(bench.__file__, run_name="__main__"))
 

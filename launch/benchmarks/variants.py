@@ -1,0 +1,184 @@
+"""Measure choices of the step beside their alternatives, and the largest batch that fits."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from engine.method.norm import BatchNorm
+from engine.method.precision import autocast
+from engine.processes import world
+from engine.processes.parallel import ParallelConfig
+from engine.recipe import Recipe, load
+from engine.trainer import Trainer
+from launch.benchmarks.measuring import (
+    CUDA,
+    Cost,
+    alternate,
+    device_name,
+    measure,
+    repeat,
+    require_positive,
+    wait,
+)
+from launch.benchmarks.results import Report, Row, check_out, speeds
+from launch.benchmarks.step import default_recipe, empty_caches, prepare
+from shards.loader import Batch
+from shards.order import BatchConfig
+
+Precision = Literal["fp32", "bf16", "fp16"]
+PRECISION: Precision = "bf16" if CUDA else "fp32"
+SPREADS = {
+    "plain": ParallelConfig(),
+    "recomputed": ParallelConfig(recompute=True),
+    "fsdp": ParallelConfig("fsdp"),
+}
+FIRST = 8  # images of the smallest batch that is tried
+
+
+def bench_variants(
+    *,
+    recipe: str = "",
+    batch: int | None = None,
+    steps: int = 10,
+    rounds: int = 5,
+    threads: int | None = None,
+    precision: Precision = PRECISION,
+    compile: bool = CUDA,
+    out: str = "",
+) -> Report:
+    """Measure one forward for both views beside two, and channels_last beside contiguous images.
+
+    Each side is the forward and the backward pass of the online network, on the same images. Ours
+    is one forward on images in channels_last.
+
+    Args:
+        recipe: Recipe file whose networks and views are used. By default it is that of `step`.
+        batch: Images in a batch, in place of the recipe's.
+        steps: Steps in a round.
+        rounds: Number of times that each side is measured.
+        threads: Threads for torch on the CPU. By default they are the cores that the job may use.
+        precision: Precision of the forward passes.
+        compile: Compile the network, with empty caches.
+        out: File that the rows are also written to, as JSON.
+    """
+    check_out(out)
+    base = load(recipe) if recipe else default_recipe()
+    batch = base.batch.size if batch is None else batch
+    require_positive(batch=batch, steps=steps, rounds=rounds)
+    config = replace(
+        base, threads=threads, compile=compile, precision=precision, batch=BatchConfig(batch)
+    )
+    with TemporaryDirectory() as folder, empty_caches(compile):
+        trainer, data = prepare(config, folder)
+        views, params = (t.flatten(0, 1).to(trainer.device) for t in (data.views, data.params))
+        images = trainer.augment(views, params)
+        sides: dict[str, Callable[[], Cost]] = {}
+        for name, given, together in (
+            ("one forward", images, True),
+            ("two forwards", images, False),
+            ("contiguous", images.contiguous(), True),
+        ):
+            work = partial(_pass, trainer, given, together)
+            work()  # the first pass compiles
+            sides[name] = partial(_measure, work, steps, batch)
+        costs = alternate(sides, rounds)
+    world.leave()
+    title = [
+        f"variants: {config.model.encoder.describe()}, {config.views.size} px, batch {batch}, "
+        f"{precision}, {'compiled' if trainer.compile else 'eager'}, {device_name()}",
+        f"medians of {rounds} rounds of {steps} passes",
+    ]
+    rows = speeds("one forward", costs["one forward"], costs["two forwards"], "two forwards")
+    rows += speeds("channels_last", costs["one forward"], costs["contiguous"], "contiguous")
+    return Report(title, rows, out)
+
+
+def _measure(work: Callable[[], None], steps: int, batch: int) -> Cost:
+    return measure(lambda: repeat(work, steps), steps * batch)
+
+
+def _pass(trainer: Trainer, images: Tensor, together: bool) -> None:
+    """Pass images [V*B, 3, S, S] forward and backward, both views at once or one by one."""
+    online = trainer.online
+    for norm in online.modules():
+        if isinstance(norm, BatchNorm):
+            norm.views = 2 if together else 1
+    with autocast(trainer.recipe.precision, trainer.device):
+        outputs = [online(part) for part in images.chunk(1 if together else 2)]
+    sum(output.prediction.float().square().mean() for output in outputs).backward()
+    online.zero_grad()
+
+
+def bench_largest(
+    *,
+    recipe: str = "",
+    most: int = 4096 if CUDA else 16,
+    threads: int | None = None,
+    precision: Precision = PRECISION,
+    out: str = "",
+) -> Report:
+    """Find the largest batch that fits a device: plain, with recomputation, and with FSDP.
+
+    The batch is doubled until the memory of the GPU does not suffice, and then halved into. The
+    steps are eager, in one process.
+
+    Args:
+        recipe: Recipe file whose networks and views are used. By default it is that of `step`.
+        most: Largest number of images that is tried.
+        threads: Threads for torch on the CPU. By default they are the cores that the job may use.
+        precision: Precision of the forward passes.
+        out: File that the rows are also written to, as JSON.
+    """
+    check_out(out)
+    require_positive(most=most / FIRST)
+    base = load(recipe) if recipe else default_recipe()
+    base = replace(
+        base, threads=threads, compile=False, precision=precision, batch=BatchConfig(FIRST)
+    )
+    rows = []
+    for name, spread in SPREADS.items():
+        rows.append(_largest(name, replace(base, parallel=spread), most))
+        gc.collect()  # the networks refer to themselves, so only this frees them
+    title = [f"largest: {base.model.encoder.describe()}, {base.views.size} px, {device_name()}"]
+    return Report(title, rows, out)
+
+
+def _largest(name: str, config: Recipe, most: int) -> Row:
+    with TemporaryDirectory() as folder:
+        trainer, data = prepare(config, folder)
+        fits, fails, memory = 0, most + 1, 0.0
+        while fits < most and fails - fits > max(1, fits // 16):
+            tried = min(most, 2 * fits or FIRST) if fails > most else (fits + fails) // 2
+            found = _try(trainer, data, tried)
+            if found is None:
+                fails = tried
+            else:
+                fits, memory = tried, found
+        world.leave()
+    note = f"{memory:.1f} GiB at the peak" if CUDA else "the largest that was tried"
+    return Row(f"largest batch, {name}", fits, "images", limit=most, note=note)
+
+
+def _try(trainer: Trainer, data: Batch, size: int) -> float | None:
+    """Take a step on `size` images, and return the peak in GiB, or None when it does not fit."""
+    rows = torch.arange(size) % len(data.ids)
+    batch = data._replace(
+        views=data.views[:, rows],
+        params=data.params[:, rows],
+        labels=data.labels[rows],
+        ids=data.ids[rows],
+    )
+    try:
+        cost = measure(lambda: trainer.train_step(batch), size)
+    except torch.cuda.OutOfMemoryError:
+        trainer.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+        wait()
+        return None
+    return cost.memory / 2**30

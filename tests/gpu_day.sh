@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# What the first machine with a GPU shall show, unattended and without a network, in 25 minutes:
+#
+#     OUT=/some/folder tests/gpu_day.sh
+#
+# Every part runs under a timeout of its own, so one that hangs costs only itself. $OUT/gpu_day.json
+# is written anew after every part. With CIFAR10=FOLDER, a folder of shards with train/ and test/,
+# the last part trains on CIFAR-10, and otherwise on drawn images of the same size. A second call
+# with the same OUT continues that training. GPU_DAY_FAST=1 runs every command on a CPU at a tiny
+# size, to see that they all run. PYTHON names the Python, and PARTS the only parts that shall run.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+OUT=${OUT:?OUT is not set: give a folder for the results}
+PYTHON=${PYTHON:-python}
+mkdir -p "$OUT"
+OUT=$(cd "$OUT" && pwd)
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+rm -f "$OUT"/*.json
+
+fast=${GPU_DAY_FAST:-}
+if [ -n "$fast" ]; then
+    export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
+    step="--batch 4 --steps 1 --rounds 1 --threads 1"
+    half="$step --precision bf16"
+    all="--fast"
+    views="--images 5 --batch 5 --size 32 --rounds 1 --threads 1"
+    peers="--size 32 --batch 4 --steps 1 --rounds 1"
+    most="--most 16 --threads 1"
+    photos=8 drawn=64 drawn_size=32
+    profile="quickstart --batch.size 8 --threads 1 --no-compile --precision fp32 --steps 3"
+    profile+=" --profile 2:3"
+    train="--batch.size 8 --threads 1 --no-compile --precision fp32 --data.streams 2 --steps 3"
+    train+=" --model.encoder.width 0.0625"
+else
+    step="--steps 20 --rounds 5"
+    half="$step --precision bf16"
+    all="--rounds 3"
+    views="--images 2000 --batch 100 --rounds 5"
+    peers="--rounds 5"
+    most=""
+    photos=1024 drawn=50000 drawn_size=32
+    profile="r50_256 --batch.size 128 --precision bf16 --steps 14 --profile 10:12"
+    train="--checkpoint.every 200"
+fi
+
+# part NAME SECONDS COMMAND...: run it, keep what it prints, and note how it ended.
+part() {
+    local name=$1 seconds=$2 start code
+    shift 2
+    if [ -n "${PARTS:-}" ] && [[ " $PARTS " != *" $name "* ]]; then return; fi
+    echo "$(date +%T) $name: $*"
+    start=$(date +%s.%N)
+    timeout --signal=TERM --kill-after=20 "$seconds" "$@" >"$OUT/$name.log" 2>&1
+    code=$?
+    "$PYTHON" tests/helpers/gpu_day.py "$OUT" "$name" "$code" "$start" "$seconds" "$@"
+}
+
+bench() { # bench NAME SECONDS BENCH OPTIONS...
+    local name=$1 seconds=$2
+    shift 2
+    part "$name" "$seconds" "$PYTHON" launch/bench.py "$@" --out "$OUT/$name.rows.json"
+}
+
+# Options are words without spaces.
+# shellcheck disable=SC2086
+{
+    part draw 60 "$PYTHON" tests/helpers/gpu_day.py draw "$OUT/data" $photos $drawn $drawn_size
+    part tests 300 "$PYTHON" -m pytest -n 0 -m gpu tests/whole/test_gpu.py tests/engine/method
+    bench step_eager 120 step $half --no-compile
+    if [ -z "$fast" ]; then bench step_compiled 180 step $half --compile; fi
+    part profile 120 "$PYTHON" launch/train.py $profile --run "$OUT/profile" --probe.every 0 \
+        --probe.no-baseline --data.train "$OUT/data/photos" --data.val "$OUT/data/photos" \
+        --data.streams 2
+    bench largest 150 largest $most
+    bench views 60 input $views
+    bench peers 120 peers $peers
+    bench variants 120 variants $half
+    bench all 300 all $all
+    data=${CIFAR10:-$OUT/data/cifar10}
+    part cifar10 200 "$PYTHON" launch/train.py cifar10 $train --run "$OUT/cifar10" \
+        --data.train "$data/train" --data.val "$data/test"
+}
+echo "$(date +%T) the figures are in $OUT/gpu_day.json"
