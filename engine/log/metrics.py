@@ -63,7 +63,8 @@ class LogConfig:
     processes. 0 turns it off."""
     visdom: Operation[Annotated[str, VisdomURL()]] = ""
     """URL of a Visdom server that shows the run too, such as http://localhost:8097. A path, as in
-    http://localhost:8097/mine, names the environment. By default it has the run's name and id."""
+    http://localhost:8097/mine, names the environment, which runs may share. By default it has the
+    run's name and id."""
     wandb: Operation[Annotated[str, Project()]] = ""
     """Project of Weights & Biases that shows the run too, such as byol or team/byol. The same run
     goes on there after a restart."""

@@ -95,7 +95,10 @@ class VisdomTracker(Tracker):
         """Connect to nothing yet. Without an environment in the URL, one is named after the run."""
         self._address, self._fields = parse(url), description.fields
         name = re.sub(r"[^\w.-]+", "-", description.name)
-        self._environment = self._address.environment or f"{name}-{description.id}"
+        run = f"{name}-{description.id}"
+        self._environment = self._address.environment or run
+        # Other runs may be shown in an environment that the URL names.
+        self._run = run if self._address.environment else ""
         self._client: Any = None
         self._curves: dict[str, tuple[list[int], list[float]]] = {}
 
@@ -111,17 +114,24 @@ class VisdomTracker(Tracker):
 
     def scalars(self, points: Sequence[Point]) -> None:
         changed = self._extend(points)
-        question = {"win": RECIPE, "eid": self._environment}
+        question = {"win": self._window(RECIPE), "eid": self._environment}
         if self._client._send(question, endpoint="win_exists", quiet=True) != "true":
             raise ConnectionError("the server was restarted, or the run's windows were closed")
         self._show(changed)
 
     def picture(self, name: str, pixels: NDArray[np.uint8], step: int) -> None:
-        title = {"title": f"{name}, step {step}", "caption": f"step {step}"}
-        self._client.image(pixels.transpose(2, 0, 1), win=name, opts=title)
+        title = {"title": self._title(f"{name}, step {step}"), "caption": f"step {step}"}
+        self._client.image(pixels.transpose(2, 0, 1), win=self._window(name), opts=title)
 
     def finish(self) -> None:
         self._client.save([self._environment])  # a server keeps nothing else over its restart
+
+    def _window(self, name: str) -> str:
+        """Return the id of a window, which no other run has in the environment."""
+        return f"{self._run}/{name}" if self._run else name
+
+    def _title(self, text: str) -> str:
+        return f"{text}, {self._run}" if self._run else text
 
     def _extend(self, points: Iterable[Point]) -> list[str]:
         """Add points to the curves, and return the names of those that have new ones, in order."""
@@ -140,9 +150,9 @@ class VisdomTracker(Tracker):
             self._client.line(
                 Y=np.array(values, np.float64),
                 X=np.array(steps, np.float64),
-                win=name,
+                win=self._window(name),
                 # A curve of one point would not be seen without a marker.
-                opts={"title": name, "xlabel": "step", "markers": len(steps) < 2},
+                opts={"title": self._title(name), "xlabel": "step", "markers": len(steps) < 2},
             )
 
     def _show_recipe(self) -> None:
@@ -152,8 +162,10 @@ class VisdomTracker(Tracker):
         )
         size = {"width": 600, "height": 350}  # pixels
         table = f"<table>{rows}</table>"
-        answer = self._client.text(table, win=RECIPE, opts={"title": RECIPE, **size})
-        if answer != RECIPE:  # Visdom names the window. A login page, for one, has other answers.
+        window = self._window(RECIPE)
+        options = {"title": self._title(RECIPE), **size}
+        if self._client.text(table, win=window, opts=options) != window:
+            # Visdom names the window. A login page, for one, has other answers.
             server, port, *_ = self._address
             raise ConnectionError(f"what answers at {server}:{port} is no Visdom server")
 

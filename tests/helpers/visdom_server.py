@@ -61,11 +61,7 @@ class VisdomServer:
 
     def curves(self, environment: str) -> dict[str, Points]:
         """Return the points of all curves of an environment."""
-        return {
-            name: list(zip(*(window["content"]["data"][0][axis] for axis in "xy"), strict=True))
-            for name, window in self.windows(environment).items()
-            if window["type"] == "plot"
-        }
+        return read_curves(self.windows(environment))
 
     def environments(self) -> list[str]:
         found: list[str] = self._ask("env_state", {})
@@ -75,3 +71,12 @@ class VisdomServer:
         body = json.dumps(question).encode()
         with urllib.request.urlopen(f"{self.url}/{what}", body, timeout=20) as answer:
             return json.loads(answer.read())
+
+
+def read_curves(windows: dict[str, Any]) -> dict[str, Points]:
+    """Return the points of those windows that are curves."""
+    return {
+        name: list(zip(*(window["content"]["data"][0][axis] for axis in "xy"), strict=True))
+        for name, window in windows.items()
+        if window["type"] == "plot"
+    }

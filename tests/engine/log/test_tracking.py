@@ -218,6 +218,16 @@ def test_a_run_keeps_its_id(place: str, request: pytest.FixtureRequest, tmp_path
     assert json.loads(files.read(f"{url}/a/{TRACKERS}")) == {"id": run_id(f"{url}/a", print)}
 
 
+def test_without_its_file_a_run_gets_an_id(tmp_path: Path) -> None:
+    (tmp_path / TRACKERS).mkdir()
+    said: list[str] = []
+    first, second = (run_id(str(tmp_path), said.append) for _ in range(2))
+    assert len(first) == len(second) == 8
+    assert first != second
+    assert len(said) == 2
+    assert "trackers show this start of the run as a run of its own" in said[0]
+
+
 @pytest.mark.parametrize(
     ("url", "parts"),
     [

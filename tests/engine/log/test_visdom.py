@@ -19,7 +19,7 @@ from engine.log.tracker_ids import run_id
 from shards.loader import DataConfig
 from tests.helpers import tiny
 from tests.helpers.training import train
-from tests.helpers.visdom_server import Points, VisdomServer
+from tests.helpers.visdom_server import Points, VisdomServer, read_curves
 
 pytest.importorskip("visdom", reason="visdom is not installed: launch/README.md has the commands")
 
@@ -69,6 +69,17 @@ def wait_for(condition: Callable[[], Any]) -> None:
         time.sleep(0.05)
 
 
+def mine(server: VisdomServer, run: Path) -> dict[str, Any]:
+    """Return the run's windows in the environment that a URL named, by their names."""
+    before = f"{run.name}-{run_id(str(run), print)}/"
+    found = server.windows("mine").items()
+    return {name.removeprefix(before): one for name, one in found if name.startswith(before)}
+
+
+def curves(server: VisdomServer, run: Path) -> dict[str, Points]:
+    return read_curves(mine(server, run))
+
+
 def test_a_run_and_its_continuation(server: VisdomServer, tmp_path: Path) -> None:
     data: DataConfig = tiny.draw_data(tmp_path / "data")
     run = tmp_path / "first"
@@ -99,22 +110,22 @@ def test_the_server_dies_and_comes_back(server: VisdomServer, tmp_path: Path) ->
     log, output = open_log(run, 0, config)
     log.pictures(torch.zeros(2, 3, 3, 8, 8), 1)
     write(log, *range(1, 5))
-    wait_for(lambda: len(server.curves("mine").get("train/loss", ())) == 4)
+    wait_for(lambda: len(curves(server, run).get("train/loss", ())) == 4)
 
     server.kill()
     write(log, *range(5, 9))
     wait_for(lambda: "cannot be reached" in output.getvalue())
     server.start()  # it has lost everything
-    wait_for(lambda: len(server.curves("mine").get("train/loss", ())) == 8)
+    wait_for(lambda: len(curves(server, run).get("train/loss", ())) == 8)
 
     server.kill()
     server.start()  # before anything was sent meanwhile
     write(log, 9)
-    wait_for(lambda: len(server.curves("mine").get("train/loss", ())) == 9)
+    wait_for(lambda: len(curves(server, run).get("train/loss", ())) == 9)
     close(log)
-    assert server.curves("mine") == wanted(run)
-    assert {"views/batch", "recipe"} <= server.windows("mine").keys()
-    assert "<script>" not in server.windows("mine")["recipe"]["content"]
+    assert curves(server, run) == wanted(run)
+    assert {"views/batch", "recipe"} <= mine(server, run).keys()
+    assert "<script>" not in mine(server, run)["recipe"]["content"]
     assert output.getvalue().count("cannot be reached") == 1
 
 
@@ -125,7 +136,7 @@ def test_a_log_ends_though_the_server_is_dead(
     run, config = tmp_path / "run", LogConfig(visdom=f"{server.url}/mine")
     log, output = open_log(run, 0, config)
     write(log, 1)
-    wait_for(lambda: server.curves("mine"))
+    wait_for(lambda: curves(server, run))
     server.kill()
     write(log, 2, 3)
     close(log)
@@ -135,4 +146,19 @@ def test_a_log_ends_though_the_server_is_dead(
     server.start()
     log, output = open_log(run, 3, config)  # the next start sends them
     close(log)
-    assert server.curves("mine") == wanted(run)
+    assert curves(server, run) == wanted(run)
+
+
+def test_runs_share_an_environment(server: VisdomServer, tmp_path: Path) -> None:
+    config = LogConfig(visdom=f"{server.url}/mine")
+    runs = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    logs = [open_log(run, 0, config)[0] for run in runs]
+    for step in (1, 2, 3):
+        for log, factor in zip(logs, (1, 10), strict=True):
+            log.write({"step": step, "loss": factor * step / 7})
+    for log in logs:
+        close(log)
+    for run in runs:
+        assert curves(server, run) == wanted(run)
+        title = mine(server, run)["train/loss"]["title"]
+        assert title == f"train/loss, run-{run_id(str(run), print)}"
