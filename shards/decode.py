@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode
 
 from shards.dimensions import MOST_PIXELS, image_size, is_animated
 from shards.orientation import image_orientation, turn
@@ -20,6 +20,8 @@ from shards.png import SIGNATURE, decode_png, undo_scaling
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 Exif = Literal["ignore", "apply"]
 
+# torchvision's function of this name takes half as long again, to warn and to log each time.
+_decode_image: Callable[..., Tensor] = torch.ops.image.decode_image
 # F.interpolate takes no `out`, so this is the function that it calls.
 _bicubic: Callable[..., Tensor] = torch._C._nn.upsample_bicubic2d
 
@@ -58,7 +60,7 @@ def decode(content: bytearray, offset: int, size: int, rules: PixelRules = DEFAU
     else:
         buffer = torch.frombuffer(content, dtype=torch.uint8, count=size, offset=offset)
         try:
-            image = decode_image(buffer, ImageReadMode.RGB)
+            image = _decode_image(buffer, ImageReadMode.RGB.value)
         except RuntimeError as error:
             raise DecodeError(str(error).splitlines()[0].rsplit(", ", 1)[-1]) from None
     if rules.exif == "apply":  # torchvision could turn JPEG and PNG images, but not WebP.

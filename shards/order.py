@@ -72,6 +72,7 @@ class Order:
         self.rows = batch // streams  # Every stream gives this many rows to every batch.
         self._shards: dict[int, tuple[Ids, Ids]] = {}
         self._blocks: dict[tuple[int, int], tuple[Ids, Ids]] = {}
+        self._samples: dict[tuple[int, int, int], Ids] = {}
 
     def batch_segments(self, step: int, stream: int) -> list[Segment]:
         """List the B / C samples that `stream` gives to the batch of `step`, counted from 0."""
@@ -96,10 +97,8 @@ class Order:
     def segments(self, epoch: int, start: int, stop: int) -> Iterator[Segment]:
         """Yield the positions [start, stop) of an epoch's sequence, block by block."""
         for shard, block, low, high in self._walk(epoch, start, stop):
-            first = self.index.first_id(shard, block)
-            ids = first + np.arange(self.index.blocks(shard)[block, 1])
-            rows = permutation(self.seed, Domain.SAMPLES, ids, epoch)[low:high]
-            yield Segment(shard, block, rows, first + rows)
+            rows = self._sample_order(epoch, shard, block)[low:high]
+            yield Segment(shard, block, rows, self.index.first_id(shard, block) + rows)
 
     def _walk(self, epoch: int, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
         """Yield (shard, block, low, high) for each block that overlaps [start, stop).
@@ -143,6 +142,16 @@ class Order:
                 self._blocks.pop(next(iter(self._blocks)))
             self._blocks[key] = blocks, np.cumsum(samples[blocks])
         return self._blocks[key]
+
+    def _sample_order(self, epoch: int, shard: int, block: int) -> Ids:
+        """Return the epoch's order of a block's samples [n], which several batches take from."""
+        key = (epoch, shard, block)
+        if key not in self._samples:
+            ids = self.index.first_id(shard, block) + np.arange(self.index.blocks(shard)[block, 1])
+            if len(self._samples) > 2 * self.streams:
+                self._samples.pop(next(iter(self._samples)))
+            self._samples[key] = permutation(self.seed, Domain.SAMPLES, ids, epoch)
+        return self._samples[key]
 
 
 def rank_streams(streams: int, rank: int, world: int) -> range:

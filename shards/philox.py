@@ -50,17 +50,22 @@ def philox(seed: int, counters: NDArray[np.uint32]) -> NDArray[np.uint32]:
 
 
 def draw(
-    seed: int, domain: Domain, index: NDArray[np.int64], epoch: int = 0, minor: int = 0
+    seed: int,
+    domain: Domain,
+    index: NDArray[np.int64],
+    epoch: int = 0,
+    minor: int | NDArray[np.int64] = 0,
 ) -> NDArray[np.uint32]:
     """Draw four random words for each place: [N] -> [N, 4].
 
     Args:
         index: [N] Places of up to 56 bits, such as sample ids or shard numbers.
         epoch: A number of up to 32 bits.
-        minor: A number of up to 32 bits that distinguishes draws at the same place.
+        minor: A number of up to 32 bits that distinguishes draws at the same place. With several,
+            [M, 1], there are several draws for each place, [M, N, 4].
     """
     place = np.asarray(index, np.uint64)
-    counters = np.empty((*place.shape, 4), np.uint32)
+    counters = np.empty((*np.broadcast_shapes(place.shape, np.shape(minor)), 4), np.uint32)
     counters[..., 0] = place & _LOW
     counters[..., 1] = (place >> _HIGH) | np.uint64(domain << 24)
     counters[..., 2] = epoch

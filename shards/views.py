@@ -153,11 +153,10 @@ def draw_views(seed: int, epoch: int, ids: NDArray[np.int64], config: ViewsConfi
     ids = np.asarray(ids, np.int64)
     crop = np.empty((len(config.views), len(ids), 4), np.float64)
     params = np.empty((len(config.views), len(ids), COLUMNS), np.float32)
+    parts = np.arange(len(_Draw))[:, None]
     for number, view in enumerate(config.views):
-        words = {
-            part: draw(seed, Domain.VIEW, ids, epoch, minor=number * _DRAWS_PER_VIEW + part)
-            for part in _Draw
-        }  # [B, 4] each
+        minor = number * _DRAWS_PER_VIEW + parts
+        words = draw(seed, Domain.VIEW, ids, epoch, minor)  # [parts, B, 4]
         crop[number] = uniform(words[_Draw.CROP])
         gates = uniform(words[_Draw.GATES])
         chances = (view.flip, view.jitter, view.grayscale, view.solarize)
