@@ -206,10 +206,12 @@ class Count(TorchDispatchMode):
         if name in PASSES:  # of their inputs, the large ones have the shape of the first
             large = [t for t in inputs if t.shape == inputs[0].shape]
             read += (PASSES[name] - 1) * sum(t.nbytes for t in large)
+        elif name == "convolution_backward":  # both gradients are made of the output's
+            read += inputs[0].nbytes
         flops = 0
         if count := flop_registry.get(func._overloadpacket):
             flops = count(*args, **kwargs, out_val=made)
-        fused = read + written
+        fused: float = read + written
         if name in FUSED:
             fused = FUSED[name] * max((t.nbytes for t in outputs), default=0)
         kind = KINDS.get(name, "rest")
