@@ -48,6 +48,7 @@ fi
 part() {
     local name=$1 seconds=$2 start code
     shift 2
+    if [ -n "$fast" ]; then seconds=$((seconds * 5)); fi
     if [ -n "${PARTS:-}" ] && [[ " $PARTS " != *" $name "* ]]; then return; fi
     echo "$(date +%T) $name: $*"
     start=$(date +%s.%N)
@@ -65,18 +66,18 @@ bench() { # bench NAME SECONDS BENCH OPTIONS...
 # Options are words without spaces.
 # shellcheck disable=SC2086
 {
-    part draw 60 "$PYTHON" tests/helpers/gpu_day.py draw "$OUT/data" $photos $drawn $drawn_size
-    part tests 300 "$PYTHON" -m pytest -n 0 -m gpu tests/whole/test_gpu.py tests/engine/method
-    bench step_eager 120 step $half --no-compile
-    if [ -z "$fast" ]; then bench step_compiled 180 step $half --compile; fi
-    part profile 120 "$PYTHON" launch/train.py $profile --run "$OUT/profile" --probe.every 0 \
+    part draw 40 "$PYTHON" tests/helpers/gpu_day.py draw "$OUT/data" $photos $drawn $drawn_size
+    part tests 240 "$PYTHON" -m pytest -n 0 -m gpu
+    bench step_eager 90 step $half --no-compile
+    if [ -z "$fast" ]; then bench step_compiled 150 step $half --compile; fi
+    part profile 100 "$PYTHON" launch/train.py $profile --run "$OUT/profile" --probe.every 0 \
         --probe.no-baseline --data.train "$OUT/data/photos" --data.val "$OUT/data/photos" \
         --data.streams 2
-    bench largest 150 largest $most
+    bench largest 120 largest $most
     bench views 60 input $views
-    bench peers 120 peers $peers
-    bench variants 120 variants $half
-    bench all 300 all $all
+    bench peers 100 peers $peers
+    bench variants 100 variants $half
+    bench all 240 all $all
     data=${CIFAR10:-$OUT/data/cifar10}
     part cifar10 200 "$PYTHON" launch/train.py cifar10 $train --run "$OUT/cifar10" \
         --data.train "$data/train" --data.val "$data/test"

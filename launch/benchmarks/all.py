@@ -38,12 +38,16 @@ def bench_all(*, rounds: int = 5, fast: bool = False, out: str = "") -> Report:
     rows: list[Row] = []
     failed: list[dict[str, Any]] = []
     commands = list_commands(1 if fast else rounds, fast)
-    for number, command in enumerate(commands, start=1):
-        print(f"command {number} of {len(commands)}: {command}", file=sys.stderr, flush=True)
-        found, failure = run_command(command)
-        rows += found
-        if failure:
-            failed.append(failure)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so end the command, too
+    try:
+        for number, command in enumerate(commands, start=1):
+            print(f"command {number} of {len(commands)}: {command}", file=sys.stderr, flush=True)
+            found, failure = run_command(command)
+            rows += found
+            if failure:
+                failed.append(failure)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     title = [f"all: medians of {1 if fast else rounds} rounds"]
     return Report(title, rows, out, failed)
 

@@ -152,12 +152,12 @@ def find_command(arguments: list[str]) -> str:
 
 def print_rows(rows: list[Row]) -> None:
     width = max([44, *(len(row.name) + 2 for row in rows)])
-    print(f"{'':<{width}}{'ours':>10} {'unit':<15}{'beside':>22}{'ratio':>24}{'of limit':>16}")
+    print(f"{'':<{width}}{'ours':>10} {'unit':<15}{'beside':>22}{'ratio':>28}{'of limit':>16}")
     for row in rows:
         beside = "" if row.other is None else f"{row.beside} {_figure(row.other)}"
         share = "" if row.share is None else f"{row.share:.0%} of {_figure(row.limit)}"
         times = "" if row.ratio is None else str(row.ratio)
-        cells = f"{_figure(row.ours):>10} {row.unit:<15}{beside:>22}{times:>24}"
+        cells = f"{_figure(row.ours):>10} {row.unit:<15}{beside:>22}{times:>28}"
         print(f"{row.name:<{width}}{cells}{share:>16}  {row.note}".rstrip())
 
 

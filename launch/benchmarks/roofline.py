@@ -127,7 +127,8 @@ def bench_roofline(
 
 
 def _row(name: str, work: Work, device: Device) -> Row:
-    decides = "bytes" if work.fused / device.bytes > work.flops / device.flops else "FLOPs"
+    moving, calculating = work.fused / device.bytes, work.flops / device.flops
+    decides = "bytes" if moving >= calculating else "FLOPs"
     note = f"{work.fused / 1e9:.3g} GB (eager {work.bytes / 1e9:.3g}), "
     note += f"{work.flops / 1e9:.4g} GFLOP, decided by {decides}"
     return Row(name, work.fused_seconds * 1e3, "ms", work.seconds * 1e3, "eager", note=note)
@@ -172,10 +173,11 @@ def count_step(recipe: Recipe, batch: int, classes: int, device: Device) -> dict
 
 
 def _views_work(eager: Work, read: int, written: int, device: Device) -> Work:
-    """Replace the fused bytes: the crops are read, a float image goes through five kernels.
+    """Replace the fused bytes, because where the kernels end does not show in single operations.
 
-    They end at the mean that each of the contrast's four places needs, and at the blur's two
-    directions.
+    The crops are read and the images written. Between, an image is written and read again six
+    times: for the mean that the contrast needs in each of its four places, and for the two
+    directions of the blur.
     """
     fused = read + 2 * 6 * written + written
     return replace(eager, fused=fused, fused_seconds=fused / device.bytes)
@@ -206,10 +208,12 @@ class Count(TorchDispatchMode):
         if name in PASSES:  # of their inputs, the large ones have the shape of the first
             large = [t for t in inputs if t.shape == inputs[0].shape]
             read += (PASSES[name] - 1) * sum(t.nbytes for t in large)
+        elif name == "convolution_backward":  # both gradients are made of the output's
+            read += inputs[0].nbytes
         flops = 0
         if count := flop_registry.get(func._overloadpacket):
             flops = count(*args, **kwargs, out_val=made)
-        fused = read + written
+        fused: float = read + written
         if name in FUSED:
             fused = FUSED[name] * max((t.nbytes for t in outputs), default=0)
         kind = KINDS.get(name, "rest")

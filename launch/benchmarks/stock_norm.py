@@ -1,5 +1,7 @@
 """The synchronized batch norm that one writes by hand where torch has none: on CPUs."""
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -45,6 +47,8 @@ class HandMadeSyncNorm(nn.modules.batchnorm._BatchNorm):
 
 def synchronize_by_hand(module: nn.Module) -> nn.Module:
     """Replace torch's batch norms by hand-made ones, in place, and return the module."""
+    # Torch recommends functional collectives, which the engine uses. Stock is what is usual.
+    warnings.filterwarnings("ignore", message=r"torch\.distributed\.nn\.functional")
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             replacement = HandMadeSyncNorm(child.num_features, child.eps, child.momentum)
