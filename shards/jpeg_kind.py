@@ -1,6 +1,7 @@
 """Tell which JPEGs a GPU decodes to the same picture as the CPU, from their bytes alone.
 
-The answer depends on the image and on nothing else, so an image is always decoded in one place.
+The answer depends on the image and on nothing else, so an image is always decoded in one place. The
+one exception is an image that stands in for a damaged one: then the CPU decodes it, whatever it is.
 """
 
 from typing import NamedTuple

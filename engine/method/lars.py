@@ -21,10 +21,11 @@ from engine.method.local_shards import local
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Return one group with the weights of `module`, one with its biases and norm parameters.
 
-    The second group also holds the other parameters that are no weights of a linear layer, [O, I],
-    or of a convolution, [O, I, H, W]. In torchvision's networks these are class tokens [1, 1, D],
-    position embeddings [1, N, D], and scales [D, 1, 1]. All of them have no weight decay, and LARS
-    does not adapt their rates.
+    The weights are all parameters of 2 or 4 dimensions: those of linear layers [O, I] and of
+    convolutions [O, I, H, W], and the tables of relative positions [P, heads] of torchvision's Swin
+    and MaxViT. The second group holds all others. In torchvision's networks these are also class
+    tokens [1, 1, D], position embeddings [1, N, D], and scales [D, 1, 1]. It has no weight decay,
+    and LARS does not adapt its rates.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     weights = [p for p in parameters if p.ndim in (2, 4)]

@@ -7,7 +7,9 @@ The layers and their names are torchvision's. Some of them are replaced:
 - Batch norms become this project's, with their own momentum and epsilon.
 - Dropout and stochastic depth become the identity. BYOL's networks learn from two views of an
   image, and these are all the noise that they get.
-- Activations no longer work in place, so that blocks can be recomputed.
+- Activations that are layers no longer work in place, so that blocks can be recomputed. DenseNet,
+  GoogLeNet and Inception also call relu in place themselves, on what a norm returns. That does no
+  harm, because a norm's backward pass needs only its input.
 
 Source: https://pytorch.org/vision/stable/models.html
 """
