@@ -120,7 +120,7 @@ class VisdomTracker(Tracker):
         title = {"title": f"{name}, step {step}", "caption": f"step {step}"}
         self._client.image(pixels.transpose(2, 0, 1), win=name, opts=title)
 
-    def finish(self) -> None:
+    def finish(self, failed: bool) -> None:  # noqa: ARG002 - it shows no such state
         self._client.save([self._environment])  # a server keeps nothing else over its restart
 
     def _extend(self, points: Iterable[Point]) -> list[str]:
