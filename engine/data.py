@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from engine.evaluation.given_sets import find_images
 from engine.evaluation.probe_sets import ProbeSets, open_probe_sets
 from engine.processes.world import World, check_alike
 from engine.recipe import Recipe, shared_fields
@@ -13,7 +14,6 @@ from shards.errors import InputError
 from shards.index import Index
 from shards.loader import TrainLoader
 from shards.making import synthetic
-from shards.making.packed_folder import find_folder
 from shards.order import Order, rank_streams
 from shards.storage import files
 
@@ -148,8 +148,9 @@ def _draw(recipe: Recipe, report: Callable[[str], None]) -> None:
 def _check_others(recipe: Recipe, name: str, url: str) -> None:
     """Raise InputError when no images may be drawn to the `url` of the field `name`."""
     for probe, place in (("probe.train", recipe.probe.train), ("probe.val", recipe.probe.val)):
-        if recipe.probe.every and place and not files.exists(place):
-            find_folder(place, probe)  # It raises the error that its opening would raise.
+        index = files.join(place, indexes.NAME)
+        if recipe.probe.every and place and not files.exists(index):
+            find_images(place, probe)  # It raises the error that its opening would raise.
     for other, place in (("data.train", recipe.data.train), ("data.val", recipe.data.val)):
         if other == name or not place or not files.exists(files.join(place, indexes.NAME)):
             continue

@@ -12,7 +12,7 @@ from engine.processes.preemption import Preemption
 from engine.processes.world import World
 from engine.report.report import PATIENCE, write_at_end
 from engine.state import checkpoint
-from engine.state.early_stop import EarlyStop
+from engine.state.early_stop import EarlyStop, find_doubt
 from engine.state.saver import Saver
 from engine.trainer import Trainer
 from shards.storage import files
@@ -126,6 +126,9 @@ def _greet(trainer: Trainer, block_memory: int) -> None:
         )
     for note in trainer.probe.sets.notes if trainer.probe else ():
         trainer.terminal.say(note)
+    recipe, lengths = trainer.recipe, (trainer.warmup_steps, trainer.total_steps)
+    if doubt := find_doubt(recipe.early_stop, *lengths, recipe.log.every, recipe.probe.every):
+        trainer.terminal.say(doubt)
     if trainer.compile and trainer.step < trainer.last_step:
         trainer.terminal.say("torch.compile works in the first step, which can take minutes")
 

@@ -28,6 +28,7 @@ from engine.encoder import card
 from engine.encoder.classifier import attach, read_head
 from engine.encoder.export import Format
 from engine.encoder.source import EncoderConfig, Pixels, Source, open_encoder
+from engine.evaluation.run_sets import find_val
 from engine.log.terminal import Terminal
 from engine.processes.world import World, share_of_cores
 from launch.help_texts import join_help_lines
@@ -46,8 +47,8 @@ class ExportDataConfig:
     """Real images on which every exported file is compared with the checkpoint."""
 
     val: str = ""
-    """URL of shards whose images the exported files are compared on. By default they are the run's,
-    if they can be read."""
+    """URL of shards whose images the exported files are compared on. By default they are the run's
+    data.val, or its probe.val where it has no data.val, if they can be read."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Export:
         if self.data.val:
             return indexes.load(self.data.val, "data.val")
         try:
-            if url := source.data_url("data.val"):
+            if url := find_val(source, _terminal.say):
                 return indexes.load(url, "data.val")
         except (InputError, OSError) as error:
             _terminal.say(str(error))

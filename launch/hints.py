@@ -8,12 +8,13 @@ from engine.method.byol import BYOLConfig
 from engine.method.encoders import ENCODERS
 from engine.method.torchvision_encoder import TorchvisionConfig
 from engine.recipe import Recipe, optimizers
+from launch.optimizer_hints import explain_option
 from shards.fields import flatten
 
 # Names that other programs have, and the fields that do the same here. The first one that the
 # recipe has is proposed. What follows is said too.
 FIELDS: dict[str, tuple[list[str], str]] = {
-    "lr learning-rate base-learning-rate blr": (
+    "lr learning-rate base-learning-rate blr optimizer.lr": (
         ["schedule.base-lr"],
         "it is the peak at batch size 256, and goes in proportion to the batch",
     ),
@@ -166,17 +167,22 @@ def hint(option: str, recipe: Recipe) -> str:
             f"the encoder of this recipe is {recipe.model.encoder.describe()}; a recipe file sets "
             "ResNetConfig or TorchvisionConfig, which is any network of torchvision"
         )
-    if name in _optimizer_fields() - (set(known) - {"optimizer"}):
+    if name in ("optimizer", "optim", "optimiser", "opt"):
+        others = " or ".join(kind.__name__ for kind in optimizers())
         return (
             f"the optimizer of this recipe is {type(recipe.optimizer).__name__}; a recipe file "
-            "sets it, and only a TorchOptimizerConfig has optimizer.name and optimizer.options"
+            f"sets it, by optimizer={others}"
         )
+    if advice := explain_option(name, recipe) if name not in known else "":
+        return advice
     for names, text in ADVICE.items():
         if name in names.split():
             return text
     for names, (targets, text) in FIELDS.items():
         there = [target for target in targets if target in known]
-        if name in names.split() and there:
+        if name in names.split() and not there:
+            return next(filter(None, (explain_option(one, recipe) for one in targets)), "")
+        if name in names.split():
             both = there if name == "clip" else there[:1]
             meant = " or ".join(f"--{one}" for one in both)
             return f"did you mean {meant}?" + f" ({text})" * bool(text)
@@ -211,13 +217,6 @@ def _encoder_fields() -> set[str]:
     """Return the options of the fields that an encoder of some kind has."""
     names = {entry.name for kind in ENCODERS.values() for entry in fields(kind)}
     return {f"model.encoder.{name.replace('_', '-')}" for name in names}
-
-
-def _optimizer_fields() -> set[str]:
-    """Return the options that set an optimizer, and those of the fields of any kind of one."""
-    names = {entry.name.replace("_", "-") for kind in optimizers() for entry in fields(kind)}
-    choices = {"optimizer", "optim", "optimiser", "opt"}
-    return choices | {f"optimizer.{name}" for name in names}
 
 
 def fields_of_all_recipes() -> set[str]:

@@ -12,6 +12,24 @@ from shards.making.packed_folder import Folder, find_folder
 from shards.storage import files
 
 
+def find_images(url: str, name: str, *, labels: bool = True) -> Folder:
+    """List the images of a plain folder, which is no run: see `find_folder`.
+
+    Raises InputError when it is a run, or no folder of images.
+    """
+    refuse_run(url, name)
+    return find_folder(url, name, labels=labels)
+
+
+def refuse_run(url: str, name: str) -> None:
+    """Raise InputError when a run lies at the URL that the field `name` gives for a set."""
+    if files.exists(files.join(url, layout.RECIPE)):  # its pictures are no data
+        raise InputError(
+            f"{name} {files.redact(url)}: no images there but a run's own: give the URL of "
+            "shards or of a folder of images"
+        )
+
+
 class GivenSet:
     """A set of images at a URL. It is found at once, and a folder is packed when it is opened."""
 
@@ -31,12 +49,7 @@ class GivenSet:
         def look() -> list[str] | None:
             if files.exists(files.join(url, indexes.NAME)):
                 return None
-            if files.exists(files.join(url, layout.RECIPE)):  # its pictures are no data
-                raise InputError(
-                    f"{name} {files.redact(url)}: no images there but a run's own: give the URL of "
-                    "shards or of a folder of images"
-                )
-            folders.append(find_folder(url, name, labels=labels))
+            folders.append(find_images(url, name, labels=labels))
             return folders[0].images.classes
 
         self.index: Index | None = None

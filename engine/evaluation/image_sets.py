@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.encoder.preprocessing import decode_file
+from engine.evaluation.given_sets import refuse_run
 from shards import index as indexes
 from shards.center_crops import LOCAL_AHEAD, REMOTE_AHEAD
 from shards.decode import DecodeError, PixelRules
@@ -188,7 +189,8 @@ def open_images(
     """
     if files.exists(files.join(url, indexes.NAME)):
         return ShardImages(indexes.load(url, "DATA"), rules, report)
-    found = find_all_images(url, "DATA", follow_links=follow_links)
+    refuse_run(url, "DATA")
+    found = find_all_images(url, "DATA", follow_links=follow_links, follower="--data.follow-links")
     folder = FolderImages(url, found, options, rules)
     if options.window is None:
         folder.find_window(percentiles, threads)

@@ -68,6 +68,20 @@ def open_sets(
     return found["data.train"], found["data.val"]
 
 
+def find_val(source: Source, report: Callable[[str], None]) -> str:
+    """Return the URL of the run's data.val, or of its probe.val where that is not set.
+
+    It is "" when the run has neither. Raises InputError when there are no shards of probe.val.
+    """
+    if url := source.data_url("data.val"):
+        return url
+    if not source.run or not source.fields.get("probe.val"):
+        return ""
+    url = _find_probe(source, "probe.val")
+    report(f"data.val is the run's probe.val: {files.redact(url)}")
+    return url
+
+
 def _find_probe(source: Source, name: Literal["probe.train", "probe.val"]) -> str:
     """Return the URL of the shards of the run's probe.train or probe.val.
 

@@ -170,18 +170,28 @@ def fit_batch(config: _Config, index: Index, evaluation: Evaluation) -> _Config:
 
 
 def hint_at_edge(rates: Sequence[float], scores: Sequence[float], evaluation: Evaluation) -> None:
-    """Tell the user when the best learning rate is the highest or the lowest that was tried.
+    """Tell the user when the highest or the lowest learning rate has the best score.
+
+    Other rates may have the same score, and then a better one may still lie beyond the edge.
 
     Args:
         rates: The learning rate of each training.
         scores: The accuracy of each on held-out images.
     """
     best = {rate for rate, score in zip(rates, scores, strict=True) if score == max(scores)}
-    for edge, word in ((max(rates), "higher"), (min(rates), "lower")):
-        if best == {edge} and len(set(rates)) > 1:
-            evaluation.terminal.say(
-                f"the best --lr is the {word[:-2]}est that was tried, {edge:g}: try {word} ones too"
-            )
+    edges = [(max(rates), "high"), (min(rates), "low")]
+    found = [(edge, word) for edge, word in edges if edge in best]
+    if not found or len(set(rates)) == 1:
+        return
+    which = " and the ".join(f"{word}est" for _, word in found)
+    values = " and ".join(f"{edge:g}" for edge, _ in found)
+    beyond = " and ".join(f"{word}er" for _, word in found)
+    text = f"the best --lr is the {which} that was tried, {values}"
+    if len(best) > 1:
+        were = "were" if len(found) > 1 else "was"
+        text = f"the {which} --lr that {were} tried, {values}, shared the best score"
+        text += " with others" * (len(best) > len(found))
+    evaluation.terminal.say(f"{text}: try {beyond} ones too")
 
 
 def hold_out(samples: int, wanted: int, seed: int) -> Held:

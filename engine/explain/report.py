@@ -19,6 +19,7 @@ from engine.processes.parallel import Strategy
 from engine.processes.world import World
 from engine.recipe import Recipe, in_steps
 from engine.state import checkpoint
+from engine.state.early_stop import find_doubt
 from shards import index as indexes
 from shards.errors import InputError
 from shards.index import Index, Shard
@@ -70,8 +71,17 @@ def explain(recipe: Recipe, world: World, terminal: Terminal) -> None:
     ]
     for table in filter(None, tables):
         terminal.console.print(table)
-    for text in known.missing:
+    for text in filter(None, [*known.missing, _find_doubt(recipe, known)]):
         terminal.say(text)
+
+
+def _find_doubt(recipe: Recipe, known: Known) -> str:
+    """Return why an early stop never comes, where the length of the run is known."""
+    if known.samples is None:
+        return ""
+    schedule, sizes = recipe.schedule, (known.samples, recipe.batch.size)
+    lengths = schedule.warmup_steps(*sizes), schedule.total_steps(*sizes)
+    return find_doubt(recipe.early_stop, *lengths, recipe.log.every, recipe.probe.every)
 
 
 def _order(recipe: Recipe, known: Known) -> Order | None:

@@ -1,12 +1,13 @@
 """Log a run to metrics.jsonl, to tensorboard, to trackers and to the terminal."""
 
+import sys
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 from annotated_types import Interval
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from engine.log.curves import (
@@ -20,6 +21,7 @@ from engine.log.events import EventLog
 from engine.log.health import Health, Watch
 from engine.log.journal import JSONL, Journal, Record
 from engine.log.pictures import draw_views
+from engine.log.remaining import Remaining, TimeLeftColumn
 from engine.log.terminal import Terminal
 from engine.log.tracker_ids import run_id
 from engine.log.trackers import Description, Point
@@ -115,13 +117,13 @@ class MetricsLog:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
         self._storing: Future[None] | None = None
         self._failing = False
+        self._remaining = Remaining(stop)
         self._progress = Progress(
             TextColumn("{task.completed}/{task.total}", markup=False),
             BarColumn(bar_width=16),
             TextColumn("{task.fields[status]}", markup=False),
             TimeElapsedColumn(),
-            TextColumn("left", markup=False),
-            TimeRemainingColumn(),
+            TimeLeftColumn(self._remaining),
             console=self.console,
             transient=True,
         )
@@ -229,11 +231,14 @@ class MetricsLog:
         self._failing = True
 
     def stop(self) -> None:
-        """End the progress bar, the thread and the trackers."""
+        """End the progress bar, the thread and the trackers.
+
+        The trackers are told of a failure where an exception is under way.
+        """
         if self._progress.live.is_started:
             self._progress.stop()
         self._thread.shutdown()
-        self._tracking.finish()
+        self._tracking.finish(failed=sys.exc_info()[0] is not None)
 
     def finish(self) -> None:
         """Write the rest of the log, after `stop`, and report what could not be written."""
@@ -314,10 +319,9 @@ class MetricsLog:
         if "feature_rank" in record:
             status += f"  rank {_short(record['feature_rank'])}"
         self._progress.update(self._task, status=status)
-        remaining = self._progress.tasks[0].time_remaining
-        left = (
-            "" if remaining is None else f"  {int(remaining) // 60}m{int(remaining) % 60:02}s left"
-        )
+        self._remaining.note(record["step"], evaluated="feature_rank" in record)
+        left = self._remaining.text(record["step"])
+        left = f"  {left} left" if left else ""
         if not self.console.is_terminal or "knn_top1" in record:
             self.console.print(f"step {record['step']}  {status}{left}")
 

@@ -39,7 +39,8 @@ class Sender:
         self._complete = False  # whether the tracker has all but what is waiting
         self._arrived = 0  # of the steps that were logged
         self._reached: dict[str, int] = {}  # the last step of each curve
-        self._failure = ""
+        self._failure = ""  # why the last sending failed
+        self._ended_badly = False  # whether an exception ended the training
         self._place, self._told = "", False  # where the run can be seen, and whether that was said
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name=tracker.name, daemon=True)
@@ -58,8 +59,9 @@ class Sender:
             self._pictures[name] = pixels, step
             self._unseen.add(name)
 
-    def stop(self) -> None:
+    def stop(self, failed: bool) -> None:
         """Tell the thread to send what is left, and not to wait for more."""
+        self._ended_badly = failed
         self._stopping.set()
 
     def join(self, until: float) -> None:
@@ -84,7 +86,7 @@ class Sender:
                 self._send()
                 self._recover()
                 if last:
-                    self._tracker.finish()
+                    self._tracker.finish(self._ended_badly)
                 # At most a tenth of the time goes into sending.
                 pause = min(max(PAUSE, 9 * (time.monotonic() - began)), LONGEST)
             except Exception as error:
@@ -146,10 +148,13 @@ class Sender:
         self._failure, self._told = "", True
 
 
-def join_all(senders: list[Sender]) -> None:
-    """End the threads of all senders, and wait for them together for some seconds at most."""
+def join_all(senders: list[Sender], failed: bool) -> None:
+    """End the threads of all senders, and wait for them together for some seconds at most.
+
+    `failed` tells whether an exception ended the training.
+    """
     for sender in senders:
-        sender.stop()
+        sender.stop(failed)
     until = time.monotonic() + UNSENT
     for sender in senders:
         sender.join(until)

@@ -48,5 +48,5 @@ class Tracker(ABC):
         """Show an RGB picture [H, W, 3]."""
 
     @abstractmethod
-    def finish(self) -> None:
-        """Send what is left, within some seconds."""
+    def finish(self, failed: bool) -> None:
+        """Send what is left, within some seconds. `failed` tells if an exception ended the run."""

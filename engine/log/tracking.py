@@ -64,6 +64,9 @@ class Tracking:
         for sender in self._senders:
             sender.picture(name, pixels, step)
 
-    def finish(self) -> None:
-        """Wait some seconds for what is not sent yet, and say what did not arrive."""
-        join_all(self._senders)
+    def finish(self, failed: bool) -> None:
+        """Wait some seconds for what is not sent yet, and say what did not arrive.
+
+        `failed` tells whether an exception ended the training.
+        """
+        join_all(self._senders, failed)

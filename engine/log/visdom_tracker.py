@@ -123,7 +123,7 @@ class VisdomTracker(Tracker):
         title = {"title": self._title(f"{name}, step {step}"), "caption": f"step {step}"}
         self._client.image(pixels.transpose(2, 0, 1), win=self._window(name), opts=title)
 
-    def finish(self) -> None:
+    def finish(self, failed: bool) -> None:  # noqa: ARG002 - it shows no such state
         self._client.save([self._environment])  # a server keeps nothing else over its restart
 
     def _window(self, name: str) -> str:

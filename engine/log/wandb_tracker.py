@@ -94,9 +94,9 @@ class WandbTracker(Tracker):
         with self._renewing():
             self._log(max(step, self._next), {name: image})  # figures of later steps may be there
 
-    def finish(self) -> None:
+    def finish(self, failed: bool) -> None:
         try:
-            self._run.finish()
+            self._run.finish(exit_code=int(failed))
         except Exception:
             folder = printable(self._run.dir.removesuffix("/files"))
             raise ConnectionError(f"`wandb sync {folder}` sends what did not arrive") from None

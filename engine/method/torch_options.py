@@ -64,18 +64,22 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
     raise InputError(f"{place}: torch.optim has no such optimizer: {meant}it has {_listed(usable)}")
 
 
+def list_options(name: str) -> dict[str, Any]:
+    """Return the options that the optimizer with this name takes, and their defaults."""
+    return {
+        key: parameter.default
+        for key, parameter in inspect.signature(find_optimizer(name)).parameters.items()
+        if key not in ("params", *_OWN)
+    }
+
+
 def read_options(name: str, texts: tuple[str, ...]) -> dict[str, Any]:
     """Return the options KEY=VALUE as arguments of the optimizer with this name.
 
     Raises InputError, naming the field, for one that the optimizer does not take, and for a value
     of another type.
     """
-    kind = find_optimizer(name)
-    arguments = {
-        key: parameter.default
-        for key, parameter in inspect.signature(kind).parameters.items()
-        if key not in ("params", *_OWN)
-    }
+    arguments = list_options(name)
     options: dict[str, Any] = {}
     for text in texts:
         key, equals, value = (part.strip() for part in text.partition("="))

@@ -7,6 +7,7 @@ is never stopped. The first process decides, and tells the others.
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 from annotated_types import Interval
@@ -14,6 +15,7 @@ from annotated_types import Interval
 from engine.log.health import STOPPED_EARLY
 from engine.log.journal import Record
 from engine.log.metrics import MetricsLog
+from engine.method.durations import parse
 from engine.processes.world import World
 from engine.state.best import MEASURED, Best
 from shards.documents import shown
@@ -54,6 +56,39 @@ class EarlyStopConfig:
             + (f"can get better: did you mean {near[0]}? " if near else "can get better: ")
             + f"It has {', '.join(known)}"
         )
+
+
+def find_doubt(
+    config: EarlyStopConfig,
+    warmup_steps: int,
+    total_steps: int,
+    log_every: int | str,
+    probe_every: int | str,
+) -> str:
+    """Return why the figure can never end a run with these lengths, and "" when it can.
+
+    `log_every` and `probe_every` are in steps: see `to_steps`.
+    """
+    if not config.key:
+        return ""
+    logged = () if config.key in MEASURED else (log_every,)
+    lengths = {length for every in (*logged, probe_every) if (length := parse(every)[0])}
+    apart = [n for n in lengths if not any(n % other == 0 for other in lengths - {n})]
+    last = total_steps - 1  # the last step ends nothing early
+    found = sum(last // n - min(warmup_steps, last) // n for n in map(partial(max, 1), apart))
+    found += bool(logged) and warmup_steps < 1 and 1 not in lengths  # step 1 is logged too
+    if found > config.patience:
+        return ""
+    text = (
+        f"early_stop.key {config.key} cannot end this run: it is measured {found:,} "
+        f"time{'s' * (found != 1)} between the {warmup_steps:,} steps of the warm-up and the last "
+        f"step, {total_steps:,}, and early_stop.patience {config.patience:,} needs "
+        f"{config.patience + 1:,}: give "
+    )
+    if warmup_steps >= last:
+        return f"{text}a shorter --schedule.warmup"
+    rarely = "--probe.every" if config.key in MEASURED else "--log.every"
+    return f"{text}a smaller {rarely} or --early-stop.patience"
 
 
 class Patience:

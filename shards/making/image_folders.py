@@ -42,7 +42,9 @@ class Found(NamedTuple):
     warnings: list[str]  # each of one line
 
 
-def find_images(source: str, *, follow_links: bool = False) -> Found:
+def find_images(
+    source: str, *, follow_links: bool = False, follower: str = "--follow-links"
+) -> Found:
     """Find the data sets in a folder of images.
 
     The first folder below a data set names the class. Images that are in no such folder have no
@@ -50,11 +52,15 @@ def find_images(source: str, *, follow_links: bool = False) -> Found:
     is a data set. Hidden files and the folders of file managers hold no images. An empty folder
     in the place of a class is a class without images.
 
+    Args:
+        follow_links: Also take files outside of the folder that links in it lead to.
+        follower: What the user can give to have such links followed, for messages.
+
     There are no data sets when there are tars and no images. Raises InputError when there is
     neither, when several splits stand among other folders, and
     when two folders are the same split.
     """
-    found, left_out, empty, tars = _list_images(source, follow_links, "SOURCE")
+    found, left_out, empty, tars = _list_images(source, follow_links, "SOURCE", follower)
     if not found:
         return Found([], left_out, [])
     place = files.redact(source)
@@ -74,17 +80,21 @@ def find_images(source: str, *, follow_links: bool = False) -> Found:
     return Found(sets, left_out, doubts)
 
 
-def find_all_images(source: str, name: str, *, follow_links: bool = False) -> Found:
+def find_all_images(
+    source: str, name: str, *, follow_links: bool = False, follower: str = "--follow-links"
+) -> Found:
     """Find all images in a folder and below it, as one data set.
 
     The first folder names the class, or the second one where the first folders are splits.
 
     Args:
         name: The name of the argument that gave the folder, for messages.
+        follow_links: Also take files outside of the folder that links in it lead to.
+        follower: What the user can give to have such links followed, for messages.
 
     Raises InputError when there are no images.
     """
-    found, left_out, _, tars = _list_images(source, follow_links, name)
+    found, left_out, _, tars = _list_images(source, follow_links, name, follower)
     place = files.redact(source)
     if not found:
         raise InputError(
@@ -107,7 +117,7 @@ def find_all_images(source: str, name: str, *, follow_links: bool = False) -> Fo
 
 
 def _list_images(
-    source: str, follow_links: bool, name: str
+    source: str, follow_links: bool, name: str, follower: str
 ) -> tuple[list[tuple[str, int]], Reasons, list[str], list[str]]:
     """List a folder: the images with their sizes, what is left out, empty folders, and tars.
 
@@ -123,6 +133,8 @@ def _list_images(
             leave_out(left_out, _JUNK_FILES, path)
         elif reason == local_files.EMPTY:
             empty.append(path)
+        elif reason == local_files.OUTSIDE:
+            leave_out(left_out, f"{reason}, which {follower} takes", path)
         else:
             leave_out(left_out, reason, path)
 

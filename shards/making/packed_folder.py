@@ -19,6 +19,7 @@ from shards.making.image_folders import find_images
 from shards.making.left_out import tabulate
 from shards.making.survey import ReadImage, choose_window
 from shards.storage import files, misplaced
+from shards.storage.commands import spell_program
 
 SHARD_BYTES = 64_000_000
 
@@ -107,7 +108,7 @@ def _naming(source: str, name: str) -> Iterator[None]:
 
 def _find_images(source: str, name: str, labels: bool) -> tuple[pack.ImageSet, list[str]]:
     """Find the images of a folder; return them, and lines about what is left out and doubtful."""
-    found = find_images(source)
+    found = find_images(source, follower=f"`{spell_program('pack.py', '--follow-links')}`")
     place = files.redact(source)
     if not found.sets:  # only tars
         indexes.load(source, name)  # raises, with the remedy

@@ -18,6 +18,7 @@ from shards.storage.failures import FULL
 from shards.storage.space import naming_space
 
 EMPTY = "empty folders"
+OUTSIDE = "links to files outside of the folder"
 
 
 def is_local(url: str) -> bool:
@@ -110,7 +111,8 @@ def walk(
     Args:
         follow_links: Also take files and folders outside of the folder that links in it lead to.
         leave_out: Is called with the reason and the path of what is no file to take, and with
-            EMPTY and the path of an empty folder.
+            EMPTY and the path of an empty folder. The reason is OUTSIDE for a link that would be
+            taken if links were followed.
     """
     root = os.path.realpath(path)
     # A folder to read: its path, its path relative to the root, its real path.
@@ -149,7 +151,7 @@ def _find_fault(target: str, root: str, real: str, follow_links: bool) -> str:
     if f"{real}/".startswith(f"{target}/"):
         return "links to a folder that they lie in"
     if not follow_links and not target.startswith(f"{root}/"):
-        return "links to files outside of SOURCE (--follow-links takes them)"
+        return OUTSIDE
     return ""
 
 

@@ -14,6 +14,7 @@ from shards.index import Index
 from shards.loader import DataConfig
 from shards.making import pack
 from shards.order import BatchConfig
+from shards.storage import files
 from tests.conftest import draw_photo
 from tests.helpers import tiny
 from tests.helpers.training import open_trainer
@@ -71,6 +72,9 @@ def test_nothing_is_drawn_where_a_url_is_wrong(tiny_data: DataConfig, tmp_path: 
     """Neither beside somebody's own images, nor before a set of the probe is missed."""
     own, there, nothing = write(tmp_path / "own", None).url, tiny_data.val, f"{tmp_path}/nothing"
     draw = DataConfig(train=own, val=nothing, streams=4, draw=40)
+    run = tmp_path / "earlier"
+    files.write(f"{run}/recipe.json", b"{}")
+    files.write(f"{run}/neighbours/step_00000001.png", b"a picture")
     for data, probe, text in (
         (draw, ProbeConfig(), "data.val .*/nothing: no index.json there, and nothing is drawn"),
         (dataclasses.replace(draw, train=nothing, val=own), ProbeConfig(), "data.train .*/nothing"),
@@ -79,10 +83,15 @@ def test_nothing_is_drawn_where_a_url_is_wrong(tiny_data: DataConfig, tmp_path: 
             ProbeConfig(every=1, train=there, val=f"{tmp_path}/gone"),
             "probe.val .*/gone: no such folder",
         ),
+        (
+            dataclasses.replace(draw, train=nothing, val=""),
+            ProbeConfig(every=1, train=str(run)),
+            "probe.train .*/earlier: no images there but a run's own: give the URL",
+        ),
     ):
         with pytest.raises(InputError, match=text):
             open_data(tiny.recipe(data, tmp_path / "run", probe=probe), ALONE, print)
-    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+    assert {path.name for path in tmp_path.iterdir()} == {"own", "earlier"}
     # A drawing that was stopped between its two sets goes on.
     data = dataclasses.replace(draw, train=tiny_data.train)
     assert open_data(tiny.recipe(data, tmp_path / "run"), ALONE, print).val is not None

@@ -1,9 +1,11 @@
 """What --lr and other names of other programs mean here."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
+from engine.method.torch_optimizer import TorchOptimizerConfig
 from launch.command_line import parse_recipe
 from launch.hints import ADVICE, FIELDS, fields_of_all_recipes, hint
 from shards.errors import InputError
@@ -44,8 +46,17 @@ def test_every_hint_leads_somewhere() -> None:
         (["--bs", "3"], "did you mean --batch.size?"),
         (["--resume"], "the same command continues its run by itself; --checkpoint.resume URL"),
         (["--num-workers", "3"], "did you mean --threads?"),
-        (["--optimizer", "lars_adam"], "recipe is AdamWConfig; a recipe file sets it, and only a"),
-        (["--optimizer.name", "RMSprop"], "only a TorchOptimizerConfig has optimizer.name"),
+        (["--optimizer", "lars_adam"], "recipe is AdamWConfig; a recipe file sets it, by optimiz"),
+        (
+            ["--optimizer.name", "RMSprop"],
+            "AdamWConfig, the optimizer of this recipe, has no option name: TorchOptimizerConfig "
+            "has it, and a recipe file sets it by optimizer=TorchOptimizerConfig(name=...)",
+        ),
+        (["--optimizer.momentum", "0"], "no option momentum: LARSConfig and SGDConfig have it"),
+        (["--optimizer.trust-coefficient", "0"], "optimizer=LARSConfig(trust_coefficient=...)"),
+        (["--optimizer.amsgrad"], '(name="AdamW", options=("amsgrad=...",))'),
+        (["--optimizer.lr", "3"], "did you mean --schedule.base-lr?"),
+        (["--optimizer.xyzzy", "3"], "unknown field --optimizer.xyzzy: "),
         (["--clip", "1.0"], "did you mean --clip.value or --clip.norm?"),
         (["--uid", "a"], "did you mean --run-url?"),
         (["--num-replicas", "8"], "torchrun starts one process for each GPU"),
@@ -87,7 +98,15 @@ def test_weights_to_start_from(name: str) -> None:
 
 def test_a_field_of_another_recipe_is_not_proposed() -> None:
     recipe = parse_recipe([LARS])
-    assert "--optimizer.betas?" not in hint("betas", recipe)
+    for option in ("betas", "beta1", "optimizer.betas", "nesterov"):
+        text = hint(option, recipe)
+        assert text.startswith("LARSConfig, the optimizer of this recipe, has no option "), option
+        kind = "SGDConfig(nesterov" if option == "nesterov" else "AdamWConfig(betas"
+        assert text.endswith(f"and a recipe file sets it by optimizer={kind}=...)"), option
+    torch = replace(recipe, optimizer=TorchOptimizerConfig(name="Adam"))
+    assert hint("optimizer.betas", torch) == "did you mean --optimizer.options betas=VALUE?"
+    assert hint("optimizer.eps", torch) == "did you mean --optimizer.options eps=VALUE?"
+    assert hint("optimizer.momentum", torch).startswith("Adam, the optimizer of this recipe, has")
     assert hint("betas", parse_recipe([QUICKSTART])) == "did you mean --optimizer.betas?"
 
 

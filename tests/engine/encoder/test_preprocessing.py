@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image as PillowImage
 from torch import Tensor
 
 from engine.encoder import card
+from engine.evaluation.during_training import ProbeConfig
 from engine.method.augment import MEAN, STD, normalize
 from launch import export
 from shards.center_crops import CropReader
@@ -115,6 +117,23 @@ def test_an_exported_card_is_executed(tiny_data: DataConfig, tmp_path: Path) -> 
     assert (written["input"]["size"], written["input"]["crop_fraction"]) == (32, 0.875)
     found = card.transform(written)
     assert (found.size, found.crop, found.rules) == (32, 0.875, PixelRules())
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_images_of_the_probe_are_taken_where_there_is_no_val(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], *, given: bool
+) -> None:
+    run = str(tmp_path / "run")
+    data = replace(tiny_data, val="")
+    probe = ProbeConfig(every=1, train=tiny_data.train, val=tiny_data.val) if given else None
+    assert train(tiny.recipe(data, run, steps=1, probe=probe or tiny.NO_PROBE))
+    capsys.readouterr()
+    assert export.main([run, f"{tmp_path}/out", "--format", "safetensors"]) == 0
+    told = capsys.readouterr().out
+    assert (f"data.val is the run's probe.val: {tiny_data.val}\n" in told) == given
+    assert ("compared on random images only: give --data.val URL" in told) == (not given)
+    written = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert written["compared_on_images"] == (2 if given else 1) * card.IMAGES
 
 
 def test_cards_of_the_first_release_are_read() -> None:

@@ -187,6 +187,13 @@ def no_images(folder: Path) -> ProbeConfig:
     return ProbeConfig(train=f"{folder}/a")
 
 
+def only_links(folder: Path) -> ProbeConfig:
+    elsewhere = write_folder(f"{folder}/elsewhere", 4)
+    (folder / "a" / "x").mkdir(parents=True)
+    (folder / "a" / "x" / "0.png").symlink_to(f"{elsewhere}/{NAMES[0]}/0.png")
+    return ProbeConfig(train=f"{folder}/a")
+
+
 def other_classes(folder: Path) -> ProbeConfig:
     return ProbeConfig(
         train=write_folder(f"{folder}/a", 4), val=write_folder(f"{folder}/b", 4, ("x", "checks"))
@@ -215,6 +222,8 @@ FAULTS = {
     no_folder: "probe.val {}/nothing: no such folder",
     flat: "probe.train {}/a/x/stripes: its images have no labels",
     no_images: "probe.train {}/a: no images there: .txt files (1)",
+    only_links: "probe.train {}/a: no images there: links to files outside of the folder, which "
+    "`python launch/pack.py --follow-links` takes (1); give shards of",
     other_classes: "probe.val has other classes than probe.train (2 and 2, differing in stripes)",
     no_labels: "probe.val {}/a: has no labels: give a set that has",
     one_folder_too_high: "probe.train {0}/a: no index.json there; there is one in {0}/a/train",

@@ -97,7 +97,16 @@ def test_what_is_in_hand_is_named() -> None:
         ([0.1, 0.2, 0.3], "the best --lr is the lowest that was tried, 0.1: try lower ones too"),
         ([0.3, 0.2, 0.1], "the best --lr is the highest that was tried, 0.4: try higher ones too"),
         ([0.1, 0.3, 0.2], ""),
-        ([0.3, 0.3, 0.2], ""),
+        (
+            [0.3, 0.3, 0.2],
+            "the highest --lr that was tried, 0.4, shared the best score with others: try higher "
+            "ones too",
+        ),
+        (
+            [0.3, 0.1, 0.3],
+            "the highest and the lowest --lr that were tried, 0.4 and 0.1, shared the best score: "
+            "try higher and lower ones too",
+        ),
     ],
 )
 def test_a_rate_at_the_edge_is_told(scores: list[float], text: str) -> None:
@@ -111,10 +120,10 @@ def test_a_rate_at_the_edge_is_told(scores: list[float], text: str) -> None:
 def test_fine_tuning_of_several_lengths_is_told() -> None:
     """The edge is one of rates, whatever the lengths are."""
     told: list[str] = []
-    hint_at_edge((0.4, 0.4, 0.1, 0.1), [0.5, 0.2, 0.1, 0.5], stand_in(1, told))
+    hint_at_edge((0.4, 0.4, 0.2, 0.1), [0.5, 0.2, 0.6, 0.5], stand_in(1, told))
     assert told == []
     hint_at_edge((0.4, 0.4, 0.1, 0.1), [0.5, 0.5, 0.1, 0.2], stand_in(1, told))
-    assert len(told) == 1
+    assert told == ["the best --lr is the highest that was tried, 0.4: try higher ones too"]
 
 
 def test_a_choice_on_few_images_is_told() -> None:

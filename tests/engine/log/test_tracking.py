@@ -35,7 +35,7 @@ class Recorder(Tracker):
     name = "Recorder"
 
     def __init__(self) -> None:
-        self.starts, self.finished = 0, False
+        self.starts, self.finished, self.failed = 0, False, False
         self.curves: dict[str, list[tuple[int, float]]] = {}
         self.pictures: list[tuple[str, int]] = []
         self.down, self.hang = False, threading.Event()
@@ -56,9 +56,9 @@ class Recorder(Tracker):
         self._answer()
         self.pictures.append((name, step))
 
-    def finish(self) -> None:
+    def finish(self, failed: bool) -> None:
         self._answer()
-        self.finished = True
+        self.finished, self.failed = True, failed
 
     def _add(self, points: Sequence[Point]) -> None:
         for values, step in points:
@@ -108,13 +108,20 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.parametrize("failed", [True, False])
+def test_a_tracker_is_told_of_a_failure(run: Run, *, failed: bool) -> None:
+    run.begin()
+    join_all([run.sender], failed)
+    assert (run.recorder.finished, run.recorder.failed) == (True, failed)
+
+
 def test_all_steps_arrive_once(run: Run) -> None:
     run.log = [Point({"train/loss": step / 7}, step) for step in range(5)]
     run.begin()
     run.write(*range(5, 50))
     wait_for(lambda: run.recorder.curves)
     run.write(*range(50, 70))
-    join_all([run.sender])
+    join_all([run.sender], failed=False)
     assert run.recorder.curves["train/loss"] == run.wanted()
     assert run.recorder.finished
     assert run.said == ["Recorder: http://recorder"]
@@ -129,7 +136,7 @@ def test_a_step_that_is_logged_while_the_log_is_read_arrives_once(run: Run) -> N
     run.sender = Sender(run.recorder, lambda: read() if ready.wait() else [], run.said.append)
     ready.set()
     wait_for(lambda: run.recorder.curves)
-    join_all([run.sender])
+    join_all([run.sender], failed=False)
     assert run.recorder.curves["train/loss"] == run.wanted()
 
 
@@ -138,7 +145,7 @@ def test_a_late_key_of_a_step_arrives(run: Run) -> None:
     run.begin()
     wait_for(lambda: run.recorder.curves)
     run.sender.scalars(Point({"eval/knn_top1": 0.5}, 4))
-    join_all([run.sender])
+    join_all([run.sender], failed=False)
     assert run.recorder.curves == {"train/loss": [(4, 1.0)], "eval/knn_top1": [(4, 0.5)]}
 
 
@@ -154,7 +161,7 @@ def test_an_outage_is_told_once_and_what_was_missed_is_sent_again(run: Run) -> N
     run.write(4)
     run.recorder.down = False
     wait_for(lambda: len(run.said) == 3)
-    join_all([run.sender])
+    join_all([run.sender], failed=False)
     assert run.recorder.curves["train/loss"] == run.wanted()
     assert run.recorder.starts == 2
     assert len(run.recorder.pictures) == 2
@@ -171,7 +178,7 @@ def test_a_tracker_that_hangs_holds_up_nothing(run: Run, monkeypatch: pytest.Mon
     run.begin()
     began = time.monotonic()
     run.write(*range(3 * sending.MOST))
-    join_all([run.sender])
+    join_all([run.sender], failed=False)
     assert time.monotonic() - began < 5  # not forever
     assert len(run.sender._waiting) <= sending.MOST
     assert "3,000 logged steps did not arrive (it takes too long)" in run.said[-1]
@@ -187,7 +194,7 @@ def test_a_slow_tracker_gets_the_steps_that_could_not_wait(run: Run) -> None:
     run.recorder.hang.clear()
     run.write(*range(1, 2 * sending.MOST))
     run.recorder.hang.set()
-    join_all([run.sender])
+    join_all([run.sender], failed=False)
     assert run.recorder.curves["train/loss"] == run.wanted()
 
 
@@ -196,7 +203,7 @@ def test_what_did_not_arrive_is_told_in_the_end(run: Run) -> None:
     run.begin()
     run.write(0, 1)
     wait_for(lambda: run.said)
-    join_all([run.sender])
+    join_all([run.sender], failed=False)
     assert run.said[-1] == (
         "Recorder: 2 logged steps did not arrive (nobody answers); metrics.jsonl has them, and the "
         "next start sends them"

@@ -14,6 +14,7 @@ from engine.log.tracker_ids import TRACKERS
 from engine.log.trackers import Description, Point
 from engine.log.tracking import check_trackers
 from engine.log.wandb_tracker import WandbTracker
+from engine.trainer import Trainer
 from shards.errors import InputError
 from tests.helpers import tiny
 from tests.helpers.training import train
@@ -31,6 +32,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "wandb"
 
 
+def fail(*_: object) -> None:
+    raise InputError("the data is at fault")
+
+
 def test_a_run_and_its_continuation(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,12 +45,17 @@ def test_a_run_and_its_continuation(
     recipe = tiny.recipe(data, run, steps=6, log=LogConfig(every=1, wandb="team/byol"))
     train(recipe)
     train(replace(recipe, steps=8))
+    monkeypatch.setattr(Trainer, "check_skips", fail)
+    with pytest.raises(InputError):
+        train(replace(recipe, steps=9))
 
     records = [read_records(path) for path in find_runs(folder)]
     begun = [next(one.run for one in found if one.HasField("run")) for found in records]
     assert [(one.entity, one.project, one.display_name) for one in begun] == [
         ("team", "byol", "run")
-    ] * 2
+    ] * 3
+    ends = [next(one.exit for one in found if one.HasField("exit")) for found in records]
+    assert [one.exit_code for one in ends] == [0, 0, 1]  # W&B calls the last one failed
     assert begun[0].run_id == begun[1].run_id == json.loads((run / TRACKERS).read_text())["id"]
     config = {item.key: item.value_json for item in begun[0].config.update}
     assert config["schedule.base_lr"] == "2.0"

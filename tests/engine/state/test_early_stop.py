@@ -10,14 +10,17 @@ import torch
 
 from engine.data import open_data, open_own_probe_sets
 from engine.evaluation.during_training import Probe, ProbeConfig, Stopped
+from engine.explain.report import explain
 from engine.log.metrics import TIMINGS, LogConfig, NoLog
+from engine.log.terminal import Terminal
+from engine.method.durations import is_due
 from engine.method.schedule import ScheduleConfig
 from engine.processes.world import World
 from engine.recipe import Recipe
 from engine.report.survey import survey_runs
 from engine.state import checkpoint
 from engine.state.checkpoint import CheckpointConfig
-from engine.state.early_stop import MARK, EarlyStop, EarlyStopConfig, Patience
+from engine.state.early_stop import MARK, EarlyStop, EarlyStopConfig, Patience, find_doubt
 from engine.trainer import Trainer
 from shards.errors import InputError
 from shards.loader import DataConfig
@@ -241,6 +244,44 @@ def test_a_run_that_ended_below_its_untrained_encoder_says_so(
     assert lines(tmp_path)[-1]["health"] == "not learning"
     assert "health not learning (knn_top1 is 60.0% at step 4 of 20, and 90.0% without" in told
     assert "the trained encoder was measured last at step 4" in told
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7, 18, 19, 20])
+@pytest.mark.parametrize("patience", [1, 4, 17])
+@pytest.mark.parametrize("every", [(1, 2), (3, 6), (5, 5), ("7/2 steps", 0), ("1/2 steps", 4)])
+def test_a_stop_that_can_never_come_is_told(
+    warmup: int, patience: int, every: tuple[int | str, int | str]
+) -> None:
+    """As often as counting the steps one by one finds it."""
+    for key, measured in (("loss", every), ("knn_top1", every[1:])):
+        steps = {
+            step
+            for step in range(warmup + 1, 20)
+            if (step == 1 and key == "loss") or any(is_due(one, step) for one in measured)
+        }
+        doubt = find_doubt(EarlyStopConfig(key, patience), warmup, 20, *every)
+        assert bool(doubt) == (len(steps) <= patience), (key, steps)
+        assert not doubt or f"it is measured {len(steps)} time" in doubt
+    assert not find_doubt(EarlyStopConfig(patience=patience), warmup, 20, *every)
+
+
+def test_a_start_tells_that_its_stop_never_comes(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = recipe(tiny_data, tmp_path, STOP, steps=0)
+    assert train(config)
+    assert "cannot end this run" not in capsys.readouterr().out
+    long = dataclasses.replace(config.schedule, warmup="20 steps")
+    config = dataclasses.replace(config, schedule=long, run=f"{tmp_path}/long")
+    line = (
+        "early_stop.key knn_top1 cannot end this run: it is measured 0 times between the 20 steps "
+        "of the warm-up and the last step, 20, and early_stop.patience 2 needs 3: give a shorter "
+        "--schedule.warmup\n"
+    )
+    assert train(config)
+    assert line in capsys.readouterr().out
+    explain(config, ALONE, Terminal(main=True))
+    assert line in capsys.readouterr().out
 
 
 def test_processes_end_together(ranks: Ranks, tiny_data: DataConfig, tmp_path: Path) -> None:

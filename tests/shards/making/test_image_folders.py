@@ -113,7 +113,7 @@ def test_links_and_what_is_no_file(tmp_path: Path) -> None:
     (source / "a" / "7.jpg").symlink_to("/dev/zero")
     (source / "a" / "up").symlink_to("..")
     os.mkfifo(source / "a" / "8.jpg")
-    outside = "links to files outside of SOURCE (--follow-links takes them)"
+    outside = "links to files outside of the folder, which --follow-links takes"
     sets, left_out, _ = find_images(str(source))
     assert [image.path for image in sets[0].images] == ["a/2.jpg", "a/4.jpg"]
     counts = {
