@@ -93,6 +93,7 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> tuple[b
                 trainer.check_finite(output, saver.wait)
                 _save(trainer, saver, log)
                 meter.restart()
+            del batch, output  # else the next step could not use the memory of this one's images
 
         saver.finish()
     return stopping, early.reason

@@ -158,9 +158,9 @@ class Trainer:
             images = self.augment(views, params)  # [V*b, 3, S, S]
             with self.parallel.micro_batch(last=number == len(parts)):
                 with autocast(self.recipe.precision, self.device):
-                    online = self.parallel.online(images)
-                    with torch.no_grad():
+                    with torch.no_grad():  # first, while no activations are kept
                         projection = self.target(images)  # [V*b, D]
+                    online = self.parallel.online(images)
                 byol_term = byol_loss(online.prediction, projection).mean() * share
                 head_term = head_loss(online.logits, labels, labeled)
                 self.guard.scale_loss(byol_term + head_term).backward()

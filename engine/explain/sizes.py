@@ -101,10 +101,10 @@ class Fakes:
                 images = torch.empty(VIEWS * rows, 3, size, size, dtype=dtype)
                 labels = torch.zeros(rows, dtype=torch.int64)
                 with autocast(recipe.precision, _CPU):
-                    output = spread.online(images)
-                    kept = live.now
                     with torch.no_grad():
                         projection = fresh.target(images)
+                    output = spread.online(images)
+                    kept = live.now
                 loss = byol_loss(output.prediction, projection).mean()
                 if output.logits is not None:
                     loss = loss + F.cross_entropy(output.logits.to(dtype), labels)

@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
 
+@torch.no_grad()  # with gradients, a sharded tensor would record in each step how it was made plain
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return this process's part of each tensor, as plain tensors that share its memory."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]

@@ -73,9 +73,9 @@ class BatchNorm(nn.Module):
         # in float32 as `_SyncNorm`, and a quarter faster in bfloat16.
         self.batch_statistics.zero_()  # momentum 1 multiplies old values by 0: nan would stay
         normalized = [
-            self._normalize(view, mean, variance)
-            for view, (mean, variance) in zip(
-                x.chunk(self.views), self.batch_statistics, strict=True
+            self._normalize(view, *statistics.unbind())
+            for view, statistics in zip(
+                x.chunk(self.views), self.batch_statistics.unbind(), strict=True
             )
         ]  # V x [B, C, ...]
         return normalized[0] if self.views == 1 else torch.cat(normalized)

@@ -57,7 +57,7 @@ class Watch:
         self._looked = 0
         self._order: dict[str, int] = {}  # by module of the online network, when it ran
         self._before: list[Tensor] = []
-        self._output: OnlineOutput | None = None
+        self._projection: Tensor | None = None
         self._losses: list[Tensor] = []
         self._head_losses: list[Tensor] = []
         self._pictures: list[Tensor] = []
@@ -83,9 +83,9 @@ class Watch:
         self._look_at_state("before the step")
         online, target = trainer.online, trainer.target
         handles: list[Any] = [
-            online.register_forward_pre_hook(self._begin),
-            online.register_forward_hook(self._keep),
-            target.register_forward_hook(self._compare),
+            target.register_forward_pre_hook(self._begin),
+            target.register_forward_hook(self._keep),
+            online.register_forward_hook(self._compare),
             trainer.optimizer.register_step_pre_hook(self._measure),
         ]
         for prefix, network in (("online", online), ("target", target)):
@@ -121,13 +121,13 @@ class Watch:
             if output.requires_grad:
                 output.register_hook(partial(self._pass_back, name, self._order[name]))
 
-    def _keep(self, _: nn.Module, __: Any, output: OnlineOutput) -> None:
-        self._output = output
+    def _keep(self, _: nn.Module, __: Any, projection: Tensor) -> None:
+        self._projection = projection
 
-    def _compare(self, _: nn.Module, __: Any, projection: Tensor) -> None:
-        assert self._output is not None
-        prediction, logits = self._output.prediction.detach(), self._output.logits
-        losses = byol_loss(prediction, projection)
+    def _compare(self, _: nn.Module, __: Any, output: OnlineOutput) -> None:
+        assert self._projection is not None  # the target network ran before
+        prediction, logits = output.prediction.detach(), output.logits
+        losses = byol_loss(prediction, self._projection)
         self._look("the loss", losses, rows=True)
         self._losses.append(losses.double().cpu())
         labels = self._labels[self._part].to(losses.device)
