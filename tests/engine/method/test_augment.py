@@ -89,15 +89,16 @@ def test_operation(operation: str, size: int, dtype: torch.dtype) -> None:
         _assert_golden(size, f"{key}/out", result)
 
 
+@pytest.mark.parametrize("way", [ops.distort_chosen, ops.distort_together])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("view", ["view1", "view2"])
-def test_whole_view(view: str, size: int) -> None:
+def test_whole_view(view: str, size: int, way: Callable[..., Tensor]) -> None:
     images, params = _rows(size, view)
-    result = distort(images, params)
+    result = way(images, params, blur=True)
     assert result.dtype == torch.float32
     _assert_golden(size, f"{view}/out", result)
 
-    precise = distort(images.double() / 255, params)
+    precise = way(images.double() / 255, params.double(), blur=True)
     assert precise.dtype == torch.float64
     _assert_golden(size, f"{view}/out", precise)
     torch.testing.assert_close(result.double(), precise, rtol=0, atol=ROUNDING)
@@ -131,12 +132,35 @@ def test_compiles_into_one_graph_for_every_batch() -> None:
         )
 
 
-@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("size", [32, 64, 240])
 def test_rows_are_independent(size: int) -> None:
+    """Bit for bit on one thread, whatever rows are chosen and processed together."""
     images, params = _batch(12, size)
-    together = augment(images, params)
-    alone = torch.cat([augment(images[i : i + 1], params[i : i + 1]) for i in range(12)])
-    torch.testing.assert_close(alone, together, rtol=0, atol=ROUNDING / min(ops.STD))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        together = augment(images, params)
+        alone = torch.cat([augment(images[i : i + 1], params[i : i + 1]) for i in range(12)])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("size", [32, 240])
+def test_a_cpu_chooses_rows_and_gets_what_a_gpu_gets(size: int) -> None:
+    """Of many rows that need different operations, in float64 and with what a caller keeps."""
+    images, params = _batch(24, size)
+    assert len({tuple(row) for row in (params[:, :4] > 0).tolist()}) >= 8
+    precise = images.double() / 255
+    kept = precise.clone()
+    expected = ops.distort_together(precise, params.double(), blur=True)
+    torch.testing.assert_close(distort(precise, params), expected, rtol=0, atol=1e-12)
+    assert torch.equal(precise, kept)
+    found = distort(images, params).double()
+    torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(
+        augment(images, params).double(), normalize(expected), rtol=0, atol=ROUNDING / min(ops.STD)
+    )
 
 
 def test_unblurred_rows_are_left_exactly() -> None:
