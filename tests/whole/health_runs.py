@@ -2,9 +2,9 @@
 
     python -m tests.whole.health_runs [NAME ...] [--save]
 
-Each run takes half a minute to five minutes of one core. Without names all of them are made. A table shows
-what was wanted of each run, what was found, and after which fraction of the run the first alarm
-came. --save keeps the figures of the runs in tests/golden/health.json, on which
+Each run takes half a minute to five minutes of one core. Without names all of them are made. A
+table shows what was wanted of each run, what was found, and after which fraction of the run the
+first alarm came. --save keeps the figures of the runs in tests/golden/health.json, on which
 tests/engine/log/test_health.py tries the rules again in no time.
 """
 
