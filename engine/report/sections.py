@@ -97,7 +97,7 @@ def _tell_images(run: RunFacts) -> str:
     if share is None or not images or not 0 <= share <= 1 or not 1 <= images < math.inf:
         return ""
     twice = 2 * math.sqrt(share * (1 - share) / images)
-    return f" on {images:,.0f} images \u00b1 {twice:.1%} (two standard errors)"
+    return f" \u00b1 {twice:.1%} (two standard errors on {images:,.0f} images)"
 
 
 def _hours(run: RunFacts) -> str:

@@ -325,7 +325,7 @@ def test_the_tiles_tell_how_the_run_is_and_how_sure_its_knn(tmp_path: Path) -> N
     (saved / "step_00000050").mkdir(parents=True)
     (saved / "step_00000050" / "commit.json").write_text('{"step": 50}')
     found = page_of(run).text
-    assert "36.0% kNN on 900 images \u00b1 3.2% (two standard errors)" in found
+    assert "36.0% kNN \u00b1 3.2% (two standard errors on 900 images)" in found
     assert "50 step of the newest checkpoint" in found
     for odd in (0, -1, True, "x", None, 1e300):
         log.write_text(text + json.dumps(line | {"knn_images": odd}))
