@@ -16,7 +16,8 @@ from engine.report.curves import show_number
 from engine.report.page import name_runs
 from engine.report.recipes import differing_fields
 from engine.report.report import write_report
-from engine.report.survey import RunSummary, show_duration, survey_runs
+from engine.report.states import show_duration
+from engine.report.survey import RunSummary, survey_runs
 from shards.errors import printable
 from shards.storage import files
 

@@ -11,9 +11,10 @@ import numpy as np
 
 from engine.log import journal
 from engine.log.journal import Record
+from engine.report.states import tell_state
 from engine.report.thinning import Values
 from engine.report.views import find_views
-from engine.state import checkpoint, layout, origin
+from engine.state import checkpoint, early_stop, layout, origin
 from shards.documents import build, parse_json
 from shards.errors import InputError
 from shards.storage import files, local_files
@@ -56,6 +57,7 @@ class RunFacts:
     views: tuple[int, bytes] | None = None  # the newest picture of the views, and its step
     sheet: tuple[str, bytes] | None = None  # the newest sheet of neighbors, and its place in RUN
     commit: dict[str, Any] = field(default_factory=dict)  # the newest commit.json
+    state: str = ""  # in a word or two, "" when it is not known
     faults: list[str] = field(default_factory=list)  # what could not be read, and why
 
     @property
@@ -75,6 +77,12 @@ class RunFacts:
         origin = self.commit.get("origin")
         images = origin.get("samples") if isinstance(origin, dict) else None
         return images if type(images) is int and images > 0 else None
+
+    @property
+    def saved(self) -> int | None:
+        """Return the step of the newest checkpoint, or None when there is none."""
+        step = self.commit.get("step")
+        return step if type(step) is int and step >= 0 else None
 
     @property
     def processes(self) -> int | None:
@@ -128,12 +136,13 @@ def as_number(value: object) -> float | None:
     return number if _SMALLEST <= abs(number) <= _LARGEST else 0.0 if abs(number) < 1 else math.inf
 
 
-def collect(url: str, name: str = "RUN", pictures: bool = True) -> RunFacts:
+def collect(url: str, name: str = "RUN", pictures: bool = True, *, left: bool = False) -> RunFacts:
     """Read what a run has written. What cannot be read is a fault, unless nothing can be.
 
     Args:
         name: What the user gave the URL for, for messages.
         pictures: Whether the picture of the views is needed.
+        left: Whether this process, which may still hold the run, trains it no more.
 
     Raises InputError when there is no run at the URL, and OSError when it cannot be read at all.
     """
@@ -168,6 +177,7 @@ def collect(url: str, name: str = "RUN", pictures: bool = True) -> RunFacts:
         run.sheet = _attempt(run, place, lambda: _read_sheet(run.url, place, entry))
     if layout.CHECKPOINTS in names:
         run.commit = _attempt(run, "the newest commit.json", lambda: _read_commit(run.url)) or {}
+    run.state = _attempt(run, layout.LEASE, lambda: _tell_state(run, left)) or ""
     if pictures:
         run.views = _attempt(run, "the picture of the views", lambda: find_views(run.url))
     return run
@@ -179,6 +189,12 @@ def read_recipe(url: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ValueError("it is no JSON object")
     return document
+
+
+def _tell_state(run: RunFacts, left: bool) -> str:
+    last = run.records[-1] if run.records else {}
+    done = run.total_steps is not None and last.get("step") == run.total_steps
+    return tell_state(run.url, done=done, stopped_early=bool(last.get(early_stop.MARK)), left=left)
 
 
 def _read_recipe(run: RunFacts) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from shards.storage.entries import list_entries
 PATIENCE = 30.0  # seconds that the end of a training waits for its report
 
 
-def write_report(run: str, others: Sequence[str] = (), out: str = "") -> str:
+def write_report(run: str, others: Sequence[str] = (), out: str = "", *, left: bool = False) -> str:
     """Write a run's report, in which other runs are compared with it, and return its URL.
 
     Args:
         run: URL of the run.
         others: URLs of the other runs.
         out: URL of the file. By default it is RUN/report.html.
+        left: Whether this process, which may still hold the run, trains it no more.
 
     Raises InputError when a URL is no run's, and OSError.
     """
@@ -28,7 +29,10 @@ def write_report(run: str, others: Sequence[str] = (), out: str = "") -> str:
     files.check(out, "--out")
     if out and out.endswith("/"):
         raise InputError(f"--out {files.redact(out)}: is a folder: give the URL of a file")
-    runs = [collect(run, "RUN"), *(collect(other, "--compare", pictures=False) for other in others)]
+    runs = [
+        collect(run, "RUN", left=left),
+        *(collect(other, "--compare", pictures=False) for other in others),
+    ]
     url = out or files.join(run.rstrip("/") or run, layout.REPORT)
     files.write(url, make_page(runs))
     return url
@@ -48,7 +52,8 @@ def write_at_end(run: str, main: bool, say: Callable[[str], None], news: bool = 
 
     def write() -> None:
         url = files.join(run, layout.REPORT)
-        told.append(files.redact(url if not news and _is_current(run) else write_report(run)))
+        stays = not news and _is_current(run)
+        told.append(files.redact(url if stays else write_report(run, left=True)))
 
     fault = try_for(PATIENCE, write)
     say(f"{layout.REPORT} was not written: {fault}" if fault else f"report        {told[0]}")

@@ -1,5 +1,6 @@
 """Write the sections of a report that are no curves."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +26,13 @@ _TILES = {
     "feature_std": "spread of the features",
     "feature_rank": "rank of the features",
 }
+_STATES = {  # what the words of `evaluate.py runs` mean
+    "done": "the run has reached its end",
+    "stopped early": "a figure of the log ended the run",
+    "stopped": "ended without finishing; the same command goes on",
+    "dead": "the job ended without a word; the same command goes on",
+    "trains": "a job trained the run when this page was made",
+}
 _FAILED = "evaluation_failed"
 _LONGEST_REASON = 300
 
@@ -38,11 +46,16 @@ def write_tiles(run: RunFacts) -> Html:
     if run.records and (reason := run.records[-1].get(MARK)):
         title += f", stopped early: {str(reason)[:_LONGEST_REASON]}"
     tiles = [_tile(f"{step:,}", title)]
+    if run.state:
+        tiles.append(_tile(run.state, _STATES.get(run.state, "when this page was made")))
+    if run.saved is not None:
+        tiles.append(_tile(f"{run.saved:,}", "step of the newest checkpoint"))
     for key, title in _TILES.items():
         value = as_number(run.last(key))
         if value is not None:
             levels = read_baselines(run) if key == "knn_top1" else {}
             more = [f", {name} {show_number(key, level)}" for name, level in levels.items()]
+            title += _tell_images(run) if key == "knn_top1" else ""
             tiles.append(_tile(show_number(key, value), title + _best(run, key) + "".join(more)))
     _, speeds = run.numbers("images_per_second")
     if np.isfinite(speeds).any():
@@ -72,6 +85,19 @@ def _best(run: RunFacts, key: str) -> str:
     if values[best] == values[-1]:
         return ""
     return f", best {show_number(key, float(values[best]))} at step {int(steps[best]):,}"
+
+
+def _tell_images(run: RunFacts) -> str:
+    """Tell on how many images the newest kNN was measured, and how sure it is of so few.
+
+    An accuracy p on n images is a binomial share, whose standard error is sqrt(p (1 - p) / n).
+    """
+    record = next((one for one in reversed(run.records) if one.get("knn_top1") is not None), {})
+    share, images = (as_number(record.get(key)) for key in ("knn_top1", "knn_images"))
+    if share is None or not images or not 0 <= share <= 1 or not 1 <= images < math.inf:
+        return ""
+    twice = 2 * math.sqrt(share * (1 - share) / images)
+    return f" \u00b1 {twice:.1%} (two standard errors on {images:,.0f} images)"
 
 
 def _hours(run: RunFacts) -> str:

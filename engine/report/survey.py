@@ -9,7 +9,8 @@ from typing import Any
 
 from engine.log import journal
 from engine.report.facts import NOT_FIELDS, RESULT, RunFacts, read_recipe
-from engine.state import checkpoint, early_stop, layout, lease
+from engine.report.states import tell_state
+from engine.state import checkpoint, early_stop, layout
 from shards.errors import InputError
 from shards.storage import files
 from shards.storage.entries import Entry, list_entries
@@ -131,7 +132,8 @@ def _summarize(url: str, entries: list[Entry]) -> RunSummary:
     except OSError as error:
         run.faults.append(f"{layout.CHECKPOINTS} cannot be listed: {error}")
     try:
-        run.state = _tell_state(run, _is_empty(there))
+        done, empty = run.step is not None and run.step == run.total_steps, _is_empty(there)
+        run.state = tell_state(run.url, done=done, stopped_early=run.stopped_early, empty=empty)
     except (OSError, InputError) as error:
         run.faults.append(f"{layout.LEASE} cannot be read: {error}")
     return run
@@ -184,32 +186,3 @@ def _read_checkpoints(run: RunSummary, there: Collection[str]) -> None:
 def _is_empty(there: Collection[str]) -> bool:
     """Return whether a job claimed the folder for a run, and has written nothing of the run."""
     return not {layout.RECIPE, layout.JSONL, layout.PARTS, layout.CHECKPOINTS} & set(there)
-
-
-def _tell_state(run: RunSummary, empty: bool) -> str:
-    """Say in a word or two whether a job trains the run.
-
-    A job that holds the run and has not shown itself for three of its periods is silent.
-    """
-    sight = lease.look(run.url)
-    if empty and (sight is None or sight.released or sight.dead):
-        return "began nothing"
-    if sight is None or sight.released:
-        is_done = run.step is not None and run.step == run.total_steps
-        stopped = "stopped early" if run.stopped_early else "stopped"
-        return "done" if is_done else stopped
-    if sight.dead:
-        return "dead"
-    if sight.silent is not None and sight.silent > 3 * sight.period:
-        return f"silent for {show_duration(sight.silent)}"
-    return "starts" if empty else "trains"
-
-
-def show_duration(seconds: float) -> str:
-    """Write a time in its two largest units."""
-    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
-    if minutes < 1:
-        return f"{int(seconds)} s"
-    if hours < 1:
-        return f"{minutes} min"
-    return f"{hours} h {minutes % 60} min" if days < 1 else f"{days} d {hours % 24} h"

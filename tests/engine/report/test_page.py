@@ -17,6 +17,7 @@ from engine.report.pictures import embed
 from engine.report.views import find_views
 from shards.errors import InputError
 from shards.png import decode_png, encode_png
+from tests.helpers import leases
 from tests.helpers.web_pages import WebPage, read_page
 
 TAGS = {
@@ -311,6 +312,32 @@ def test_the_page_tells_what_the_run_was_trained_on(tmp_path: Path) -> None:
     for odd in (b"[]", b"{", b'{"origin": 3, "packages": {"torch": 3}}'):
         (tmp_path / "run" / "checkpoints" / "step_00000050" / "commit.json").write_bytes(odd)
         assert "training images" not in page_of(run).text
+
+
+def test_the_tiles_tell_how_the_run_is_and_how_sure_its_knn(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    log, saved = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "checkpoints"
+    assert "standard errors" not in page_of(run).text  # of a log without the number of images
+    assert "stopped ended without finishing" in page_of(run).text
+    text = log.read_text()
+    line = {"step": 60, "loss": 1.0, "knn_top1": 0.36, "knn_images": 900}
+    log.write_text(text + json.dumps(line))
+    (saved / "step_00000050").mkdir(parents=True)
+    (saved / "step_00000050" / "commit.json").write_text('{"step": 50}')
+    found = page_of(run).text
+    assert "36.0% kNN \u00b1 3.2% (two standard errors on 900 images)" in found
+    assert "50 step of the newest checkpoint" in found
+    for odd in (0, -1, True, "x", None, 1e300):
+        log.write_text(text + json.dumps(line | {"knn_images": odd}))
+        assert "36.0% kNN" in page_of(run).text
+    leases.leave(run, 3, period=10.0)
+    assert "trains a job trained the run when" in page_of(run).text
+    at_end = read_page(make_page([collect(run, left=True)])).text
+    assert "stopped ended without finishing" in at_end
+    log.write_text(text + json.dumps(line | {"stopped_early": "enough"}))
+    assert "stopped early a figure" in read_page(make_page([collect(run, left=True)])).text
+    log.write_text(text + json.dumps(line | {"step": 100}))
+    assert "done the run has" in read_page(make_page([collect(run, left=True)])).text
 
 
 def test_the_speed_of_a_single_device_is_drawn_once() -> None:

@@ -30,7 +30,13 @@ def test_a_training_ends_with_its_report(
     assert train(recipe)
     assert f"report        {tmp_path}/run/report.html\n" in capsys.readouterr().out
     page = read_page((tmp_path / "run" / "report.html").read_bytes())
-    for text in ("of 20 steps (100%)", "kNN accuracy", "batch of step 20", "model.encoder.depth"):
+    for text in (
+        "of 20 steps (100%)",
+        "done the run has reached",
+        "kNN accuracy",
+        "batch of step 20",
+        "model.encoder.depth",
+    ):
         assert text in page.text
     assert files.read_json(f"{tmp_path}/run/recipe.json")["total_steps"] == 20
     (tmp_path / "run" / "report.html").write_text("compared with others")

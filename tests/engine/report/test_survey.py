@@ -12,7 +12,8 @@ import pytest
 
 from engine.processes.identity import identity
 from engine.report import survey
-from engine.report.survey import RunSummary, show_duration, survey_runs
+from engine.report.states import show_duration
+from engine.report.survey import RunSummary, survey_runs
 from launch import evaluate
 from shards.errors import InputError
 from shards.storage import entries, files

@@ -1,0 +1,42 @@
+"""Say whether a job trains a run, and whether the run has reached its end."""
+
+from engine.state import lease
+
+
+def tell_state(
+    url: str, *, done: bool, stopped_early: bool, empty: bool = False, left: bool = False
+) -> str:
+    """Say in a word or two how a run is, by who holds it.
+
+    A job that holds the run and has not shown itself for three of its periods is silent.
+
+    Args:
+        url: URL of the run.
+        done: Whether the newest step is the last one of the run.
+        stopped_early: Whether a figure of the log ended the training at the newest step.
+        empty: Whether nothing of the run was written yet.
+        left: Whether this process, which may still hold the run, trains it no more.
+
+    Raises OSError and InputError when it cannot be read who holds the run.
+    """
+    sight = None if left else lease.look(url)
+    if empty and (sight is None or sight.released or sight.dead):
+        return "began nothing"
+    if sight is None or sight.released:
+        stopped = "stopped early" if stopped_early else "stopped"
+        return "done" if done else stopped
+    if sight.dead:
+        return "dead"
+    if sight.silent is not None and sight.silent > 3 * sight.period:
+        return f"silent for {show_duration(sight.silent)}"
+    return "starts" if empty else "trains"
+
+
+def show_duration(seconds: float) -> str:
+    """Write a time in its two largest units."""
+    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
+    if minutes < 1:
+        return f"{int(seconds)} s"
+    if hours < 1:
+        return f"{minutes} min"
+    return f"{hours} h {minutes % 60} min" if days < 1 else f"{days} d {hours % 24} h"
