@@ -1,6 +1,5 @@
 """The benches run and say how the sides compare; what stock computes is what ours computes."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -23,13 +22,9 @@ from engine.method.schedule import ScheduleConfig
 from engine.method.sgd import SGDConfig
 from engine.recipe import Recipe, load
 from launch import bench
-from launch.benchmarks import peers
-from launch.benchmarks.all import run_command
 from launch.benchmarks.input import draw_photo
-from launch.benchmarks.measuring import Cost
 from launch.benchmarks.order import VISITS, Setting, write_data_set
 from launch.benchmarks.plan import Entry, Spreading, Traffic, need
-from launch.benchmarks.results import Ratio, compare, find_command, read_rows, speeds
 from launch.benchmarks.step import prepare
 from launch.benchmarks.stock import Stock
 from shards.index import Index
@@ -95,80 +90,6 @@ def test_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
         for side in ("in the background", "waiting"):
             assert rows(lines, f"checkpoint to {place}, {side}: ") == 2
     assert not files.list_names("memory://bench/bench_checkpoint")
-
-
-@pytest.fixture
-def few_commands(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The commands that `all` runs instead: one that gives rows, and one that fails."""
-    small = "--samples 500 --shards 5 --ranks 2 --streams 4 --batch 40 --walk 5 --rounds 3"
-    commands = [
-        f"python launch/bench.py order {small}",
-        "python launch/bench.py step --recipe NONE.py",
-    ]
-    monkeypatch.setattr("launch.benchmarks.all.list_commands", lambda *_: commands)
-    return commands
-
-
-def test_all_gathers_rows_and_failures(
-    few_commands: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert bench.main(["all", "--out", str(tmp_path / "rows.json")]) == 1
-    lines = capsys.readouterr().out.splitlines()
-    document = json.loads((tmp_path / "rows.json").read_text())
-    found = {row.name: row for row in read_rows(document)}
-    for name, row in found.items():
-        assert row.command == few_commands[0]
-        assert rows(lines, name) == 1
-    row = found["order at a step, 500 samples"]
-    assert row.ratio is not None
-    assert row.ratio.least <= row.ratio.value <= row.ratio.most
-    assert row.ours is not None
-    assert row.other is not None
-    assert row.ratio.value == pytest.approx(row.other / row.ours)
-    (failure,) = document["failed"]
-    assert failure["command"] == few_commands[1]
-    assert "no such recipe file" in failure["reason"]
-    assert {"machine", "versions", "date", "load"} <= document.keys()
-    assert document["machine"]["cores"] >= 1
-    assert document["versions"]["torch"] == torch.__version__
-
-
-def test_a_hanging_command_costs_its_own_rows(
-    few_commands: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("launch.benchmarks.all.TIMEOUT", 0.2)
-    found, failure = run_command(few_commands[0])
-    assert not found
-    assert failure == {"command": few_commands[0], "reason": "it took more than 0.2 seconds"}
-
-
-def test_ratios_are_of_medians_and_of_single_rounds() -> None:
-    row = compare("it", [1.0, 2.0, 4.0], [4.0, 3.0, 2.0], "s")
-    assert (row.ours, row.other, row.ratio) == (2.0, 3.0, Ratio(1.5, 0.5, 4.0))
-    whole, _ = speeds("it", [Cost(0.5, 1.0, 0)], [Cost(1.0, 1.0, 0)], limit=4.0)
-    assert (whole.ours, whole.other, whole.ratio) == (2.0, 1.0, Ratio(2.0, 2.0, 2.0))
-    assert whole.share == 0.5
-
-
-def test_the_command_is_the_one_without_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ["step", "--out", "a b.json", "--steps", "1", "--out=c.json"]
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert find_command(arguments) == "python launch/bench.py step --steps 1"
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    started = "torchrun --nproc-per-node 2 launch/bench.py step --steps 1"
-    assert find_command(arguments) == started
-
-
-@pytest.mark.parametrize("peer", ["lightly", "kornia"])
-def test_a_peer_that_is_not_there_has_a_row(peer: str) -> None:
-    cost = [Cost(0.5, 0.5, 0)]
-    costs = {"ours": cost, "training": cost, "augmentation": cost}
-    costs |= {side: cost for name, sides in peers.ROWS.items() if name != peer for side in sides}
-    for row in peers._rows(costs, {peer: f"{peer} is not installed"}):
-        if row.name.endswith(peer):
-            assert (row.other, row.note) == (None, f"{peer} is not installed")
-        else:
-            assert row.other == 2.0
 
 
 def test_peers(capsys: pytest.CaptureFixture[str]) -> None:
