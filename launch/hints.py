@@ -14,16 +14,16 @@ from shards.fields import flatten
 # Names that other programs have, and the fields that do the same here. The first one that the
 # recipe has is proposed. What follows is said too.
 FIELDS: dict[str, tuple[list[str], str]] = {
-    "lr learning-rate base-learning-rate blr optimizer.lr": (
+    "lr base-lr learning-rate base-learning-rate blr optimizer.lr": (
         ["schedule.base-lr"],
         "it is the peak at batch size 256, and goes in proportion to the batch",
     ),
-    "epoch max-epochs num-epochs n-epochs": (["schedule.epochs"], ""),
+    "epoch max-epochs num-epochs n-epochs total-epochs": (["schedule.epochs"], ""),
     "max-steps num-steps iterations iters max-iters": (
         ["steps"],
         "it stops this process, and --schedule.epochs is the length of the schedule",
     ),
-    "batch batch-size bs batchsize global-batch-size b": (
+    "batch batch-size bs batchsize global-batch-size train-batch-size b": (
         ["batch.size"],
         "it counts the images of all processes together",
     ),
@@ -48,14 +48,17 @@ FIELDS: dict[str, tuple[list[str], str]] = {
         ["early-stop.key", "early-stop.patience"],
         "the first names a figure of the log, and the second counts its measurements",
     ),
-    "visdom visdom-url visdom-port visdom-server": (["log.visdom"], ""),
+    "visdom visdom-url visdom-port visdom-server": (
+        ["log.visdom"],
+        "it is a URL with the port, such as http://localhost:8097",
+    ),
     "wandb wandb-project wandb-entity": (["log.wandb"], ""),
     "dali gpu-decode decode-gpu": (["data.decode"], "it is cpu or gpu"),
-    "checkpoint ckpt checkpoint-path ckpt-path": (
+    "checkpoint ckpt checkpoint-path ckpt-path resume-path": (
         ["checkpoint.resume"],
         "it starts a new run from another run's state, and the same command continues a run",
     ),
-    "workers workers-per-replica num-workers n-workers j jobs num-threads": (
+    "workers workers-per-replica num-workers n-workers data-workers j jobs num-threads": (
         ["threads"],
         "threads of each process do what worker processes do elsewhere",
     ),
@@ -75,40 +78,42 @@ FIELDS: dict[str, tuple[list[str], str]] = {
         ["schedule.lr-decay"],
         "it is cosine or none",
     ),
-    "arch architecture depth backbone encoder network net": (
+    "arch architecture depth backbone encoder network net model.backbone.type": (
         ["model.encoder.depth", "model.encoder.name"],
         "",
     ),
     "width width-multiplier": (["model.encoder.width"], ""),
-    "proj-dim projection-dim projection-size out-dim dim": (["model.projection"], ""),
+    "proj-dim projection-dim projection-size out-dim output-dim dim": (["model.projection"], ""),
     "hidden-dim head-latent-size hidden-size mlp-dim projection-hidden-size": (
         ["model.hidden"],
         "",
     ),
     "output out output-dir out-dir log-dir logdir run-dir save-dir exp-dir rundir dir name "
-    "uid model-dir": (
+    "uid model-dir time-stamp ckpt-prefix": (
         ["run-url"],
         "it is the URL of the run's directory",
     ),
-    "data dataset data-dir data-path root train train-dir images": (
+    "data dataset data-dir data-path root train train-dir train-list image-dir images": (
         ["data.train"],
         "it is a folder of shards, which launch/pack.py writes",
     ),
-    "val val-dir valid validation test eval-data val-data": (["data.val"], ""),
-    "amp fp16 half bf16 mixed-precision dtype fp32 autocast": (
+    "val val-dir val-list valid validation test eval-data val-data": (["data.val"], ""),
+    "amp fp16 half bf16 mixed-precision dtype fp32 autocast opt-level": (
         ["precision"],
         "it is fp32, bf16 or fp16",
     ),
-    "image-size image-size-override img-size imsize crop-size resolution input-size size-crops": (
+    "image-size image-size-override img-size imsize crop-size resolution input-size size-crops "
+    "resize-size": (
         ["views.size"],
         "",
     ),
     "crop crop-scale min-scale scale": (["views.area"], ""),
-    "tau base-decay ema ema-decay ema-momentum momentum moving-average-decay m target-decay": (
+    "tau base-decay base-momentum ema ema-decay ema-momentum momentum moving-average-decay m "
+    "target-decay": (
         ["schedule.base-tau"],
         "it is the target's averaging rate, and that of the optimizer is --optimizer.momentum",
     ),
-    "warmup-epochs warm-up warmup-steps warmup-iters": (
+    "warmup warmup-epochs warm-up warmup-steps warmup-iters": (
         ["schedule.warmup"],
         "it takes steps, such as 300, or epochs, such as '10 epochs'",
     ),
@@ -117,8 +122,11 @@ FIELDS: dict[str, tuple[list[str], str]] = {
         "it takes epochs with their unit, such as '10 epochs', because a bare number counts steps",
     ),
     "eval-every eval-interval eval-freq val-every evaluate-every": (["probe.every"], ""),
-    "save-every save-interval save-freq checkpoint-every": (["checkpoint.every"], ""),
-    "log-every log-interval print-freq log-freq": (["log.every"], ""),
+    "save-every save-interval save-freq save-epoch checkpoint-every": (
+        ["checkpoint.every"],
+        "it takes steps, such as 500, or epochs, such as '1 epoch'",
+    ),
+    "log-every log-interval print-freq log-freq log-step": (["log.every"], ""),
     "knn knn-k k": (["probe.neighbours"], ""),
     "random-seed manual-seed": (["seed"], ""),
     "strategy ddp fsdp distributed": (["parallel.strategy"], "it is auto, ddp, fsdp or hsdp"),
@@ -140,7 +148,23 @@ ADVICE: dict[str, str] = {
         "launch/pack.py packs a folder of images once, and nothing is downloaded; --data.train is "
         "what it wrote, and --data.decode is cpu or gpu"
     ),
-    "representation-size": "the encoder says how many features it has",
+    "representation-size input-dim": "each network says how many features it has",
+    "model.projection.type model.predictor.type": "projector and predictor are the paper's MLPs",
+    "endpoint ckpt-endpoint key-id secret-id": (
+        "endpoints and keys come from the environment of the storage library"
+    ),
+    "bucket": (
+        "a bucket is part of a URL: --data.train s3://BUCKET/train --run-url s3://BUCKET/runs/first"
+    ),
+    "use-local-dataloader": "the URL in --data.train says whether data is local or in a bucket",
+    "val-batch-size": "evaluations choose the size of their batches, which changes no result",
+    "dual-views": "an image always gives two views, of one decode",
+    "num-examples": "index.json has the number of images, and --schedule.epochs counts passes",
+    "exclude-bias-and-bn": "biases and norms never have weight decay or LARS's adaptation",
+    "stage": (
+        "launch/train.py trains, and launch/evaluate.py measures: by finetune, linear, knn and more"
+    ),
+    "load-and-convert": "launch/export.py reads checkpoints of others, and writes TorchScript",
     "convert-to-sync-bn sync-bn": "norms always share statistics over all processes",
     "no-cuda cpu": "CUDA_VISIBLE_DEVICES= before the command hides the GPUs of a machine",
     "color-jitter-strength": (
@@ -175,18 +199,10 @@ def hint(option: str, recipe: Recipe) -> str:
         )
     if advice := explain_option(name, recipe) if name not in known else "":
         return advice
-    for names, text in ADVICE.items():
-        if name in names.split():
-            return text
-    for names, (targets, text) in FIELDS.items():
-        there = [target for target in targets if target in known]
-        if name in names.split() and not there:
-            return next(filter(None, (explain_option(one, recipe) for one in targets)), "")
-        if name in names.split():
-            both = there if name == "clip" else there[:1]
-            meant = " or ".join(f"--{one}" for one in both)
-            return f"did you mean {meant}?" + f" ({text})" * bool(text)
-    leaves = [field for field in known if field.rpartition(".")[2] == name.rpartition(".")[2]]
+    leaf = name.rpartition(".")[2]
+    if found := _look_up(name, recipe, known) or _look_up(leaf, recipe, known):
+        return found
+    leaves = [field for field in known if field.rpartition(".")[2] == leaf]
     near = (
         difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         or leaves[:4]
@@ -195,6 +211,22 @@ def hint(option: str, recipe: Recipe) -> str:
     if not near:
         return "--help lists the fields"
     return f"did you mean {' or '.join(f'--{one}' for one in near)}?"
+
+
+def _look_up(name: str, recipe: Recipe, known: list[str]) -> str:
+    """Return what the tables say about a name; "" when they do not have it."""
+    for names, text in ADVICE.items():
+        if name in names.split():
+            return text
+    for names, (targets, text) in FIELDS.items():
+        there = [target for target in targets if target in known]
+        if name in names.split() and not there:
+            return next(filter(None, (explain_option(one, recipe) for one in targets)), "")
+        if name in names.split():
+            several = there if text.startswith("the first") else there[:1]
+            meant = " or ".join(f"--{one}" for one in several)
+            return f"did you mean {meant}?" + f" ({text})" * bool(text)
+    return ""
 
 
 def _negate(name: str, recipe: Recipe) -> str:

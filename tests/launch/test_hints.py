@@ -58,6 +58,8 @@ def test_every_hint_leads_somewhere() -> None:
         (["--optimizer.lr", "3"], "did you mean --schedule.base-lr?"),
         (["--optimizer.xyzzy", "3"], "unknown field --optimizer.xyzzy: "),
         (["--clip", "1.0"], "did you mean --clip.value or --clip.norm?"),
+        (["--early-stop"], "did you mean --early-stop.key or --early-stop.patience? (the first"),
+        (["--optimizer.lr", "1"], "did you mean --schedule.base-lr?"),
         (["--uid", "a"], "did you mean --run-url?"),
         (["--num-replicas", "8"], "torchrun starts one process for each GPU"),
         (["--wd", "3"], "did you mean --optimizer.weight-decay?"),
@@ -110,14 +112,16 @@ def test_a_field_of_another_recipe_is_not_proposed() -> None:
     assert hint("betas", parse_recipe([QUICKSTART])) == "did you mean --optimizer.betas?"
 
 
-def test_the_flags_of_the_ancestor_with_a_command_line_agree_with_the_cookbook() -> None:
+@pytest.mark.parametrize("title", TABLES)
+def test_the_ancestors_options_agree_with_the_cookbook(title: str) -> None:
     recipe = parse_recipe([QUICKSTART])
-    for row in TABLES["The one-process-per-GPU reproduction"]:
-        for option in (one for one in row.options if re.fullmatch("[a-z-]+", one)):
+    for row in TABLES[title]:
+        for option in (one for one in row.options if re.fullmatch("[a-z_.-]+", one)):
             if option in row.fields or option.replace("-", "_") in row.fields:
-                continue  # the field has the flag's name
+                continue  # the field has the option's name
             text = hint(option, recipe)
             targets = {one.replace("_", "-").replace("run", "run-url") for one in row.fields}
             told = set(re.findall(r"--([a-z]+(?:[.-][a-z0-9]+)*)", text))
             assert not targets or targets & told or "recipe file sets" in text, (option, text)
+            assert targets or not text.startswith("did you mean") or option == "distributed", text
             assert text != "--help lists the fields", option
