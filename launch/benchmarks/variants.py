@@ -102,25 +102,29 @@ def bench_variants(
 
 def _measure(trainer: Trainer, images: Tensor, passes: int, steps: int) -> Cost:
     """Measure forward and backward passes of images [V*B, 3, S, S], the views in some passes."""
-    _split_views(trainer, passes)
-    work = partial(_pass, trainer, images, passes)
+    norms = [norm for norm in trainer.online.modules() if isinstance(norm, BatchNorm)]
+    # A pass must not write what an earlier one keeps for its backward pass.
+    statistics = [
+        [torch.zeros(VIEWS // passes, 2, len(n.weight), device=trainer.device) for n in norms]
+        for _ in range(passes)
+    ]
+    work = partial(_pass, trainer, images, norms, statistics)
     work()  # the first one compiles
     return measure(lambda: repeat(work, steps), steps * trainer.recipe.batch.size)
 
 
-def _split_views(trainer: Trainer, passes: int) -> None:
-    """Tell the norms how many views each of the passes has."""
-    for norm in trainer.online.modules():
-        if isinstance(norm, BatchNorm):
-            norm.views = VIEWS // passes
-            shape = norm.views, *norm.batch_statistics.shape[1:]
-            norm.batch_statistics = norm.batch_statistics.new_zeros(shape)
-
-
-def _pass(trainer: Trainer, images: Tensor, passes: int) -> None:
-    with autocast(trainer.recipe.precision, trainer.device):
-        outputs = [trainer.online(part).prediction for part in images.chunk(passes)]
-    torch.stack([output.float().square().mean() for output in outputs]).sum().backward()
+def _pass(
+    trainer: Trainer, images: Tensor, norms: list[BatchNorm], statistics: list[list[Tensor]]
+) -> None:
+    """Pass the images forward and backward, in as many forward passes as there are statistics."""
+    terms = []
+    for part, held in zip(images.chunk(len(statistics)), statistics, strict=True):
+        for norm, tensor in zip(norms, held, strict=True):
+            norm.views, norm.batch_statistics = len(tensor), tensor
+        with autocast(trainer.recipe.precision, trainer.device):
+            prediction = trainer.online(part).prediction
+        terms.append(prediction.float().square().mean())
+    torch.stack(terms).sum().backward()
     trainer.online.zero_grad()
 
 
