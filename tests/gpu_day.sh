@@ -7,8 +7,8 @@
 # is written anew after every part. With CIFAR10=FOLDER, a folder of shards with train/ and test/,
 # the last part trains on CIFAR-10, and otherwise on drawn images of the same size. A second call
 # with the same OUT continues that training. GPU_DAY_FAST=1 runs every command on a CPU at a tiny
-# size, to see that they all run. PYTHON names the Python, and PARTS the only parts that shall run, beside
-# those that are in the file.
+# size, to see that they all run. PYTHON names the Python. PARTS names the only parts that shall run,
+# and the others stay in the file as they are.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
