@@ -7,7 +7,8 @@
 # is written anew after every part. With CIFAR10=FOLDER, a folder of shards with train/ and test/,
 # the last part trains on CIFAR-10, and otherwise on drawn images of the same size. A second call
 # with the same OUT continues that training. GPU_DAY_FAST=1 runs every command on a CPU at a tiny
-# size, to see that they all run. PYTHON names the Python, and PARTS the only parts that shall run.
+# size, to see that they all run. PYTHON names the Python. PARTS names the only parts that shall run,
+# and the others stay in the file as they are.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,7 +17,7 @@ PYTHON=${PYTHON:-python}
 mkdir -p "$OUT"
 OUT=$(cd "$OUT" && pwd)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-rm -f "$OUT"/*.json
+if [ -z "${PARTS:-}" ]; then rm -f "$OUT/gpu_day.json"; fi
 
 fast=${GPU_DAY_FAST:-}
 if [ -n "$fast" ]; then
@@ -51,6 +52,7 @@ part() {
     if [ -n "$fast" ]; then seconds=$((seconds * 5)); fi
     if [ -n "${PARTS:-}" ] && [[ " $PARTS " != *" $name "* ]]; then return; fi
     echo "$(date +%T) $name: $*"
+    rm -f "$OUT/$name.rows.json"
     start=$(date +%s.%N)
     timeout --signal=TERM --kill-after=20 "$seconds" "$@" >"$OUT/$name.log" 2>&1
     code=$?

@@ -20,6 +20,7 @@ from engine.method.precision import autocast, parameter_dtype
 from engine.recipe import Recipe, load
 from launch.benchmarks.measuring import require_positive
 from launch.benchmarks.results import Report, Row, check_out
+from shards.errors import InputError
 from shards.views import COLUMNS
 
 CPU = torch.device("cpu")
@@ -104,7 +105,8 @@ def bench_roofline(
         out: File that the rows are also written to, as JSON.
     """
     check_out(out)
-    require_positive(batch=batch / 2)  # a norm needs two rows of each view
+    if batch < 2:  # a norm needs two rows of each view
+        raise InputError(f"--batch must be at least 2, not {batch}")
     require_positive(gbs=gbs, tflops=tflops, host_gbs=host_gbs)
     config = load(recipe)
     device = Device(gbs * 1e9, tflops * 1e12)

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from engine.method.byol import VIEWS
 from engine.method.norm import BatchNorm
 from engine.method.precision import autocast
 from engine.processes import world
@@ -28,6 +29,7 @@ from launch.benchmarks.measuring import (
 )
 from launch.benchmarks.results import Report, Row, check_out, speeds
 from launch.benchmarks.step import default_recipe, empty_caches, prepare
+from shards.errors import InputError
 from shards.loader import Batch
 from shards.order import BatchConfig
 
@@ -78,15 +80,14 @@ def bench_variants(
         trainer, data = prepare(config, folder)
         views, params = (t.flatten(0, 1).to(trainer.device) for t in (data.views, data.params))
         images = trainer.augment(views, params)
-        sides: dict[str, Callable[[], Cost]] = {}
-        for name, given, together in (
-            ("one forward", images, True),
-            ("two forwards", images, False),
-            ("contiguous", images.contiguous(), True),
-        ):
-            work = partial(_pass, trainer, given, together)
-            work()  # the first pass compiles
-            sides[name] = partial(_measure, work, steps, batch)
+        sides: dict[str, Callable[[], Cost]] = {
+            name: partial(_measure, trainer, given, passes, steps)
+            for name, given, passes in (
+                ("one forward", images, 1),
+                ("two forwards", images, VIEWS),
+                ("contiguous", images.contiguous(), 1),
+            )
+        }
         costs = alternate(sides, rounds)
     world.leave()
     title = [
@@ -99,20 +100,32 @@ def bench_variants(
     return Report(title, rows, out)
 
 
-def _measure(work: Callable[[], None], steps: int, batch: int) -> Cost:
-    return measure(lambda: repeat(work, steps), steps * batch)
+def _measure(trainer: Trainer, images: Tensor, passes: int, steps: int) -> Cost:
+    """Measure forward and backward passes of images [V*B, 3, S, S], the views in some passes."""
+    norms = [norm for norm in trainer.online.modules() if isinstance(norm, BatchNorm)]
+    # A pass must not write what an earlier one keeps for its backward pass.
+    statistics = [
+        [torch.zeros(VIEWS // passes, 2, len(n.weight), device=trainer.device) for n in norms]
+        for _ in range(passes)
+    ]
+    work = partial(_pass, trainer, images, norms, statistics)
+    work()  # the first one compiles
+    return measure(lambda: repeat(work, steps), steps * trainer.recipe.batch.size)
 
 
-def _pass(trainer: Trainer, images: Tensor, together: bool) -> None:
-    """Pass images [V*B, 3, S, S] forward and backward, both views at once or one by one."""
-    online = trainer.online
-    for norm in online.modules():
-        if isinstance(norm, BatchNorm):
-            norm.views = 2 if together else 1
-    with autocast(trainer.recipe.precision, trainer.device):
-        outputs = [online(part) for part in images.chunk(1 if together else 2)]
-    sum(output.prediction.float().square().mean() for output in outputs).backward()
-    online.zero_grad()
+def _pass(
+    trainer: Trainer, images: Tensor, norms: list[BatchNorm], statistics: list[list[Tensor]]
+) -> None:
+    """Pass the images forward and backward, in as many forward passes as there are statistics."""
+    terms = []
+    for part, held in zip(images.chunk(len(statistics)), statistics, strict=True):
+        for norm, tensor in zip(norms, held, strict=True):
+            norm.views, norm.batch_statistics = len(tensor), tensor
+        with autocast(trainer.recipe.precision, trainer.device):
+            prediction = trainer.online(part).prediction
+        terms.append(prediction.float().square().mean())
+    torch.stack(terms).sum().backward()
+    trainer.online.zero_grad()
 
 
 def bench_largest(
@@ -136,7 +149,8 @@ def bench_largest(
         out: File that the rows are also written to, as JSON.
     """
     check_out(out)
-    require_positive(most=most / FIRST)
+    if most < FIRST:
+        raise InputError(f"--most must be at least {FIRST}, not {most}")
     base = load(recipe) if recipe else default_recipe()
     base = replace(
         base, threads=threads, compile=False, precision=precision, batch=BatchConfig(FIRST)

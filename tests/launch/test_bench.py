@@ -22,9 +22,11 @@ from engine.method.schedule import ScheduleConfig
 from engine.method.sgd import SGDConfig
 from engine.recipe import Recipe, load
 from launch import bench
+from launch.benchmarks import variants
 from launch.benchmarks.input import draw_photo
 from launch.benchmarks.order import VISITS, Setting, write_data_set
 from launch.benchmarks.plan import Entry, Spreading, Traffic, need
+from launch.benchmarks.results import Row
 from launch.benchmarks.step import prepare
 from launch.benchmarks.stock import Stock
 from shards.index import Index
@@ -102,6 +104,28 @@ def test_peers(capsys: pytest.CaptureFixture[str]) -> None:
     assert not [line for line in lines if "not installed" in line]
 
 
+def test_variants(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--batch 8 --steps 1 --rounds 1 --threads 1 --precision fp32 --no-compile"
+    lines = run(f"variants {options}", capsys)
+    assert [rows(lines, name) for name in ("one forward", "channels_last")] == [2, 2]
+
+
+def test_largest_finds_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It closes in on the largest batch, and stops within a sixteenth of it."""
+
+    def find(fits: int, most: int) -> Row:
+        monkeypatch.setattr(variants, "prepare", lambda *_: (None, None))
+        monkeypatch.setattr(variants, "_try", lambda *given: 1.0 if given[2] <= fits else None)
+        return variants._largest("plain", Recipe(), most)
+
+    for fits in (8, 37, 500, 1000):
+        found = find(fits, 4096).ours
+        assert found is not None
+        assert fits - max(1, fits // 16) < found <= fits
+    assert find(5000, 100).ours == 100
+    assert find(3, 4096).ours in (2, 3)
+
+
 def test_photos_are_of_the_usual_size() -> None:
     assert 90_000 < len(draw_photo(0)) < 120_000
 
@@ -145,6 +169,8 @@ def test_input_on_tars_without_an_index(
         ("plan --classes -1", "--classes must be at least 0"),
         ("plan --out tests", "--out tests: is a folder"),
         ("all --out pyproject.toml/rows.json", "--out pyproject.toml/rows.json: cannot be written"),
+        ("largest --most 7", "--most must be at least 8, not 7"),
+        ("roofline --batch 1", "--batch must be at least 2, not 1"),
         ("all --rounds 0", "--rounds must be at least 1"),
         ("plan --width 0", "model.encoder.width must be from"),
     ],

@@ -65,7 +65,7 @@ def test_all_gathers_rows_and_failures(
         {"command": commands[2], "reason": "exit status 1: error: no such recipe file"},
     ]
     assert document["machine"]["cores"] >= 1
-    assert document["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(document["versions"]["torch"])
     assert {"date", "load"} <= document.keys()
 
 
