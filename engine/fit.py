@@ -7,7 +7,7 @@ from engine.evaluation.during_training import FAILED, Stopped
 from engine.log.metrics import MetricsLog
 from engine.log.patience import try_for
 from engine.measuring import Meter
-from engine.method.precision import slow_on
+from engine.method.precision import parameter_dtype, slow_on
 from engine.processes.preemption import Preemption
 from engine.processes.world import World
 from engine.report.report import PATIENCE, write_at_end
@@ -111,6 +111,8 @@ def _open_early_stop(trainer: Trainer, log: MetricsLog) -> EarlyStop:
 def _greet(trainer: Trainer, block_memory: int) -> None:
     data = trainer.data
     if warning := slow_on(trainer.device, trainer.recipe.precision):
+        trainer.terminal.say(warning)
+    if warning := trainer.recipe.average.warn(parameter_dtype(trainer.recipe.precision)):
         trainer.terminal.say(warning)
     trainer.terminal.say(
         f"{data.train.samples:,} images, {data.order.steps_per_epoch:,} steps an epoch; "

@@ -10,7 +10,10 @@ from shards.loader import BATCHES_AHEAD
 
 
 class Held(NamedTuple):
-    """The bytes that a process holds all the time, or from the backward pass to the optimizer."""
+    """The bytes that a process holds all the time, or from the backward pass to the optimizer.
+
+    The last two are there for a moment only.
+    """
 
     parameters: int
     gradients: int
@@ -18,6 +21,7 @@ class Held(NamedTuple):
     target: int
     average: int  # of the online encoder; 0 when none is kept
     gathered: int  # of parameters and gradients of other processes, which are whole for a moment
+    update: int  # of what the optimizer or the target's moving average makes for a moment
 
     @property
     def state(self) -> int:
@@ -37,7 +41,8 @@ def hold(fakes: Fakes, shards: int) -> Held:
     optimizer = slots * online + single
     encoder = fakes.online.encoder if fakes.recipe.average.rate else nn.Identity()
     average = _part(encoder, shards) + sum(value.nbytes for value in _statistics(encoder))
-    return Held(online, online, optimizer, target + fakes.buffers, average, _whole(fakes, shards))
+    gathered, update = _whole(fakes, shards), max(target, round(online * fakes.temporary))
+    return Held(online, online, optimizer, target + fakes.buffers, average, gathered, update)
 
 
 def _statistics(module: nn.Module) -> list[Tensor]:
@@ -85,7 +90,7 @@ def need(held: Held, step: StepCost, views: int) -> int:
     `views` is the bytes of its uint8 views of a batch.
     """
     # The optimizer makes its updates when the activations are gone.
-    return held.state + held.gathered + max(step.peak, held.gradients) + views
+    return held.state + held.gathered + max(step.peak, held.update) + views
 
 
 def host_views(views: int) -> int:

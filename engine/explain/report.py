@@ -203,6 +203,7 @@ def _memory(
         ("target network", 3),
         *[("average of the encoder", 4)] * (recipe.average.rate > 0),
         ("gathered for a moment, about", 5),
+        ("made for a moment by the optimizer", 6),
     ):
         table.add_row(name, *(_gib(one[number]) for one in held))
     views = 2 * share.images[1] * 3 * recipe.views.size**2

@@ -169,6 +169,8 @@ def parallelize(
         return Parallel(strategy, online, None, [], online)
     if strategy == "ddp":
         return Parallel(strategy, _ddp(online, static), None, [], online)
+    # Some blocks return views, such as ShuffleNet's. No network changes a block's output in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = _mesh(strategy, config, world)
     for network in (online, target):
         for block in network.encoder.blocks():

@@ -220,7 +220,8 @@ def _groups(layers: list[Layer]) -> dict[str, tuple[float, float, float]]:
     squares: dict[str, list[float]] = {}
     for layer in layers:
         parts = layer.name.split(".")
-        name = ".".join(parts[:2]) if parts[0] == "encoder" else parts[0]
+        deep = 3 if parts[1] == "network" else 2  # torchvision's networks are one level below
+        name = ".".join(parts[:deep]) if parts[0] == "encoder" else parts[0]
         sums = squares.setdefault(name, [0.0, 0.0, 0.0])
         for number, norm in enumerate((layer.gradient, layer.weight, layer.update)):
             sums[number] += norm**2

@@ -113,6 +113,21 @@ def test_it_is_torchs_average(tiny_data: DataConfig, tmp_path: Path) -> None:
     assert distance(averages, follow(other, online)) > 1e-6
 
 
+@pytest.mark.parametrize("rate", [0.99, 0.9999, 0.99999])
+def test_what_float32_leaves_out_is_told(rate: float) -> None:
+    """A weight near 2, where rounding is finest, follows a difference of half of it nowhere."""
+    config = AverageConfig(rate=rate)
+    lost = torch.finfo(torch.float32).eps / 2 / (1 - rate)
+    own, fraction = torch.full((1,), 1.999), torch.tensor(1 - rate)
+    for part, moves in ((0.45 * lost, False), (1.1 * lost, True)):
+        moved = own.clone()
+        update_target([moved], [own * (1 + part)], fraction)
+        assert torch.equal(moved, own) != moves
+    assert bool(config.warn(torch.float32)) == (rate == 0.99999)
+    assert not config.warn(torch.float64)
+    assert not AverageConfig().warn(torch.float32)
+
+
 def test_a_skipped_step_moves_nothing(tiny_data: DataConfig, tmp_path: Path) -> None:
     config = recipe(tiny_data, tmp_path, precision="fp64")
     online, averages = take_steps(config, poisoned=3)

@@ -95,6 +95,31 @@ def test_bytes_of_a_step(model: BYOLConfig, recompute: bool, precision: Precisio
     assert 0.99 * most - own <= found.peak <= 1.01 * most
 
 
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, TorchOptimizerConfig("Adadelta")])
+def test_bytes_of_an_update(optimizer: Any) -> None:
+    """By torch's profile of a real step of the optimizer, which works on all tensors at once."""
+    recipe = Recipe(model=BASIC, optimizer=optimizer, views=ViewsConfig(size=32))
+    online, target = byol.build(recipe.model, CLASSES, seed=0)
+    made = optimizer.build(online)
+    for group in made.param_groups:
+        if "foreach" in group and not group.get("fused"):
+            group["foreach"] = True
+    for parameter in online.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    moves = byol.pair_parameters(target, online)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        made.step(None, recipe.clip)
+        with torch.no_grad():
+            byol.update_target(*moves, torch.ones(()))
+    now, most = 0, 0
+    results: Any = profiled.profiler
+    for event in results.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    assert memory.hold(Fakes(recipe, CLASSES), 1).update == pytest.approx(most, rel=0.05)
+
+
 def test_operations_of_a_step() -> None:
     """Each layer's products, counted from the shapes of a real forward pass."""
     recipe = Recipe(model=BASIC, views=ViewsConfig(size=32))
