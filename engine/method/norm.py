@@ -189,27 +189,31 @@ class RunningStatistics:
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
         modules = [module for network in networks for module in network.modules()]
-        self._norms = [module for module in modules if isinstance(module, BatchNorm)]
-        self._running = [t for norm in self._norms for t in (norm.running_mean, norm.running_var)]
-        self._momentum = _momentum(self._norms)
+        norms = [module for module in modules if isinstance(module, BatchNorm)]
+        # Lists of tensors are made once, so that a step takes no time in Python for each norm.
+        self._batch = [norm.batch_statistics.flatten(1) for norm in norms]  # [V, 2C] each
+        self._running = [t for norm in norms for t in (norm.running_mean, norm.running_var)]
+        self._sizes = [len(t) for t in self._running]
+        self._counters = [norm.num_batches_tracked for norm in norms]
+        self._momentum = _momentum(norms)
         self._next: Tensor | None = None  # [all channels]
         self._seen = 0
 
     @torch.no_grad()
     def note(self) -> None:
         """Add the statistics of the last training forward pass of all networks."""
-        if not self._norms:
+        if not self._batch:
             return
         running = torch.cat(self._running) if self._next is None else self._next
-        for view in torch.cat([norm.batch_statistics.flatten(1) for norm in self._norms], dim=1):
+        for view in torch.cat(self._batch, dim=1):
             running = self._blend(running, view)
         self._next = running
-        self._seen += self._norms[0].views
+        self._seen += len(self._batch[0])
 
     def _blend(self, running: Tensor, view: Tensor) -> Tensor:
         if isinstance(self._momentum, float):
             return torch.lerp(running, view, self._momentum)
-        self._momentum = self._momentum.to(running)  # norms move to their device after this is made
+        self._momentum = self._momentum.to(running)  # it was made on the CPU
         return torch.lerp(running, view, self._momentum)
 
     @torch.no_grad()
@@ -217,13 +221,12 @@ class RunningStatistics:
         """Write to the buffers what was noted since the last call, unless `skip` [] is 1."""
         if self._next is None:
             return
-        counters = [norm.num_batches_tracked for norm in self._norms]
-        seen = torch.full_like(counters[0], self._seen)
+        seen = torch.full_like(self._counters[0], self._seen)
         if skip is not None:
             seen = torch.where(skip > 0, 0, seen)
             self._next = torch.where(skip > 0, torch.cat(self._running), self._next)
-        torch._foreach_copy_(self._running, self._next.split([len(t) for t in self._running]))
-        torch._foreach_add_(counters, [seen] * len(counters))
+        torch._foreach_copy_(self._running, self._next.split(self._sizes))
+        torch._foreach_add_(self._counters, [seen] * len(self._counters))
         self._next, self._seen = None, 0
 
 
