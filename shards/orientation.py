@@ -1,10 +1,12 @@
 """Read the EXIF orientation of a JPEG, PNG or WebP image, and turn an image upright by it."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from PIL.Image import Exif
-from torch import Tensor
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the help pages need none
+    from torch import Tensor
 
 _TAG = 0x0112  # EXIF's number for the orientation
 _UPRIGHT = 1
@@ -40,7 +42,7 @@ def make_exif(orientation: int) -> bytes:
     return made.tobytes()
 
 
-def turn(image: Tensor, orientation: int) -> Tensor:
+def turn(image: "Tensor", orientation: int) -> "Tensor":
     """Turn an image [C, H, W] upright, given its EXIF orientation from 1 to 8."""
     if orientation >= 5:  # These have rows and columns exchanged.
         image = image.transpose(1, 2)

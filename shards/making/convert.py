@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PillowImage
 
-from shards.decode import DecodeError, PixelRules, decode
 from shards.dimensions import MOST_PIXELS, image_size, is_animated
 from shards.errors import InputError
 from shards.making.bit_depth import find_bit_depth
@@ -135,6 +134,8 @@ def _narrow(values: NDArray[Any], path: str, window: Window | None) -> NDArray[n
 
 def _decode(content: bytes, most: int) -> Picture:
     """Decode as training does, except that gray images stay gray."""
+    from shards.decode import DecodeError, PixelRules, decode  # imports torch, which takes seconds
+
     try:
         image = decode(bytearray(content), 0, len(content), PixelRules(most)).numpy()
     except DecodeError:

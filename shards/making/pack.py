@@ -24,7 +24,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from webdataset.writer import TarWriter
 
 from shards import index
 from shards.blocks import Blocks, check_blocks, checksum
@@ -294,6 +293,8 @@ def _build(
     advance: Callable[[int], None],
 ) -> bytes:
     """Build the bytes of one tar. `read` returns the extension and the bytes of an image."""
+    from webdataset.writer import TarWriter  # imports torch, which takes seconds
+
     tar = io.BytesIO()
     with TarWriter(tar, encoder=False, mtime=0) as writer:
         contents = readers.map(read, images)

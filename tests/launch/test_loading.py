@@ -43,11 +43,18 @@ def test_it_comes_before_the_imports(name: str) -> None:
     assert text.index("    say_loading()") < text.index(heavy)
 
 
-def test_the_page_of_train_needs_no_torch(tmp_path: Path) -> None:
-    """A torch that cannot be imported stands in its way, and so does the engine's recipe."""
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("launch/train.py", ("quickstart", "which field answers which question.\n")),
+        ("launch/pack.py", ("--window-percentiles", "\n")),
+    ],
+)
+def test_a_page_of_help_needs_no_torch(command: str, said: tuple[str, str], tmp_path: Path) -> None:
+    """A torch that cannot be imported stands in its way, and what imports torch does too."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     done = subprocess.run(
-        [sys.executable, "launch/train.py", "--help"],
+        [sys.executable, command, "--help"],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
         capture_output=True,
@@ -55,5 +62,6 @@ def test_the_page_of_train_needs_no_torch(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert "quickstart" in done.stdout
-    assert done.stdout.endswith("which field answers which question.\n")
+    part, end = said
+    assert part in done.stdout
+    assert done.stdout.endswith(end)
