@@ -19,13 +19,14 @@ from torchvision import transforms
 
 from engine.method.augment import MEAN, STD, augment
 from engine.processes import world
-from launch.benchmarks import remote
+from launch.benchmarks import limits, remote
 from launch.benchmarks.measuring import (
     CORES,
     CUDA,
     Cost,
     alternate,
     measure,
+    ratio,
     repeat,
     require_positive,
     row,
@@ -69,6 +70,10 @@ def bench_input(
     Shards in an object store are also compared with a copy of them on a local disk. The bytes
     fetched for an image are compared with the bytes that it has in the data set.
 
+    The limit of a core is what one thread reaches that only decodes and crops the same images. The
+    limit of a process is the time that an image keeps other threads from Python. It is measured on
+    images of 8 pixels, which leave nothing else to do. Both are tried with 1, 2, 4 and 16 threads.
+
     Args:
         data: URL of a folder of shards, or a local tar or folder of tars, which is indexed in a
             temporary folder. By default photos are drawn, 500x375 and about 100 KB each.
@@ -105,6 +110,7 @@ def bench_input(
             return _steady(_stock_batches(contents, views, batch, threads), warm, count, batch)
 
         sides = {"ours": ours, "augmentation": augmentation, "stock": stock}
+        sides |= _limit_sides(order, views, count, f"{folder}/tiny")
         fetched = 0.0
         if data and not files.is_local(data):
             copied = Order(remote.copy(order.index, f"{folder}/copy"), 0, order.streams, batch)
@@ -124,10 +130,45 @@ def bench_input(
         show_ratio("object store / local disk", costs["ours"], local)
         row("bytes fetched / bytes of the images", f"{fetched:.3f}x")
     show_ratio("ours / stock, host work with a GPU", costs["ours"], costs["stock"])
+    _show_limits(costs)
     if not CUDA:
         total = [a.then(b) for a, b in zip(costs["ours"], costs["augmentation"], strict=True)]
         show("ours: all on the CPU (sum)", total)
         show_ratio("ours / stock, all on the CPU", total, costs["stock"])
+
+
+def _limit_sides(
+    order: Order, views: ViewsConfig, count: int, folder: str
+) -> dict[str, Callable[[], Cost]]:
+    """Return what bounds ours: the limit of a core, and ours with several numbers of threads."""
+    work = limits.list_work(order, views, count)
+    sides: dict[str, Callable[[], Cost]] = {}
+    sides["limit"] = partial(limits.measure_limit, work, views.size)
+    index = limits.draw_tiny(folder, max(limits.TINY_IMAGES, order.batch))
+    tiny = Order(index, 0, order.streams, order.batch)
+    small, many = ViewsConfig(size=limits.TINY), 10 * count
+
+    def ours(order: Order, views: ViewsConfig, threads: int, count: int) -> Cost:
+        warm = limits.batches_to_fill(threads, order.batch)
+        with closing(_ours(order, views, threads)) as batches:
+            return _steady(batches, warm, count, order.batch)
+
+    for n in limits.THREADS:
+        sides[f"{n} threads"] = partial(ours, order, views, n, count)
+        sides[f"tiny, {n} threads"] = partial(ours, tiny, small, n, many)
+    return sides
+
+
+def _show_limits(costs: dict[str, list[Cost]]) -> None:
+    """Print how near ours comes to the limit of a core, and what threads add to that."""
+    show("limit: decode, two crops, one thread", costs["limit"])
+    row("ours / limit", "", ratio(*([c.cpu for c in costs[side]] for side in ("limit", "ours"))))
+    python = limits.python_seconds(costs["tiny, 1 threads"])
+    row("Python of an image, at most", f"{python * 1e6:.0f} us", "")
+    row("images/s that this allows a process", f"{1 / python:,.0f}", "")
+    for n in limits.THREADS:
+        show(f"ours with {n} threads", costs[f"{n} threads"])
+        show(f"the same, {limits.TINY} px images", costs[f"tiny, {n} threads"])
 
 
 def _steady(batches: Iterator[object], warm: int, count: int, size: int) -> Cost:

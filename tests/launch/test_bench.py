@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from engine.method.schedule import ScheduleConfig
 from engine.method.sgd import SGDConfig
 from engine.recipe import Recipe, load
 from launch import bench
-from launch.benchmarks.input import draw_photo
+from launch.benchmarks import limits
+from launch.benchmarks.input import _ours, draw_photo
 from launch.benchmarks.order import VISITS, Setting, write_data_set
 from launch.benchmarks.plan import Entry, Spreading, Traffic, need
 from launch.benchmarks.step import prepare
 from launch.benchmarks.stock import Stock
 from shards.index import Index
 from shards.making import synthetic
-from shards.order import BatchConfig
+from shards.order import BatchConfig, Order
 from shards.storage import files
 from shards.views import ViewsConfig
 from tests.helpers.places import RECIPES
@@ -50,6 +52,12 @@ def _same_threads_after() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _few_tiny_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.benchmarks.limits.THREADS", (1, 2))
+    monkeypatch.setattr("launch.benchmarks.limits.TINY_IMAGES", 20)
+
+
 def run(command: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """The lines that the command prints."""
     assert bench.main(command.split()) == 0
@@ -68,6 +76,21 @@ def test_input_on_drawn_photos(
     lines = run(f"input {options}", capsys)
     assert rows(lines, "ours / stock, host work with a GPU") == 1
     assert rows(lines, "ours / stock, all on the CPU") == (not torch.cuda.is_available())
+    assert rows(lines, "ours / limit") == 1
+    assert rows(lines, "Python of an image, at most") == 1
+    assert rows(lines, "ours with 1 threads") == rows(lines, "ours with 2 threads") == 1
+
+
+def test_the_limit_is_that_of_the_same_crops(packed: Index) -> None:
+    order, views = Order(packed, 0, 4, 16), ViewsConfig(size=24)
+    work = limits.list_work(order, views, 2)
+    assert len(work) == 32
+    out = torch.empty(1, 3, 24, 24, dtype=torch.uint8, memory_format=torch.channels_last)
+    with closing(_ours(order, views, threads=1)) as loader:
+        images = next(loader).views[0]
+    for image, (content, boxes) in zip(images, work, strict=False):
+        limits._decode_and_crop([(content, boxes[:1])], out)
+        assert torch.equal(out[0], image)
 
 
 def test_input_from_a_bucket(
