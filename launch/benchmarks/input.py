@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import cache, partial
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -19,7 +20,7 @@ from torchvision import transforms
 
 from engine.method.augment import MEAN, STD, augment
 from engine.processes import world
-from launch.benchmarks import remote
+from launch.benchmarks import limits, remote
 from launch.benchmarks.measuring import (
     CORES,
     CUDA,
@@ -29,7 +30,7 @@ from launch.benchmarks.measuring import (
     repeat,
     require_positive,
 )
-from launch.benchmarks.results import Report, Row, check_out, speeds
+from launch.benchmarks.results import Report, Row, check_out, ratio, speeds
 from shards import index as indexes
 from shards.errors import InputError
 from shards.index import Index
@@ -67,6 +68,10 @@ def bench_input(
 
     Shards in an object store are also compared with a copy of them on a local disk. The bytes
     fetched for an image are compared with the bytes that it has in the data set.
+
+    The limit of a core is what one thread reaches that only decodes and crops the same images. The
+    limit of a process is the time that an image keeps other threads from Python. It is measured on
+    images of 8 pixels, which leave nothing else to do. Both are tried with 1, 2, 4 and 16 threads.
 
     Args:
         data: URL of a folder of shards, or a local tar or folder of tars, which is indexed in a
@@ -106,6 +111,7 @@ def bench_input(
             return _steady(_stock_batches(contents, views, batch, threads), warm, count, batch)
 
         sides = {"ours": ours, "augmentation": augmentation, "stock": stock}
+        sides |= _limit_sides(order, views, count, f"{folder}/tiny")
         fetched = 0.0
         if data and not files.is_local(data):
             copied = Order(remote.copy(order.index, f"{folder}/copy"), 0, order.streams, batch)
@@ -128,9 +134,48 @@ def _rows(costs: dict[str, list[Cost]], fetched: float, device: str) -> list[Row
     if local := costs.get("ours, local"):
         rows += speeds("object store", ours, local, "local disk")
         rows.append(Row("bytes fetched / bytes of the images", fetched, "x"))
+    rows += _limit_rows(costs)
     if not CUDA:
         total = [a.then(b) for a, b in zip(ours, colors, strict=True)]
         rows += speeds("all on the CPU: read, decode, augment", total, stock)
+    return rows
+
+
+def _limit_sides(
+    order: Order, views: ViewsConfig, count: int, folder: str
+) -> dict[str, Callable[[], Cost]]:
+    """Return what bounds ours: the limit of a core, and ours with several numbers of threads."""
+    work = limits.list_work(order, views, count)
+    sides: dict[str, Callable[[], Cost]] = {}
+    sides["limit"] = partial(limits.measure_limit, work, views.size)
+    index = limits.draw_tiny(folder, max(limits.TINY_IMAGES, order.batch))
+    tiny = Order(index, 0, order.streams, order.batch)
+    small, many = ViewsConfig(size=limits.TINY), 10 * count
+
+    def ours(order: Order, views: ViewsConfig, threads: int, count: int) -> Cost:
+        warm = limits.batches_to_fill(threads, order.batch)
+        with closing(_ours(order, views, threads)) as batches:
+            return _steady(batches, warm, count, order.batch)
+
+    for n in limits.THREADS:
+        sides[f"{n} threads"] = partial(ours, order, views, n, count)
+        sides[f"tiny, {n} threads"] = partial(ours, tiny, small, n, many)
+    return sides
+
+
+def _limit_rows(costs: dict[str, list[Cost]]) -> list[Row]:
+    """Make the rows of how near ours comes to the limit of a core, and what threads add to that."""
+    rows = speeds("limit: decode, two crops, one thread", costs["limit"])
+    seconds, least = ([cost.cpu for cost in costs[side]] for side in ("ours", "limit"))
+    own, most = 1 / median(seconds), 1 / median(least)
+    beside = ratio(least, seconds)
+    rows.append(Row("ours / limit", own, "images/core-s", most, "limit", beside, limit=most))
+    python = limits.python_seconds(costs["tiny, 1 threads"])
+    rows.append(Row("Python of an image, at most", python * 1e6, "us"))
+    rows.append(Row("what this allows a process", 1 / python, "images/s"))
+    for n in limits.THREADS:
+        rows += speeds(f"ours with {n} threads", costs[f"{n} threads"])
+        rows += speeds(f"the same, {limits.TINY} px images", costs[f"tiny, {n} threads"])
     return rows
 
 

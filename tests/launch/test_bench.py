@@ -52,6 +52,12 @@ def _same_threads_after() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _few_tiny_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.benchmarks.limits.THREADS", (1, 2))
+    monkeypatch.setattr("launch.benchmarks.limits.TINY_IMAGES", 20)
+
+
 def run(command: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """The lines that the command prints."""
     assert bench.main(command.split()) == 0
@@ -70,6 +76,9 @@ def test_input_on_drawn_photos(
     lines = run(f"input {options}", capsys)
     assert rows(lines, "host work with a GPU") == 2
     assert rows(lines, "all on the CPU") == 2 * (not torch.cuda.is_available())
+    assert rows(lines, "ours / limit") == 1
+    assert rows(lines, "Python of an image, at most") == 1
+    assert rows(lines, "ours with 1 threads") == rows(lines, "ours with 2 threads") == 2
 
 
 def test_input_from_a_bucket(
