@@ -1,7 +1,6 @@
 """The benches run and say how the sides compare; what stock computes is what ours computes."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,11 +28,10 @@ from launch.benchmarks.plan import Entry, Spreading, Traffic, need
 from launch.benchmarks.results import Row
 from launch.benchmarks.step import prepare
 from launch.benchmarks.stock import Stock
-from shards.index import Index
-from shards.making import synthetic
 from shards.order import BatchConfig
 from shards.storage import files
 from shards.views import ViewsConfig
+from tests.helpers.benches import rows, run
 from tests.helpers.places import RECIPES
 
 QUICKSTART = RECIPES / "quickstart.py"
@@ -50,47 +48,6 @@ def _same_threads_after() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _few_tiny_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.benchmarks.limits.THREADS", (1, 2))
-    monkeypatch.setattr("launch.benchmarks.limits.TINY_IMAGES", 20)
-
-
-def run(command: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The lines that the command prints."""
-    assert bench.main(command.split()) == 0
-    return capsys.readouterr().out.splitlines()
-
-
-def rows(lines: list[str], start: str) -> int:
-    return sum(line.startswith(start) for line in lines)
-
-
-def test_input_on_drawn_photos(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("launch.benchmarks.input.PHOTOS", 12)
-    options = "--size 32 --images 10 --batch 5 --rounds 2 --threads 1"
-    lines = run(f"input {options}", capsys)
-    assert rows(lines, "host work with a GPU") == 2
-    assert rows(lines, "all on the CPU") == 2 * (not torch.cuda.is_available())
-    assert rows(lines, "ours / limit") == 1
-    assert rows(lines, "Python of an image, at most") == 1
-    assert rows(lines, "ours with 1 threads") == rows(lines, "ours with 2 threads") == 2
-
-
-def test_input_from_a_bucket(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("shards.index.BLOCK_BYTES", 8192)
-    synthetic.write("memory://bench/data", 64, 32, seed=0)
-    options = "--size 32 --images 16 --batch 8 --rounds 1 --threads 1"
-    lines = run(f"input --data memory://bench/data {options}", capsys)
-    assert rows(lines, "object store") == 2
-    (share,) = [line for line in lines if line.startswith("bytes fetched")]
-    assert 0.8 < float(share.split()[-2]) < 1.5
 
 
 def test_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,20 +94,6 @@ def test_largest_finds_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_photos_are_of_the_usual_size() -> None:
     assert 90_000 < len(draw_photo(0)) < 120_000
-
-
-def test_input_on_tars_without_an_index(
-    packed: Index, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = tmp_path / "tars"
-    folder.mkdir()
-    for shard in packed.shards:
-        shutil.copy(f"{packed.url}/{shard.name}", folder)
-    before = sorted(folder.iterdir())
-    options = "--size 16 --images 10 --batch 10 --rounds 1 --threads 1"
-    for data in (before[0], folder, Path(packed.url)):
-        assert rows(run(f"input --data {data} {options}", capsys), "host work") == 2
-    assert sorted(folder.iterdir()) == before  # nothing is written next to the user's data
 
 
 @pytest.mark.parametrize(
