@@ -86,7 +86,7 @@ def test_a_report_that_takes_long_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(report, "write_report", lambda _: gate.wait(60))
+    monkeypatch.setattr(report, "write_report", lambda _, **__: gate.wait(60))
     monkeypatch.setattr(report, "PATIENCE", 0.05)
     write_at_end(str(tmp_path), True, print)
     gate.set()
