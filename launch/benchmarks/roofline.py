@@ -141,15 +141,20 @@ def count_step(recipe: Recipe, batch: int, classes: int, device: Device) -> dict
     size, dtype = recipe.views.size, parameter_dtype(recipe.precision)
     with torch.device("meta"):
         online, target = Online(recipe.model, classes, size), Target(recipe.model, size)
-    with FakeTensorMode(), Count(device) as count:
+    count = Count(device)
+    with count:
+        count.part = "views"
+        # Tensors of the meta device take the way of a GPU, in which no row is chosen by its values.
+        crops = torch.empty(VIEWS * batch, 3, size, size, dtype=torch.uint8, device="meta")
+        params = torch.empty(VIEWS * batch, COLUMNS, device="meta")
+        augment(crops, params, blur=recipe.views.ever_blur)
+    fake = FakeTensorMode()
+    with fake:
         for network in (online, target):
             network._apply(lambda held: torch.empty(held.shape, dtype=dtype))
-        crops = torch.empty(VIEWS * batch, 3, size, size, dtype=torch.uint8)
-        params = torch.empty(VIEWS * batch, COLUMNS)
+        images = torch.empty(crops.shape).to(memory_format=torch.channels_last)
         labels = torch.zeros(batch, dtype=torch.int64)
-        count.forget()
-        count.part = "views"
-        images = augment(crops, params, blur=recipe.views.ever_blur)
+    with fake, count:
         with autocast(recipe.precision, CPU):
             count.part = "online forward"
             output = online(images)
@@ -193,9 +198,6 @@ class Count(TorchDispatchMode):
         self.device, self.part = device, ""
         self.found: dict[str, Work] = {}
         self.names: dict[str, int] = {}  # how often each operation was seen
-
-    def forget(self) -> None:
-        self.found, self.names = {}, {}
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None

@@ -38,12 +38,13 @@ def test_bytes_are_those_of_a_count_by_hand() -> None:
     x_bytes = 4 * rows * channels * side**2
     y_bytes = 4 * rows * outputs * side**2
     w_bytes = 4 * outputs * channels * 9
-    with FakeTensorMode(), Count(DEVICE) as counter:
+    fake, counter = FakeTensorMode(), Count(DEVICE)
+    with fake:
         conv = nn.Conv2d(channels, outputs, 3, padding=1, bias=False)
         norm = nn.BatchNorm2d(outputs)
         x = torch.empty(rows, channels, side, side, requires_grad=True)
         upstream = torch.empty(rows, outputs, side, side)
-        counter.forget()
+    with fake, counter:
         counter.part = "forward"
         normalized = norm(conv(x))
         y = normalized + torch.relu(normalized)
