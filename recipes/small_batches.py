@@ -6,8 +6,8 @@ Data         as in recipes/cifar10.py
 Command      python launch/train.py recipes/small_batches.py --threads 1
 Hardware     one CPU core, 2 GB of memory
 Time         4 min
-Expected     kNN 32.6% (raw pixels 41.7%, untrained encoder 28.2%): 3 epochs are far too few for good
-             features. recipes/README.md compares 27 such trainings, under "Few GPUs and small
+Expected     kNN 32.6% (raw pixels 41.7%, untrained encoder 28.2%): 3 epochs are far too few for
+             good features. recipes/README.md compares 27 such trainings, under "Few GPUs and small
              batches".
 """
 
