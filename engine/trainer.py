@@ -27,6 +27,7 @@ from engine.method.norm import RunningStatistics
 from engine.method.precision import MOST_SKIPS, StepGuard, autocast, parameter_dtype
 from engine.method.schedule import learning_rate, tau
 from engine.processes import compiling, parallel
+from engine.processes.allocation import give_back_memory
 from engine.processes.world import World, set_timeout, share_of_cores
 from engine.recipe import Recipe, in_steps
 from engine.run import Run
@@ -272,6 +273,7 @@ class Trainer:
             "knn_pixels": self.probe.measure_pixels(),
             start: self.probe.evaluate()["knn_top1"],
         }
+        give_back_memory()  # pixels are longer vectors than features: no later step needs as much
         for key, accuracy in found.items():
             self.terminal.say(f"kNN of {BASELINES[key]}: {accuracy:.1%}")
         return found | {"knn_chance": 1 / len(self.probe.train.classes)}

@@ -30,6 +30,7 @@ from engine.method.durations import Duration, Lasting, is_due, simplify
 from engine.method.encoders import BackboneConfig
 from engine.method.local_shards import whole
 from engine.method.precision import Precision, parameter_dtype
+from engine.processes.allocation import give_back_memory
 from engine.processes.world import World
 from shards.center_crops import CropReader
 from shards.decode import PixelRules
@@ -157,6 +158,7 @@ class Probe:
         try:
             found = self.evaluate(leave)
             self.step = step
+            give_back_memory()
             return found
         except (InputError, OSError) as error:  # all processes get this error
             reason = str(error)

@@ -34,6 +34,13 @@ def keep_freed_memory() -> bool:
     return all(library.mallopt(number, value) for number, value in _SETTINGS.items())
 
 
+def give_back_memory() -> None:
+    """Give the freed memory back to the kernel, after work that needs more than the steps do."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim is not None:
+        trim(0)
+
+
 def is_chosen_by_user() -> bool:
     """Return whether the environment already tells glibc how to allocate."""
     return "malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(

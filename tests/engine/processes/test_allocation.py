@@ -26,6 +26,23 @@ for _ in range(3):
     use()
 print(kept, faults() - before)
 """
+# It writes and frees 256 MiB, and prints how many of them it holds, before and after giving back.
+GIVEN = """
+import runpy, sys
+functions = runpy.run_path(sys.argv[1])
+functions["keep_freed_memory"]()
+
+def held():
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * 4096 // 2**20
+
+blocks = [b"x" * 2**25 for _ in range(8)]
+last = b"y" * 2**25  # above the freed blocks, so that they are not at the heap's end
+del blocks
+before = held()
+functions["give_back_memory"]()
+print(before, held())
+"""
 PAGES = 3 * 2**28 // 4096  # that three more rounds write
 
 
@@ -58,3 +75,12 @@ def test_the_users_choice_stays(choice: dict[str, str]) -> None:
     kept, pages = run(**choice)
     assert not kept
     assert pages > PAGES / 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_freed_memory_is_given_back() -> None:
+    command = [sys.executable, "-c", GIVEN, str(allocation.__file__)]
+    made = subprocess.run(command, capture_output=True, text=True, check=True)
+    before, after = map(int, made.stdout.split())
+    assert before > 256
+    assert after < 100
