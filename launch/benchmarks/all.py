@@ -65,8 +65,10 @@ def list_commands(rounds: int, fast: bool) -> list[str]:
     commands += [f"{ALONE} step --precision {kind} {steps} {every}" for kind in precisions]
     if not CUDA:
         commands.append(f"{GLOO} step --precision fp32 {steps} {every}")
-    tiny = "--size 32 --batch 4 --steps 1" if fast else ""
-    commands.append(f"{ALONE} peers {tiny} --rounds {rounds}".replace("  ", " "))
+    small = "--size 32 --batch 4 --steps 1" if fast else "--size 32 --batch 64 --steps 3"
+    large = "--depth 50 --size 112 --batch 32 --steps 2"
+    sizes = [""] if CUDA else [small] if fast else [small, large]
+    commands += [f"{ALONE} peers {size} {every}".replace("  ", " ") for size in sizes]
     saved = " --recipe recipes/quickstart.py" if fast else ""
     commands += [
         f"{ALONE} checkpoint --rounds {rounds} --starts {0 if fast else rounds}{saved}",

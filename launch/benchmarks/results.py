@@ -154,14 +154,14 @@ def print_rows(rows: list[Row]) -> None:
     width = max([44, *(len(row.name) + 2 for row in rows)])
     print(f"{'':<{width}}{'ours':>10} {'unit':<15}{'beside':>22}{'ratio':>28}{'of limit':>16}")
     for row in rows:
-        beside = "" if row.other is None else f"{row.beside} {_figure(row.other)}"
-        share = "" if row.share is None else f"{row.share:.0%} of {_figure(row.limit)}"
+        beside = "" if row.other is None else f"{row.beside} {figure(row.other)}"
+        share = "" if row.share is None else f"{row.share:.0%} of {figure(row.limit)}"
         times = "" if row.ratio is None else str(row.ratio)
-        cells = f"{_figure(row.ours):>10} {row.unit:<15}{beside:>22}{times:>28}"
+        cells = f"{figure(row.ours):>10} {row.unit:<15}{beside:>22}{times:>28}"
         print(f"{row.name:<{width}}{cells}{share:>16}  {row.note}".rstrip())
 
 
-def _figure(value: float | None) -> str:
+def figure(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
