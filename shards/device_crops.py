@@ -4,6 +4,7 @@ The crops go back to host memory as uint8. So a batch looks the same whoever dec
 stream of the training waits for a decoder.
 """
 
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -27,13 +28,23 @@ from shards.views import ViewsConfig, crop_box
 # the memory that a thread takes of the GPU to about 300 MB.
 MOST_AT_ONCE = 1 << 24
 
+# What torch, nvJPEG (by NVJPEG_STATUS_ALLOCATOR_FAILURE, 5) and CUDA (by 2) say of a full GPU.
+_FULL = re.compile(r"CUDA out of memory[^\n]*|Failed to [\w ]+: 5\b|CUDA stream: 2\b")
+
 
 def decode_on_device(encoded: list[Tensor], device: torch.device) -> list[Tensor]:
     """Decode whole JPEGs in host memory to uint8 RGB [3, H, W] on a GPU.
 
-    Raises RuntimeError, without any result, when one of them cannot be decoded there.
+    Raises RuntimeError, without any result, when one of them cannot be decoded there, and
+    OutOfMemoryError when the GPU's memory is full.
     """
-    decoded: list[Tensor] = decode_jpeg(encoded, ImageReadMode.RGB, device=device)
+    try:
+        decoded: list[Tensor] = decode_jpeg(encoded, ImageReadMode.RGB, device=device)
+    except RuntimeError as error:
+        # torchvision raises all errors as plain RuntimeErrors, those of torch's allocator too.
+        if told := _FULL.search(str(error)):
+            raise torch.OutOfMemoryError(f"CUDA error: out of memory ({told[0]})") from None
+        raise
     return decoded
 
 
@@ -86,6 +97,10 @@ class DeviceCrops:
             crops: [V, n, 4] Uniforms for `crop_box`.
             out: [V, n, 3, S, S] uint8 in host memory, channels last.
         """
+        if self.device.type == "cuda":
+            # Every thread begins on the first GPU. To leave a stream's context it would return
+            # there, and each process would take memory of that GPU for a context of its own.
+            torch.cuda.set_device(self.device)
         most = min(MOST_AT_ONCE, self.rules.max_pixels)
         contents = [_content(block, row) for row in rows]
         fitting = [i for i, content in enumerate(contents) if suits_gpu(content, most)]

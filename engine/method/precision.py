@@ -33,7 +33,12 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
 
 
 def slow_on(device: torch.device, precision: Precision) -> str:
-    """Return a warning if this CPU has no instructions for `precision`, else ""."""
+    """Return a warning if the device has no instructions for `precision`, else ""."""
+    if device.type == "cuda" and precision == "bf16":
+        # Those before Ampere (V100, T4) compute it in fp32, and torch.compile leaves it to eager.
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return ""
+        return "bf16 is emulated on this GPU and slow there: use --precision fp16 or fp32"
     if device.type != "cpu" or precision not in _HALF:
         return ""
     supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)

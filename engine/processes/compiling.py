@@ -8,6 +8,9 @@ overlaps with it. Each region is one graph, which includes the communication of 
 
 import os
 import shutil
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -28,13 +31,40 @@ _T = TypeVar("_T")
 
 
 def find_missing_compiler(device: torch.device) -> str:
-    """Name what torch.compile lacks on this machine; return "" when it lacks nothing."""
+    """Name what torch.compile lacks on this machine; return "" when it lacks nothing.
+
+    On a CPU, Inductor makes a C++ module for Python of each graph. On a GPU, Triton makes one in C
+    that starts its kernels.
+    """
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
-        return "" if has_triton() else "no Triton found"
-    compiler = os.environ.get("CXX", "g++")
-    return "" if shutil.which(compiler) else f"no C++ compiler ({compiler}) found"
+        if not has_triton():
+            return "no Triton found, or none for this GPU"
+        language, variable, names = "C", "CC", ["gcc", "clang"]
+    else:
+        language, variable, names = "C++", "CXX", ["g++"]
+    if variable in os.environ:
+        names = [os.environ[variable]]
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        return f"no {language} compiler ({' or '.join(names)}) found"
+    if not _finds_headers(found):
+        version = ".".join(map(str, sys.version_info[:2]))
+        return f"no Python.h found (Linux has it in a package such as python{version}-dev)"
+    return ""
+
+
+def _finds_headers(compiler: str) -> bool:
+    """Return whether a compiler finds the headers of this Python, which many machines lack."""
+    # Debian's Python names another folder by default than the one that its headers are in.
+    folders = {sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")}
+    command = [compiler, *(f"-I{folder}" for folder in folders), "-E", "-x", "c", "-"]
+    text = b"#include <Python.h>\n"
+    try:
+        return subprocess.run(command, input=text, capture_output=True).returncode == 0
+    except OSError:
+        return False
 
 
 def check_norm(group: ProcessGroup, device: torch.device) -> None:

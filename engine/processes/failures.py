@@ -35,13 +35,32 @@ def report_failure(error: BaseException) -> None:
     elif _is_lost_connection(error):
         reason = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0])
         print(f"error: rank {rank()} lost another process: {reason}", file=sys.stderr, flush=True)
-    elif full := _find_full_disk(error):
+    elif full := _find_full_gpu(error) or _find_full_disk(error):
         print(f"error: {full}", file=sys.stderr, flush=True)
     else:
         if dist.is_initialized():
             print(f"rank {rank()} failed:", file=sys.stderr)
         traceback.print_exception(error)
         sys.stderr.flush()
+
+
+def _find_full_gpu(error: BaseException) -> str:
+    """Describe a failure because a GPU's memory is full; "" for any other failure.
+
+    Torch has a type for its own allocator's failures. Those of CUDA, cuDNN and cuBLAS, and of a
+    thread of the loader, only have their texts.
+    """
+    text = " ".join(str(error).split())
+    told = re.search(
+        r"CUDA out of memory.*? is free|CUDA error: out of memory|\w+_ALLOC_FAILED", text
+    )
+    if not isinstance(error, RuntimeError) or told is None:
+        return ""
+    return (
+        f"{told[0]}: send the batch through the networks in parts by a larger --batch.micro, or "
+        "compute blocks again by --parallel.recompute (--explain tells what a training needs); "
+        "give an evaluation a smaller --batch; nvidia-smi lists what else takes this GPU's memory"
+    )
 
 
 def _find_full_disk(error: BaseException) -> str:
@@ -71,6 +90,7 @@ def _is_lost_connection(error: BaseException) -> bool:
         *("closed by peer", "connection was likely closed", "connection reset", "broken pipe"),
         *("connection refused", "failed to recv", "socket closed"),
         *("timed out waiting", "collective operation timeout"),
+        *("remote process exit", "communicator was aborted"),  # NCCL says so, and gloo the others
     )
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

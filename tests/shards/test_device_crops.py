@@ -4,8 +4,9 @@ The decoder itself is replaced by the CPU's. tests/whole/test_gpu.py has a real 
 """
 
 import io
+import threading
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def decoder(monkeypatch: pytest.MonkeyPatch) -> Decoder:
 def batches(order: Order, config: DataConfig, report: Any = print, **options: Any) -> list[Batch]:
     """The batches of four epochs, in which every image occurs."""
     settings: dict[str, Any] = {"micro": 1, "start": 0, "threads": 3} | options
-    views = settings.pop("views", VIEWS)
+    views, device = settings.pop("views", VIEWS), settings.pop("device", HOST)
     loader = TrainLoader(
         order,
         range(order.streams),
@@ -161,7 +162,7 @@ def batches(order: Order, config: DataConfig, report: Any = print, **options: An
         config,
         pin_memory=False,
         report=report,
-        device=HOST,
+        device=device,
         **settings,
     )
     with closing(loader):
@@ -311,6 +312,66 @@ def test_a_full_gpu_is_no_bad_image(
     order = Order(pack_files(str(tmp_path), photos), 11, 4, 16)
     with pytest.raises(torch.OutOfMemoryError):
         batches(order, DataConfig(decode="gpu"))
+
+
+@pytest.mark.parametrize(
+    ("text", "full"),
+    [
+        ("Error while decoding JPEG images: CUDA out of memory. Tried to allocate 2.00 MiB.", True),
+        ("Error while decoding JPEG images: Failed to decode batch: 5\nException raised", True),
+        ("Error while decoding JPEG images: Failed to synchronize CUDA stream: 2", True),
+        ("Error while decoding JPEG images: Failed to decode jpeg stream: 8", False),
+        ("Error while decoding JPEG images: Failed to parse jpeg stream: 3", False),
+    ],
+)
+def test_torchvision_tells_a_full_gpu_by_its_text_alone(
+    text: str, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the CPU would decode the image, and pixels would depend on free memory."""
+
+    def fails(*_: Any, **__: Any) -> list[Tensor]:
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(device_crops, "decode_jpeg", fails)
+    with pytest.raises(RuntimeError) as caught:
+        device_crops.decode_on_device([], HOST)
+    assert isinstance(caught.value, torch.OutOfMemoryError) == full
+
+
+class Stream:
+    """Stands in for a stream of a GPU."""
+
+    def __init__(self, _: torch.device) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, _: "Stream") -> None: ...
+
+
+def test_each_thread_works_on_its_process_own_gpu(
+    pack_files: PackFiles, photos: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads begin on the machine's first GPU, whatever the process has set."""
+    second, chosen = torch.device("cuda", 1), dict[int, torch.device]()
+    decoded_on = list[torch.device | None]()
+
+    def set_device(device: torch.device) -> None:
+        chosen[threading.get_ident()] = device
+
+    def decode(encoded: list[Tensor], device: torch.device) -> list[Tensor]:
+        assert device == second
+        decoded_on.append(chosen.get(threading.get_ident()))
+        images: list[Tensor] = decode_jpeg(encoded, ImageReadMode.RGB)
+        return images
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(device_crops, "decode_on_device", decode)
+    order = Order(pack_files(str(tmp_path), photos), 11, 4, 16)
+    batches(order, DataConfig(decode="gpu"), device=second)
+    assert decoded_on
+    assert set(decoded_on) == {second}
 
 
 # The device --------------------------------------------------------------------------------

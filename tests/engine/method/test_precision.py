@@ -3,6 +3,7 @@
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -136,4 +137,19 @@ def test_a_format_that_the_cpu_emulates_is_warned_of(
     finish(open_trainer(tiny.recipe(tiny_data, tmp_path, precision="bf16", steps=1)))
     line = "bf16 is emulated on this CPU and very slow there: use --precision fp32"
     assert capsys.readouterr().out.count(line) == (not supported)
-    assert slow_on(CPU, "fp32") == slow_on(torch.device("cuda"), "bf16") == ""
+    assert slow_on(CPU, "fp32") == ""
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_a_format_that_the_gpu_emulates_is_warned_of(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a T4 does. torch itself counts emulation as support, unless it is told not to."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    gpu = torch.device("cuda", 0)
+    line = "bf16 is emulated on this GPU and slow there: use --precision fp16 or fp32"
+    assert slow_on(gpu, "bf16") == line * (capability < (8, 0))
+    assert slow_on(gpu, "fp16") == slow_on(gpu, "fp32") == ""

@@ -1,10 +1,12 @@
 """Networks and functions are compiled where the machine has a compiler."""
 
+import sysconfig
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.utils._triton
 
 from engine.processes import compiling
 from shards.loader import DataConfig
@@ -27,6 +29,44 @@ def test_without_a_compiler_training_goes_on(
     line = "compile: no C++ compiler (no-such-compiler) found; going on without torch.compile"
     assert output.count(line) == 1
     assert not (tmp_path / "compile").exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "commands", "missing"),
+    [
+        ("cuda", ["gcc"], ""),
+        ("cuda", ["clang"], ""),
+        ("cuda", ["g++"], "no C compiler (gcc or clang) found"),
+        ("cpu", ["g++"], ""),
+        ("cpu", ["gcc"], "no C++ compiler (g++) found"),
+    ],
+)
+def test_each_device_needs_a_compiler_of_its_own(
+    device: str,
+    commands: list[str],
+    missing: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Triton starts its kernels by a C module, and takes these names (triton.runtime.build)."""
+    for name in commands:
+        (tmp_path / name).symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)
+    assert compiling.find_missing_compiler(torch.device(device)) == missing
+
+
+def test_a_machine_without_pythons_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Linux without its package of them: Triton and Inductor would fail in the first step."""
+    monkeypatch.delenv("CXX", raising=False)
+    cpu = torch.device("cpu")
+    assert compiling.find_missing_compiler(cpu) == ""
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert compiling.find_missing_compiler(cpu).startswith("no Python.h found")
+    (tmp_path / "Python.h").touch()
+    assert compiling.find_missing_compiler(cpu) == ""
 
 
 def test_a_partial_compiles(monkeypatch: pytest.MonkeyPatch) -> None:

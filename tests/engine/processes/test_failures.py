@@ -4,6 +4,7 @@ import errno
 import os
 
 import pytest
+import torch
 
 from engine.processes.failures import report_failure
 
@@ -30,3 +31,48 @@ def test_other_failures_keep_their_name(
 ) -> None:
     report_failure(error)
     assert f"{type(error).__name__}: {error}" in capsys.readouterr().err
+
+
+FULL = (
+    "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.15 GiB of "
+    "which 10.44 MiB is free. Process 7 has 79.13 GiB memory in use. If reserved but unallocated "
+    "memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True"
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError(FULL), FULL.partition(" Process")[0].rstrip(".")),
+        (
+            torch.OutOfMemoryError(f"Caught it in thread 1.\nFile a.py\n{FULL}"),
+            "CUDA out of memory.",
+        ),
+        (
+            RuntimeError("CUDA error: out of memory\nCUDA kernel errors"),
+            "CUDA error: out of memory:",
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `x`"), "CUBLAS_STATUS_"),
+    ],
+    ids=["torch's", "a thread's", "CUDA's", "cuBLAS's"],
+)
+def test_a_full_gpu(error: Exception, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    report_failure(error)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {told}")
+    assert "by a larger --batch.micro" in line
+    assert "expandable" not in line
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NCCL error in: x.cpp:9, remote process exited or there was a network error, NCCL 2.28",
+        "NCCL communicator was aborted on rank 1.",
+        "[../x.cc:10] Connection closed by peer [127.0.0.1]:9",
+    ],
+)
+def test_a_process_that_lost_another(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    report_failure(RuntimeError(f"{text}\nncclRemoteError: more"))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: rank 0 lost another process: ")
