@@ -23,7 +23,7 @@ from torch.utils.checkpoint import (
 
 from engine.method.byol import Online, OnlineOutput, Target
 from engine.method.norm import synchronize
-from engine.processes.compiling import check_norm, compile_networks
+from engine.processes.compiling import compile_networks
 from engine.processes.world import World
 from shards.errors import InputError
 from shards.fields import Operation
@@ -157,13 +157,11 @@ def parallelize(
     """
     if world.size > 1:
         for network in (online, target):
-            synchronize(network, _world_group())
+            synchronize(network, cast(ProcessGroup, dist.group.WORLD))
     if config.recompute:
         for block in online.encoder.blocks():
             _recompute(block)
     if compile:
-        if world.size > 1:
-            check_norm(_world_group(), world.device)
         compile_networks(online, target)
     if strategy == "none":
         return Parallel(strategy, online, None, [], online)
@@ -202,10 +200,6 @@ def _mesh(strategy: Strategy, config: ParallelConfig, world: World) -> DeviceMes
     shard = config.shard or world.local_size
     shape, names = (world.size // shard, shard), ("replicate", "shard")
     return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
-
-
-def _world_group() -> ProcessGroup:
-    return cast(ProcessGroup, dist.group.WORLD)
 
 
 def _recompute(block: nn.Module) -> None:

@@ -126,6 +126,10 @@ def test_processes_of_different_runs_are_refused(
             dataclasses.replace(first, data=dataclasses.replace(tiny_data, train=tiny_data.val)),
             "digest of data.train: there",
         ),
+        (
+            dataclasses.replace(first, data=dataclasses.replace(tiny_data, val="")),
+            "data.val is set: there False, here True",
+        ),
     ):
         with pytest.raises(RankFailure) as failure:
             ranks.run(start_differently, first, other, size=2)
