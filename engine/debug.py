@@ -1,6 +1,5 @@
 """--debug-step: take one batch through every part of a run and print a table of what was seen."""
 
-import resource
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -8,6 +7,7 @@ from typing import TypeVar
 import torch
 from rich.table import Table
 
+from engine.measuring import peak_memory
 from engine.state import checkpoint, layout
 from engine.trainer import StepOutput, Trainer
 from shards.storage import files
@@ -89,7 +89,5 @@ def _bytes(commit: checkpoint.Commit) -> str:
 
 
 def _memory(device: torch.device) -> str:
-    host = f"host {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:,.1f} GiB"
-    if device.type != "cuda":
-        return host
-    return f"{host}, device {torch.cuda.max_memory_allocated() / 2**30:,.1f} GiB"
+    host = f"host {peak_memory(torch.device('cpu')):,.1f} GiB"
+    return host if device.type == "cpu" else f"{host}, device {peak_memory(device):,.1f} GiB"

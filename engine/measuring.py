@@ -28,7 +28,7 @@ class Meter:
         self._trainer, recipe = trainer, trainer.recipe
         self._norms = UpdateNorms(trainer.optimizer, trainer.online, trainer.parallel.shard_group)
         self._ranks = RankTimes(trainer.world.all_gather_object(socket.gethostname()))
-        self._peak = _find_peak(trainer)
+        self._peak = find_device_peak(trainer)
         self._flops = 0.0  # of a step, for each image
         self._preparing = _Preparing(trainer)
         steps = parse_steps(recipe.profile if trainer.world.main else "")
@@ -90,7 +90,7 @@ class Meter:
         speeds["images_per_second_device"] = speed
         alone = timer.waited + self._preparing.read(timer.steps)
         rows = torch.zeros(world.size, 4, dtype=torch.float64)
-        own = [timer.seconds, timer.waited, alone, _peak_memory(trainer.device)]
+        own = [timer.seconds, timer.waited, alone, peak_memory(trainer.device)]
         rows[world.rank] = rows.new_tensor(own)
         found = world.all_reduce(rows).numpy()
         self._ranks.add(found[:, :3], timer.steps)
@@ -156,15 +156,18 @@ class _Preparing:
         return images
 
 
-def _find_peak(trainer: Trainer) -> float | None:
-    """Return the operations that this process's GPU can do in a second, if that is known."""
+def find_device_peak(trainer: Trainer) -> float | None:
+    """Return the operations that this process's GPU can do in a second, or None.
+
+    It is None on a CPU, and for a GPU that `find_peak` does not know.
+    """
     if trainer.device.type != "cuda":
         return None
     name, tf32 = torch.cuda.get_device_name(trainer.device), torch.backends.cudnn.allow_tf32
     return find_peak(name, trainer.recipe.precision, tf32)
 
 
-def _peak_memory(device: torch.device) -> float:
+def peak_memory(device: torch.device) -> float:
     """Return the most memory that tensors had on a GPU, or that this process had on a CPU, in GiB.
 
     It is counted from the start of the process.

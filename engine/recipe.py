@@ -222,8 +222,10 @@ def in_steps(recipe: Recipe, steps_per_epoch: int) -> Recipe:
 
 
 def shared_fields(recipe: Recipe) -> dict[str, Any]:
-    """Return the fields that all processes of a run must agree on, by dotted name."""
-    return {k: v for k, v in flatten(recipe).items() if k not in _MACHINES_OWN}
+    """Return what all processes of a run must agree on: fields, and which sets they have."""
+    fields = flatten(recipe)
+    sets = {f"{k} is set": bool(fields[k]) for k in ("data.val", "probe.train", "probe.val")}
+    return {k: v for k, v in fields.items() if k not in _MACHINES_OWN} | sets
 
 
 def method_fields(recipe: Recipe) -> dict[str, Any]:

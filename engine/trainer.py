@@ -114,6 +114,7 @@ class Trainer:
         if missing:
             say(f"compile: {missing}; going on without torch.compile")
         self.compile = recipe.compile and not missing
+        compiling.check_norm(self.world, self.compile)
         self.artefacts = self.run.artefacts(strategy)
         if self.compile and recipe.compile_artefacts:
             self.artefacts.load(say)

@@ -136,9 +136,8 @@ def transform(card: dict[str, Any] | str | Path) -> Transform:
         raise InputError("input.mean and input.std of the card are not those of this version")
     if not 1 <= found.size <= 2**12:
         raise InputError(f"input.size of the card must be from 1 to 4,096, not {found.size}")
-    return Transform(
-        found.size, _fraction(found, document), PixelRules(exif=found.exif_orientation)
-    )
+    rules = PixelRules(found.max_pixels, found.exif_orientation)
+    return Transform(found.size, _fraction(found, document), rules)
 
 
 def _fraction(found: _Input, document: Any) -> float:

@@ -21,7 +21,7 @@ from engine.evaluation.features import (
     extract,
     measure_accuracy,
 )
-from engine.evaluation.knn import Neighbours, find_nearest, vote
+from engine.evaluation.knn import NOT_FINITE, Neighbours, find_nearest, vote
 from engine.evaluation.probe_sets import ProbeSets
 from engine.evaluation.sheet import Example, choose_examples, write_sheet
 from engine.log.figures import effective_rank
@@ -144,8 +144,7 @@ class Probe:
 
         Raises InputError on all processes when a shard is missing or truncated.
         """
-        if not files.is_local(self.val.folder):
-            self.world.on_main(lambda: _check_ends(self.val, self.sets.names[1]))
+        self.world.on_main(lambda: _check_ends(self.val, self.sets.names[1]))
 
     def attempt(self, step: int, leave: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """Evaluate as `evaluate` does. If that fails, report it and return only the reason.
@@ -177,7 +176,7 @@ class Probe:
 
         Accuracies are fractions. Without labels only the rank is measured. Raises Stopped on all
         processes when `leave` returns True on one, and InputError on all when one cannot read its
-        images.
+        images, or when features are not finite.
         """
         limit = None if self.sets.knn else RANKED
         queries = self.extract(self.val, limit, leave=leave)
@@ -195,6 +194,8 @@ class Probe:
             name = self.sets.names[1]
             found["online_top1"] = measure_accuracy(logits, queries.labels, self.world, name).top1
         some = self.world.all_gather(queries.features[: RANKED // self.world.size])
+        if not some.isfinite().all():  # without kNN, nobody has looked yet
+            raise InputError(NOT_FINITE)
         found["feature_rank"] = effective_rank(some).item()
         return found
 
@@ -268,7 +269,9 @@ class Probe:
 
 
 def _check_ends(index: Index, name: str) -> None:
-    """Raise InputError unless the last byte of every shard can be read."""
+    """Raise InputError unless the last byte of every shard in an object store can be read."""
+    if files.is_local(index.folder):  # machines may have the set in other places
+        return
 
     def check(shard: int) -> None:
         url, size = index.shard_url(shard), index.shards[shard].bytes

@@ -20,6 +20,10 @@ from engine.evaluation.session import Evaluation
 from engine.processes.world import World
 from shards.errors import InputError
 
+NOT_FINITE = (
+    "features are not finite, so that nothing is near to anything: the encoder has diverged; take "
+    "an earlier checkpoint"
+)
 QUERIES = 1024  # looked up at a time, over all processes
 KEYS = 1 << 15  # features that a process compares them with at a time: 0.25 GB of cosines
 UNIT = 2**26  # the whole number that stands for 1 in a normalized feature vector
@@ -55,10 +59,7 @@ def find_nearest(bank: Features, queries: Tensor, k: int, world: World) -> Neigh
     """
     finite = bool(bank.features.isfinite().all() & queries.isfinite().all())
     if not all(world.all_gather_object(finite)):
-        raise InputError(
-            "features are not finite, so that nothing is near to anything: the encoder has "
-            "diverged; take an earlier checkpoint"
-        )
+        raise InputError(NOT_FINITE)
     by_id = bank.ids.argsort()
     keys = Features(*(part[by_id] for part in (_normalize(bank.features), bank.labels, bank.ids)))
     sizes = world.all_gather_object((len(bank.ids), len(queries)))

@@ -59,11 +59,12 @@ def open_probe_sets(
             notes.append(doubt)
         found[i] = index
     bank, queries, fields = found[0] or train, found[1], _name_fields(sets)
-    # Otherwise a process could measure, and wait for one that does not.
+    facts: dict[str, str] = {}
     for name, known in (("data.train", train), (fields[0], bank), (fields[1], queries)):
         if known is not None:
             same = digest(json.dumps(known.classes))
-            check_alike(world, {f"digest of {name}": known.digest, f"classes of {name}": same})
+            facts |= {f"digest of {name}": known.digest, f"classes of {name}": same}
+    check_alike(world, facts)  # otherwise a process could measure, and wait for one that does not
     if fault := _find_fault(bank, queries, fields):
         notes.append(f"evaluations measure no kNN, because {fault}: {_REMEDY}")
         return ProbeSets(bank, queries or bank, fields, knn=False, head=False, notes=tuple(notes))

@@ -207,9 +207,9 @@ class Journal:
             self._end = end
 
     def _whole(self) -> tuple[bytes, int]:
-        """Return all lines, and the step of the last one."""
+        """Return all lines, and the step of the last one; -1 when there is none."""
         with self._lock:
-            return b"".join(self._lines.values()), max(self._lines)
+            return b"".join(self._lines.values()), max(self._lines, default=-1)
 
     @contextmanager
     def _taken(self) -> Iterator[dict[int, bytes]]:

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.method.byol import VIEWS, BYOLConfig, Online, Target, byol_loss
 from engine.method.precision import Precision
 
-# GPUs by a word of their names, the more special ones first. Their dense peaks in TFLOP/s, as the
-# vendor states them, with bf16 or fp16, with fp32 in the form TF32, and with fp32 itself.
+# GPUs by a pattern for a part of their names, the more special ones first. Their dense peaks in
+# TFLOP/s, as the vendor states them, with bf16 or fp16, with fp32 in the form TF32, and with fp32
+# itself.
 _PEAKS: list[tuple[str, float, float, float]] = [
     ("B200", 2250, 1125, 75),
     ("GH200|H200", 989.4, 494.7, 66.9),
@@ -28,6 +29,7 @@ _PEAKS: list[tuple[str, float, float, float]] = [
     ("L40", 181, 90.5, 90.5),
     ("L4", 121, 60, 30.3),
     ("RTX A6000", 154.8, 77.4, 38.7),
+    ("RTX 4090$", 165.2, 82.6, 82.6),
 ]
 
 

@@ -12,11 +12,12 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 import torch._dynamo
 import torch._functorch.config
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -24,6 +25,7 @@ from engine.method.byol import Online, Target
 from engine.method.lars import LARS
 from engine.method.norm import BatchNorm
 from engine.method.resnet import ResNet
+from engine.processes.world import World
 from shards.errors import InputError
 
 _P = ParamSpec("_P")
@@ -67,14 +69,18 @@ def _finds_headers(compiler: str) -> bool:
         return False
 
 
-def check_norm(group: ProcessGroup, device: torch.device) -> None:
+def check_norm(world: World, compiles: bool) -> None:
     """Raise InputError when tracing changes the gradients of the synchronized batch norm.
 
     One version of torch did so silently, with correct outputs. The check takes a second, in a
-    start that compiles for a minute or more. All processes of `group` call it together.
+    start that compiles for a minute or more. All processes call it together, each with whether it
+    compiles, in which machines may differ. Nothing is checked where none does.
     """
+    if world.size == 1 or not any(world.all_gather_object(compiles)):
+        return
+    device = world.device
     norm = BatchNorm(4, views=2).to(device)
-    norm.group = group
+    norm.group = cast(ProcessGroup, dist.group.WORLD)
     traced = torch.compile(norm.forward, backend="aot_eager", fullgraph=True, dynamic=False)
     x = torch.arange(128.0, device=device).sin().reshape(8, 4, 2, 2).requires_grad_()
     inputs = [x, norm.weight, norm.bias]

@@ -53,7 +53,9 @@ def _state(pid: int) -> tuple[str, str]:
 
     Raises OSError when there is no such process.
     """
-    fields = (_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    # A name that was cut to 15 bytes may end inside of a letter.
+    text = (_PROC / str(pid) / "stat").read_text(errors="replace")
+    fields = text.rpartition(")")[2].split()
     return fields[0], fields[19]  # fields 3 and 22: the name before them may hold spaces
 
 

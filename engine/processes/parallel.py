@@ -23,7 +23,7 @@ from torch.utils.checkpoint import (
 
 from engine.method.byol import Online, OnlineOutput, Target
 from engine.method.norm import synchronize
-from engine.processes.compiling import check_norm, compile_networks
+from engine.processes.compiling import compile_networks
 from engine.processes.world import World
 from shards.errors import InputError
 from shards.fields import Operation
@@ -38,11 +38,13 @@ class ParallelConfig:
     strategy: Operation[Literal["auto", "ddp", "fsdp", "hsdp"]] = "auto"
     """How parameters are spread. ddp gives every process all of them. fsdp spreads them over all
     processes. hsdp spreads them over the processes of a group, and every group has all of them.
-    auto takes ddp. If networks and optimizer need more than half of a GPU's memory, auto takes
-    hsdp when there are several machines with several GPUs each, and fsdp otherwise."""
+    auto takes ddp. If networks and optimizer need more than half of the smallest GPU's memory, auto
+    takes hsdp when there are several machines with several GPUs each, equally many, and fsdp
+    otherwise."""
 
     shard: Operation[Annotated[int, Interval(ge=0, le=2**20)]] = 0
-    """Number of processes in a group of hsdp. 0 takes those of one machine."""
+    """Number of processes in a group of hsdp. 0 takes those of one machine, where all machines have
+    equally many."""
 
     recompute: Operation[bool] = False
     """Keep only each residual block's input and compute the block again in the backward pass
@@ -87,7 +89,7 @@ def state_bytes(online: Online, target: Target, slots: int, averages: bool = Fal
 def choose(
     config: ParallelConfig, world: World, needed: int, report: Callable[[str], None]
 ) -> Strategy:
-    """Choose the strategy of a run.
+    """Choose the strategy of a run, the same on all processes, which call it together.
 
     Args:
         needed: `state_bytes` of the networks.
@@ -95,6 +97,10 @@ def choose(
 
     Raises InputError when the processes do not allow the strategy of the recipe.
     """
+    sizes, memories = zip(
+        *world.all_gather_object((world.local_size, _memory(world.device))), strict=True
+    )
+    machine = sizes[0] if len(set(sizes)) == 1 else 0  # 0 where the machines differ in that
     chosen: Strategy
     if config.shard and config.strategy != "hsdp":
         raise InputError(
@@ -103,14 +109,23 @@ def choose(
     if config.strategy == "auto":
         chosen = "none"
         if world.size > 1:
-            chosen = _fitting(world, needed)
+            least = min(memories)
+            if least and needed > least / 2:
+                chosen = "hsdp" if 1 < machine < world.size else "fsdp"
+            else:
+                chosen = "ddp"
             report(
                 f"strategy {chosen}: networks and optimizer take {needed / 2**30:.2f} GiB"
-                + (f" of {_memory(world) / 2**30:.0f}" if world.device.type == "cuda" else "")
+                + (f" of {least / 2**30:.0f}" if least else "")
             )
         return chosen
     chosen = config.strategy
-    shard = config.shard or world.local_size
+    shard = config.shard or machine
+    if chosen == "hsdp" and not shard:
+        raise InputError(
+            "parallel.strategy hsdp: the machines have different numbers of processes: give "
+            "--parallel.shard"
+        )
     if chosen == "hsdp" and not (1 < shard < world.size and world.size % shard == 0):
         fit = [n for n in range(2, world.size) if world.size % n == 0]
         mend = f"use --parallel.shard {fit[-1]}" if fit else "use --parallel.strategy fsdp"
@@ -121,14 +136,10 @@ def choose(
     return chosen
 
 
-def _fitting(world: World, needed: int) -> Strategy:
-    if world.device.type != "cuda" or needed <= _memory(world) / 2:
-        return "ddp"
-    return "hsdp" if 1 < world.local_size < world.size else "fsdp"
-
-
-def _memory(world: World) -> int:
-    return torch.cuda.get_device_properties(world.device).total_memory
+def _memory(device: torch.device) -> int:
+    """Return the bytes of a GPU; 0 for a CPU, which has what all its processes share."""
+    cuda = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).total_memory if cuda else 0
 
 
 def parallelize(
@@ -157,13 +168,11 @@ def parallelize(
     """
     if world.size > 1:
         for network in (online, target):
-            synchronize(network, _world_group())
+            synchronize(network, cast(ProcessGroup, dist.group.WORLD))
     if config.recompute:
         for block in online.encoder.blocks():
             _recompute(block)
     if compile:
-        if world.size > 1:
-            check_norm(_world_group(), world.device)
         compile_networks(online, target)
     if strategy == "none":
         return Parallel(strategy, online, None, [], online)
@@ -202,10 +211,6 @@ def _mesh(strategy: Strategy, config: ParallelConfig, world: World) -> DeviceMes
     shard = config.shard or world.local_size
     shape, names = (world.size // shard, shard), ("replicate", "shard")
     return init_device_mesh(world.device.type, shape, mesh_dim_names=names)
-
-
-def _world_group() -> ProcessGroup:
-    return cast(ProcessGroup, dist.group.WORLD)
 
 
 def _recompute(block: nn.Module) -> None:

@@ -1,9 +1,9 @@
 """Check that a run has the step that --replay names, before its data is opened."""
 
+from engine.continuation import check_recipe
 from engine.log.terminal import Terminal
 from engine.processes.world import World
 from engine.recipe import Recipe
-from engine.run import check_recipe
 from engine.state import layout, origin
 from shards.errors import InputError
 from shards.storage import files

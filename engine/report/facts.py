@@ -22,8 +22,6 @@ from shards.storage.commands import spell_program
 from shards.storage.entries import Entry, list_entries
 
 RESULT, SHEET = "result.json", "neighbours.png"
-# The keys of recipe.json that are no fields of a recipe.
-NOT_FIELDS = {"index_digest", *origin.FACTS}
 MOST_EVALUATIONS = 100
 _SMALLEST, _LARGEST = 1e-99, 1e99  # of the numbers that a chart can show
 MOST_BYTES = 20_000_000  # of a result or of a sheet
@@ -63,7 +61,7 @@ class RunFacts:
     @property
     def fields(self) -> dict[str, Any]:
         """Return the recipe's fields, without what else recipe.json has."""
-        return {key: value for key, value in self.recipe.items() if key not in NOT_FIELDS}
+        return {key: value for key, value in self.recipe.items() if key not in origin.FACTS}
 
     @property
     def total_steps(self) -> int | None:
@@ -74,8 +72,8 @@ class RunFacts:
     @property
     def images(self) -> int | None:
         """Return the number of training images. It is None when no checkpoint has noted it."""
-        origin = self.commit.get("origin")
-        images = origin.get("samples") if isinstance(origin, dict) else None
+        begun = self.commit.get("origin")
+        images = begun.get("samples") if isinstance(begun, dict) else None
         return images if type(images) is int and images > 0 else None
 
     @property

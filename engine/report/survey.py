@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.log import journal
-from engine.report.facts import NOT_FIELDS, RESULT, RunFacts, read_recipe
+from engine.report.facts import RESULT, RunFacts, read_recipe
 from engine.report.states import tell_state
-from engine.state import checkpoint, early_stop, layout
+from engine.state import checkpoint, early_stop, layout, origin
 from shards.errors import InputError
 from shards.storage import files
 from shards.storage.entries import Entry, list_entries
@@ -118,7 +118,7 @@ def _summarize(url: str, entries: list[Entry]) -> RunSummary:
         if layout.RECIPE in there:
             document = read_recipe(url)
             run.total_steps = RunFacts(url, document).total_steps
-            run.fields = {k: v for k, v in document.items() if k not in NOT_FIELDS}
+            run.fields = {k: v for k, v in document.items() if k not in origin.FACTS}
         elif not _is_empty(there):
             run.faults.append(f"{layout.RECIPE} is missing")
     except (OSError, ValueError) as error:

@@ -13,10 +13,12 @@ from shards.documents import Natural, build
 from shards.errors import InputError
 from shards.storage import files, local_files, misplaced
 
-WEIGHTS = "model.start_digest"  # keys of recipe.json
+# The keys of recipe.json that are no fields of a recipe.
+DIGEST = "index_digest"
+WEIGHTS = "model.start_digest"
 BRANCH = "branched_from"
 SOURCE = "recipe_file"
-FACTS = {layout.TOTAL, WEIGHTS, BRANCH, SOURCE}  # keys of recipe.json that are no fields
+FACTS = {DIGEST, layout.TOTAL, WEIGHTS, BRANCH, SOURCE}
 
 
 @dataclass(frozen=True)

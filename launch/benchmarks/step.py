@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.data import open_data
 from engine.log.terminal import Terminal
 from engine.log.timer import Timer
+from engine.measuring import find_device_peak
 from engine.method.byol import BYOLConfig
 from engine.method.resnet import ResNetConfig
 from engine.processes import world
@@ -43,15 +44,6 @@ from shards.making import pack, synthetic
 from shards.order import BatchConfig
 from shards.views import ViewsConfig
 
-PEAK_TFLOPS = {  # for dense bf16 and fp16, by torch's name of the device
-    "NVIDIA A100-SXM4-40GB": 312,
-    "NVIDIA A100-SXM4-80GB": 312,
-    "NVIDIA H100 PCIe": 756,
-    "NVIDIA H100 80GB HBM3": 989,
-    "NVIDIA H200": 989,
-    "NVIDIA GeForce RTX 4090": 165,
-    "NVIDIA L4": 121,
-}
 SETTLING = 2  # steps after the first, in which DDP plans its buckets and fp16 halves its scale
 
 _T = TypeVar("_T")
@@ -98,8 +90,8 @@ def bench_step(
         compile: Compile our networks, with empty caches.
         strategy: How our step is spread over processes.
         shard: Processes in a group of hsdp. 0 stands for those of one machine.
-        peak_tflops: Peak speed of a device in TFLOP/s, to print the share that is used. It is known
-            for some GPUs in bf16 and fp16.
+        peak_tflops: Peak speed of a device in TFLOP/s, to print the share that is used. By default
+            it is the vendor's figure, for GPUs that are known.
         out: File that the rows are also written to, as JSON.
     """
     check_out(out)
@@ -138,9 +130,8 @@ def bench_step(
         if size > 1 and not CUDA:
             title.append("stock's synchronized norm is made by hand, because torch's refuses CPUs")
     title.append(f"medians of {rounds} rounds of {steps} steps")
-    known = PEAK_TFLOPS.get(device_name()) if precision in ("bf16", "fp16") else None
-    peak = peak_tflops or known
-    most = peak * 1e12 * trainer.world.size / sides.flops if peak else None
+    peak = peak_tflops * 1e12 if peak_tflops else find_device_peak(trainer)
+    most = peak * trainer.world.size / sides.flops if peak else None
     return Report(title, sides.rows(costs, most), out)
 
 

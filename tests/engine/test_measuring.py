@@ -115,7 +115,7 @@ def test_one_process_has_no_table_and_no_utilization(
 def test_utilization_where_the_peak_is_known(
     tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measuring, "_find_peak", lambda _: 1e9)
+    monkeypatch.setattr(measuring, "find_device_peak", lambda _: 1e9)
     config = tiny.recipe(tiny_data, tmp_path, steps=2, probe=tiny.NO_PROBE)
     train(config)
     flops = count_flops(config.model, 8, config.views.size)
@@ -141,6 +141,8 @@ def test_operations_of_the_papers_network() -> None:
         ("NVIDIA H200", "fp32", True, 494.7e12),
         ("NVIDIA A100-SXM4-80GB", "fp32", False, 19.5e12),
         ("NVIDIA A10", "bf16", True, 125e12),
+        ("NVIDIA GeForce RTX 4090", "bf16", False, 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16", False, None),
         ("NVIDIA A100-SXM4-80GB", "fp64", True, None),
         ("NVIDIA RTX A4000", "bf16", True, None),
         ("an A1000", "bf16", True, None),

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.continuation import check_recipe
 from engine.log.terminal import Terminal
 from engine.method.adamw import AdamWConfig
 from engine.method.schedule import ScheduleConfig
 from engine.processes.world import World
 from engine.recipe import Recipe, in_todays_terms, load, method_fields, operation_names
-from engine.run import Run, check_recipe, open_run
+from engine.run import Run, open_run
 from launch.command_line import parse_recipe, parse_start
 from shards.errors import InputError
 from shards.fields import differences, flatten

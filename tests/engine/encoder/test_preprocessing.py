@@ -146,6 +146,14 @@ def test_cards_of_the_first_release_are_read() -> None:
     assert card.transform(other).crop == 224 / 240
 
 
+def test_the_largest_image_is_that_of_the_run(tmp_path: Path) -> None:
+    place = tmp_path / "photo.jpg"
+    place.write_bytes(draw_photo(3, 60, 40))
+    assert card.transform(with_input(max_pixels=2400))(place).shape == (3, 24, 24)
+    with pytest.raises(InputError, match="2,399"):
+        card.transform(with_input(max_pixels=2399))(place)
+
+
 def test_mistakes_are_told(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_bytes(b"no image")
     wrong: list[tuple[dict[str, Any], str]] = [

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.evaluation.during_training import FAILED
 from engine.log.metrics import TIMINGS
@@ -139,6 +140,34 @@ def test_no_threads_are_left(data: DataConfig, tmp_path: Path) -> None:
         assert FAILED in trainer.probe.attempt(trainer.step)
     gc.collect()
     assert threading.active_count() == before
+
+
+def test_features_that_are_not_finite_without_labels(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """No kNN looks at them before their rank is measured."""
+    probe = open_trainer(
+        tiny.recipe(dataclasses.replace(tiny_data, val=""), tmp_path / "run")
+    ).probe
+    assert probe is not None
+    assert probe.evaluate().keys() == {"feature_rank"}
+    probe.online.encoder.get_buffer("bn1.running_var").fill_(torch.nan)
+    assert probe.attempt(1)[FAILED].startswith("features are not finite")
+
+
+def check_where_the_set_lies(recipe: Recipe) -> list[int]:
+    """On a rank: look at data.val, which the second machine has in an object store."""
+    trainer = open_trainer(recipe)
+    assert trainer.probe is not None
+    if trainer.world.rank == 1:
+        trainer.probe.val = synthetic.write("memory://elsewhere/val", 40, 32, seed=1)
+    trainer.probe.check_val()
+    return trainer.world.all_gather_object(rank())
+
+
+def test_a_set_may_lie_elsewhere_on_another_machine(
+    ranks: Ranks, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    recipe = tiny.recipe(tiny_data, tmp_path, parallel=ParallelConfig("ddp", timeout=60))
+    assert ranks.run(check_where_the_set_lies, recipe, size=2) == [[0, 1], [0, 1]]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -81,6 +81,14 @@ def test_of_a_run_without_a_line(run: str) -> None:
     assert not parts(run)
 
 
+def test_a_damaged_part_of_a_run_without_a_line(run: str) -> None:
+    log = Journal(run, 0)
+    files.write(f"{run}/metrics/00000001-000000-0123abcd.jsonl", b'{"step": 1, "lo')
+    log.compact()
+    assert read(run) == []
+    assert not parts(run)
+
+
 def test_floats_come_back_bit_for_bit(run: str) -> None:
     values = [0.1 + 0.2, 1 / 3, 1e-310, 12345678901234567.0]
     log = Journal(run, 0)

@@ -58,6 +58,7 @@ def test_the_living_and_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_start_is_read_behind_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "12").mkdir()
     after = " ".join(["R", *map(str, range(4, 53))])  # field n holds n
-    (tmp_path / "12" / "stat").write_text(f"12 (a) S (b) {after}\n")
     monkeypatch.setattr(identity_module, "_PROC", tmp_path)
-    assert identity_module._state(12) == ("R", "22")
+    for name in (b"a) S (b", "a train\u00e9".encode()[:-1]):  # a name may be cut inside of a letter
+        (tmp_path / "12" / "stat").write_bytes(b"12 (" + name + f") {after}\n".encode())
+        assert identity_module._state(12) == ("R", "22")

@@ -16,6 +16,7 @@ import torch
 from engine.evaluation.during_training import ProbeConfig
 from engine.method.local_shards import local
 from engine.method.precision import FIRST_SCALE
+from engine.processes import parallel, world
 from engine.processes.parallel import ParallelConfig
 from engine.recipe import Recipe
 from engine.state.checkpoint import CheckpointConfig
@@ -126,6 +127,10 @@ def test_processes_of_different_runs_are_refused(
             dataclasses.replace(first, data=dataclasses.replace(tiny_data, train=tiny_data.val)),
             "digest of data.train: there",
         ),
+        (
+            dataclasses.replace(first, data=dataclasses.replace(tiny_data, val="")),
+            "data.val is set: there False, here True",
+        ),
     ):
         with pytest.raises(RankFailure) as failure:
             ranks.run(start_differently, first, other, size=2)
@@ -152,6 +157,24 @@ def test_hsdp_alone_is_refused(tiny_data: DataConfig, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"use --parallel\.strategy fsdp"):
         open_trainer(recipe(tiny_data, tmp_path, "hsdp"))
     torch.distributed.destroy_process_group()
+
+
+def choose_on_uneven_machines() -> tuple[str, str]:
+    """On a rank: the strategy of a machine that has another number of GPUs, of another size."""
+    there = world.join(1, distributed=True)
+    there = dataclasses.replace(there, local_size=1 + there.rank, device=torch.device("cuda"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "_memory", lambda _: (1 + there.rank) * 2**30)
+        chosen = parallel.choose(ParallelConfig(), there, 2**30, lambda _: None)
+        with pytest.raises(InputError) as error:
+            parallel.choose(ParallelConfig("hsdp"), there, 0, print)
+    return chosen, str(error.value)
+
+
+def test_uneven_machines_choose_one_strategy(ranks: Ranks) -> None:
+    for chosen, error in ranks.run(choose_on_uneven_machines, size=2):
+        assert chosen == "fsdp"
+        assert error.endswith("different numbers of processes: give --parallel.shard")
 
 
 # Steps that are skipped -------------------------------------------------------------------------
