@@ -120,7 +120,10 @@ def test_an_optimizer_never_waits_for_the_device(config: Any, clip: ClipConfig) 
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert skip == (fault != 0)
-        return deepcopy([parameters, [optimizers[1].state[p] for p in parameters]])
+        # Adagrad of torch 2.11 counts its steps on the host, which does not know of a skip.
+        states = [optimizers[1].state[p].items() for p in parameters]
+        there_alone = [{key: value for key, value in one if value.is_cuda} for one in states]
+        return deepcopy([parameters, there_alone])
 
     for _ in range(3):
         before = step(0.0)
@@ -289,8 +292,10 @@ def test_batches_are_those_of_the_cpu(packed: Index) -> None:
     for mine, theirs in zip(ours, cpus, strict=True):
         assert (mine.ids == theirs.ids).all()
         assert torch.equal(mine.params, theirs.params)
-        off = (mine.views.int() - theirs.views.int()).abs()
-        assert off.float().mean() < 2  # these photos have colors at half the resolution
+        off = (mine.views.int() - theirs.views.int()).abs().float().mean((2, 3, 4))  # [V, B]
+        # These photos have colors at half the resolution. A decoder that repeats them, where the
+        # CPU's interpolates, is off by up to 6. Another photo is off by 39 or more.
+        assert off.max() < 15
 
 
 def test_a_run_that_decodes_on_the_gpu(packed: Index, tmp_path: Path) -> None:

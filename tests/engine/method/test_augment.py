@@ -203,12 +203,12 @@ def test_autocast_does_not_reach_it() -> None:
 def test_gpu_under_tf32_and_autocast_without_synchronization() -> None:
     images, params = (tensor.cuda() for tensor in _batch(8, 224))
     compiled = torch.compile(augment, fullgraph=True, dynamic=False)
-    compiled(images, params)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
-    torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.autocast("cuda", torch.bfloat16):
+            compiled(images, params)  # a graph is made anew for other settings of these two
+            torch.cuda.set_sync_debug_mode("error")
             results = [augment(images, params), compiled(images, params)]
     finally:
         torch.cuda.set_sync_debug_mode("default")

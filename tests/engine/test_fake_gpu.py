@@ -1,0 +1,102 @@
+"""A step on a GPU that is not there: torch's fake tensors have its device and no values.
+
+Torch refuses to compute with a fake tensor of a GPU and one of the CPU, as a GPU does, and to tell
+a value to the host, for which a step on a GPU would have to wait. Autograd cannot go backwards
+without the driver, so gradients of the right shapes take the place of the backward pass.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from engine.data import open_data, train_batches
+from engine.log.terminal import Terminal
+from engine.method import byol
+from engine.method.adamw import AdamWConfig
+from engine.method.average import AverageConfig
+from engine.method.clipping import ClipConfig
+from engine.method.torch_optimizer import TorchOptimizerConfig
+from engine.processes.world import World
+from engine.recipe import Recipe
+from engine.run import open_run
+from engine.trainer import Trainer
+from shards.loader import DataConfig
+from shards.order import BatchConfig
+from tests.helpers import tiny
+
+pytestmark = pytest.mark.versions
+
+GPU = torch.device("cuda", 0)
+
+
+@contextlib.contextmanager
+def on_a_gpu(recipe: Recipe, patch: pytest.MonkeyPatch) -> Iterator[Trainer]:
+    """Yield a trainer whose tensors lie on a fake GPU, within the mode that makes them."""
+    build = byol.build
+
+    def build_real(*arguments: Any) -> Any:
+        with unset_fake_temporarily():
+            return build(*arguments)
+
+    def backward(loss: Tensor) -> None:
+        assert loss.device == GPU
+        for parameter in trainer.online.parameters():
+            parameter.grad = torch.empty_like(parameter)
+
+    def nothing(*_: Any, **__: Any) -> None: ...
+
+    patch.setattr(byol, "build", build_real)
+    patch.setattr(torch.cuda, "get_device_name", lambda _: "fake")
+    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    patch.setattr(Tensor, "backward", backward)
+    for name in ("_fused_sgd_", "_amp_update_scale_"):  # they have no form for fake tensors
+        patch.setattr(torch, name, nothing)
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    world, terminal = World(0, 1, 0, 1, GPU), Terminal(False)
+    data = open_data(recipe, world, terminal.say)
+    run = open_run(recipe, data.train.digest, world, terminal)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            trainer = Trainer(recipe, world, data, run)
+            yield trainer
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "fp16"},
+        {"precision": "bf16", "optimizer": AdamWConfig(), "clip": ClipConfig(norm=1.0)},
+        {"optimizer": TorchOptimizerConfig("RMSprop", adapt=True), "clip": ClipConfig(value=1.0)},
+    ],
+    ids=["lars", "adamw", "rmsprop"],
+)
+def test_a_step_stays_on_the_device(
+    changes: dict[str, Any], tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(
+        tiny.recipe(tiny_data, tmp_path, probe=tiny.NO_PROBE),
+        batch=BatchConfig(size=16, micro=2),
+        average=AverageConfig(rate=0.9),
+        **changes,
+    )
+    with on_a_gpu(recipe, monkeypatch) as trainer:
+        host = replace(trainer.world, device=torch.device("cpu"))  # which pins no memory
+        loader = train_batches(
+            recipe, trainer.data.order, host, start=0, threads=1, report=lambda _: None
+        )
+        with contextlib.closing(loader) as batches:
+            output = [trainer.train_step(next(batches)) for _ in range(2)][-1]
+        assert output.images.is_contiguous(memory_format=torch.channels_last)
+        for tensor in output[:6]:
+            assert isinstance(tensor, Tensor)
+            assert tensor.device == GPU
