@@ -137,7 +137,8 @@ def test_batches_equal_the_plain_ones(packed: Index, threads: int, micro: int) -
             batch = next(loader)
             assert_equal(batch, reference.batch(step, range(4), micro), crcs=True)
             # Autograd may keep them, although threads fill them in inference mode.
-            assert not (batch.views.is_inference() or batch.params.is_inference())
+            assert not batch.views.is_inference()
+            assert not batch.params.is_inference()
 
 
 def test_a_thread_takes_small_pieces_together(packed: Index) -> None:
@@ -253,7 +254,9 @@ def test_a_truncated_jpeg_counts_as_bad(
 def test_too_many_bad_samples(pack_files: PackFiles, photos: Files, tmp_path: Path) -> None:
     files = spoil(photos, *list(photos)[:12])
     order = Order(pack_files(str(tmp_path / "bad"), files), SEED, 4, 16)
-    assert "11 samples were left out, more than data.corrupt allows (10)" in failure(order, threads=1)
+    assert "11 samples were left out, more than data.corrupt allows (10)" in failure(
+        order, threads=1
+    )
     with loading(order, corrupt=0.5) as loader:
         for _ in range(20):
             next(loader)
