@@ -1,6 +1,6 @@
 """Read the width and height of an encoded image from its header, without decoding it."""
 
-from typing import cast
+import struct
 
 # Above this bound Pillow suspects a decompression bomb. It is 268 MB of pixels in RGB.
 MOST_PIXELS = 89_478_485
@@ -9,6 +9,8 @@ _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # These are JPEG's "start of frame" markers.
 _ALONE = {0x01, *range(0xD0, 0xD8)}  # No segment follows these JPEG markers.
 _IMAGE_OR_END = {0xD9, 0xDA}
+_SEGMENT = struct.Struct(">BBH")  # 0xFF, the marker, and the length of a JPEG's segment
+_FRAME_SIZE = struct.Struct(">HH")  # height, width
 
 Size = tuple[int, int]  # width, height in pixels
 
@@ -42,18 +44,19 @@ def _jpeg_size(content: bytes | bytearray | memoryview) -> Size | None:
     """
     position, end = 2, len(content)
     while position + 9 <= end:
-        if content[position] != 0xFF:  # Decoders skip bytes between two segments, as here.
+        first, marker, length = _SEGMENT.unpack_from(content, position)
+        if first != 0xFF:  # Decoders skip bytes between two segments, as here.
             position += 1
             continue
-        marker = content[position + 1]
         if marker in _FRAMES:
-            return _big(content, position + 7, 2), _big(content, position + 5, 2)
+            height, width = _FRAME_SIZE.unpack_from(content, position + 5)
+            return width, height
         if marker in _IMAGE_OR_END:
             return None
         if marker == 0xFF or marker == 0 or marker in _ALONE:
             position += 1 if marker == 0xFF else 2
         else:
-            position += 2 + _big(content, position + 2, 2)
+            position += 2 + length
     return None
 
 
@@ -69,8 +72,8 @@ def _webp_size(start: bytes) -> Size | None:
     return None
 
 
-def _big(content: bytes | bytearray | memoryview, position: int, count: int) -> int:
-    return int.from_bytes(cast(bytes, content[position : position + count]), "big")
+def _big(content: bytes, position: int, count: int) -> int:
+    return int.from_bytes(content[position : position + count], "big")
 
 
 def _little(content: bytes, position: int, count: int) -> int:

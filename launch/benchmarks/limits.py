@@ -54,13 +54,15 @@ def list_work(order: Order, views: ViewsConfig, steps: int) -> Work:
 def measure_limit(work: Work, size: int) -> Cost:
     """Measure the cost of an image that one thread only decodes and crops.
 
-    It takes the functions of the pipeline. Each crop replaces the one before it, so that it stays
-    in the processor's cache, while a pipeline has to write whole batches.
+    It takes the functions of the pipeline, in the same mode of torch. Each crop replaces the one
+    before it, so that it stays in the processor's cache, while a pipeline has to write whole
+    batches.
     """
     row = torch.empty(1, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     return measure(lambda: _decode_and_crop(work, row), len(work))
 
 
+@torch.inference_mode()
 def _decode_and_crop(work: Work, row: Tensor) -> None:
     for content, boxes in work:
         image = decode(content, 0, len(content))
