@@ -7,7 +7,7 @@ later start needs neither the weights nor the other run, and notices when it is 
 from dataclasses import replace
 from typing import NamedTuple
 
-from engine.encoder.source import find_kind
+from engine.encoder.chosen import find_kind
 from engine.encoder.start import FIELD, StartWeights, read_start
 from engine.method.schedule import Ramp
 from engine.processes.world import World

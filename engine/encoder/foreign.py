@@ -3,39 +3,25 @@
 A checkpoint has no strides, dilations, paddings or epsilons. They are assumed to be torchvision's.
 """
 
-import functools
-import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Size, Tensor
 
+from engine.encoder.foreign_order import Match, match_order
+from engine.encoder.foreign_shapes import COUNTER, candidates, describe
 from engine.method.encoders import BackboneConfig
-from engine.method.resnet import ResNet, ResNetConfig
 from shards.documents import shown
 from shards.errors import InputError
-
-COUNTER = "num_batches_tracked"
 
 # Names that mark the slowly moving network of a pair. MoCo calls it encoder_k.
 _TARGET = re.compile(r"target|momentum|teacher|(^|[._])(ema|key)([._]|$)|_k([._]|$)", re.I)
 _TRUNK = re.compile(r"(conv|bn|layer)\d+\.")  # torchvision's names of all but the head
 # The positions of torchvision's modules in nn.Sequential(*network.children()).
 _CHILDREN = {"0": "conv1", "1": "bn1", **{str(3 + i): f"layer{i}" for i in (1, 2, 3, 4)}}
-# The names that others give to the tensors of a norm, in torch's order of the tensors.
-_NORM = (
-    *(("weight", "gamma", "scale"), ("bias", "beta", "offset")),
-    *(("running_mean", "moving_mean", "mean"), ("running_var", "moving_variance", "var")),
-    (COUNTER,),
-)
-# What a stranger's file may hold, so that the search for its network ends.
-MOST_NETWORKS = 64  # networks that are found by name
-MOST_STEMS = 1000  # tensors that may be the first one of a network
-MOST_WIDTHS = 8  # numbers of channels of these; each takes a second
-
-_ROLES = {name: role for role, names in enumerate(_NORM) for name in names}
+MOST_NETWORKS = 64  # that are found by name, so that the search in a stranger's file ends
 
 
 class Foreign(NamedTuple):
@@ -44,23 +30,6 @@ class Foreign(NamedTuple):
     config: BackboneConfig
     state: dict[str, Tensor]  # float32, by torchvision's names
     report: str  # one line that says how it was matched and what was left out
-
-
-class _Candidate(NamedTuple):
-    """A network that a checkpoint may hold."""
-
-    config: ResNetConfig
-    shapes: dict[str, Size]  # in state-dict order
-    orders: tuple[list[str], list[str]]  # without counters; projections last, or first, in a block
-    further: Size  # shape of the next tensor if the network had one more block
-
-
-class _Match(NamedTuple):
-    """The names of a network's tensors in a checkpoint."""
-
-    candidate: _Candidate
-    names: dict[str, str]  # this project's name: the file's name
-    how: str
 
 
 def match(
@@ -97,7 +66,7 @@ def match(
         names = {ours: by_name[theirs] for ours, theirs in trunks[chosen].items()}
         found = _match_names(tensors, names, chosen, place)
     else:
-        matches = _match_order(tensors, place)
+        matches = match_order(tensors, place)
         found = matches[choose(list(matches), network, place, prefix, flag, in_order=True)]
     config = found.candidate.config
     state = read_state(tensors, found.candidate.shapes, found.names, place)
@@ -201,12 +170,12 @@ def choose(
 
 def _match_names(
     tensors: Mapping[str, Tensor], names: Mapping[str, str], prefix: str, place: str
-) -> _Match:
+) -> Match:
     """Match the network below the prefix. `names` maps torchvision's names to the file's."""
     found = {ours: tensors[name].shape for ours, name in names.items()}
     stem = found["conv1.weight"]
     nearest = min(
-        _candidates(stem[0] if stem else 0) or _candidates(64),
+        candidates(stem[0] if stem else 0) or candidates(64),
         key=lambda c: (len(_misfits(c.shapes, found)), c.shapes["conv1.weight"][2:] != stem[2:]),
     )
     misfits = _misfits(nearest.shapes, found)
@@ -221,7 +190,7 @@ def _match_names(
             f"{describe(nearest.config)}: {told}"
         )
     taken = {ours: names[ours] for ours in nearest.shapes if ours in names}
-    return _Match(nearest, taken, f"by name{f' under {prefix!r}' if prefix else ''}")
+    return Match(nearest, taken, f"by name{f' under {prefix!r}' if prefix else ''}")
 
 
 def _misfits(expected: Mapping[str, Size], found: Mapping[str, Size]) -> list[tuple[str, str]]:
@@ -234,106 +203,6 @@ def _misfits(expected: Mapping[str, Size], found: Mapping[str, Size]) -> list[tu
             text = f"{name}: {list(shape)}, not {list(expected[name])}"
             misfits.append(("of another shape", text))
     return misfits
-
-
-def _match_order(tensors: Mapping[str, Tensor], place: str) -> dict[str, _Match]:
-    """Find all networks whose tensors follow one another. The keys are their first tensors."""
-    everything = _ordered(tensors)
-    names = [n for n in everything if tensors[n].ndim and tensors[n].is_floating_point()]
-    counters = {a: b for a, b in itertools.pairwise(everything) if not tensors[b].ndim}
-    shapes = [tensors[name].shape for name in names]
-    found: dict[str, _Match] = {}
-    nearest, told = 5, ""  # the stem's five tensors alone are no sign of a ResNet
-    for start, candidate, order in _attempts(shapes, place):
-        there = shapes[start : start + len(order)]
-        pairs = zip((candidate.shapes[ours] for ours in order), there, strict=False)
-        fitting = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        end, first = start + fitting, names[start]
-        if fitting == len(order) and shapes[end : end + 1] != [candidate.further]:
-            taken = dict(zip(order, names[start:end], strict=True))
-            for ours, name in list(taken.items()):
-                if ours.endswith("running_var") and name in counters:
-                    taken[ours.replace("running_var", COUNTER)] = counters[name]
-            how = f"by position and shape from {first!r} on"
-            found[first] = _Match(candidate, taken, how)
-        elif fitting > nearest:
-            nearest = fitting
-            told = (
-                f": nearest is {describe(candidate.config)}: {fitting} tensors from {first!r} on "
-                f"fit, not {repr(names[end]) if end < len(names) else 'the end of the file'}"
-            )
-    if not found:
-        depths = ", ".join(str(depth) for depth in _options("depth"))
-        raise InputError(
-            f"{place}: no ResNet found (of depth {depths}), neither by names such as "
-            f"layer1.0.conv1.weight nor by the order of shapes{told}"
-        )
-    return found
-
-
-def _attempts(shapes: Sequence[Size], place: str) -> Iterator[tuple[int, _Candidate, list[str]]]:
-    """Yield every start, network and order of its tensors that may be in the file.
-
-    A start is a convolution of three channels before the four tensors of its norm. Raises
-    InputError when there are more of them than any checkpoint has.
-    """
-    starts = [
-        start
-        for start, shape in enumerate(shapes)
-        if len(shape) == 4 and shape[1] == 3 and set(shapes[start + 1 : start + 5]) == {shape[:1]}
-    ]
-    widths = {shapes[start][0] for start in starts}
-    if len(starts) > MOST_STEMS or len(widths) > MOST_WIDTHS:
-        raise InputError(
-            f"{place}: {len(starts):,} tensors of {len(widths):,} widths may be the first one of a "
-            "ResNet, more than can be tried: save the encoder's state dict alone"
-        )
-    for start in starts:
-        for candidate in _candidates(shapes[start][0]):
-            for order in candidate.orders:
-                yield start, candidate, order
-
-
-def _ordered(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names in the file's order, and undo what sorting them as text has mixed up."""
-    names = list(tensors)
-    if names == sorted(names):  # sorting puts block 10 before block 2
-        parts = {name: re.split(r"(\d{1,9})", name) for name in names}  # numbers at odd places
-        names.sort(key=lambda name: [int(p) if i % 2 else p for i, p in enumerate(parts[name])])
-    ordered: list[str] = []
-    for _, group in itertools.groupby(names, lambda name: name.rpartition(".")[0]):
-        module = list(group)
-        roles = [_ROLES.get(name.rpartition(".")[2]) for name in module]
-        if None not in roles:  # sorting puts a norm's bias before its weight
-            module.sort(key=lambda name: _ROLES[name.rpartition(".")[2]])
-        ordered += module
-    return ordered
-
-
-@functools.cache
-def _candidates(channels: int) -> list[_Candidate]:
-    """Build all networks whose stem has `channels`, if a recipe can have that width."""
-    if not 1 <= channels <= 64 * 64:
-        return []
-    found = []
-    for depth, stem in itertools.product(_options("depth"), _options("stem")):
-        for projection in (False, True) if depth < 50 else (False,):
-            config = ResNetConfig(depth, channels / 64, stem, projection)
-            with torch.device("meta"):
-                net = ResNet(config, views=1)
-            shapes = {name: value.shape for name, value in net.state_dict().items()}
-            last = [name for name in shapes if COUNTER not in name]
-            blocks = itertools.groupby(last, lambda name: name.split(".")[:2])
-            first = [n for _, b in blocks for n in sorted(b, key=lambda n: "downsample" not in n)]
-            inner = shapes["layer4.0.conv1.weight"]
-            further = Size((inner[0], net.feature_dim, *inner[2:]))
-            found.append(_Candidate(config, shapes, (last, first), further))
-    return found
-
-
-def _options(field: str) -> tuple[Any, ...]:
-    """Return the values that a field of ResNetConfig can have."""
-    return get_args(get_type_hints(ResNetConfig)[field])
 
 
 def read_state(
@@ -372,14 +241,6 @@ def describe_match(
     left = [name for name in tensors if name not in taken]
     text = f"{network}, matched {how}: {len(taken)} tensors"
     return f"{text}; left out {len(left)} ({_some(left)})" if left else text
-
-
-def describe(config: ResNetConfig) -> str:
-    """Return the name of a network."""
-    width = f" x{config.width:g}" if config.width != 1 else ""
-    stem = f", {config.stem} stem" if config.stem != ResNetConfig.stem else ""
-    shortcut = ", projection shortcut" * config.projection_shortcut
-    return f"ResNet-{config.depth}{width}{stem}{shortcut}"
 
 
 def _some(texts: Sequence[str], count: int = 3) -> str:

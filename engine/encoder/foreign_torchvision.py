@@ -11,6 +11,7 @@ from torch import Size, Tensor
 
 from engine.encoder import foreign
 from engine.encoder.foreign import Foreign
+from engine.encoder.foreign_shapes import COUNTER
 from engine.method.encoders import BackboneConfig
 from engine.method.torchvision_encoder import TorchvisionConfig, list_names
 from shards.errors import InputError
@@ -94,7 +95,7 @@ def match_torchvision(
     with torch.device("meta"):
         kept = config.build(1, size).stock_state()
     # Tables of positions are constants of the network.
-    wanted = [n for n, v in kept.items() if v.is_floating_point() or foreign.COUNTER in n]
+    wanted = [n for n, v in kept.items() if v.is_floating_point() or COUNTER in n]
     names = {ours: plain[chosen + ours] for ours in wanted if chosen + ours in plain}
     state = foreign.read_state(tensors, wanted, names, place)
     how = f"by name{f' under {chosen!r}' if chosen else ''}"

@@ -4,12 +4,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from annotated_types import Interval
 from torch import Generator, Tensor, nn
 
+from engine.encoder.chosen import find_commit, find_kind, read_newest
 from engine.encoder.foreign_files import read_tensors
 from engine.encoder.foreign_torchvision import match_any
 from engine.method.average import PART
@@ -19,7 +20,6 @@ from engine.method.precision import Precision
 from engine.method.resnet import ResNetConfig
 from engine.processes.world import World
 from engine.state import checkpoint, layout
-from engine.state.best import check_key, find_best
 from engine.state.checkpoint import Commit
 from shards.decode import DEFAULT_RULES, Exif, PixelRules
 from shards.digest import digest
@@ -27,10 +27,6 @@ from shards.documents import check
 from shards.errors import InputError
 from shards.fields import as_flag, check_bounds
 from shards.storage import files, names
-
-TRIES = 3  # a training run may remove the checkpoint while it is read
-
-_T = TypeVar("_T")
 
 _KIND, _ENCODER = "model.encoder", "model.encoder."
 DataField = Literal["data.train", "data.val", "probe.train", "probe.val"]
@@ -155,103 +151,13 @@ def open_encoder(
         return world.on_all(partial(_foreign, url, config))
     if config.prefix is not None:
         raise InputError(f"--prefix is for files that others made: {files.redact(url)} is a run")
+
+    def read() -> tuple[Source, Network]:
+        return _own(find_commit(url, config.checkpoint, world, report), config, world)
+
     if config.checkpoint != "latest":
-        return _own(_find(url, config, world, report), config, world)
-    return read_newest(
-        url, world, report, lambda: _own(_find(url, config, world, report), config, world)
-    )
-
-
-def read_newest(
-    url: str, world: World, report: Callable[[str], None], read: Callable[[], _T]
-) -> _T:
-    """Call `read`, which reads a run's newest checkpoint, again if the run went on meanwhile.
-
-    A training removes old checkpoints. All processes call it together.
-    """
-    for attempt in range(1, TRIES + 1):
-        there = world.on_main(partial(_steps, url))
-        try:
-            return read()
-        except (InputError, OSError):
-            changed = world.on_main(partial(_steps, url)) != there
-            if not changed or attempt == TRIES:
-                raise
-            report(f"{files.redact(url)}: the run went on meanwhile; taking a newer checkpoint")
-    raise AssertionError("unreachable")
-
-
-def _steps(url: str) -> list[str]:
-    """List the checkpoints of a run. The list is empty where folders may not be listed."""
-    try:
-        return checkpoint.steps(url)
-    except PermissionError:
-        return []
-
-
-def _can_read(url: str) -> bool:
-    try:
-        return files.exists(url)
-    except PermissionError:  # AWS answers so where nothing is, if folders may not be listed.
-        return False
-
-
-def find_kind(url: str, name: str = "CHECKPOINT") -> Literal["folder", "file"]:
-    """Return whether a run or a checkpoint of one is at `url`, or a file.
-
-    `name` is the field or argument that gave the URL, for the message. Raises InputError when
-    nothing is there, or what is no checkpoint.
-    """
-    try:
-        if files.list_names(url):
-            return "folder"
-    except PermissionError:  # Single objects may be readable all the same.
-        folder = _can_read(files.join(url, checkpoint.COMMIT)) or not _can_read(url)
-        return "folder" if folder else "file"
-    if not files.exists(url):
-        raise InputError(
-            f"{name} {files.redact(url)}: nothing there; give the URL of a run, of one of "
-            f"its checkpoints, or of a checkpoint file{checkpoint.hint(url)}"
-        )
-    if url.endswith((".json", ".jsonl", ".distcp")):
-        raise InputError(f"{name} {files.redact(url)}: is no checkpoint{checkpoint.hint(url)}")
-    return "file"
-
-
-def _find(url: str, config: EncoderConfig, world: World, report: Callable[[str], None]) -> Commit:
-    if config.checkpoint == "latest":
-        return checkpoint.find(url, world, report, "CHECKPOINT")
-    if config.checkpoint == "best":
-        return checkpoint.verify(world.on_main(partial(_best_url, url)), world)
-    return checkpoint.verify(world.on_main(partial(_step_url, url, int(config.checkpoint))), world)
-
-
-def _best_url(run: str) -> str:
-    """Return the URL of a run's best checkpoint. Raises InputError when the log tells of none."""
-    key = layout.read_recipe(run).get("checkpoint.keep_best") or "knn_top1"
-    check_key(str(key), f"{files.redact(files.join(run, layout.RECIPE))}: checkpoint.keep_best")
-    there = checkpoint.committed_steps(run)
-    best = find_best(run, key, there)
-    if best.step < 0:
-        raise InputError(
-            f"CHECKPOINT {files.redact(run)}: no best checkpoint, because the log has no {key} of "
-            f"any; give --checkpoint latest, or one of the steps: {_list_steps(there)}"
-        )
-    return checkpoint.step_url(run, best.step)
-
-
-def _list_steps(there: list[int]) -> str:
-    return ", ".join(map(str, there)) or "none"
-
-
-def _step_url(run: str, step: int) -> str:
-    wanted, there = checkpoint.step_url(run, step), checkpoint.steps(run)
-    if wanted not in there:
-        known = _list_steps([int(url[-8:]) for url in there])
-        raise InputError(
-            f"CHECKPOINT {files.redact(run)}: no checkpoint of step {step}; there are: {known}"
-        )
-    return wanted
+        return read()
+    return read_newest(url, world, report, read)
 
 
 def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, Network]:

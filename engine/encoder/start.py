@@ -9,10 +9,11 @@ import torch
 from torch import Size, Tensor, nn
 
 from engine.encoder import foreign
+from engine.encoder.chosen import find_kind, read_newest
 from engine.encoder.foreign import Foreign
 from engine.encoder.foreign_files import read_tensors
 from engine.encoder.foreign_torchvision import match_torchvision
-from engine.encoder.source import digest_of, find_kind, read_newest
+from engine.encoder.source import digest_of
 from engine.method.byol import BYOLConfig, Online, Target
 from engine.method.encoders import BackboneConfig
 from engine.method.resnet import ResNetConfig

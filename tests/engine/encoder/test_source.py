@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from engine.encoder import chosen
 from engine.encoder import source as encoder_source
 from engine.encoder.source import EncoderConfig, open_encoder
 from engine.evaluation.features import encoding
@@ -134,13 +135,13 @@ def test_a_recipe_of_another_time(
     run = str(tmp_path / "run")
     train(tiny.recipe(tiny_data, run, steps=1, probe=tiny.NO_PROBE))
     files.remove(f"{run}/recipe.json")
-    find = encoder_source._find
+    find = chosen.find_commit
 
     def older(*arguments: object) -> checkpoint.Commit:
         commit = find(*arguments)  # type: ignore[arg-type]
         return dataclasses.replace(commit, method=method)
 
-    monkeypatch.setattr(encoder_source, "_find", older)
+    monkeypatch.setattr(encoder_source, "find_commit", older)
     with pytest.raises(InputError, match=message):
         open_encoder(run, EncoderConfig(), ALONE, ignore)
 

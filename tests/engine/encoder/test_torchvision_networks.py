@@ -9,7 +9,7 @@ import torch
 import torchvision
 from torch import Generator, Tensor, nn
 
-from engine.encoder import source
+from engine.encoder import chosen, source
 from engine.encoder.classifier import Head, attach
 from engine.encoder.export import TOLERANCE, convert, verify
 from engine.encoder.foreign_torchvision import match_any
@@ -132,7 +132,7 @@ def test_a_classifier_has_torchvisions_keys(run: Path) -> None:
 def test_a_recipe_of_a_size_that_the_network_cannot_have_is_one_line(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = source._find
+    find = chosen.find_commit
     for name, size in (("vit_b_16", 33), ("maxvit_t", 32), ("inception_v3", 64)):
         changes = {"model.encoder.name": name, "views.size": size}
 
@@ -140,7 +140,7 @@ def test_a_recipe_of_a_size_that_the_network_cannot_have_is_one_line(
             commit = find(*given)
             return dataclasses.replace(commit, method=commit.method | changes)
 
-        monkeypatch.setattr(source, "_find", other)
+        monkeypatch.setattr(source, "find_commit", other)
         with pytest.raises(InputError, match=r"its recipe is damaged: views.size must be"):
             opened(run)
 
