@@ -9,7 +9,7 @@ from engine.log.patience import try_for
 from engine.measuring import Meter
 from engine.method.precision import parameter_dtype, slow_on
 from engine.processes.preemption import Preemption
-from engine.processes.world import World
+from engine.processes.world import World, find_unused_gpu
 from engine.report.report import PATIENCE, write_at_end
 from engine.state import checkpoint
 from engine.state.early_stop import EarlyStop, find_doubt
@@ -110,6 +110,8 @@ def _open_early_stop(trainer: Trainer, log: MetricsLog) -> EarlyStop:
 
 def _greet(trainer: Trainer, block_memory: int) -> None:
     data = trainer.data
+    if warning := find_unused_gpu(trainer.device):
+        trainer.terminal.say(warning)
     if warning := slow_on(trainer.device, trainer.recipe.precision):
         trainer.terminal.say(warning)
     if warning := trainer.recipe.average.warn(parameter_dtype(trainer.recipe.precision)):

@@ -46,4 +46,11 @@ def not_finite(norms: Tensor) -> Tensor:
 
 def foreach_norms(tensors: list[Tensor]) -> Tensor:
     """Compute the norm of each of the n tensors: [n]. An empty tensor has norm 0."""
-    return torch.stack(torch._foreach_norm(tensors))
+    held = [tensor for tensor in tensors if tensor.numel()]
+    if len(held) == len(tensors):
+        return torch.stack(torch._foreach_norm(tensors))
+    # Torch's kernel for GPUs leaves empty tensors out. Where it needs several launches, the norms
+    # of all tensors of the later ones move by as many places as there were empty tensors before.
+    norms = torch._foreach_norm(held) if held else ()
+    found, zero = iter(norms), tensors[0].new_zeros(())
+    return torch.stack([next(found) if tensor.numel() else zero for tensor in tensors])

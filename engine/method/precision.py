@@ -139,6 +139,8 @@ class StepGuard:
         count = int(self._seen)
         self._seen.copy_(self._in_a_row, non_blocking=True)
         if self._in_a_row.is_cuda:
-            self._seen_at = torch.cuda.Event()
+            # The host sleeps while it waits for this event. It would spin for any other, and take
+            # a core from the threads that decode.
+            self._seen_at = torch.cuda.Event(blocking=True)
             self._seen_at.record()
         return count

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -28,6 +29,7 @@ try:
 except ImportError:  # older releases (2.11) have it by another name
     from torch.distributed.distributed_c10d import _set_pg_timeout as _set_timeout
 
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 START_TIMEOUT = 1800.0  # seconds; before the first step is done, some process may compile or fetch
 
 _T = TypeVar("_T")
@@ -196,6 +198,22 @@ def join(threads: int | None, distributed: bool) -> World:
             device_id=device if device.type == "cuda" else None,
         )
     return world
+
+
+def find_unused_gpu(device: torch.device) -> str:
+    """Say that torch cannot use this machine's GPU; "" when it does, or when there is none.
+
+    A torch that is built without CUDA says nothing of itself, and the CPU takes its place.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")  # by the user
+    if device.type == "cuda" or hidden or not _NVIDIA_DRIVER.exists():
+        return ""
+    built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "has no CUDA"
+    return (
+        f"torch {torch.__version__}, which {built}, finds no GPU that it can use, though NVIDIA's "
+        "driver runs here: going on on the CPU (nvidia-smi tells which CUDA the driver knows, and "
+        "a container has to be given the GPU)"
+    )
 
 
 def _store(world: World) -> Store:
