@@ -126,7 +126,10 @@ def crop_into(out: Tensor, image: Tensor, box: Box) -> None:
     The kernel asks that both sides have this layout. It would make the same copy of the crop.
     """
     top, left, height, width = box
-    crop = image[None, :, top : top + height, left : left + width]
+    channel, row, column = image.stride()
+    start = image.storage_offset() + top * row + left * column
+    # This is the slice of `crop_resize` in one call of torch in place of four.
+    crop = image.as_strided((1, 3, height, width), (image.numel(), channel, row, column), start)
     crop = crop.contiguous(memory_format=torch.channels_last)
     _bicubic(crop, out.shape[-2:], align_corners=False, out=out)
 

@@ -143,8 +143,9 @@ def test_other_values_need_a_window() -> None:
 )
 def test_a_crop_is_written_where_it_belongs(layout: tuple[int, ...], box: Box) -> None:
     shape = [(3, 40, 50)[axis] for axis in layout]
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
-    image = pixels.permute(*map(layout.index, range(3)))  # [3, 40, 50] in each order in memory
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, [2, *shape], np.uint8))
+    # [3, 40, 50] in each order in memory, behind another image
+    image = pixels[1].permute(*map(layout.index, range(3)))
     rows = torch.zeros(3, 24, 24, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     crop_into(rows[1:2], image, box)
     top, left, height, width = box
