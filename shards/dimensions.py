@@ -6,8 +6,8 @@ from typing import cast
 MOST_PIXELS = 89_478_485
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # These are JPEG's "start of frame" markers.
-_ALONE = {0x01, *range(0xD0, 0xD8)}  # No segment follows these JPEG markers.
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # These are JPEG's "start of frame" markers.
+ALONE = {0x01, *range(0xD0, 0xD8)}  # No segment follows these JPEG markers.
 _IMAGE_OR_END = {0xD9, 0xDA}
 
 Size = tuple[int, int]  # width, height in pixels
@@ -46,11 +46,11 @@ def _jpeg_size(content: bytes | bytearray | memoryview) -> Size | None:
             position += 1
             continue
         marker = content[position + 1]
-        if marker in _FRAMES:
+        if marker in FRAMES:
             return _big(content, position + 7, 2), _big(content, position + 5, 2)
         if marker in _IMAGE_OR_END:
             return None
-        if marker == 0xFF or marker == 0 or marker in _ALONE:
+        if marker == 0xFF or marker == 0 or marker in ALONE:
             position += 1 if marker == 0xFF else 2
         else:
             position += 2 + _big(content, position + 2, 2)
