@@ -13,7 +13,7 @@ from torchvision.utils import make_grid
 from engine.data import open_data
 from engine.evaluation.features import encoding
 from engine.log.terminal import Terminal
-from engine.method.augment import MEAN, STD
+from engine.method.augment import denormalize
 from engine.method.byol import VIEWS
 from engine.method.local_shards import whole
 from engine.processes.world import join
@@ -82,8 +82,7 @@ class Session:
         views, params = (t[:, :count].flatten(0, 1) for t in (batch.views, batch.params))
         device = self.trainer.device
         seen = self.trainer.augment(views.to(device), params.to(device)).float().cpu()
-        mean, std = (seen.new_tensor(values)[:, None, None] for values in (MEAN, STD))
-        grid = make_grid((seen * std + mean).clamp(0, 1), nrow=len(seen) // VIEWS)
+        grid = make_grid(denormalize(seen).clamp(0, 1), nrow=len(seen) // VIEWS)
         picture: Tensor = (grid * 255).round().to(torch.uint8)
         return picture
 

@@ -45,9 +45,8 @@ class ShardCache:
         """
         if not files.is_local(folder):
             raise InputError(f"data.cache {files.redact(folder)}: must be a local folder")
-        ends = np.cumsum([shard.bytes for shard in index.shards])
         self._index, self._report, self._lock = index, report, Lock()
-        self._kept = int(np.searchsorted(ends, gigabytes * GB, side="right"))
+        self._kept = count_fitting(index, gigabytes)
         self._locks = [Lock() for _ in range(self._kept)]
         # Another data set has another folder, and so has this one when it is packed again.
         facts = json.dumps([index.folder, index.digest, index.plan])
@@ -111,3 +110,9 @@ class ShardCache:
             with contextlib.suppress(FileNotFoundError):  # Another process may delete it first.
                 if path.stat().st_mtime < time.time() - STALE:
                     path.unlink()
+
+
+def count_fitting(index: Index, gigabytes: float) -> int:
+    """Return how many shards of a data set, the first ones, a cache of this size keeps."""
+    ends = np.cumsum([shard.bytes for shard in index.shards])
+    return int(np.searchsorted(ends, gigabytes * GB, side="right"))

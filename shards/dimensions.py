@@ -6,8 +6,8 @@ import struct
 MOST_PIXELS = 89_478_485
 
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # These are JPEG's "start of frame" markers.
-_ALONE = {0x01, *range(0xD0, 0xD8)}  # No segment follows these JPEG markers.
+FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # These are JPEG's "start of frame" markers.
+ALONE = {0x01, *range(0xD0, 0xD8)}  # No segment follows these JPEG markers.
 _IMAGE_OR_END = {0xD9, 0xDA}
 _SEGMENT = struct.Struct(">BBH")  # 0xFF, the marker, and the length of a JPEG's segment
 _FRAME_SIZE = struct.Struct(">HH")  # height, width
@@ -48,12 +48,12 @@ def _jpeg_size(content: bytes | bytearray | memoryview) -> Size | None:
         if first != 0xFF:  # Decoders skip bytes between two segments, as here.
             position += 1
             continue
-        if marker in _FRAMES:
+        if marker in FRAMES:
             height, width = _FRAME_SIZE.unpack_from(content, position + 5)
             return width, height
         if marker in _IMAGE_OR_END:
             return None
-        if marker == 0xFF or marker == 0 or marker in _ALONE:
+        if marker == 0xFF or marker == 0 or marker in ALONE:
             position += 1 if marker == 0xFF else 2
         else:
             position += 2 + length

@@ -6,11 +6,9 @@ one exception is an image that stands in for a damaged one: then the CPU decodes
 
 from typing import NamedTuple
 
-from shards.dimensions import image_size
+from shards.dimensions import ALONE, FRAMES, image_size
 
 _HUFFMAN_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive, without arithmetic code
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # These are JPEG's "start of frame" markers.
-_ALONE = {0x01, *range(0xD0, 0xD8)}  # No segment follows these markers.
 _ADOBE = 0xEE
 _START, _END = b"\xff\xd8", b"\xff\xd9"
 
@@ -51,12 +49,12 @@ def _read_frame(content: memoryview) -> Frame | None:
         if content[position] != 0xFF:
             return None  # Decoders skip such bytes, each in its own way.
         marker = content[position + 1]
-        if marker == 0xFF or marker in _ALONE:  # 0xFF fills the space between two segments.
+        if marker == 0xFF or marker in ALONE:  # 0xFF fills the space between two segments.
             position += 1 if marker == 0xFF else 2
             continue
         size = int.from_bytes(content[position + 2 : position + 4], "big")
         body = bytes(content[position + 4 : position + 2 + size])
-        if marker in _FRAMES:
+        if marker in FRAMES:
             whole = len(body) >= 6 and len(body) >= 6 + 3 * body[5]
             return Frame(marker, body[0], body[6 : 6 + 3 * body[5] : 3], adobe) if whole else None
         if marker == _ADOBE and body[:5] == b"Adobe" and len(body) >= 12:

@@ -1,15 +1,14 @@
 """--explain: print what a run will take, before anything is spent on it."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from engine.data import check_batches, check_micro
 from engine.explain import memory, plan, traffic
-from engine.explain.plan import Speed, date_of
+from engine.explain.known import Known, check_order, look
+from engine.explain.plan import date_of
 from engine.explain.sizes import LEAST, Fakes, StepCost
-from engine.log import journal
 from engine.log.terminal import Terminal
 from engine.method.lars import LARSConfig
 from engine.method.resnet import ResNet
@@ -18,29 +17,13 @@ from engine.processes import allocation
 from engine.processes.parallel import Strategy
 from engine.processes.world import World
 from engine.recipe import Recipe, in_steps
-from engine.state import checkpoint
 from engine.state.early_stop import find_doubt
-from shards import index as indexes
-from shards.errors import InputError
-from shards.index import Index, Shard
 from shards.loader import REMOTE_FETCHES
-from shards.making import synthetic
 from shards.order import Order
 from shards.storage import files
 
 MACHINE = 8  # processes of a machine, where only one process was started to explain
 UNIT = 1000.0  # images a second, where no speed is known
-
-
-class Known(NamedTuple):
-    """What the storage tells of the data and the run, and what is missing."""
-
-    train: Index | None
-    samples: int | None
-    classes: int
-    at: int  # step of the newest checkpoint
-    speed: Speed | None
-    missing: list[str]
 
 
 def explain(recipe: Recipe, world: World, terminal: Terminal) -> None:
@@ -54,7 +37,7 @@ def explain(recipe: Recipe, world: World, terminal: Terminal) -> None:
     processes = recipe.explain_processes or world.size
     share = plan.share_batch(recipe, processes)
     known = look(recipe, processes)
-    order = _order(recipe, known)
+    order = check_order(recipe, known)
     if known.samples is not None:
         recipe = in_steps(recipe, known.samples // recipe.batch.size)
     fakes = Fakes(recipe, known.classes)
@@ -82,72 +65,6 @@ def _find_doubt(recipe: Recipe, known: Known) -> str:
     schedule, sizes = recipe.schedule, (known.samples, recipe.batch.size)
     lengths = schedule.warmup_steps(*sizes), schedule.total_steps(*sizes)
     return find_doubt(recipe.early_stop, *lengths, recipe.log.every, recipe.probe.every)
-
-
-def _order(recipe: Recipe, known: Known) -> Order | None:
-    """Return the order of data.train, when it is there, and check the batches in any case."""
-    streams, batch = recipe.data.streams, recipe.batch.size
-    if known.train is not None:
-        order = Order(known.train, recipe.seed, streams, batch)
-        check_batches(recipe, order)
-        return order
-    shard = Shard("", known.samples or batch, 0, None, "")  # it stands for what is not there
-    order = Order(Index("", [shard]), recipe.seed, streams, batch)
-    check_micro(recipe) if known.samples is None else check_batches(recipe, order)
-    return None
-
-
-def look(recipe: Recipe, processes: int) -> Known:
-    """Read the index of data.train, and where the run stands; nothing of it has to be there."""
-    index: Index | None = None
-    samples, classes, missing = recipe.explain_images, 0, list[str]()
-    if samples is not None:
-        missing.append("requests and the online head are left out: no data was looked at")
-    else:
-        index, samples, classes = _read_data(recipe, missing)
-    at, log = 0, []
-    try:
-        saved = [
-            url
-            for url in checkpoint.steps(recipe.run)
-            if files.exists(files.join(url, checkpoint.COMMIT))
-        ]
-        at = int(saved[-1][-8:]) if saved else 0
-        log = journal.read(recipe.run) if recipe.explain_speed is None else []
-    except OSError as error:
-        missing.append(f"the run was not read: {error}")
-    origin = recipe.checkpoint.resume or recipe.checkpoint.branch
-    if origin and not at:
-        missing.append(f"steps count from 0, not from where {files.redact(origin)} stands")
-    if recipe.schedule.rewarm:
-        missing.append("learning rates are without the ramp of schedule.rewarm")
-    speed = plan.find_speed(recipe.explain_speed, log, processes)
-    if speed is None:
-        missing.append(
-            "the speed is not known, because the run has no log: give --explain-speed, the images "
-            "a second of each process, for dates and rates"
-        )
-    return Known(index, samples, classes, at, speed, missing)
-
-
-def _read_data(recipe: Recipe, missing: list[str]) -> tuple[Index | None, int | None, int]:
-    """Read the index of data.train; return it, and the number of its images and classes.
-
-    What is not there is added to `missing`.
-    """
-    try:
-        index = indexes.load(recipe.data.train, "data.train")
-        return index, index.samples, len(index.classes)
-    except InputError as error:
-        missing.append(f"not read: {error}")
-    if drawn := recipe.data.draw:
-        missing.append(f"the run will draw {drawn:,} images there, whose bytes are not known")
-        return None, drawn, len(synthetic.CLASSES)
-    missing.append(
-        "so schedule, dates, requests and online head are left out: with --explain-images N, the "
-        "schedule is that of N images"
-    )
-    return None, None, 0
 
 
 def _table(title: str, *columns: str) -> Table:

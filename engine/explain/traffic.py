@@ -3,12 +3,10 @@
 import math
 from typing import NamedTuple
 
-import numpy as np
-
 from engine.explain.plan import cadence, count_due
 from engine.recipe import Recipe
 from shards import index as indexes
-from shards.cache import GB
+from shards.cache import count_fitting
 from shards.index import Index
 from shards.order import Order
 from shards.storage import files
@@ -61,8 +59,7 @@ def count_kept(recipe: Recipe, index: Index) -> int:
     """Return how many shards, the first ones, a full cache keeps. Local data is not kept."""
     if not recipe.data.cache or files.is_local(index.folder):
         return 0
-    ends = np.cumsum([shard.bytes for shard in index.shards])
-    return int(np.searchsorted(ends, recipe.data.cache_gb * GB, side="right"))
+    return count_fitting(index, recipe.data.cache_gb)
 
 
 def _estimate(index: Index, streams: int, images: int, kept: int) -> Reading:

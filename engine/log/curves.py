@@ -42,14 +42,14 @@ _TAGS = {
 # The charts of the overview, with the curves of each.
 _CHARTS = {
     "loss": ["loss"],
-    "kNN accuracy on data.val": [
+    "kNN accuracy": [
         "knn_top1",
         "knn_pixels",
         "knn_untrained",
         "knn_start",
         "knn_chance",
     ],
-    "accuracy of the online head on data.val": ["online_top1"],
+    "accuracy of the online head": ["online_top1"],
     "spread of the features and the projections: std": ["feature_std", "projection_std"],
     "spread of the features: rank": ["feature_rank"],
     "images a second": ["images_per_second"],

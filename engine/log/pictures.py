@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.utils import make_grid
 
-from engine.method.augment import MEAN, STD
+from engine.method.augment import denormalize
 
 COLUMNS = 16
 
@@ -16,8 +16,7 @@ def draw_views(views: Tensor) -> NDArray[np.uint8]:
 
     They are normalized, as the network sees them.
     """
-    mean, std = (views.new_tensor(values)[:, None, None] for values in (MEAN, STD))
-    images = (views * std + mean).clamp(0, 1).float().cpu()
+    images = denormalize(views).clamp(0, 1).float().cpu()
     columns = min(views.shape[1], COLUMNS)
     images = pad(images, (0,) * 7 + (-views.shape[1] % columns,))  # the last rows may be shorter
     rows = images.unflatten(1, (-1, columns)).transpose(0, 1).flatten(0, 2)

@@ -129,6 +129,12 @@ def normalize(x: Tensor) -> Tensor:
     return torch.stack(channels, dim=-1).permute(0, 3, 1, 2)
 
 
+def denormalize(x: Tensor) -> Tensor:
+    """Undo `normalize`: [..., 3, H, W], with values in about [0, 1]."""
+    mean, std = (x.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+    return x * std + mean
+
+
 def jitter(x: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     """Apply the four color operations in each row's order, and clip to [0, 1] after each.
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from engine.method.augment import MEAN, STD
+from engine.method.augment import denormalize
 from engine.method.byol import VIEWS, OnlineOutput, byol_loss
 from engine.method.local_shards import foreach_norms, local, whole_norms
 from engine.trainer import Trainer
@@ -108,8 +108,7 @@ class Watch:
         self._part += 1
         images = inputs[0].detach()
         self._look("the augmented images", images, rows=True)
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
-        shown = (images * std + mean).nan_to_num(0).clamp(0, 1).mul(255).round().byte()
+        shown = denormalize(images).nan_to_num(0).clamp(0, 1).mul(255).round().byte()
         self._pictures.append(shown.unflatten(0, (VIEWS, -1)).permute(0, 1, 3, 4, 2).cpu())
 
     def _pass(self, prefix: str, name: str, _: nn.Module, __: Any, output: Any) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engine.log.metrics import BASELINES
 from engine.report.curves import Series, draw_chart, draw_legend
 from engine.report.facts import RunFacts, as_number
 from engine.report.html import Html, join, tag
@@ -40,7 +41,6 @@ GROUPS: dict[str, dict[str, str]] = {
         "memory_gib": "Memory in GiB",
     },
 }
-BASELINES = {"knn_pixels": "raw pixels", "knn_untrained": "untrained"}
 _NOT_DRAWN = {"step", "epoch", "data_digest", "knn_images", *BASELINES}
 _MOST_OTHERS = 24  # curves of keys that are in no group
 

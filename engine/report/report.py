@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from engine.log.patience import try_for
-from engine.report.facts import RunFacts, collect, list_evaluations
+from engine.report.facts import collect, list_evaluations
 from engine.report.page import MOST_RUNS, make_page
 from engine.state import layout
 from shards.errors import InputError
@@ -66,6 +66,3 @@ def _is_current(run: str) -> bool:
     return made is not None and all(
         entry.modified is not None and entry.modified <= made for _, entry in list_evaluations(run)
     )
-
-
-__all__ = ["RunFacts", "write_at_end", "write_report"]

@@ -29,7 +29,7 @@ from engine.method.durations import Duration, Lasting, is_due, simplify
 from engine.processes.world import World
 from engine.state import dcp_metadata
 from engine.state.best import find_best
-from engine.state.dcp_files import Reader, Writer, verify_file
+from engine.state.dcp_files import Reader, Sums, Writer, verify_file
 from engine.state.layout import CHECKPOINTS, RECIPE
 from engine.state.origin import Origin
 from shards.digest import digest
@@ -40,8 +40,6 @@ from shards.storage import files, misplaced, names
 
 FORMAT = 3
 COMMIT = "commit.json"
-
-Sums = dict[str, tuple[int, int]]  # name of a file: length in bytes, CRC32
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,9 @@ class Writer(FileSystemWriter):
         # A training copies its state to the CPU before it is written, so there is nothing to copy
         # ahead. Others (--debug-step, evaluations) write from the device, where time matters less.
         super().__init__(url, sync_files=False, per_thread_copy_ahead=0)
-        files = _Files()
-        self.fs = files  # type: ignore[assignment]
-        self.path, self.sums = url, files.sums
+        system = _Files()
+        self.fs = system  # type: ignore[assignment]
+        self.path, self.sums = url, system.sums
 
     @property
     def checkpoint_id(self) -> str:

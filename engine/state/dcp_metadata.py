@@ -142,9 +142,7 @@ def _path(value: object) -> tuple[str | int, ...]:
 def _size(value: object) -> torch.Size:
     if type(value) is not Object or value.kind != _SIZE or len(value.args) != 1:
         raise TypeError("no torch.Size where one must be")
-    found: tuple[int, ...] = check(
-        Annotated[tuple[Natural, ...], MaxLen(64)], value.args[0], "size"
-    )
+    found: tuple[int, ...] = check(_SIZES, value.args[0], "size")
     return torch.Size(found)
 
 

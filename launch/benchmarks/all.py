@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from launch.benchmarks.machine import ROOT
 from launch.benchmarks.measuring import CUDA, require_positive
 from launch.benchmarks.results import Report, Row, check_out, read_rows
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT = 600.0  # seconds that one of the commands may take
 GLOO = "torchrun --nproc-per-node 2 launch/bench.py"
 ALONE = "python launch/bench.py"

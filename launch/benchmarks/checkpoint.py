@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
@@ -21,13 +20,13 @@ from engine.recipe import load
 from engine.state import checkpoint
 from engine.state.saver import Saver
 from engine.trainer import Trainer
+from launch.benchmarks.machine import ROOT
 from launch.benchmarks.measuring import alternate, device_name, require_positive, wait
 from launch.benchmarks.results import Report, Row, check_out, compare
 from launch.benchmarks.step import prepare
 from shards.making import synthetic
 from shards.storage import files
 
-ROOT = Path(__file__).parents[2]
 FOLDER = "bench_checkpoint"  # folder under --url, removed at the end
 IMPORTS = "import torch, torchvision, torch.distributed.checkpoint.state_dict"
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.report.charts import read_baselines
 from engine.report.curves import COLUMNS, HEIGHT, WIDTH, Series, draw_chart, shorten, show_number
 from engine.report.facts import RunFacts, as_number
 from engine.report.html import Html
@@ -152,3 +153,9 @@ def test_logged_values_are_read_whatever_they_are() -> None:
     assert steps.tolist() == [1, 2]
     assert np.isnan(values[0])
     assert values[1] == 2.5
+
+
+def test_every_baseline_has_a_level() -> None:
+    """Also that of a run which began with given weights."""
+    run = RunFacts("run", records=[{"step": 0, "knn_start": 0.5, "knn_pixels": 0.25}])
+    assert read_baselines(run) == {"raw pixels": 0.25, "start weights": 0.5}

@@ -79,7 +79,7 @@ def test_the_page_has_everything(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "mine"))
     assert page.tags <= TAGS
     for text in (
-        *("mine", "of 100 steps (50%)", "50.0%", "raw pixels 25.0%", "untrained 31.0%"),
+        *("mine", "of 100 steps (50%)", "50.0%", "raw pixels 25.0%", "untrained encoder 31.0%"),
         *("The loss rises. (step 50)", "a shard is gone", "2 steps were skipped", "Loss"),
         *(
             "batch of step 50",
