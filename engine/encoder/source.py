@@ -7,6 +7,7 @@ from functools import partial
 from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from annotated_types import Interval
 from torch import Generator, Tensor, nn
 
@@ -30,6 +31,7 @@ from shards.storage import files, names
 
 _KIND, _ENCODER = "model.encoder", "model.encoder."
 DataField = Literal["data.train", "data.val", "probe.train", "probe.val"]
+PIXELS = 32  # largest side of an image whose pixels are the features
 _PLACES = ("data.train", "data.val")
 _HINTS: dict[str, Any] = {  # types and bounds of the fields that are used of a stranger's recipe
     **{
@@ -58,7 +60,8 @@ class EncoderConfig:
     network: Literal["online", "target", "average", "untrained", "pixels"] = "online"
     """The network that is taken: online or target, or average, the online one's average over the
     steps, which runs with average.rate have. For comparison, untrained is the run's encoder as its
-    seed draws it, and pixels is the image itself, which cannot be exported."""
+    seed draws it, and pixels is the image itself, at 32 x 32 pixels where it is larger, which
+    cannot be exported."""
     prefix: str | None = None
     """What stands before conv1.weight in the encoder's tensor names in a third-party file, as a
     whole. Where names mean nothing it is the name of the encoder's first tensor. It is needed only
@@ -123,14 +126,19 @@ class Source:
 
 
 class Pixels(nn.Module):
-    """Take the encoder's place and return the pixels: [N, 3, S, S] -> [N, 3 * S * S]."""
+    """Take the encoder's place and return the pixels: [N, 3, S, S] -> [N, 3 * P * P].
+
+    Images that are larger than PIXELS are averaged down to it. At 224 pixels the features of 50,000
+    images would need 30 GB.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.feature_dim = 3 * size * size
+        self.side = min(size, PIXELS)
+        self.feature_dim = 3 * self.side**2
 
     def forward(self, images: Tensor) -> Tensor:
-        return images.flatten(1)
+        return F.adaptive_avg_pool2d(images, self.side).flatten(1)
 
 
 Network = Encoder | Pixels

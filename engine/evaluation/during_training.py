@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from annotated_types import Interval
 from torch import Tensor, nn
 
+from engine.encoder.source import Pixels
 from engine.evaluation.features import (
     Accuracy,
     Features,
@@ -74,8 +75,8 @@ class ProbeConfig:
     a short run that is too low: at the end of the quickstart, the head had 42% with it, 53% with 10
     times and 59% with 100 times the rate, and a linear probe 81%."""
     baseline: Operation[bool] = False
-    """Measure kNN on raw pixels and on the untrained encoder before the first step, where
-    evaluations follow."""
+    """Measure kNN on raw pixels (at 32 x 32, where views are larger) and on the untrained encoder
+    before the first step, where evaluations follow."""
 
     def __post_init__(self) -> None:
         simplify(self, "every")
@@ -123,7 +124,7 @@ class Probe:
             rules: How image files become pixels.
             report: Takes warnings about the data.
         """
-        self.config, self.online, self.sets = config, online, sets
+        self.config, self.online, self.sets, self.size = config, online, sets, size
         self.train, self.val = sets.train, sets.val
         self.world, self.precision, self._report = world, precision, report
         self.failures = 0
@@ -200,7 +201,10 @@ class Probe:
         return found
 
     def measure_pixels(self) -> float:
-        """Measure kNN on the pixels themselves. This is the figure that an encoder has to beat."""
+        """Measure kNN on the pixels themselves. This is the figure that an encoder has to beat.
+
+        Images that are larger than 32 x 32 are averaged down to that.
+        """
         bank = self.extract(self.train, self.config.bank, pixels=True)
         queries = self.extract(self.val, pixels=True)
         near = find_nearest(bank, queries.features, self.config.neighbours, self.world)
@@ -238,7 +242,7 @@ class Probe:
         """
         if not pixels:
             self._take_weights()
-        network = nn.Flatten() if pixels else self.encoder
+        network: nn.Module = Pixels(self.size) if pixels else self.encoder
         encode = encoding(network, self.precision, self.world.device)
         found, fault = None, ""
         try:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from engine.encoder import chosen
 from engine.encoder import source as encoder_source
-from engine.encoder.source import EncoderConfig, open_encoder
+from engine.encoder.source import EncoderConfig, Pixels, open_encoder
 from engine.evaluation.features import encoding
 from engine.method.local_shards import whole
 from engine.processes.world import World
@@ -163,3 +163,20 @@ def test_a_run_of_relative_paths_is_evaluated_from_elsewhere(
     monkeypatch.chdir("/")
     knn = ["knn", f"{place}/run", "--k", "5", "--threads", "1"]
     assert evaluate.main(knn) == 0
+
+
+@pytest.mark.parametrize("size", [24, 32])
+def test_the_pixels_of_small_images_are_features(size: int) -> None:
+    images = torch.randn(2, 3, size, size)
+    pixels = Pixels(size)
+    assert torch.equal(pixels(images), images.flatten(1))
+    assert pixels.feature_dim == 3 * size * size
+
+
+def test_large_images_are_averaged_before_their_pixels_are_features() -> None:
+    """At 224 x 224, each of the 32 x 32 pixels is the mean of 7 x 7."""
+    images = torch.randn(2, 3, 224, 224, dtype=torch.float64)
+    pixels = Pixels(224)
+    means = images.reshape(2, 3, 32, 7, 32, 7).mean((3, 5))
+    torch.testing.assert_close(pixels(images), means.flatten(1))
+    assert pixels.feature_dim == 3072
