@@ -77,9 +77,11 @@ class Saver:
         After an InputError the last save is finished first. All processes raise that error, so
         they can still finish it together.
         """
-        if failure is not None and issubclass(failure, InputError):
-            self.wait()
-        self._thread.shutdown(wait=False)
+        try:
+            if failure is not None and issubclass(failure, InputError):
+                self.wait()
+        finally:
+            self._thread.shutdown(wait=False)
 
     def _stage(self, state: State) -> State:
         """Copy the state to the CPU, into the same memory each time.
