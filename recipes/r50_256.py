@@ -18,8 +18,8 @@ Expected     No figure is published for this setting. What is known of others:
 
 Tau          schedule.tau_rule power raises the paper's tau to 256 / 4096, so that the target still
              averages over as many images (arXiv 2307.13813). Tau is then 0.9994 at the first step.
-             In trainings of 3 epochs that rule lost to --schedule.tau-rule fixed on CIFAR-10, as
-             recipes/README.md tells. Long ones were not compared.
+             On CIFAR-10 that rule lost to --schedule.tau-rule fixed in trainings of 3 epochs, and
+             was level with it in those of 12, as recipes/README.md tells.
 Rate         The peak goes in proportion to the batch, times base_lr. The paper's appendix has a
              base_lr twice as large for batch 512 as for batch 4096 (0.4 beside 0.2, 1000 epochs),
              and a tau that is what the power rule gives (0.9995). 0.6 is twice that of the paper's
