@@ -154,8 +154,9 @@ def _limit_sides(
 
     def ours(order: Order, views: ViewsConfig, threads: int, count: int) -> Cost:
         warm = limits.batches_to_fill(threads, order.batch)
+        enough = limits.batches_to_smooth(threads, order.batch)
         with closing(_ours(order, views, threads)) as batches:
-            return _steady(batches, warm, count, order.batch)
+            return _steady(batches, warm, max(count, enough), order.batch)
 
     for n in limits.THREADS:
         sides[f"{n} threads"] = partial(ours, order, views, n, count)

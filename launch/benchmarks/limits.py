@@ -75,6 +75,15 @@ def batches_to_fill(threads: int, batch: int) -> int:
     return BATCHES_AHEAD + math.ceil(2 * threads * CHUNK / batch) + 1
 
 
+def batches_to_smooth(threads: int, batch: int) -> int:
+    """Return how many batches are enough that it does not matter when the first one is taken.
+
+    Where threads share a core, they end their chunks at about the same time, and several batches
+    are then ready at once. So many chunks are ended four times.
+    """
+    return math.ceil(4 * threads * CHUNK / batch)
+
+
 def draw_tiny(url: str, count: int) -> Index:
     """Pack `count` JPEGs of TINY pixels into a folder."""
     contents = {f"{i}.jpg": content for i, content in enumerate(_tiny_jpegs(count))}
