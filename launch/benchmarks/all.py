@@ -24,8 +24,8 @@ def bench_all(*, rounds: int = 5, fast: bool = False, out: str = "") -> Report:
 
     Each row belongs to a command, which makes it alone. The commands run as processes of their
     own, with the rows going through files of JSON, so one that fails or hangs costs only its own
-    rows. On a CPU every process has one thread, and the sizes are such that two cores take about a
-    quarter of an hour.
+    rows. On a CPU every process has one thread, and the sizes are such that two cores take about
+    twenty minutes.
 
     Args:
         rounds: Number of times that each side is measured.
@@ -69,6 +69,8 @@ def list_commands(rounds: int, fast: bool) -> list[str]:
     large = "--depth 50 --size 112 --batch 32 --steps 2"
     sizes = [""] if CUDA else [small] if fast else [small, large]
     commands += [f"{ALONE} peers {size} {every}".replace("  ", " ") for size in sizes]
+    if not CUDA and not fast:
+        commands.append(f"{ALONE} peers {large} {every} --precision bf16")
     saved = " --recipe recipes/quickstart.py" if fast else ""
     commands += [
         f"{ALONE} checkpoint --rounds {rounds} --starts {0 if fast else rounds}{saved}",
