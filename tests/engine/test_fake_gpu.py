@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +55,9 @@ def on_a_gpu(recipe: Recipe, patch: pytest.MonkeyPatch) -> Iterator[Trainer]:
 
     patch.setattr(byol, "build", build_real)
     patch.setattr(torch.cuda, "get_device_name", lambda _: "fake")
+    patch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**36)
+    )
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     patch.setattr(Tensor, "backward", backward)
     for name in ("_fused_sgd_", "_amp_update_scale_"):  # they have no form for fake tensors
