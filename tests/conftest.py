@@ -26,6 +26,16 @@ Files = dict[str, bytes]
 PackFiles = Callable[[str, Files], Index]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide a machine's GPUs from all tests but those of `-m gpu`.
+
+    The others start more processes than there may be GPUs, and expect the arithmetic of a CPU.
+    """
+    chosen = config.getoption("markexpr")
+    if "gpu" not in chosen or "not gpu" in chosen:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def draw_photo(seed: int, width: int, height: int, form: str = "JPEG") -> bytes:
     """A smooth random picture, as file bytes."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), np.uint8)
