@@ -123,5 +123,18 @@ def compile_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 def compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Return `function` compiled as one graph for each set of shapes."""
+    _pass_over_tilings()
     made: Callable[_P, _T] = torch.compile(function, fullgraph=True, dynamic=False)
     return made
+
+
+def _pass_over_tilings() -> None:
+    """Let Inductor of torch 2.11 pass over a tiling that does not fit a kernel.
+
+    In one place it raises its exception for that without the arguments, which ends in a TypeError.
+    The augmentation of photos on a GPU did.
+    """
+    if torch.__version__ < "2.12":  # compared as versions
+        from torch._inductor.codegen import simd
+
+        simd.CantSplit.__init__.__defaults__ = (None, None)

@@ -202,6 +202,7 @@ def test_autocast_does_not_reach_it() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_under_tf32_and_autocast_without_synchronization() -> None:
     images, params = (tensor.cuda() for tensor in _batch(8, 224))
+    images = images.contiguous(memory_format=torch.channels_last)  # as the loader's are
     compiled = torch.compile(augment, fullgraph=True, dynamic=False)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")

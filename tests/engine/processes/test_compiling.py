@@ -3,10 +3,15 @@
 import sysconfig
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import sympy
 import torch
 import torch.utils._triton
+from torch._inductor.codegen.simd import SIMDKernel
+from torch._inductor.sizevars import SizeVarAllocator
+from torch._inductor.virtualized import V
 
 from engine.processes import compiling
 from shards.loader import DataConfig
@@ -75,3 +80,13 @@ def test_a_partial_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", traced)
     double = compiling.compiled(partial(torch.mul, other=2))
     assert torch.equal(double(torch.ones(3)), torch.full((3,), 2.0))
+
+
+def test_a_tiling_that_does_not_fit_a_kernel_is_passed_over() -> None:
+    """Also by torch 2.11, as in the augmentation of photos on a GPU."""
+    compiling.compiled(torch.abs)
+    sizes = SimpleNamespace(sizevars=SizeVarAllocator())
+    with V.set_graph_handler(sizes):  # type: ignore[arg-type]
+        for depth, fits in ((6, True), (7, False)):
+            tiling = [sympy.Integer(size) for size in (4, depth, 5, 1)]
+            assert SIMDKernel.is_compatible(tiling, ([sympy.Integer(120)], [])) == fits
