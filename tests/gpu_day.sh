@@ -70,8 +70,9 @@ bench() { # bench NAME SECONDS BENCH OPTIONS...
 {
     part draw 40 "$PYTHON" tests/helpers/gpu_day.py draw "$OUT/data" $photos $drawn $drawn_size
     # Only these files, because to collect all takes half a minute and needs every package. Pytest
-    # itself ends the session in time, so that it still tells what failed.
-    part tests 240 "$PYTHON" -m pytest -n 0 -vv --tb=short --timeout 100 --session-timeout 200 \
+    # itself ends the session in time, so that it still tells what failed. Compilers take most of
+    # the time, so several processes share the GPU.
+    part tests 240 "$PYTHON" -m pytest -n 4 -vv --tb=short --timeout 150 --session-timeout 220 \
         -m gpu $(grep -rl --include='test_*.py' 'pytest\.mark\.gpu' tests)
     bench step_eager 90 step $half --no-compile
     if [ -z "$fast" ]; then bench step_compiled 150 step $half --compile; fi
