@@ -1,6 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 from engine.method.norm import BatchNorm, RunningStatistics
 
@@ -96,8 +100,9 @@ def test_rows_that_do_not_split() -> None:
 @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 1, 1)])
 def test_single_value_per_channel(shape: tuple[int, ...]) -> None:
     norm = BatchNorm(3, views=2)
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        norm(torch.randn(shape))
+    for forward in (norm, norm._normalize_views):
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            forward(torch.randn(shape))
     assert norm.num_batches_tracked == 0
 
 
@@ -116,3 +121,64 @@ def test_compiles_to_one_graph() -> None:
     settle(net)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(net.state_dict(), after)
+
+
+# What a GPU compiles, also with one process ---------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 4, 3), (6, 5)])
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_views_together_are_torchs_norm_on_each_view(views: int, shape: tuple[int, ...]) -> None:
+    ours, torchs = pair(views)
+    torchs._check_input_dim = lambda _: None  # type: ignore[method-assign, assignment]
+    traced = torch.compile(
+        ours._normalize_views, backend="aot_eager", fullgraph=True, dynamic=False
+    )
+    x = 3 + 2 * torch.randn(shape[0] * views, *shape[1:], dtype=torch.float64)
+    mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = traced(mine)
+    settle(ours)
+    expected = torch.cat([torchs(view) for view in other.chunk(views)])
+    upstream = torch.randn_like(y)
+    y.backward(upstream)
+    expected.backward(upstream)
+    close(y, expected)
+    close(mine.grad, other.grad)
+    for p, q in zip(ours.parameters(), torchs.parameters(), strict=True):
+        close(p.grad, q.grad)
+    torch.testing.assert_close(ours.state_dict(), torchs.state_dict(), rtol=1e-12, atol=1e-13)
+
+
+def test_a_compiled_graph_computes_nothing_for_every_pixel_in_float64() -> None:
+    """What it reads of each channel is made before, in a kernel of its own."""
+    norm, x = BatchNorm(3, views=2), torch.randn(8, 3, 5, 5, requires_grad=True)
+    read: list[list[torch.dtype]] = []
+
+    def look(graph: torch.fx.GraphModule, _: object) -> Any:
+        def computed(node: torch.fx.Node) -> list[torch.dtype]:
+            """The types of what a compiler may put into the kernel that reads `node`."""
+            value = node.meta.get("val")
+            if node.op != "call_function" or not isinstance(value, Tensor):
+                return []
+            if node.target == torch.ops.aten.as_strided.default or value.numel() >= x.numel():
+                return []
+            before = [dtype for one in node.all_input_nodes for dtype in computed(one)]
+            return [value.dtype, *before]
+
+        found: list[torch.dtype] = []
+        for node in graph.graph.nodes:
+            value = node.meta.get("val")
+            if node.op == "call_function" and isinstance(value, Tensor):
+                assert value.numel() < x.numel() or value.dtype == torch.float32
+                if value.numel() == x.numel():
+                    found += [dtype for one in node.all_input_nodes for dtype in computed(one)]
+        read.append(found)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=look, bw_compiler=look)
+    traced = torch.compile(norm._normalize_views, backend=backend, fullgraph=True, dynamic=False)
+    traced(x).sum().backward()
+    assert len(read) == 2
+    for found in read:  # forward and backward
+        assert found
+        assert set(found) == {torch.float32}
