@@ -8,7 +8,8 @@
 # the last part trains on CIFAR-10, and otherwise on drawn images of the same size. A second call
 # with the same OUT continues that training. GPU_DAY_FAST=1 runs every command on a CPU at a tiny
 # size, to see that they all run. PYTHON names the Python. PARTS names the only parts that shall run,
-# and the others stay in the file as they are.
+# and the others stay in the file as they are. They are what `bench.py all` has, and more; that one
+# compiles the same networks several times.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,7 +25,8 @@ if [ -n "$fast" ]; then
     export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
     step="--batch 4 --steps 1 --rounds 1 --threads 1"
     half="$step --precision bf16"
-    all="--fast"
+    checkpoint="--recipe recipes/quickstart.py --rounds 1 --starts 0"
+    order="--samples 100000 --shards 100 --batch 4096 --streams 512 --ranks 64 --walk 50 --rounds 1"
     views="--images 5 --batch 5 --size 32 --rounds 1 --threads 1"
     peers="--size 32 --batch 4 --steps 1 --rounds 1"
     most="--most 16 --threads 1"
@@ -36,12 +38,12 @@ if [ -n "$fast" ]; then
 else
     step="--steps 20 --rounds 5"
     half="$step --precision bf16"
-    all="--rounds 3"
+    checkpoint="--rounds 3 --starts 0" order="--rounds 3"
     views="--images 2000 --batch 100 --rounds 5"
     peers="--rounds 5"
     most=""
     photos=1024 drawn=50000 drawn_size=32
-    profile="r50_256 --batch.size 128 --precision bf16 --steps 14 --profile 10:12"
+    profile="r50_256 --precision bf16 --steps 14 --profile 10:12"
     train="--checkpoint.every 200"
 fi
 
@@ -72,20 +74,22 @@ bench() { # bench NAME SECONDS BENCH OPTIONS...
     # Only these files, because to collect all takes half a minute and needs every package. Pytest
     # itself ends the session in time, so that it still tells what failed. Compilers take most of
     # the time, so several processes share the GPU.
-    part tests 240 "$PYTHON" -m pytest -n 4 -vv --tb=short --timeout 150 --session-timeout 220 \
+    part tests 220 "$PYTHON" -m pytest -n 4 -vv --tb=short --timeout 150 --session-timeout 200 \
         -m gpu $(grep -rl --include='test_*.py' 'pytest\.mark\.gpu' tests)
-    bench step_eager 90 step $half --no-compile
-    if [ -z "$fast" ]; then bench step_compiled 150 step $half --compile; fi
-    part profile 100 "$PYTHON" launch/train.py $profile --run "$OUT/profile" --probe.every 0 \
+    # A ResNet-50 compiles for minutes. Only the first part that needs it does that here.
+    if [ -z "$fast" ]; then bench step_compiled 380 step $half --compile --no-fresh; fi
+    part profile 90 "$PYTHON" launch/train.py $profile --run "$OUT/profile" --probe.every 0 \
         --probe.no-baseline --data.train "$OUT/data/photos" --data.val "$OUT/data/photos" \
         --data.streams 2
-    bench largest 120 largest $most
+    bench peers 120 peers $peers --no-fresh
+    bench step_eager 70 step $half --no-compile
+    bench largest 80 largest $most
     bench views 60 input $views
-    bench peers 100 peers $peers
-    bench variants 100 variants $half
-    bench all 240 all $all
+    bench variants 60 variants $half --no-compile
+    bench checkpoint 60 checkpoint $checkpoint
+    bench order 30 order $order
     data=${CIFAR10:-$OUT/data/cifar10}
-    part cifar10 200 "$PYTHON" launch/train.py cifar10 $train --run "$OUT/cifar10" \
+    part cifar10 220 "$PYTHON" launch/train.py cifar10 $train --run "$OUT/cifar10" \
         --data.train "$data/train" --data.val "$data/test"
 }
 echo "$(date +%T) the figures are in $OUT/gpu_day.json"

@@ -58,6 +58,7 @@ def bench_peers(
     threads: int = 8 if CUDA else 1,
     precision: Literal["fp32", "bf16"] = "bf16" if CUDA else "fp32",
     compile: bool = CUDA,
+    fresh: bool = True,
     out: str = "",
 ) -> Report:
     """Measure this project beside lightly's BYOL and beside kornia's augmentations.
@@ -76,7 +77,9 @@ def bench_peers(
         rounds: Number of times that each side is measured.
         threads: Threads for torch on the CPU and for decoding, and worker processes for lightly.
         precision: Precision of the forward passes of all sides.
-        compile: Compile our networks, with empty caches. The peers are eager, as they come.
+        compile: Compile our networks. The peers are eager, as they come.
+        fresh: Compile with empty caches, which takes minutes for a ResNet-50 on a GPU. --no-fresh
+            takes what was compiled on this machine before.
         out: File that the rows are also written to, as JSON.
     """
     check_out(out)
@@ -89,7 +92,7 @@ def bench_peers(
         model=BYOLConfig(ResNetConfig(depth=depth)),
         views=ViewsConfig(size=size),
     )
-    with TemporaryDirectory() as folder, empty_caches(compile):
+    with TemporaryDirectory() as folder, empty_caches(compile and fresh):
         trainer, data = prepare(config, folder)
         sides = Sides(trainer, data, steps)
         contents = read_contents(trainer.data.order, 1)

@@ -58,6 +58,7 @@ def bench_step(
     threads: int | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "bf16" if CUDA else "fp32",
     compile: bool = CUDA,
+    fresh: bool = True,
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto",
     shard: int = 0,
     peak_tflops: float | None = None,
@@ -87,7 +88,9 @@ def bench_step(
         threads: Threads of each process, for torch on the CPU and for decoding. By default the
             cores that the job may use are shared out among its processes.
         precision: Precision of both sides' forward passes. In fp16 both sides scale the loss.
-        compile: Compile our networks, with empty caches.
+        compile: Compile our networks.
+        fresh: Compile with empty caches, which takes minutes for a ResNet-50 on a GPU. --no-fresh
+            takes what was compiled on this machine before.
         strategy: How our step is spread over processes.
         shard: Processes in a group of hsdp. 0 stands for those of one machine.
         peak_tflops: Peak speed of a device in TFLOP/s, to print the share that is used. By default
@@ -108,7 +111,7 @@ def bench_step(
         batch=BatchConfig(batch),
         parallel=ParallelConfig(strategy, shard),
     )
-    with TemporaryDirectory() as folder, empty_caches(compile):
+    with TemporaryDirectory() as folder, empty_caches(compile and fresh):
         trainer, data = prepare(config, folder)
         sides = Sides(trainer, data, steps)
         with nullcontext() if trainer.world.main else redirect_stderr(StringIO()):
@@ -146,9 +149,9 @@ def default_recipe() -> Recipe:
     )
 
 
-def empty_caches(compile: bool) -> AbstractContextManager[None]:
+def empty_caches(fresh: bool) -> AbstractContextManager[None]:
     """Use empty compiler caches, so that nothing compiled by earlier runs shortens the compile."""
-    if not compile:
+    if not fresh:
         return nullcontext()
     from torch._inductor.utils import fresh_cache
 

@@ -52,6 +52,7 @@ def bench_variants(
     threads: int | None = None,
     precision: Precision = PRECISION,
     compile: bool = CUDA,
+    fresh: bool = True,
     out: str = "",
 ) -> Report:
     """Measure one forward for both views beside two, and channels_last beside contiguous images.
@@ -66,7 +67,9 @@ def bench_variants(
         rounds: Number of times that each side is measured.
         threads: Threads for torch on the CPU. By default they are the cores that the job may use.
         precision: Precision of the forward passes.
-        compile: Compile the network, with empty caches.
+        compile: Compile the network.
+        fresh: Compile with empty caches, which takes minutes for a ResNet-50 on a GPU. --no-fresh
+            takes what was compiled on this machine before.
         out: File that the rows are also written to, as JSON.
     """
     check_out(out)
@@ -76,7 +79,7 @@ def bench_variants(
     config = replace(
         base, threads=threads, compile=compile, precision=precision, batch=BatchConfig(batch)
     )
-    with TemporaryDirectory() as folder, empty_caches(compile):
+    with TemporaryDirectory() as folder, empty_caches(compile and fresh):
         trainer, data = prepare(config, folder)
         views, params = (t.flatten(0, 1).to(trainer.device) for t in (data.views, data.params))
         images = trainer.augment(views, params)

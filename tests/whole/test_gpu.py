@@ -160,7 +160,7 @@ def test_norm_is_as_close_to_float64_as_torchs(nccl: world.World, offset: float)
             for a, b in ((found, y), (mine.grad, expected.grad))
         ]
     print(errors)
-    for side, most in (("ours", 1.1), ("compiled", 2.0)):  # a compiler adds in another order
+    for side, most in (("ours", 1.1), ("compiled", 4.0)):  # a compiler adds in another order
         for our_error, torchs_error in zip(errors[side], errors["torchs"], strict=True):
             assert our_error <= most * torchs_error + 1e-7
 
