@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchdata.nodes import IterableWrapper, ParallelMapper
+from torchdata.nodes import Prefetcher
 
 from shards.corrupt import Faults
 from shards.decode import DEFAULT_RULES, DecodeError, PixelRules, center_box, crop_resize
+from shards.decode_threads import count_useful, map_in_threads
 from shards.errors import InputError
 from shards.index import Index
 from shards.reader import BlockReader, read_blocks
@@ -20,6 +21,7 @@ from shards.samples import Block
 from shards.storage import files
 
 CHUNK = 64  # A decode thread takes this many samples at a time.
+BATCHES_AHEAD = 2
 LOCAL_AHEAD, REMOTE_AHEAD = 4, 16  # This many blocks (about 4 MB each) are fetched ahead.
 
 
@@ -70,15 +72,11 @@ class CropReader:
         """
         reader = BlockReader(index, report=self.report, rules=self.rules)
         faults = Faults(index.samples, self.corrupt, self.report)
-        decoded = ParallelMapper(
-            IterableWrapper(self._plan(reader, limit, ids)),
-            partial(self._load, reader, faults),
-            num_workers=self.threads,
-            method="thread",
-            snapshot_frequency=0,
-        )
+        threads = count_useful(self.threads, index, self.size**2)
+        plan = self._plan(reader, limit, ids)
+        decoded = map_in_threads(partial(self._load, reader, faults), plan, threads)
         empty = True
-        for batch in decoded:
+        for batch in Prefetcher(decoded, prefetch_factor=BATCHES_AHEAD, snapshot_frequency=0):
             if isinstance(batch, InputError):
                 # A thread still holds this error. With a traceback it would hold the threads, too.
                 raise InputError(str(batch))

@@ -15,11 +15,12 @@ import torch
 from annotated_types import Interval
 from numpy.typing import NDArray
 from torch import Tensor
-from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, Prefetcher
+from torchdata.nodes import BaseNode, Prefetcher
 
 from shards.cache import ShardCache
 from shards.corrupt import Faults, decode_good
 from shards.decode import Exif, PixelRules, crop_into
+from shards.decode_threads import count_useful, map_in_threads
 from shards.device_crops import DeviceCrops
 from shards.dimensions import MOST_PIXELS
 from shards.errors import InputError
@@ -137,7 +138,7 @@ class TrainLoader:
         Args:
             micro: Number of equal slices that a batch is cut into; see `_plan`.
             start: Step of the first batch.
-            threads: Number of threads that decode.
+            threads: Number of threads that decode, at most; see `count_useful`.
             report: Takes warnings, each of one line.
             device: The GPU that decodes, when the config says so.
         """
@@ -153,14 +154,12 @@ class TrainLoader:
         if config.decode == "gpu":
             assert device is not None
             self._device_crops = DeviceCrops(device, config.rules, views, report)
+        else:
+            threads = count_useful(threads, order.index, len(views.views) * views.size**2)
         self._closed = False
         fetches = min(REMOTE_FETCHES, len(streams) * (1 + config.prefetch)) if remote else 4
         self._pool = ThreadPoolExecutor(max(fetches, threads), thread_name_prefix="fetch")
-        chunks: BaseNode[Any] = IterableWrapper(self._plan())
-        decoded = ParallelMapper(
-            chunks, self._decode, num_workers=threads, method="thread", snapshot_frequency=0
-        )
-        assembled = _Assemble(decoded)
+        assembled = _Assemble(map_in_threads(self._decode, self._plan(), threads))
         self._batches: Prefetcher[Any] | None = Prefetcher(
             assembled, prefetch_factor=BATCHES_AHEAD, snapshot_frequency=0
         )
