@@ -32,6 +32,7 @@ from shards.storage import files
 from shards.views import ViewsConfig, crop_box, draw_views
 
 CHUNK = 16  # A decode thread takes up to this many samples at a time.
+PIXELS_AT_ONCE = 100_000  # Up to about so many bytes of images are decoded before they are cut.
 BATCHES_AHEAD = 2
 REMOTE_FETCHES = 32  # Not more threads than this, or than decode threads, wait for an object store.
 
@@ -110,6 +111,14 @@ class Chunk(NamedTuple):
     crops: NDArray[np.float64]  # [V, B, 4] uniforms for `crop_box`, of the whole batch
     epoch: int
     last: bool  # True for the last chunk of a batch
+
+
+class Decoded(NamedTuple):
+    """An image whose views are still to be cut."""
+
+    row: int  # of the batch
+    pixels: Tensor  # [3, H, W] uint8
+    crops: NDArray[np.float64]  # [V, 4] uniforms for `crop_box`
 
 
 class TrainLoader:
@@ -252,32 +261,48 @@ class TrainLoader:
         if isinstance(chunk, InputError):
             return chunk
         try:
-            for piece in chunk.pieces:
-                self._fill(chunk, piece)
+            self._fill(chunk)
         except InputError as error:
             return error
         return chunk
 
-    def _fill(self, chunk: Chunk, piece: Piece) -> None:
-        """Fill in the views, the labels and, if they are wanted, the CRCs of a piece's rows."""
-        batch, crops = chunk.batch, self._device_crops
-        rows = slice(piece.start, piece.start + len(piece.positions))
-        cut: set[int] = set()
-        if crops is not None:
-            out = batch.views[:, rows]
-            cut = crops.cut(piece.block, piece.positions, chunk.crops[:, rows], out)
-        labels = batch.labels.numpy()
-        for i, position in enumerate(piece.positions):
-            row = piece.start + i
-            if i not in cut:
-                position = self._cut_row(chunk, piece, row, position)
-            labels[row] = piece.block.label(position)
-            if self.config.audit:
-                pixels = batch.views[:, row].permute(0, 2, 3, 1).contiguous()
-                batch.crcs[row] = zlib.crc32(pixels.numpy().tobytes())
+    def _fill(self, chunk: Chunk) -> None:
+        """Fill in the views, the labels and, if they are wanted, the CRCs of a chunk's rows.
 
-    def _cut_row(self, chunk: Chunk, piece: Piece, row: int, position: int) -> int:
-        """Cut the views of an image, or of its replacement, on the CPU; return its position."""
+        Small images are decoded together before any of them is cut: in a loop of its own, a
+        decoder finds its code and its tables still in the processor's cache.
+        """
+        labels = chunk.batch.labels.numpy()
+        decoded: list[Decoded] = []
+        pixels = 0
+        for piece in chunk.pieces:
+            cut = self._cut_on_device(chunk, piece)
+            for row, position in enumerate(piece.positions, piece.start):
+                if row not in cut:
+                    position, image = self._decode_row(chunk, piece, row, position)
+                    decoded.append(image)
+                    pixels += image.pixels.numel()
+                    if pixels > PIXELS_AT_ONCE:
+                        self._cut(chunk, decoded)
+                        decoded, pixels = [], 0
+                labels[row] = piece.block.label(position)
+        self._cut(chunk, decoded)
+        if self.config.audit:
+            self._audit(chunk)
+
+    def _cut_on_device(self, chunk: Chunk, piece: Piece) -> set[int]:
+        """Cut the views of a piece's images that the GPU decodes, if any; return their rows."""
+        if self._device_crops is None:
+            return set()
+        rows = slice(piece.start, piece.start + len(piece.positions))
+        out = chunk.batch.views[:, rows]
+        cut = self._device_crops.cut(piece.block, piece.positions, chunk.crops[:, rows], out)
+        return {piece.start + i for i in cut}
+
+    def _decode_row(
+        self, chunk: Chunk, piece: Piece, row: int, position: int
+    ) -> tuple[int, Decoded]:
+        """Decode an image, or its replacement, on the CPU; return its position with it."""
         batch, block, first_id = chunk.batch, piece.block, piece.first_id
         crops = chunk.crops[:, row]
         found, image = decode_good(self.reader, block, position, first_id, self.faults)
@@ -289,10 +314,22 @@ class TrainLoader:
             crops = draws.crop[:, 0]
         elif self._device_crops is not None:
             self._device_crops.tell(self.reader.name_sample(block, position, first_id))
-        _, height, width = image.shape
-        for rows, uniforms in zip(chunk.rows, crops, strict=True):
-            crop_into(rows[row], image, crop_box(uniforms, height, width, self.views))
-        return found
+        return found, Decoded(row, image, crops)
+
+    def _cut(self, chunk: Chunk, decoded: list[Decoded]) -> None:
+        """Cut the views of decoded images into their rows."""
+        for row, image, crops in decoded:
+            _, height, width = image.shape
+            for rows, uniforms in zip(chunk.rows, crops, strict=True):
+                crop_into(rows[row], image, crop_box(uniforms, height, width, self.views))
+
+    def _audit(self, chunk: Chunk) -> None:
+        """Fill in the CRCs of a chunk's rows."""
+        batch = chunk.batch
+        for piece in chunk.pieces:
+            for row in range(piece.start, piece.start + len(piece.positions)):
+                pixels = batch.views[:, row].permute(0, 2, 3, 1).contiguous()
+                batch.crcs[row] = zlib.crc32(pixels.numpy().tobytes())
 
 
 def _group(pieces: list[Piece]) -> list[list[Piece]]:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from shards import index as index_module
 from shards.center_crops import CropReader
+from shards.corrupt import decode_good
 from shards.decode import PixelRules, center_box, crop_resize, decode
 from shards.errors import InputError
 from shards.index import Index
-from shards.loader import CHUNK, Batch, Chunk, DataConfig, TrainLoader
+from shards.loader import CHUNK, Batch, Chunk, DataConfig, Decoded, TrainLoader
 from shards.order import Order, rank_streams
 from shards.orientation import make_exif
 from shards.views import ViewsConfig, crop_box, draw_views
@@ -156,6 +157,39 @@ def test_a_thread_takes_small_pieces_together(packed: Index) -> None:
     taken = [sum(len(piece.positions) for piece in chunk.pieces) for chunk in chunks]
     assert taken == [CHUNK, CHUNK, CHUNK, CHUNK]
     assert [chunk.last for chunk in chunks] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("most", [0, 20_000, 10**9])
+def test_images_are_decoded_together_up_to_a_bound(
+    packed: Index, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    waiting: list[int] = []  # the bytes of each image that is decoded and not cut
+    held: list[int] = []  # their sum after each decoding
+    largest = 0
+
+    def decode_one(*args: Any) -> tuple[int, Tensor]:
+        nonlocal largest
+        found, image = decode_good(*args)
+        largest = max(largest, image.numel())
+        waiting.append(image.numel())
+        held.append(sum(waiting))
+        return found, image
+
+    def cut(self: TrainLoader, chunk: Chunk, decoded: list[Decoded]) -> None:
+        cut_all(self, chunk, decoded)
+        waiting.clear()
+
+    cut_all = TrainLoader._cut
+    monkeypatch.setattr("shards.loader.PIXELS_AT_ONCE", most)
+    monkeypatch.setattr("shards.loader.decode_good", decode_one)
+    monkeypatch.setattr(TrainLoader, "_cut", cut)
+    order = Order(packed, SEED, 4, 16)
+    reference = Reference(order)
+    with loading(order, threads=0) as loader:
+        for step in range(3):
+            assert_equal(next(loader), reference.batch(step, range(4), 1), crcs=False)
+    assert max(held) <= most + largest
+    assert (max(held) > 4 * largest) == (most == 10**9)
 
 
 def test_any_start_step(packed: Index) -> None:
