@@ -3,9 +3,9 @@
 This code runs in threads: the decoders and torch's resize release the GIL.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,10 @@ from shards.orientation import image_orientation, turn
 from shards.png import SIGNATURE, decode_png, undo_scaling
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
+AnyDecoded = TypeVar("AnyDecoded", bound="Decoded")
 Exif = Literal["ignore", "apply"]
+
+BYTES_AT_ONCE = 100_000  # Images of up to about so many bytes are decoded before they are cut.
 
 # torchvision's function of this name takes half as long again, to warn and to log each time.
 _decode_image: Callable[..., Tensor] = torch.ops.image.decode_image
@@ -135,6 +138,31 @@ def crop_into(out: Tensor, image: Tensor, box: Box) -> None:
     crop = crop.contiguous(memory_format=torch.channels_last)
     size = out.size(3)
     _bicubic(crop, (size, size), False, out=out)
+
+
+class Decoded(Protocol):
+    """Whatever holds a decoded image."""
+
+    @property
+    def pixels(self) -> Tensor:
+        """The image [3, H, W], uint8."""
+
+
+def decode_together(images: Iterable[AnyDecoded]) -> Iterator[list[AnyDecoded]]:
+    """Yield decoded images in groups: small ones together, and large ones one by one.
+
+    In a loop of its own, a decoder finds its code and its tables still in the processor's cache.
+    """
+    group: list[AnyDecoded] = []
+    size = 0
+    for image in images:
+        group.append(image)
+        size += image.pixels.numel()
+        if size > BYTES_AT_ONCE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def center_box(height: int, width: int, fraction: float) -> Box:

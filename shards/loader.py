@@ -19,7 +19,7 @@ from torchdata.nodes import BaseNode, Prefetcher
 
 from shards.cache import ShardCache
 from shards.corrupt import Faults, decode_good
-from shards.decode import Exif, PixelRules, crop_into
+from shards.decode import Exif, PixelRules, crop_into, decode_together
 from shards.decode_threads import count_useful, map_in_threads
 from shards.device_crops import DeviceCrops
 from shards.dimensions import MOST_PIXELS
@@ -32,7 +32,6 @@ from shards.storage import files
 from shards.views import ViewsConfig, crop_box, draw_views
 
 CHUNK = 16  # A decode thread takes up to this many samples at a time.
-PIXELS_AT_ONCE = 100_000  # Up to about so many bytes of images are decoded before they are cut.
 BATCHES_AHEAD = 2
 REMOTE_FETCHES = 32  # Not more threads than this, or than decode threads, wait for an object store.
 
@@ -267,28 +266,25 @@ class TrainLoader:
         return chunk
 
     def _fill(self, chunk: Chunk) -> None:
-        """Fill in the views, the labels and, if they are wanted, the CRCs of a chunk's rows.
+        """Fill in the views, the labels and, if they are wanted, the CRCs of a chunk's rows."""
+        for group in decode_together(self._decode_rows(chunk)):
+            for row, image, crops in group:
+                _, height, width = image.shape
+                for rows, uniforms in zip(chunk.rows, crops, strict=True):
+                    crop_into(rows[row], image, crop_box(uniforms, height, width, self.views))
+        if self.config.audit:
+            self._audit(chunk)
 
-        Small images are decoded together before any of them is cut: in a loop of its own, a
-        decoder finds its code and its tables still in the processor's cache.
-        """
+    def _decode_rows(self, chunk: Chunk) -> Iterator[Decoded]:
+        """Yield the images of a chunk that the CPU has to cut, and fill in the labels of all."""
         labels = chunk.batch.labels.numpy()
-        decoded: list[Decoded] = []
-        pixels = 0
         for piece in chunk.pieces:
             cut = self._cut_on_device(chunk, piece)
             for row, position in enumerate(piece.positions, piece.start):
                 if row not in cut:
                     position, image = self._decode_row(chunk, piece, row, position)
-                    decoded.append(image)
-                    pixels += image.pixels.numel()
-                    if pixels > PIXELS_AT_ONCE:
-                        self._cut(chunk, decoded)
-                        decoded, pixels = [], 0
+                    yield image
                 labels[row] = piece.block.label(position)
-        self._cut(chunk, decoded)
-        if self.config.audit:
-            self._audit(chunk)
 
     def _cut_on_device(self, chunk: Chunk, piece: Piece) -> set[int]:
         """Cut the views of a piece's images that the GPU decodes, if any; return their rows."""
@@ -315,13 +311,6 @@ class TrainLoader:
         elif self._device_crops is not None:
             self._device_crops.tell(self.reader.name_sample(block, position, first_id))
         return found, Decoded(row, image, crops)
-
-    def _cut(self, chunk: Chunk, decoded: list[Decoded]) -> None:
-        """Cut the views of decoded images into their rows."""
-        for row, image, crops in decoded:
-            _, height, width = image.shape
-            for rows, uniforms in zip(chunk.rows, crops, strict=True):
-                crop_into(rows[row], image, crop_box(uniforms, height, width, self.views))
 
     def _audit(self, chunk: Chunk) -> None:
         """Fill in the CRCs of a chunk's rows."""

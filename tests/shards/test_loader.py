@@ -20,13 +20,14 @@ from torch import Tensor
 
 from shards import index as index_module
 from shards.center_crops import CropReader
-from shards.corrupt import decode_good
-from shards.decode import PixelRules, center_box, crop_resize, decode
+from shards.decode import Box, PixelRules, center_box, crop_into, crop_resize, decode
 from shards.errors import InputError
 from shards.index import Index
-from shards.loader import CHUNK, Batch, Chunk, DataConfig, Decoded, TrainLoader
+from shards.loader import CHUNK, Batch, Chunk, DataConfig, TrainLoader
 from shards.order import Order, rank_streams
 from shards.orientation import make_exif
+from shards.reader import BlockReader
+from shards.samples import Block
 from shards.views import ViewsConfig, crop_box, draw_views
 from tests.conftest import Files, PackFiles, draw_photo
 
@@ -165,31 +166,39 @@ def test_images_are_decoded_together_up_to_a_bound(
 ) -> None:
     waiting: list[int] = []  # the bytes of each image that is decoded and not cut
     held: list[int] = []  # their sum after each decoding
-    largest = 0
+    sizes: list[int] = []
 
-    def decode_one(*args: Any) -> tuple[int, Tensor]:
-        nonlocal largest
-        found, image = decode_good(*args)
-        largest = max(largest, image.numel())
+    def decode_one(self: BlockReader, block: Block, row: int) -> Tensor:
+        image = decode_alone(self, block, row)
+        sizes.append(image.numel())
         waiting.append(image.numel())
         held.append(sum(waiting))
-        return found, image
+        return image
 
-    def cut(self: TrainLoader, chunk: Chunk, decoded: list[Decoded]) -> None:
-        cut_all(self, chunk, decoded)
+    def cut(out: Tensor, image: Tensor, box: Box) -> None:
+        crop_into(out, image, box)
         waiting.clear()
 
-    cut_all = TrainLoader._cut
-    monkeypatch.setattr("shards.loader.PIXELS_AT_ONCE", most)
-    monkeypatch.setattr("shards.loader.decode_good", decode_one)
-    monkeypatch.setattr(TrainLoader, "_cut", cut)
+    decode_alone = BlockReader.decode
+    monkeypatch.setattr("shards.decode.BYTES_AT_ONCE", most)
+    monkeypatch.setattr(BlockReader, "decode", decode_one)
+    monkeypatch.setattr("shards.loader.crop_into", cut)
+    monkeypatch.setattr("shards.center_crops.crop_into", cut)
     order = Order(packed, SEED, 4, 16)
     reference = Reference(order)
+
+    def check() -> None:
+        assert max(held) <= most + max(sizes)
+        assert (max(held) > max(sizes)) == (most > 0)
+        held.clear()
+
     with loading(order, threads=0) as loader:
         for step in range(3):
             assert_equal(next(loader), reference.batch(step, range(4), 1), crcs=False)
-    assert max(held) <= most + largest
-    assert (max(held) > 4 * largest) == (most == 10**9)
+    check()
+    for _ in CropReader(16, 0.875, 1, 0.0, ignore).read(packed):
+        pass
+    check()
 
 
 def test_any_start_step(packed: Index) -> None:
