@@ -9,10 +9,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchdata.nodes import IterableWrapper, ParallelMapper
+from torchdata.nodes import Prefetcher
 
 from shards.corrupt import Faults
-from shards.decode import DEFAULT_RULES, DecodeError, PixelRules, center_box, crop_resize
+from shards.decode import (
+    DEFAULT_RULES,
+    DecodeError,
+    PixelRules,
+    center_box,
+    crop_into,
+    decode_together,
+)
+from shards.decode_threads import count_useful, map_in_threads
 from shards.errors import InputError
 from shards.index import Index
 from shards.reader import BlockReader, read_blocks
@@ -20,13 +28,14 @@ from shards.samples import Block
 from shards.storage import files
 
 CHUNK = 64  # A decode thread takes this many samples at a time.
+BATCHES_AHEAD = 2
 LOCAL_AHEAD, REMOTE_AHEAD = 4, 16  # This many blocks (about 4 MB each) are fetched ahead.
 
 
 class EvalBatch(NamedTuple):
     """A batch of samples in file order."""
 
-    images: Tensor  # [B, 3, S, S] uint8, channels last
+    images: Tensor  # [B, 3, S, S] uint8
     labels: Tensor  # [B] int64, -1 where there is none
     ids: Tensor  # [B] int64
 
@@ -35,6 +44,11 @@ class _Chunk(NamedTuple):
     block: Block
     first_id: int
     rows: list[int]
+
+
+class _Decoded(NamedTuple):
+    row: int  # of the block
+    pixels: Tensor  # [3, H, W] uint8
 
 
 @dataclass(frozen=True)
@@ -70,22 +84,19 @@ class CropReader:
         """
         reader = BlockReader(index, report=self.report, rules=self.rules)
         faults = Faults(index.samples, self.corrupt, self.report)
-        decoded = ParallelMapper(
-            IterableWrapper(self._plan(reader, limit, ids)),
-            partial(self._load, reader, faults),
-            num_workers=self.threads,
-            method="thread",
-            snapshot_frequency=0,
-        )
+        threads = count_useful(self.threads, index, self.size**2)
+        plan = self._plan(reader, limit, ids)
+        decoded = map_in_threads(partial(self._load, reader, faults), plan, threads)
         empty = True
-        for batch in decoded:
+        for batch in Prefetcher(decoded, prefetch_factor=BATCHES_AHEAD, snapshot_frequency=0):
             if isinstance(batch, InputError):
                 # A thread still holds this error. With a traceback it would hold the threads, too.
                 raise InputError(str(batch))
             yield batch
             empty = False
         if empty:
-            yield self._batch([], [], [])
+            nothing = torch.empty(0, dtype=torch.int64)
+            yield EvalBatch(self._allocate(0).contiguous(), nothing, nothing)
 
     def _plan(
         self, reader: BlockReader, limit: int | None, ids: NDArray[np.int64] | None
@@ -110,27 +121,39 @@ class CropReader:
     ) -> EvalBatch | InputError:
         if isinstance(chunk, InputError):
             return chunk
-        images, labels, found = [], [], []
+        out = self._allocate(len(chunk.rows))
         try:
-            for row in chunk.rows:
-                try:
-                    image = reader.decode(chunk.block, row)
-                except DecodeError as error:
-                    name = reader.name_sample(chunk.block, row, chunk.first_id)
-                    faults.record(chunk.first_id + row, name, error)
-                    continue
-                box = center_box(image.shape[1], image.shape[2], self.fraction)
-                images.append(crop_resize(image, box, self.size))
-                labels.append(chunk.block.label(row))
-                found.append(chunk.first_id + row)
+            rows = self._cut(reader, faults, chunk, out)
         except InputError as error:
             return error
-        return self._batch(images, labels, found)
+        labels = torch.tensor([chunk.block.label(row) for row in rows], dtype=torch.int64)
+        ids = torch.tensor(rows, dtype=torch.int64) + chunk.first_id
+        return EvalBatch(out[: len(rows)].contiguous(), labels, ids)
 
-    def _batch(self, images: list[Tensor], labels: list[int], ids: list[int]) -> EvalBatch:
-        nothing = torch.empty((0, 3, self.size, self.size), dtype=torch.uint8)
-        stacked = torch.stack(images) if images else nothing
-        return EvalBatch(stacked, *(torch.tensor(x, dtype=torch.int64) for x in (labels, ids)))
+    @torch.inference_mode()  # It makes each call of torch cheaper.
+    def _cut(self, reader: BlockReader, faults: Faults, chunk: _Chunk, out: Tensor) -> list[int]:
+        """Cut the crops of a chunk into `out`, one after another, and return their rows."""
+        rows: list[int] = []
+        for group in decode_together(self._decode(reader, faults, chunk)):
+            for row, image in group:
+                box = center_box(image.shape[1], image.shape[2], self.fraction)
+                crop_into(out[len(rows) : len(rows) + 1], image, box)
+                rows.append(row)
+        return rows
+
+    def _decode(self, reader: BlockReader, faults: Faults, chunk: _Chunk) -> Iterator[_Decoded]:
+        """Yield the images of a chunk that can be decoded, and count the others."""
+        for row in chunk.rows:
+            try:
+                yield _Decoded(row, reader.decode(chunk.block, row))
+            except DecodeError as error:
+                name = reader.name_sample(chunk.block, row, chunk.first_id)
+                faults.record(chunk.first_id + row, name, error)
+
+    def _allocate(self, count: int) -> Tensor:
+        """Return memory [n, 3, S, S], channels last, which is laid out as `crop_into` asks."""
+        shape = (count, self.size, self.size, 3)
+        return torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
 
 
 def _places(

@@ -3,9 +3,9 @@
 This code runs in threads: the decoders and torch's resize release the GIL.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,10 +18,15 @@ from shards.orientation import image_orientation, turn
 from shards.png import SIGNATURE, decode_png, undo_scaling
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
+AnyDecoded = TypeVar("AnyDecoded", bound="Decoded")
 Exif = Literal["ignore", "apply"]
+
+BYTES_AT_ONCE = 100_000  # Images of up to about so many bytes are decoded before they are cut.
 
 # torchvision's function of this name takes half as long again, to warn and to log each time.
 _decode_image: Callable[..., Tensor] = torch.ops.image.decode_image
+_RGB = ImageReadMode.RGB.value
+_JPEG = b"\xff\xd8"
 # F.interpolate takes no `out`, so this is the function that it calls.
 _bicubic: Callable[..., Tensor] = torch._C._nn.upsample_bicubic2d
 
@@ -53,14 +58,14 @@ def decode(content: bytearray, offset: int, size: int, rules: PixelRules = DEFAU
         raise DecodeError("empty")
     encoded = memoryview(content)[offset : offset + size]
     _check_size(encoded, rules.max_pixels)
-    if is_animated(encoded):
+    if encoded[:2] != _JPEG and is_animated(encoded):
         raise DecodeError("animated WebP: launch/pack.py SOURCE OUT takes its first frame")
     if encoded[:8] == SIGNATURE:
         image = _decode_png(encoded)
     else:
         buffer = torch.frombuffer(content, dtype=torch.uint8, count=size, offset=offset)
         try:
-            image = _decode_image(buffer, ImageReadMode.RGB.value)
+            image = _decode_image(buffer, _RGB)
         except RuntimeError as error:
             raise DecodeError(str(error).splitlines()[0].rsplit(", ", 1)[-1]) from None
     if rules.exif == "apply":  # torchvision could turn JPEG and PNG images, but not WebP.
@@ -131,7 +136,33 @@ def crop_into(out: Tensor, image: Tensor, box: Box) -> None:
     # This is the slice of `crop_resize` in one call of torch in place of four.
     crop = image.as_strided((1, 3, height, width), (image.numel(), channel, row, column), start)
     crop = crop.contiguous(memory_format=torch.channels_last)
-    _bicubic(crop, out.shape[-2:], align_corners=False, out=out)
+    size = out.size(3)
+    _bicubic(crop, (size, size), False, out=out)
+
+
+class Decoded(Protocol):
+    """Whatever holds a decoded image."""
+
+    @property
+    def pixels(self) -> Tensor:
+        """The image [3, H, W], uint8."""
+
+
+def decode_together(images: Iterable[AnyDecoded]) -> Iterator[list[AnyDecoded]]:
+    """Yield decoded images in groups: small ones together, and large ones one by one.
+
+    In a loop of its own, a decoder finds its code and its tables still in the processor's cache.
+    """
+    group: list[AnyDecoded] = []
+    size = 0
+    for image in images:
+        group.append(image)
+        size += image.pixels.numel()
+        if size > BYTES_AT_ONCE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def center_box(height: int, width: int, fraction: float) -> Box:

@@ -15,11 +15,12 @@ import torch
 from annotated_types import Interval
 from numpy.typing import NDArray
 from torch import Tensor
-from torchdata.nodes import BaseNode, IterableWrapper, ParallelMapper, Prefetcher
+from torchdata.nodes import BaseNode, Prefetcher
 
 from shards.cache import ShardCache
 from shards.corrupt import Faults, decode_good
-from shards.decode import Exif, PixelRules, crop_into
+from shards.decode import Exif, PixelRules, crop_into, decode_together
+from shards.decode_threads import count_useful, map_in_threads
 from shards.device_crops import DeviceCrops
 from shards.dimensions import MOST_PIXELS
 from shards.errors import InputError
@@ -111,6 +112,14 @@ class Chunk(NamedTuple):
     last: bool  # True for the last chunk of a batch
 
 
+class Decoded(NamedTuple):
+    """An image whose views are still to be cut."""
+
+    row: int  # of the batch
+    pixels: Tensor  # [3, H, W] uint8
+    crops: NDArray[np.float64]  # [V, 4] uniforms for `crop_box`
+
+
 class TrainLoader:
     """Iterates without end over the batches of `streams`, from step `start` on.
 
@@ -137,7 +146,7 @@ class TrainLoader:
         Args:
             micro: Number of equal slices that a batch is cut into; see `_plan`.
             start: Step of the first batch.
-            threads: Number of threads that decode.
+            threads: Number of threads that decode, at most; see `count_useful`.
             report: Takes warnings, each of one line.
             device: The GPU that decodes, when the config says so.
         """
@@ -153,14 +162,12 @@ class TrainLoader:
         if config.decode == "gpu":
             assert device is not None
             self._device_crops = DeviceCrops(device, config.rules, views, report)
+        else:
+            threads = count_useful(threads, order.index, len(views.views) * views.size**2)
         self._closed = False
         fetches = min(REMOTE_FETCHES, len(streams) * (1 + config.prefetch)) if remote else 4
         self._pool = ThreadPoolExecutor(max(fetches, threads), thread_name_prefix="fetch")
-        chunks: BaseNode[Any] = IterableWrapper(self._plan())
-        decoded = ParallelMapper(
-            chunks, self._decode, num_workers=threads, method="thread", snapshot_frequency=0
-        )
-        assembled = _Assemble(decoded)
+        assembled = _Assemble(map_in_threads(self._decode, self._plan(), threads))
         self._batches: Prefetcher[Any] | None = Prefetcher(
             assembled, prefetch_factor=BATCHES_AHEAD, snapshot_frequency=0
         )
@@ -253,32 +260,45 @@ class TrainLoader:
         if isinstance(chunk, InputError):
             return chunk
         try:
-            for piece in chunk.pieces:
-                self._fill(chunk, piece)
+            self._fill(chunk)
         except InputError as error:
             return error
         return chunk
 
-    def _fill(self, chunk: Chunk, piece: Piece) -> None:
-        """Fill in the views, the labels and, if they are wanted, the CRCs of a piece's rows."""
-        batch, crops = chunk.batch, self._device_crops
-        rows = slice(piece.start, piece.start + len(piece.positions))
-        cut: set[int] = set()
-        if crops is not None:
-            out = batch.views[:, rows]
-            cut = crops.cut(piece.block, piece.positions, chunk.crops[:, rows], out)
-        labels = batch.labels.numpy()
-        for i, position in enumerate(piece.positions):
-            row = piece.start + i
-            if i not in cut:
-                position = self._cut_row(chunk, piece, row, position)
-            labels[row] = piece.block.label(position)
-            if self.config.audit:
-                pixels = batch.views[:, row].permute(0, 2, 3, 1).contiguous()
-                batch.crcs[row] = zlib.crc32(pixels.numpy().tobytes())
+    def _fill(self, chunk: Chunk) -> None:
+        """Fill in the views, the labels and, if they are wanted, the CRCs of a chunk's rows."""
+        for group in decode_together(self._decode_rows(chunk)):
+            for row, image, crops in group:
+                _, height, width = image.shape
+                for rows, uniforms in zip(chunk.rows, crops, strict=True):
+                    crop_into(rows[row], image, crop_box(uniforms, height, width, self.views))
+        if self.config.audit:
+            self._audit(chunk)
 
-    def _cut_row(self, chunk: Chunk, piece: Piece, row: int, position: int) -> int:
-        """Cut the views of an image, or of its replacement, on the CPU; return its position."""
+    def _decode_rows(self, chunk: Chunk) -> Iterator[Decoded]:
+        """Yield the images of a chunk that the CPU has to cut, and fill in the labels of all."""
+        labels = chunk.batch.labels.numpy()
+        for piece in chunk.pieces:
+            cut = self._cut_on_device(chunk, piece)
+            for row, position in enumerate(piece.positions, piece.start):
+                if row not in cut:
+                    position, image = self._decode_row(chunk, piece, row, position)
+                    yield image
+                labels[row] = piece.block.label(position)
+
+    def _cut_on_device(self, chunk: Chunk, piece: Piece) -> set[int]:
+        """Cut the views of a piece's images that the GPU decodes, if any; return their rows."""
+        if self._device_crops is None:
+            return set()
+        rows = slice(piece.start, piece.start + len(piece.positions))
+        out = chunk.batch.views[:, rows]
+        cut = self._device_crops.cut(piece.block, piece.positions, chunk.crops[:, rows], out)
+        return {piece.start + i for i in cut}
+
+    def _decode_row(
+        self, chunk: Chunk, piece: Piece, row: int, position: int
+    ) -> tuple[int, Decoded]:
+        """Decode an image, or its replacement, on the CPU; return its position with it."""
         batch, block, first_id = chunk.batch, piece.block, piece.first_id
         crops = chunk.crops[:, row]
         found, image = decode_good(self.reader, block, position, first_id, self.faults)
@@ -290,10 +310,15 @@ class TrainLoader:
             crops = draws.crop[:, 0]
         elif self._device_crops is not None:
             self._device_crops.tell(self.reader.name_sample(block, position, first_id))
-        _, height, width = image.shape
-        for rows, uniforms in zip(chunk.rows, crops, strict=True):
-            crop_into(rows[row], image, crop_box(uniforms, height, width, self.views))
-        return found
+        return found, Decoded(row, image, crops)
+
+    def _audit(self, chunk: Chunk) -> None:
+        """Fill in the CRCs of a chunk's rows."""
+        batch = chunk.batch
+        for piece in chunk.pieces:
+            for row in range(piece.start, piece.start + len(piece.positions)):
+                pixels = batch.views[:, row].permute(0, 2, 3, 1).contiguous()
+                batch.crcs[row] = zlib.crc32(pixels.numpy().tobytes())
 
 
 def _group(pieces: list[Piece]) -> list[list[Piece]]:

@@ -115,7 +115,7 @@ class Extraction:
         """
         self.source, self.images, self.config, self.output = source, images, config, output
         self.world, self.terminal = world, terminal
-        self.threads = max(threads, images.reads)
+        self.threads = images.count_threads(threads, source.size**2)
         self.faults = Faults(images.samples, corrupt, terminal.report)
         self.transform = Transform(source.size, source.crop, source.rules)
         self.encode = encoding(choose_layer(network, config), source.precision, world.device)
@@ -189,7 +189,9 @@ class Extraction:
         """Yield the features of a part's images in batches, and add to the lists what they are."""
         stop = min(start + self.rows, self.images.samples)
         samples, crops = self.images.read(start, stop), list[Tensor]()
-        for sample, found in load(samples, self.transform.crop_pixels, self.threads):
+        for sample, found in load(
+            samples, self.transform.crop_pixels, self.threads, self.images.together
+        ):
             name = as_text(sample.name)
             if isinstance(found, DecodeError):
                 self.faults.record(sample.id, name, found)

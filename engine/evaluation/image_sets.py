@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
 from hashlib import sha256
+from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from engine.evaluation.given_sets import refuse_run
 from shards import index as indexes
 from shards.center_crops import LOCAL_AHEAD, REMOTE_AHEAD
 from shards.decode import DecodeError, PixelRules
+from shards.decode_threads import count_useful
 from shards.errors import InputError
 from shards.index import Index
 from shards.making.convert import PixelOptions
@@ -48,18 +50,22 @@ class Images(Protocol):
     classes: list[str]
     digest: str
     left_out: Reasons
-    reads: int  # the number of images that are read at once, or 0 for that of the threads
+    together: int  # the number of images that a thread takes at a time
     facts: dict[str, Any]  # what else decides the pixels
 
     def read(self, start: int, stop: int) -> Iterator[Sample]:
         """Yield the samples with the numbers [start, stop), in this order."""
         ...
 
+    def count_threads(self, most: int, pixels: int, /) -> int:
+        """Return how many threads should read, for crops of so many pixels."""
+        ...
+
 
 class ShardImages:
     """The images of a data set that has an index."""
 
-    reads = 0
+    together = 16
 
     def __init__(self, index: Index, rules: PixelRules, report: Callable[[str], None]) -> None:
         """Open the data set. `report` takes warnings about damaged shards."""
@@ -67,6 +73,10 @@ class ShardImages:
         self.url, self.left_out = index.url, Reasons()
         self.facts: dict[str, Any] = {}
         self._index, self._reader = index, BlockReader(index, report=report, rules=rules)
+
+    def count_threads(self, most: int, pixels: int) -> int:
+        """Return how many of `most` threads are useful; small images need one."""
+        return max(1, count_useful(most, self._index, pixels))
 
     @cached_property
     def _blocks(self) -> tuple[list[tuple[int, int]], NDArray[np.int64]]:
@@ -95,6 +105,8 @@ class ShardImages:
 class FolderImages:
     """The images of a plain folder, with or without a folder for each class."""
 
+    together = 1  # Each is a file of its own, which a thread waits for.
+
     def __init__(
         self,
         url: str,
@@ -106,7 +118,6 @@ class FolderImages:
         (whole,) = found.sets
         images = whole.images
         self.samples, self.classes, self.left_out = len(images), whole.classes, found.left_out
-        self.reads = 0 if files.is_local(url) else REMOTE_READS
         self.options, self.rules = options, rules
         self.facts = options.facts()
         self.url, self._images = url, images
@@ -114,6 +125,10 @@ class FolderImages:
         for image in images:
             summed.update(f"{image.path}\0{image.size}\0".encode(errors="surrogateescape"))
         self.digest = summed.hexdigest()[:16]
+
+    def count_threads(self, most: int, _pixels: int) -> int:
+        """Return `most`, or more in an object store, where threads wait for most of their time."""
+        return most if files.is_local(self.url) else max(most, REMOTE_READS)
 
     def find_window(self, percentiles: tuple[float, float] | None, threads: int) -> None:
         """Find the window of the images of more than 8 bits per channel, if there are any.
@@ -198,29 +213,37 @@ def open_images(
 
 
 def load(
-    samples: Iterator[Sample], cut: Callable[[Tensor], Tensor], threads: int
+    samples: Iterator[Sample], cut: Callable[[Tensor], Tensor], threads: int, together: int = 1
 ) -> Iterator[tuple[Sample, Tensor | DecodeError]]:
     """Decode samples in threads, and yield each in order, with what `cut` makes of its pixels.
 
     A sample that cannot be decoded is yielded with its fault.
+
+    Args:
+        together: Number of samples that a thread takes at a time.
     """
 
-    def work(sample: Sample) -> Tensor | DecodeError:
-        try:
-            return cut(sample.decode())
-        except DecodeError as error:
-            return error
+    def work(chunk: list[Sample]) -> list[Tensor | DecodeError]:
+        return [_cut_one(sample, cut) for sample in chunk]
 
-    pending: deque[tuple[Sample, Future[Tensor | DecodeError]]] = deque()
+    pending: deque[tuple[list[Sample], Future[list[Tensor | DecodeError]]]] = deque()
+    most = threads * max(2, 4 // together)  # chunks that wait for a thread or for the caller
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         try:
-            for sample in samples:
-                pending.append((sample, pool.submit(work, sample)))
-                if len(pending) > 4 * threads:
+            while chunk := list(islice(samples, together)):
+                pending.append((chunk, pool.submit(work, chunk)))
+                if len(pending) > most:
                     first, future = pending.popleft()
-                    yield first, future.result()
+                    yield from zip(first, future.result(), strict=True)
             while pending:
                 first, future = pending.popleft()
-                yield first, future.result()
+                yield from zip(first, future.result(), strict=True)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _cut_one(sample: Sample, cut: Callable[[Tensor], Tensor]) -> Tensor | DecodeError:
+    try:
+        return cut(sample.decode())
+    except DecodeError as error:
+        return error

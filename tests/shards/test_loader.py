@@ -20,12 +20,14 @@ from torch import Tensor
 
 from shards import index as index_module
 from shards.center_crops import CropReader
-from shards.decode import PixelRules, center_box, crop_resize, decode
+from shards.decode import Box, PixelRules, center_box, crop_into, crop_resize, decode
 from shards.errors import InputError
 from shards.index import Index
 from shards.loader import CHUNK, Batch, Chunk, DataConfig, TrainLoader
 from shards.order import Order, rank_streams
 from shards.orientation import make_exif
+from shards.reader import BlockReader
+from shards.samples import Block
 from shards.views import ViewsConfig, crop_box, draw_views
 from tests.conftest import Files, PackFiles, draw_photo
 
@@ -35,6 +37,12 @@ SEED = 11
 
 def ignore(_: str) -> None:
     pass
+
+
+@pytest.fixture
+def many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let all threads work, although the images are small."""
+    monkeypatch.setattr("shards.decode_threads.COST_OF_A_THREAD", 1e-9)
 
 
 @contextmanager
@@ -127,8 +135,9 @@ def assert_equal(a: Batch, b: Batch, *, crcs: bool) -> None:
         assert not a.crcs.any()
 
 
-@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("threads", [0, 1, 4])
 @pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.usefixtures("many_threads")
 def test_batches_equal_the_plain_ones(packed: Index, threads: int, micro: int) -> None:
     order = Order(packed, SEED, 4, 16)  # 5 steps an epoch
     reference = Reference(order)
@@ -149,6 +158,47 @@ def test_a_thread_takes_small_pieces_together(packed: Index) -> None:
     taken = [sum(len(piece.positions) for piece in chunk.pieces) for chunk in chunks]
     assert taken == [CHUNK, CHUNK, CHUNK, CHUNK]
     assert [chunk.last for chunk in chunks] == [False, True, False, True]
+
+
+@pytest.mark.parametrize("most", [0, 20_000, 10**9])
+def test_images_are_decoded_together_up_to_a_bound(
+    packed: Index, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    waiting: list[int] = []  # the bytes of each image that is decoded and not cut
+    held: list[int] = []  # their sum after each decoding
+    sizes: list[int] = []
+
+    def decode_one(self: BlockReader, block: Block, row: int) -> Tensor:
+        image = decode_alone(self, block, row)
+        sizes.append(image.numel())
+        waiting.append(image.numel())
+        held.append(sum(waiting))
+        return image
+
+    def cut(out: Tensor, image: Tensor, box: Box) -> None:
+        crop_into(out, image, box)
+        waiting.clear()
+
+    decode_alone = BlockReader.decode
+    monkeypatch.setattr("shards.decode.BYTES_AT_ONCE", most)
+    monkeypatch.setattr(BlockReader, "decode", decode_one)
+    monkeypatch.setattr("shards.loader.crop_into", cut)
+    monkeypatch.setattr("shards.center_crops.crop_into", cut)
+    order = Order(packed, SEED, 4, 16)
+    reference = Reference(order)
+
+    def check() -> None:
+        assert max(held) <= most + max(sizes)
+        assert (max(held) > max(sizes)) == (most > 0)
+        held.clear()
+
+    with loading(order, threads=0) as loader:
+        for step in range(3):
+            assert_equal(next(loader), reference.batch(step, range(4), 1), crcs=False)
+    check()
+    for _ in CropReader(16, 0.875, 1, 0.0, ignore).read(packed):
+        pass
+    check()
 
 
 def test_any_start_step(packed: Index) -> None:
@@ -206,6 +256,7 @@ def spoil(photos: Files, *names: str) -> Files:
 BAD = ("ant/a3.jpg", "bee/b7.jpg", "cat/c20.jpg")
 
 
+@pytest.mark.usefixtures("many_threads")
 def test_bad_samples_are_replaced_named_once_and_counted(
     pack_files: PackFiles, photos: Files, tmp_path: Path
 ) -> None:
@@ -251,6 +302,7 @@ def test_a_truncated_jpeg_counts_as_bad(
     assert len(set(ids.tolist())) == 89
 
 
+@pytest.mark.usefixtures("many_threads")
 def test_too_many_bad_samples(pack_files: PackFiles, photos: Files, tmp_path: Path) -> None:
     files = spoil(photos, *list(photos)[:12])
     order = Order(pack_files(str(tmp_path / "bad"), files), SEED, 4, 16)
@@ -306,6 +358,7 @@ def test_a_block_without_any_good_sample(pack_files: PackFiles, tmp_path: Path) 
         next(loader)
 
 
+@pytest.mark.usefixtures("many_threads")
 def test_damaged_shards_are_named(packed: Index) -> None:
     order = Order(packed, SEED, 4, 16)
     path = Path(packed.shard_url(2))
@@ -339,9 +392,11 @@ def live_threads() -> set[threading.Thread]:
 
 
 @pytest.mark.parametrize("taken", [0, 1, 7])
-def test_close_ends_all_threads(packed: Index, taken: int) -> None:
+@pytest.mark.parametrize("threads", [0, 3])
+@pytest.mark.usefixtures("many_threads")
+def test_close_ends_all_threads(packed: Index, taken: int, threads: int) -> None:
     before = live_threads()
-    with loading(Order(packed, SEED, 4, 16), threads=3) as loader:
+    with loading(Order(packed, SEED, 4, 16), threads=threads) as loader:
         for _ in range(taken):
             next(loader)
     deadline = time.monotonic() + 10
@@ -352,10 +407,12 @@ def test_close_ends_all_threads(packed: Index, taken: int) -> None:
         next(loader)
 
 
-def test_threads_end_after_an_error(pack_files: PackFiles, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("many_threads")
+@pytest.mark.parametrize("threads", [0, 2])
+def test_threads_end_after_an_error(pack_files: PackFiles, tmp_path: Path, threads: int) -> None:
     before = live_threads()
     found = pack_files(str(tmp_path / "bad"), {f"a/{i}.jpg": b"text" for i in range(4)})
-    failure(Order(found, SEED, 1, 4))
+    failure(Order(found, SEED, 1, 4), threads)
     deadline = time.monotonic() + 10
     while live_threads() - before and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -384,6 +441,7 @@ def test_images_of_other_modes(pack_files: PackFiles, tmp_path: Path, mode: str)
 # Evaluation
 
 
+@pytest.mark.usefixtures("many_threads")
 def test_evaluation_sees_every_sample_once(packed: Index) -> None:
     reference = Reference(Order(packed, SEED, 1, 1))
     crops = CropReader(size=20, fraction=0.875, threads=2, corrupt=0.01, report=ignore)
@@ -409,6 +467,7 @@ def test_evaluation_of_a_part(packed: Index) -> None:
     assert 20 <= count <= 40
 
 
+@pytest.mark.usefixtures("many_threads")
 def test_evaluation_leaves_bad_samples_out(
     pack_files: PackFiles, photos: Files, tmp_path: Path
 ) -> None:
