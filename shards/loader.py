@@ -21,6 +21,7 @@ from shards.cache import ShardCache
 from shards.corrupt import Faults, decode_good
 from shards.decode import Exif, PixelRules, crop_into, decode_together
 from shards.decode_threads import count_useful, map_in_threads
+from shards.device_crops import THREADS as DEVICE_THREADS
 from shards.device_crops import DeviceCrops
 from shards.dimensions import MOST_PIXELS
 from shards.errors import InputError
@@ -162,6 +163,7 @@ class TrainLoader:
         if config.decode == "gpu":
             assert device is not None
             self._device_crops = DeviceCrops(device, config.rules, views, report)
+            threads = min(threads, DEVICE_THREADS)
         else:
             threads = count_useful(threads, order.index, len(views.views) * views.size**2)
         self._closed = False

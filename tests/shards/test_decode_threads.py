@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from shards import device_crops
 from shards.center_crops import CropReader
 from shards.decode_threads import count_useful
 from shards.index import Index, Shard
@@ -16,6 +18,8 @@ from shards.views import ViewsConfig
 from tests.conftest import PackFiles, draw_photo
 
 THREADS = 16
+CPU = DataConfig()
+IMAGE = torch.zeros(3, 32, 32, dtype=torch.uint8)
 SMALL, LARGE = 0, 200_000  # bytes that stand behind the picture in the file
 
 
@@ -48,17 +52,18 @@ def pack(pack_files: PackFiles, folder: Path, more: int) -> Index:
     return pack_files(str(folder), {f"a/{i}.jpg": content for i in range(64)})
 
 
-def train(index: Index) -> None:
+def train(index: Index, config: DataConfig = CPU) -> None:
     loader = TrainLoader(
         Order(index, 0, 4, 64),
         range(4),
         ViewsConfig(size=32),
-        DataConfig(),
+        config,
         micro=1,
         start=0,
         threads=THREADS,
         pin_memory=False,
         report=print,
+        device=torch.device("cpu"),
     )
     for _ in range(5):
         next(loader)
@@ -118,3 +123,14 @@ def test_the_size_of_images_decides(size: int, pixels: int, useful: int) -> None
 
 def test_an_empty_index_takes_no_thread() -> None:
     assert count_useful(16, Index("none", []), 0) == 0
+
+
+def test_four_threads_decode_on_a_gpu(
+    pack_files: PackFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them hinder each other."""
+    meeting = Meeting(wait=0.5)
+    monkeypatch.setattr(TrainLoader, "_decode", meeting.during(TrainLoader._decode))
+    monkeypatch.setattr(device_crops, "decode_on_device", lambda some, _: [IMAGE for _ in some])
+    train(pack(pack_files, tmp_path, LARGE), DataConfig(decode="gpu"))
+    assert meeting.most == device_crops.THREADS
