@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from functools import cache
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from launch.benchmarks.measuring import Cost, measure
-from shards.decode import Box, DecodeError, crop_into, decode
+from shards.decode import Box, DecodeError, crop_into, decode, decode_together
 from shards.index import Index
 from shards.loader import BATCHES_AHEAD, CHUNK
 from shards.making import pack
@@ -23,6 +24,12 @@ from shards.views import ViewsConfig, crop_box, draw_views
 THREADS = 1, 2, 4, 16  # decode threads of the process, one after the other
 TINY = 8  # side of images in pixels whose decoding and cropping cost next to nothing
 TINY_IMAGES = 1000
+
+
+class _Decoded(NamedTuple):
+    pixels: Tensor  # [3, H, W] uint8
+    boxes: list[Box]  # of its views
+
 
 Work = list[tuple[bytearray, list[Box]]]  # encoded images, each with the boxes of its views
 
@@ -64,10 +71,11 @@ def measure_limit(work: Work, size: int) -> Cost:
 
 @torch.inference_mode()
 def _decode_and_crop(work: Work, row: Tensor) -> None:
-    for content, boxes in work:
-        image = decode(content, 0, len(content))
-        for box in boxes:
-            crop_into(row, image, box)
+    images = (_Decoded(decode(content, 0, len(content)), boxes) for content, boxes in work)
+    for group in decode_together(images):
+        for image, boxes in group:
+            for box in boxes:
+                crop_into(row, image, box)
 
 
 def batches_to_fill(threads: int, batch: int) -> int:

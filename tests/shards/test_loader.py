@@ -460,6 +460,20 @@ def test_evaluation_sees_every_sample_once(packed: Index) -> None:
         assert torch.equal(images[sample], crop_resize(image, box, 20))
 
 
+@pytest.mark.parametrize("threads", [0, 3])
+@pytest.mark.usefixtures("many_threads")
+def test_threads_of_an_evaluation_end_when_it_is_left(packed: Index, threads: int) -> None:
+    before = live_threads()
+    batches = CropReader(8, 1.0, threads, 0.01, ignore).read(packed)
+    next(batches)
+    assert live_threads() - before
+    batches.close()
+    deadline = time.monotonic() + 10
+    while live_threads() - before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert live_threads() - before == set()
+
+
 def test_evaluation_of_a_part(packed: Index) -> None:
     crops = CropReader(size=8, fraction=1.0, threads=1, corrupt=0.01, report=ignore)
     some = list(crops.read(packed, limit=30))
