@@ -5,6 +5,7 @@
     python launch/bench.py step       images per second, compile time, memory and data wait of a
                                       training step; also under torchrun
     python launch/bench.py peers      a step, training and views beside lightly and kornia
+    python launch/bench.py accuracy   kNN accuracy after equal core-seconds, beside lightly
     python launch/bench.py checkpoint seconds that training waits for a checkpoint, seconds that the
                                       checkpoint takes, and seconds from a process's start to its
                                       first step
@@ -38,6 +39,7 @@ if __name__ == "__main__":  # the imports below would fail with a less helpful m
 import tyro
 
 from engine.processes.failures import report_failure
+from launch.benchmarks.accuracy import bench_accuracy
 from launch.benchmarks.all import bench_all
 from launch.benchmarks.checkpoint import bench_checkpoint
 from launch.benchmarks.input import bench_input
@@ -59,6 +61,7 @@ BENCHES: dict[str, Callable[..., Report | None]] = {
     "step": bench_step,
     "checkpoint": bench_checkpoint,
     "peers": bench_peers,
+    "accuracy": bench_accuracy,
     "order": bench_order,
     "plan": bench_plan,
     "roofline": bench_roofline,

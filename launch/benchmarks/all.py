@@ -71,6 +71,8 @@ def list_commands(rounds: int, fast: bool) -> list[str]:
     commands += [f"{ALONE} peers {size} {every}".replace("  ", " ") for size in sizes]
     if not CUDA and not fast:
         commands.append(f"{ALONE} peers {large} {every} --precision bf16")
+        tiny = f"{ALONE} peers --recipe recipes/cifar10_cpu.py --steps 10 {every}"
+        commands += [f"{tiny} --precision {kind}" for kind in precisions]
     saved = " --recipe recipes/quickstart.py" if fast else ""
     commands += [
         f"{ALONE} checkpoint --rounds {rounds} --starts {0 if fast else rounds}{saved}",

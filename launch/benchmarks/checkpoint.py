@@ -41,7 +41,7 @@ class Times(NamedTuple):
 def bench_checkpoint(
     *,
     url: str = "",
-    recipe: str = "recipes/cifar10.py",
+    recipe: str = "cifar10",
     rounds: int = 3,
     starts: int = 3,
     out: str = "",

@@ -1,27 +1,22 @@
 """Measure this project beside lightly's BYOL and beside kornia's augmentations."""
 
-import copy
-import io
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-import torchvision
-from PIL import Image
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
 
 from engine.method.augment import MEAN, STD
 from engine.method.byol import BYOLConfig
-from engine.method.precision import Precision, autocast
 from engine.method.resnet import ResNetConfig
 from engine.processes import world
-from engine.recipe import Recipe
+from engine.recipe import Recipe, load
 from launch.benchmarks.input import read_contents
+from launch.benchmarks.lightly_byol import REMEDY, LightlyBYOL, check_optimizer, load_views
 from launch.benchmarks.measuring import (
     CUDA,
     Cost,
@@ -33,10 +28,10 @@ from launch.benchmarks.measuring import (
 )
 from launch.benchmarks.results import Report, Row, check_out, speeds
 from launch.benchmarks.step import Sides, empty_caches, prepare
+from shards.errors import InputError
 from shards.order import BatchConfig
 from shards.views import ViewConfig, ViewsConfig
 
-REMEDY = "pip install 'byol-engine[peers]'"
 ROWS = {  # the sides that a peer has, with the one of ours beside it and the name of the row
     "lightly": {
         "lightly: step": ("ours", "step on augmented images"),
@@ -50,9 +45,10 @@ Work = dict[str, Callable[[], Cost]]
 
 def bench_peers(
     *,
-    depth: Literal[18, 50] = 50 if CUDA else 18,
-    size: int = 224 if CUDA else 64,
-    batch: int = 256 if CUDA else 32,
+    recipe: str = "",
+    depth: Literal[18, 50] | None = None,
+    size: int | None = None,
+    batch: int | None = None,
     steps: int = 20 if CUDA else 3,
     rounds: int = 5,
     threads: int = 8 if CUDA else 1,
@@ -63,16 +59,22 @@ def bench_peers(
 ) -> Report:
     """Measure this project beside lightly's BYOL and beside kornia's augmentations.
 
-    The networks are torchvision's ResNet with the paper's heads on all sides, and the optimizer is
-    LARS, which lightly has its own of. lightly is used as its example of BYOL uses it, and with its
-    BYOLTransform in a DataLoader on the same JPEGs, end to end. kornia gets the same uint8 crops
-    as our augmentation, and makes the same operations of them. A peer that is not installed has
-    a row that says so.
+    The networks are torchvision's with the paper's heads on all sides, and the optimizer is LARS,
+    which lightly has its own of. lightly is used as its example of BYOL uses it, and with its
+    BYOLTransform in a DataLoader on the same JPEGs, end to end. Like in its examples for CIFAR-10,
+    it does not blur views of 32 pixels or less. kornia gets the same uint8 crops as our
+    augmentation, and makes the same operations of them. A peer that is not installed has a row that
+    says so.
 
     Args:
-        depth: Depth of the ResNet.
-        size: Side of a view in pixels.
-        batch: Images in a batch.
+        recipe: Recipe file whose networks, heads, views and optimizer (LARS or AdamW) are used. By
+            default it is the paper's, with a ResNet of the depth below.
+        depth: Depth of the ResNet, when no recipe is given. By default it is 50 on CUDA, and
+            otherwise 18.
+        size: Side of a view in pixels, in place of the recipe's. Without a recipe it is 224 on
+            CUDA, and otherwise 64.
+        batch: Images in a batch, in place of the recipe's. Without a recipe it is 256 on CUDA, and
+            otherwise 32.
         steps: Steps in a round.
         rounds: Number of times that each side is measured.
         threads: Threads for torch on the CPU and for decoding, and worker processes for lightly.
@@ -83,14 +85,20 @@ def bench_peers(
         out: File that the rows are also written to, as JSON.
     """
     check_out(out)
+    if recipe and depth:
+        raise InputError("--depth is for the networks without --recipe: leave one of them out")
+    base = load(recipe) if recipe else _default_recipe(depth or (50 if CUDA else 18))
+    check_optimizer(base)
+    size = base.views.size if size is None else size
+    batch = base.batch.size if batch is None else batch
     require_positive(size=size, batch=batch, steps=steps, rounds=rounds, threads=threads)
-    config = Recipe(
+    config = replace(
+        base,
         threads=threads,
         compile=compile,
         precision=precision,
         batch=BatchConfig(batch),
-        model=BYOLConfig(ResNetConfig(depth=depth)),
-        views=ViewsConfig(size=size),
+        views=replace(base.views, size=size),
     )
     with TemporaryDirectory() as folder, empty_caches(compile and fresh):
         trainer, data = prepare(config, folder)
@@ -99,7 +107,7 @@ def bench_peers(
         missing: dict[str, str] = {}
         work = {name: sides.work()[name] for name in ("ours", "training", "augmentation")}
         for peer, make in (
-            ("lightly", partial(_lightly, sides, contents, depth, precision)),
+            ("lightly", partial(_lightly, sides, contents)),
             ("kornia", partial(_kornia, sides, config.views)),
         ):
             try:
@@ -109,11 +117,19 @@ def bench_peers(
         costs = alternate(work, rounds)
     world.leave()
     title = [
-        f"peers: ResNet-{depth}, {size} px, batch {batch}, {precision}, ours "
+        f"peers: {config.model.encoder.describe()}, {size} px, batch {batch}, {precision}, ours "
         f"{'compiled' if trainer.compile else 'eager'}, {device_name()}, threads {threads}",
         f"medians of {rounds} rounds of {steps} steps",
     ]
     return Report(title, _rows(costs, missing), out)
+
+
+def _default_recipe(depth: Literal[18, 50]) -> Recipe:
+    return Recipe(
+        batch=BatchConfig(256 if CUDA else 32),
+        model=BYOLConfig(ResNetConfig(depth=depth)),
+        views=ViewsConfig(size=224 if CUDA else 64),
+    )
 
 
 def _rows(costs: dict[str, list[Cost]], missing: dict[str, str]) -> list[Row]:
@@ -129,98 +145,27 @@ def _rows(costs: dict[str, list[Cost]], missing: dict[str, str]) -> list[Row]:
     return rows
 
 
-def _lightly(sides: Sides, contents: list[bytes], depth: int, precision: Precision) -> Work:
-    """Build lightly's sides: a step on our augmented images, and training from JPEGs."""
-    from lightly.transforms.byol_transform import (
-        BYOLTransform,
-        BYOLView1Transform,
-        BYOLView2Transform,
-    )
-
-    trainer, steps = sides.trainer, sides.steps
-    device, batch, size = trainer.device, sides.batch, trainer.recipe.views.size
-    training = _LightlyTraining(depth, precision, device, trainer.peak_lr)
-    transform = BYOLTransform(
-        BYOLView1Transform(input_size=size), BYOLView2Transform(input_size=size)
-    )
-    images = _Images(contents, transform)
-
-    def load() -> Iterator[tuple[Tensor, Tensor]]:
-        for view1, view2 in DataLoader(
-            images,
-            batch,
-            sampler=itertools.cycle(range(len(contents))),
-            num_workers=trainer.threads,
-            pin_memory=CUDA,
-            multiprocessing_context="fork",  # so that the images' bytes are shared and not sent
-        ):
-            yield view1.to(device, non_blocking=True), view2.to(device, non_blocking=True)
+def _lightly(sides: Sides, contents: list[bytes]) -> Work:
+    """Build lightly's sides: a step on our augmented images, and training from image files."""
+    trainer, steps, batch = sides.trainer, sides.steps, sides.batch
+    recipe = trainer.recipe
+    byol = LightlyBYOL(recipe, trainer.device)
+    rates = trainer.peak_lr, recipe.schedule.base_tau
 
     def step() -> Cost:
-        work = partial(training.step, sides.view1, sides.view2)
+        work = partial(byol.step, sides.view1, sides.view2, *rates)
         return measure(lambda: repeat(work, steps), steps * batch)
 
     def train() -> Cost:
-        batches = load()
-        repeat(lambda: training.step(*next(batches)), 2)  # the workers start, and fill their queue
-        return measure(lambda: repeat(lambda: training.step(*next(batches)), steps), steps * batch)
-
-    training.step(sides.view1, sides.view2)  # the first step makes buffers
-    return {"lightly: step": step, "lightly: training": train}
-
-
-class _LightlyTraining:
-    """BYOL as lightly's example for plain PyTorch writes it."""
-
-    def __init__(self, depth: int, precision: Precision, device: torch.device, lr: float) -> None:
-        from lightly.loss import NegativeCosineSimilarity
-        from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
-        from lightly.models.utils import deactivate_requires_grad, get_weight_decay_parameters
-        from lightly.utils.lars import LARS
-
-        self.autocast = partial(autocast, precision, device)
-        backbone: Any = getattr(torchvision.models, f"resnet{depth}")()
-        features, backbone.fc = backbone.fc.in_features, nn.Identity()
-        self.online = nn.Sequential(backbone, BYOLProjectionHead(features, 4096, 256)).to(device)
-        self.target = copy.deepcopy(self.online)
-        deactivate_requires_grad(self.target)
-        self.prediction_head = BYOLPredictionHead(256, 4096, 256).to(device)
-        self.criterion = NegativeCosineSimilarity()
-        decayed, others = get_weight_decay_parameters([self.online, self.prediction_head])
-        self.optimizer = LARS(
-            [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-            lr=lr,
-            momentum=0.9,
-            weight_decay=1.5e-6,
+        order: Any = itertools.cycle(range(len(contents)))
+        batches = load_views(contents, order, recipe, trainer.device, trainer.threads)
+        repeat(lambda: byol.step(*next(batches), *rates), 2)  # workers start, and fill their queue
+        return measure(
+            lambda: repeat(lambda: byol.step(*next(batches), *rates), steps), steps * batch
         )
 
-    def step(self, view1: Tensor, view2: Tensor) -> Tensor:
-        """Make one update on views [B, 3, S, S], and return the loss []."""
-        from lightly.models.utils import update_momentum
-
-        update_momentum(self.online, self.target, m=0.996)
-        with self.autocast():
-            p1, p2 = (self.prediction_head(self.online(view)) for view in (view1, view2))
-            with torch.no_grad():
-                z1, z2 = self.target(view1), self.target(view2)
-            loss: Tensor = 0.5 * (self.criterion(p1, z2) + self.criterion(p2, z1))
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.detach()
-
-
-class _Images(Dataset[Any]):
-    """Both views of JPEGs that are in memory."""
-
-    def __init__(self, contents: list[bytes], transform: Callable[[Image.Image], Any]) -> None:
-        self.contents, self.transform = contents, transform
-
-    def __len__(self) -> int:
-        return len(self.contents)
-
-    def __getitem__(self, place: int) -> Any:
-        return self.transform(Image.open(io.BytesIO(self.contents[place])).convert("RGB"))
+    byol.step(sides.view1, sides.view2, *rates)  # the first step makes buffers
+    return {"lightly: step": step, "lightly: training": train}
 
 
 def _kornia(sides: Sides, views: ViewsConfig) -> Work:

@@ -72,7 +72,7 @@ class Need(NamedTuple):
 
 def bench_plan(
     *,
-    recipe: str = "recipes/r50_4096.py",
+    recipe: str = "r50_4096",
     processes: tuple[int, ...] = (64, 512),
     strategies: tuple[Spreading, ...] = ("ddp", "fsdp", "hsdp"),
     shard: int = 8,

@@ -79,7 +79,7 @@ class Device:
 
 def bench_roofline(
     *,
-    recipe: str = "recipes/r50_4096.py",
+    recipe: str = "r50_4096",
     batch: int = 64,
     gbs: float = 3350.0,
     tflops: float = 989.0,

@@ -7,6 +7,7 @@ import pytest
 
 from engine.recipe import load
 from launch import evaluate, export, pack, reports
+from launch.benchmarks.accuracy import bench_accuracy
 from launch.benchmarks.all import bench_all
 from launch.benchmarks.checkpoint import bench_checkpoint
 from launch.benchmarks.input import bench_input
@@ -32,6 +33,7 @@ PROTOCOLS = {
     "runs": reports.Runs,
 }
 BENCHES: dict[str, Callable[..., object]] = {
+    "accuracy": bench_accuracy,
     "all": bench_all,
     "input": bench_input,
     "step": bench_step,
