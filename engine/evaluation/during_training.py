@@ -197,7 +197,8 @@ class Probe:
         some = self.world.all_gather(queries.features[: RANKED // self.world.size])
         if not some.isfinite().all():  # without kNN, nobody has looked yet
             raise InputError(NOT_FINITE)
-        found["feature_rank"] = effective_rank(some).item()
+        # It may choose a checkpoint, and the libraries of two machines may round it otherwise.
+        found["feature_rank"] = self.world.on_main(lambda: effective_rank(some).item())
         return found
 
     def measure_pixels(self) -> float:
