@@ -201,7 +201,8 @@ def _read_recipe(run: RunFacts) -> dict[str, Any]:
 
 def _read_commit(url: str) -> dict[str, Any]:
     """Read the newest commit.json, which nothing here relies on, without its verification."""
-    for place in reversed(checkpoint.steps(url)):
+    for step in reversed(checkpoint.steps(url)):
+        place = checkpoint.step_url(url, step)
         found = {entry.name: entry for entry in list_entries(place)}
         if checkpoint.COMMIT in found:  # otherwise it is being written
             content = _read_bounded(files.join(place, checkpoint.COMMIT), found[checkpoint.COMMIT])

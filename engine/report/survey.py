@@ -175,10 +175,10 @@ def _read_checkpoints(run: RunSummary, there: Collection[str]) -> None:
     """Take the step of the newest checkpoint where it is beyond the log, whose lines are fewer."""
     if layout.CHECKPOINTS not in there:
         return
-    for url in reversed(checkpoint.steps(run.url)):
-        if (step := int(url[-8:])) <= (run.step or 0):
+    for step in reversed(checkpoint.steps(run.url)):
+        if step <= (run.step or 0):
             return
-        if files.exists(files.join(url, checkpoint.COMMIT)):
+        if files.exists(files.join(checkpoint.step_url(run.url, step), checkpoint.COMMIT)):
             run.step = step
             return
 
