@@ -114,11 +114,9 @@ class Run:
         key = self._recipe.checkpoint.keep_best
         if not key:
             return Best(key)
-
-        def find() -> Best:
-            return find_best(self.url, key, checkpoint.committed_steps(self.url, until))
-
-        return self._world.on_main(find)
+        return self._world.on_main(
+            lambda: find_best(self.url, key, checkpoint.committed_steps(self.url, until))
+        )
 
     def compact(self, log: MetricsLog) -> None:
         """Write all lines of `log` to metrics.jsonl, if this job still has the run."""

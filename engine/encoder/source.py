@@ -20,7 +20,7 @@ from engine.method.initialization import Initialization
 from engine.method.precision import Precision
 from engine.method.resnet import ResNetConfig
 from engine.processes.world import World
-from engine.state import checkpoint, layout
+from engine.state import checkpoint, layout, origin
 from engine.state.checkpoint import Commit
 from shards.decode import DEFAULT_RULES, Exif, PixelRules
 from shards.digest import digest
@@ -170,9 +170,8 @@ def open_encoder(
 
 def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, Network]:
     place = files.redact(commit.url)
-    above, _, _ = commit.url.rstrip("/").rpartition("/")
-    home, _, folder = above.rpartition("/")
-    home = (home or ".") if folder == layout.CHECKPOINTS else ""
+    home = origin.home(commit.url)
+    home = "" if home == commit.url.rstrip("/") else home
     fields = world.on_main(partial(layout.read_recipe, home)) if home else {}
     # The commit decides the method. Only recipe.json says where the data is.
     fields |= {name: value for name, value in commit.method.items() if name not in _PLACES}

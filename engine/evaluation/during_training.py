@@ -26,6 +26,7 @@ from engine.evaluation.knn import NOT_FINITE, Neighbours, find_nearest, vote
 from engine.evaluation.probe_sets import ProbeSets
 from engine.evaluation.sheet import Example, choose_examples, write_sheet
 from engine.log.figures import effective_rank
+from engine.log.journal import FAILED
 from engine.method.byol import VIEWS, Online
 from engine.method.durations import Duration, Lasting, is_due, simplify
 from engine.method.encoders import BackboneConfig
@@ -41,7 +42,6 @@ from shards.index import Index
 from shards.storage import files, retries
 
 RANKED = 10_000  # The rank is that of the features of so many images at most.
-FAILED = "evaluation_failed"  # key of the log's records for the reason of a failed evaluation
 
 
 @dataclass(frozen=True)

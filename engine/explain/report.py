@@ -239,7 +239,7 @@ def _saving(recipe: Recipe, known: Known, fakes: Fakes, processes: int) -> Table
     table.add_row("one of them", f"{_gb(size)}, in up to {processes + 2:,} files")
     if known.samples is not None:
         total = recipe.schedule.total_steps(known.samples, recipe.batch.size)
-        saving = traffic.save_run(recipe, size, total)
+        saving = traffic.save_run(recipe, total)
         table.add_row(
             "written until the end", f"{saving.written:,}, {_gb(saving.written * size)} together"
         )

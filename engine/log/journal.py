@@ -27,6 +27,10 @@ from shards.storage import files, local_files
 JSONL = "metrics.jsonl"
 PARTS = "metrics"
 
+# The keys of a record that hold a text, and that others look for.
+STOPPED_EARLY = "stopped_early"  # why the training ended at that step
+FAILED = "evaluation_failed"  # why an evaluation gave no figures
+
 Record = dict[str, Any]
 
 _PLAIN = (int, float, str, bool, type(None))

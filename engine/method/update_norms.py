@@ -58,7 +58,7 @@ class UpdateNorms:
             return {}
         gradient, change, weights = (math.sqrt(value) for value in self._squares.tolist())
         ratio = change / weights if weights else math.nan
-        return {"grad_norm": _finite(gradient), "update_ratio": _finite(ratio)}
+        return {"grad_norm": finite_or_none(gradient), "update_ratio": finite_or_none(ratio)}
 
     @torch.no_grad()
     def _look_before(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -87,5 +87,6 @@ def _square(tensors: Iterable[Tensor]) -> Tensor:
     return foreach_norms(list(tensors)).double().square().sum()
 
 
-def _finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
+    """Return a figure, or None in place of one that JSON cannot hold."""
     return value if math.isfinite(value) else None

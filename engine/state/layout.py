@@ -40,6 +40,8 @@ REPLAY = "replay"
 PROBE = "probe"
 NEIGHBOURS = "neighbours"
 
+RESULT, SHEET = "result.json", "neighbours.png"  # files in the folder of an evaluation
+
 NAMES = (
     *(RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, PROBE, PROFILE, DEBUG_STEP, REPLAY),
     *(JSONL, PARTS, TRACKERS, NEIGHBOURS),
