@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from weakref import WeakValueDictionary
 
-import numpy as np
 from torch import Tensor
 
 from shards.cache import ShardCache
@@ -127,8 +126,7 @@ class BlockReader:
 
     def url_of(self, sample_id: int) -> str:
         """Return the URL, without credentials, of the shard that has a sample."""
-        shard = int(np.searchsorted(self.index.first_ids, sample_id, side="right")) - 1
-        return files.redact(self.index.shard_url(shard))
+        return files.redact(self.index.shard_url(self.index.find_shard(sample_id)))
 
 
 class StreamReader:

@@ -80,20 +80,18 @@ class ShardImages:
 
     @cached_property
     def _blocks(self) -> tuple[list[tuple[int, int]], NDArray[np.int64]]:
-        """The (shard, block) of all blocks, and the numbers of their first samples, and the end."""
-        index = self._index
-        counts = [index.blocks(s)[:, 1] for s in range(len(index.shards))]
-        places = [(s, b) for s, of in enumerate(counts) for b in range(len(of))]
-        return places, np.cumsum([0, *np.concatenate(counts)])
+        """The (shard, block) of all blocks, and where each of them ends."""
+        return self._index.places(), self._index.block_ends()
 
     def read(self, start: int, stop: int) -> Iterator[Sample]:
         """Yield the samples with the numbers [start, stop), in this order."""
-        places, firsts = self._blocks
-        low = int(np.searchsorted(firsts, start, side="right")) - 1
-        high = int(np.searchsorted(firsts, stop, side="left"))
+        places, ends = self._blocks
+        low = int(np.searchsorted(ends, start, side="right"))
+        high = int(np.searchsorted(ends, stop, side="left")) + 1
         ahead = LOCAL_AHEAD if files.is_local(self._index.folder) else REMOTE_AHEAD
         found = read_blocks(self._reader, places[low:high], ahead)
-        for first, (_, block) in zip(firsts[low:high].tolist(), found, strict=True):
+        for place, block in found:
+            first = self._index.first_id(*place)
             for row in range(max(0, start - first), min(len(block), stop - first)):
 
                 def decode(block: Block = block, row: int = row) -> Tensor:
