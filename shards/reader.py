@@ -5,6 +5,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from weakref import WeakValueDictionary
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from shards.index import Index
 from shards.samples import Block
 from shards.storage import files, retries
 from shards.tar import TarError
+from shards.threads import map_ahead
 
 
 class DamagedBlock(InputError):
@@ -188,7 +190,5 @@ def read_blocks(
     Args:
         ahead: Number of blocks that are fetched ahead.
     """
-    with ThreadPoolExecutor(ahead, thread_name_prefix="fetch") as pool:
-        blocks = StreamReader(iter(places), Fetches(reader, pool), ahead)
-        for place in places:
-            yield place, blocks.get(*place)
+    with closing(map_ahead(lambda place: reader.fetch(*place), places, ahead, ahead)) as blocks:
+        yield from zip(places, blocks, strict=True)

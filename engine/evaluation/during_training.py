@@ -5,7 +5,6 @@ The online head is the online network's linear classifier (`Online.classifier`),
 
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -40,6 +39,7 @@ from shards.errors import InputError
 from shards.fields import Operation
 from shards.index import Index
 from shards.storage import files, retries
+from shards.threads import run_in_threads
 
 RANKED = 10_000  # The rank is that of the features of so many images at most.
 
@@ -296,5 +296,4 @@ def _check_ends(index: Index, name: str) -> None:
             "--probe.no-baseline"
         )
 
-    with ThreadPoolExecutor(16, thread_name_prefix="check") as threads:
-        list(threads.map(check, range(len(index.shards))))
+    run_in_threads(check, range(len(index.shards)), 16)

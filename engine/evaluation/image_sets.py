@@ -1,9 +1,7 @@
 """Read the images that features are computed of: packed shards, or a plain folder of images."""
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cached_property
 from hashlib import sha256
 from itertools import islice
@@ -29,6 +27,7 @@ from shards.making.survey import choose_window
 from shards.reader import BlockReader, read_blocks
 from shards.samples import Block
 from shards.storage import files
+from shards.threads import map_ahead
 
 REMOTE_READS = 32  # So many files of a folder in an object store are read at once.
 
@@ -221,23 +220,13 @@ def load(
         together: Number of samples that a thread takes at a time.
     """
 
-    def work(chunk: list[Sample]) -> list[Tensor | DecodeError]:
-        return [_cut_one(sample, cut) for sample in chunk]
+    def work(chunk: list[Sample]) -> list[tuple[Sample, Tensor | DecodeError]]:
+        return [(sample, _cut_one(sample, cut)) for sample in chunk]
 
-    pending: deque[tuple[list[Sample], Future[list[Tensor | DecodeError]]]] = deque()
-    most = threads * max(2, 4 // together)  # chunks that wait for a thread or for the caller
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        try:
-            while chunk := list(islice(samples, together)):
-                pending.append((chunk, pool.submit(work, chunk)))
-                if len(pending) > most:
-                    first, future = pending.popleft()
-                    yield from zip(first, future.result(), strict=True)
-            while pending:
-                first, future = pending.popleft()
-                yield from zip(first, future.result(), strict=True)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    chunks = iter(lambda: list(islice(samples, together)), [])
+    with closing(map_ahead(work, chunks, threads, threads * max(2, 4 // together))) as found:
+        for chunk in found:
+            yield from chunk
 
 
 def _cut_one(sample: Sample, cut: Callable[[Tensor], Tensor]) -> Tensor | DecodeError:
