@@ -362,7 +362,7 @@ def _shard(entry: _Entry, name: str) -> Shard:
 
 
 def _check_sizes(index: Index, place: str) -> None:
-    folder = files.open_filesystem(index.folder)[1]
+    folder = files.local_path(index.folder)
     for shard in index.shards:
         try:
             # fsspec takes six times as long, which is 2 s for 100,000 shards at every start of a

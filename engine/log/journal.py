@@ -202,7 +202,7 @@ class Journal:
             return
         append, self._end = min(lines) > self._end, math.inf
         if append:
-            path = files.open_filesystem(self._url)[1]
+            path = files.local_path(self._url)
             local_files.append(path, b"".join(lines[step] for step in sorted(lines)))
             self._end = max(lines)
         else:

@@ -76,7 +76,7 @@ def refuse_links(run: str, names: tuple[str, ...], remedy: str) -> None:
     """
     if not files.is_local(run):
         return
-    home = files.open_filesystem(run)[1]
+    home = files.local_path(run)
     for name in names:
         if target := local_files.link_out(f"{home}/{name}", home):
             raise InputError(
@@ -89,7 +89,7 @@ def find_missing(run: str, name: str) -> list[str]:
     """Return the folders that are made for RUN/`name` on a local disk, the deepest first."""
     if not files.is_local(run):
         return []
-    return local_files.find_missing(files.open_filesystem(files.join(run, name))[1])
+    return local_files.find_missing(files.local_path(files.join(run, name)))
 
 
 def remove_debug_step(run: str, made: list[str], report: Callable[[str], None]) -> None:

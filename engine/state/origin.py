@@ -97,4 +97,4 @@ def _place(url: str) -> tuple[str, str]:
     url = files.redact(url)
     if not files.is_local(url):
         return "", url.rstrip("/")
-    return "local", os.path.realpath(files.open_filesystem(url)[1])
+    return "local", os.path.realpath(files.local_path(url))
