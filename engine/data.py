@@ -165,16 +165,17 @@ def _check_others(recipe: Recipe, name: str, url: str) -> None:
 def check_batches(recipe: Recipe, order: Order) -> None:
     """Raise InputError when batches cannot be cut as the recipe says, or none is trained."""
     check_micro(recipe)
-    samples = order.index.samples
-    if recipe.schedule.total_steps(samples, recipe.batch.size) < 1:
+    samples, schedule = order.index.samples, recipe.schedule
+    total = schedule.total_steps(samples, recipe.batch.size)
+    if total < 1:
         raise InputError(
-            f"schedule.epochs {recipe.schedule.epochs} of {samples} samples are less than one "
+            f"schedule.epochs {schedule.epochs} of {samples} samples are less than one "
             f"step of batch.size {recipe.batch.size}: train for longer"
         )
-    warmup = recipe.schedule.warmup_steps(samples, recipe.batch.size)
-    if warmup > (total := recipe.schedule.total_steps(samples, recipe.batch.size)):
+    warmup = schedule.warmup_steps(samples, recipe.batch.size)
+    if warmup > total:
         raise InputError(
-            f"schedule.warmup {recipe.schedule.warmup} is {warmup} steps, but the whole run has "
+            f"schedule.warmup {schedule.warmup} is {warmup} steps, but the whole run has "
             f"{total}: give a shorter --schedule.warmup"
         )
 

@@ -12,6 +12,7 @@ from annotated_types import Interval
 from torch import Generator, Tensor, nn
 
 from engine.encoder.chosen import find_commit, find_kind, read_newest
+from engine.encoder.foreign import Side
 from engine.encoder.foreign_files import read_tensors
 from engine.encoder.foreign_torchvision import match_any
 from engine.method.average import PART
@@ -271,7 +272,7 @@ def _foreign(url: str, config: EncoderConfig) -> tuple[Source, Network]:
     if config.network in ("average", "untrained", "pixels"):
         raise InputError(f"--network {config.network} is for runs: {place} is a file")
     tensors = read_tensors(url, "CHECKPOINT")
-    side: Literal["online", "target"] = "target" if config.network == "target" else "online"
+    side: Side = "target" if config.network == "target" else "online"
     found, own_size = match_any(tensors, side, place, config.prefix)
     size = _check_size(found.config, own_size, config.size)
     network = found.config.build(1, size)

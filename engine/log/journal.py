@@ -170,9 +170,7 @@ class Journal:
                 if self._local and not parts:
                     self._extend(lines)
                 elif lines or parts:
-                    whole, end = self._whole()
-                    files.write(self._url, whole)
-                    self._end = end
+                    self._rewrite()
             self._drop_parts(parts)
 
     def _take_in(self, names: Iterable[str]) -> None:
@@ -206,14 +204,14 @@ class Journal:
             local_files.append(path, b"".join(lines[step] for step in sorted(lines)))
             self._end = max(lines)
         else:
-            whole, end = self._whole()
-            files.write(self._url, whole)
-            self._end = end
+            self._rewrite()
 
-    def _whole(self) -> tuple[bytes, int]:
-        """Return all lines, and the step of the last one; -1 when there is none."""
+    def _rewrite(self) -> None:
+        """Write all lines to metrics.jsonl anew."""
         with self._lock:
-            return b"".join(self._lines.values()), max(self._lines, default=-1)
+            whole, end = b"".join(self._lines.values()), max(self._lines, default=-1)
+        files.write(self._url, whole)
+        self._end = end
 
     @contextmanager
     def _taken(self) -> Iterator[dict[int, bytes]]:
