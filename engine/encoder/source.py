@@ -218,7 +218,7 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
         crop=config.crop or fields.get("probe.crop", 0.875),
         rules=config.rules(fields),
         precision=config.precision or precision,
-        fields={k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()},
+        fields=layout.without_secrets(fields),
         report=f"{config.network} network of {place}",
     ), network
 

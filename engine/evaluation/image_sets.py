@@ -88,8 +88,7 @@ class ShardImages:
         low = int(np.searchsorted(ends, start, side="right"))
         high = int(np.searchsorted(ends, stop, side="left")) + 1
         ahead = LOCAL_AHEAD if files.is_local(self._index.folder) else REMOTE_AHEAD
-        found = read_blocks(self._reader, places[low:high], ahead)
-        for place, block in found:
+        for place, block in read_blocks(self._reader, places[low:high], ahead):
             first = self._index.first_id(*place)
             for row in range(max(0, start - first), min(len(block), stop - first)):
 

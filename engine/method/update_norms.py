@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from engine.method.local_shards import foreach_norms, local
+from engine.method.local_shards import foreach_norms, local, local_gradients
 
 
 class UpdateNorms:
@@ -65,7 +65,7 @@ class UpdateNorms:
         if not self._wanted:
             return
         scale = args[1] if len(args) > 1 else kwargs.get("scale")  # args[0] is the optimizer
-        squares = _square(local(p.grad for p in self._parameters if p.grad is not None))
+        squares = _square(local_gradients(self._parameters))
         self._gradient = squares if scale is None else squares / scale.double().square()
         self._before = [weight.clone() for weight in local(self._weights)]
 

@@ -99,6 +99,11 @@ def remove_debug_step(run: str, made: list[str], report: Callable[[str], None]) 
     local_files.remove_empty(made)
 
 
+def without_secrets(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields of a recipe, by dotted names, without what may be secret in their URLs."""
+    return {k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
+
+
 def read_recipe(run: str) -> dict[str, Any]:
     """Return the recipe of the last start in RUN, by dotted names.
 

@@ -66,8 +66,8 @@ def describe_source(file: str, said: dict[str, Any]) -> dict[str, Any]:
         file: The path of the file.
         said: What the file says of the fields that the command line changed, by dotted name.
     """
-    shown = {name: files.redact(v) if isinstance(v, str) else v for name, v in said.items()}
-    return {SOURCE: {"file": local_files.absolute(file), "said": shown}}
+    place = local_files.absolute(file)
+    return {SOURCE: {"file": place, "said": layout.without_secrets(said)}}
 
 
 def of_fields(fields: dict[str, Any]) -> Origin:
