@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from engine.evaluation.given_sets import find_images
 from engine.evaluation.probe_sets import ProbeSets, open_probe_sets
-from engine.processes.world import World, check_alike
+from engine.processes.world import World, check_alike, waiting_for_hours
 from engine.recipe import Recipe, shared_fields
 from engine.state import layout
 from shards import index as indexes
@@ -39,7 +39,8 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
         world.on_all(lambda: check_device(world.device))
     rank_streams(recipe.data.streams, world.rank, world.size)
     if recipe.replay is None:  # other images than the run's would be of no use
-        world.on_main(lambda: _draw(recipe, report))
+        with waiting_for_hours():
+            world.on_main(lambda: _draw(recipe, report))
     train, val = world.on_all(lambda: _load(recipe))
     data = Data(train, val, Order(train, recipe.seed, recipe.data.streams, recipe.batch.size))
     check_batches(recipe, data.order)
