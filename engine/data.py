@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from engine.evaluation.given_sets import find_images
 from engine.evaluation.probe_sets import ProbeSets, open_probe_sets
-from engine.processes.world import World, check_alike
+from engine.processes.world import World, check_alike, waiting_for_hours
 from engine.recipe import Recipe, shared_fields
 from engine.state import layout
 from shards import index as indexes
@@ -39,7 +39,8 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
         world.on_all(lambda: check_device(world.device))
     rank_streams(recipe.data.streams, world.rank, world.size)
     if recipe.replay is None:  # other images than the run's would be of no use
-        world.on_main(lambda: _draw(recipe, report))
+        with waiting_for_hours():
+            world.on_main(lambda: _draw(recipe, report))
     train, val = world.on_all(lambda: _load(recipe))
     data = Data(train, val, Order(train, recipe.seed, recipe.data.streams, recipe.batch.size))
     check_batches(recipe, data.order)
@@ -165,16 +166,17 @@ def _check_others(recipe: Recipe, name: str, url: str) -> None:
 def check_batches(recipe: Recipe, order: Order) -> None:
     """Raise InputError when batches cannot be cut as the recipe says, or none is trained."""
     check_micro(recipe)
-    samples = order.index.samples
-    if recipe.schedule.total_steps(samples, recipe.batch.size) < 1:
+    samples, schedule = order.index.samples, recipe.schedule
+    total = schedule.total_steps(samples, recipe.batch.size)
+    if total < 1:
         raise InputError(
-            f"schedule.epochs {recipe.schedule.epochs} of {samples} samples are less than one "
+            f"schedule.epochs {schedule.epochs} of {samples} samples are less than one "
             f"step of batch.size {recipe.batch.size}: train for longer"
         )
-    warmup = recipe.schedule.warmup_steps(samples, recipe.batch.size)
-    if warmup > (total := recipe.schedule.total_steps(samples, recipe.batch.size)):
+    warmup = schedule.warmup_steps(samples, recipe.batch.size)
+    if warmup > total:
         raise InputError(
-            f"schedule.warmup {recipe.schedule.warmup} is {warmup} steps, but the whole run has "
+            f"schedule.warmup {schedule.warmup} is {warmup} steps, but the whole run has "
             f"{total}: give a shorter --schedule.warmup"
         )
 

@@ -3,7 +3,8 @@
 from contextlib import closing
 from typing import Any
 
-from engine.evaluation.during_training import FAILED, Stopped
+from engine.evaluation.during_training import Stopped
+from engine.log.journal import FAILED
 from engine.log.metrics import MetricsLog
 from engine.log.patience import try_for
 from engine.measuring import Meter
@@ -59,7 +60,8 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> tuple[b
         _greet(trainer, data.block_memory)
         best = trainer.run.find_best(first)
         best.note(first, _catch_up(trainer, log))
-        early = _open_early_stop(trainer, log)
+        lengths = trainer.warmup_steps, trainer.total_steps
+        early = EarlyStop(recipe.early_stop, trainer.world, log, *lengths, meter.is_regular)
         stop = early.limit(first, stop)
         meter.restart()
         stopping = False
@@ -99,23 +101,15 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> tuple[b
     return stopping, early.reason
 
 
-def _open_early_stop(trainer: Trainer, log: MetricsLog) -> EarlyStop:
-    recipe, total, warmup = trainer.recipe, trainer.total_steps, trainer.warmup_steps
-
-    def is_regular(step: int) -> bool:
-        return step == 1 or recipe.log.due(step) or recipe.probe.due(step, total)
-
-    return EarlyStop(recipe.early_stop, trainer.world, log, warmup, total, is_regular)
-
-
 def _greet(trainer: Trainer, block_memory: int) -> None:
-    data = trainer.data
-    if warning := find_unused_gpu(trainer.device):
-        trainer.terminal.say(warning)
-    if warning := slow_on(trainer.device, trainer.recipe.precision):
-        trainer.terminal.say(warning)
-    if warning := trainer.recipe.average.warn(parameter_dtype(trainer.recipe.precision)):
-        trainer.terminal.say(warning)
+    data, precision = trainer.data, trainer.recipe.precision
+    for warning in (
+        find_unused_gpu(trainer.device),
+        slow_on(trainer.device, precision),
+        trainer.recipe.average.warn(parameter_dtype(precision)),
+    ):
+        if warning:
+            trainer.terminal.say(warning)
     trainer.terminal.say(
         f"{data.train.samples:,} images, {data.order.steps_per_epoch:,} steps an epoch; "
         f"steps {trainer.step:,} to {trainer.last_step:,} on {trainer.device}, {trainer.threads} "

@@ -48,16 +48,16 @@ class Meter:
         self.show_ranks()
 
     def logs(self, step: int) -> bool:
-        """Return whether `step` is logged.
+        """Return whether `step` is logged. The last one of this process always is."""
+        return step == self._trainer.last_step or self.is_regular(step)
 
-        The first and the last step always are, and those of evaluations.
+    def is_regular(self, step: int) -> bool:
+        """Return whether `step` is logged in any case, wherever a process ends.
+
+        The first step of the run always is, and those of evaluations.
         """
-        recipe, trainer = self._trainer.recipe, self._trainer
-        return (
-            recipe.log.due(step)
-            or step in (1, trainer.last_step)
-            or recipe.probe.due(step, trainer.total_steps)
-        )
+        recipe, total = self._trainer.recipe, self._trainer.total_steps
+        return step == 1 or recipe.log.due(step) or recipe.probe.due(step, total)
 
     def waiting(self) -> AbstractContextManager[None]:
         """Count the time of the block as waiting for data."""

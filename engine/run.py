@@ -114,11 +114,9 @@ class Run:
         key = self._recipe.checkpoint.keep_best
         if not key:
             return Best(key)
-
-        def find() -> Best:
-            return find_best(self.url, key, checkpoint.committed_steps(self.url, until))
-
-        return self._world.on_main(find)
+        return self._world.on_main(
+            lambda: find_best(self.url, key, checkpoint.committed_steps(self.url, until))
+        )
 
     def compact(self, log: MetricsLog) -> None:
         """Write all lines of `log` to metrics.jsonl, if this job still has the run."""
@@ -180,8 +178,7 @@ def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -
     refused, made = True, layout.find_missing(recipe.run, layout.DEBUG_STEP)
 
     def hold() -> None:
-        layout.refuse_links(recipe.run, layout.NAMES, "give --run where the whole run shall lie")
-        check_recipe(recipe, index_digest, terminal.report)
+        _check(recipe, index_digest, terminal)
         if not recipe.debug_step:
             claimed.append(lease.acquire(recipe.run, agents, lease.PERIOD, terminal.report))
 
@@ -209,21 +206,22 @@ def open_run(
 
     Raises InputError when it has a run of another recipe or of other data.
     """
-
-    def check() -> None:
-        layout.refuse_links(recipe.run, layout.NAMES, "give --run where the whole run shall lie")
-        check_recipe(recipe, index_digest, terminal.report)
-
-    world.on_main(check)
+    world.on_main(lambda: _check(recipe, index_digest, terminal))
     found = find_checkpoint(recipe, index_digest, world, terminal.report, before)
     return Run(recipe, index_digest, world, terminal, found)
+
+
+def _check(recipe: Recipe, index_digest: str, terminal: Terminal) -> None:
+    """Raise InputError when a part of RUN lies elsewhere, or is of another recipe or data."""
+    layout.refuse_links(recipe.run, layout.NAMES, "give --run where the whole run shall lie")
+    check_recipe(recipe, index_digest, terminal.report)
 
 
 def _without_secrets(recipe: Recipe) -> dict[str, Any]:
     fields = flatten(recipe)
     for name in ("run", "data.train", "data.val", "probe.train", "probe.val"):
         fields[name] = local_files.absolute(fields[name])  # an evaluation may start elsewhere
-    return {k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
+    return layout.without_secrets(fields)
 
 
 def _describe(known: Origin) -> str:

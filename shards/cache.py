@@ -50,7 +50,7 @@ class ShardCache:
         self._locks = [Lock() for _ in range(self._kept)]
         # Another data set has another folder, and so has this one when it is packed again.
         facts = json.dumps([index.folder, index.digest, index.plan])
-        root = Path(files.open_filesystem(folder)[1])
+        root = Path(files.local_path(folder))
         self._folder = root / digest(facts)
         self._full = False
         try:

@@ -164,11 +164,9 @@ def _places(
     `ids` keeps the blocks that hold one of these samples. `limit` keeps evenly spaced blocks with
     about that many samples. Without them, all blocks are listed.
     """
-    places = [(s, b) for s in range(len(index.shards)) for b in range(len(index.blocks(s)))]
+    places = index.places()
     if ids is not None:
-        counts = np.concatenate([index.blocks(s)[:, 1] for s in range(len(index.shards))])
-        ends = np.cumsum(counts)
-        held = np.searchsorted(ids, ends) - np.searchsorted(ids, ends - counts)
+        held = np.diff(np.searchsorted(ids, index.block_ends()), prepend=0)  # of `ids`
         places = [place for place, n in zip(places, held.tolist(), strict=True) if n]
     if limit is None or limit >= index.samples:
         return places

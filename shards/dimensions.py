@@ -11,6 +11,7 @@ ALONE = {0x01, *range(0xD0, 0xD8)}  # No segment follows these JPEG markers.
 _IMAGE_OR_END = {0xD9, 0xDA}
 _SEGMENT = struct.Struct(">BBH")  # 0xFF, the marker, and the length of a JPEG's segment
 _FRAME_SIZE = struct.Struct(">HH")  # height, width
+_PNG_SIZE = struct.Struct(">II")  # width, height
 
 Size = tuple[int, int]  # width, height in pixels
 
@@ -24,7 +25,8 @@ def image_size(content: bytes | bytearray | memoryview) -> Size | None:
     if start.startswith(_JPEG):
         return _jpeg_size(content)
     if start.startswith(_PNG):
-        return (_big(start, 16, 4), _big(start, 20, 4)) if start[12:16] == b"IHDR" else None
+        width, height = _PNG_SIZE.unpack_from(start, 16)
+        return (width, height) if start[12:16] == b"IHDR" else None
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
         return _webp_size(start)
     return None
@@ -70,10 +72,6 @@ def _webp_size(start: bytes) -> Size | None:
     if kind == b"VP8X":
         return _little(start, 24, 3) + 1, _little(start, 27, 3) + 1
     return None
-
-
-def _big(content: bytes, position: int, count: int) -> int:
-    return int.from_bytes(content[position : position + count], "big")
 
 
 def _little(content: bytes, position: int, count: int) -> int:

@@ -130,10 +130,8 @@ def shown(value: object) -> str:
     if isinstance(value, dict | list | tuple):
         kind = "an object" if isinstance(value, dict) else "a list"
         return f"{kind} of {len(value):,}"
-    if (
-        isinstance(value, int) and abs(value) > LARGEST
-    ):  # Its digits may be more than Python prints.
-        return "a number of more than 64 bits"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return "a number of more than 64 bits"  # Its digits may be more than Python prints.
     if isinstance(value, str | bytes):
         return ascii(value[:_LONGEST]) + "..." * (len(value) > _LONGEST)
     found = ascii(value)

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import MaxLen
+from numpy.typing import NDArray
 
 from shards.blocks import Blocks, check_blocks, checksum
 from shards.digest import digest
@@ -123,6 +124,18 @@ class Index:
         """
         blocks = self.shards[shard].blocks
         return self._sidecar(shard) if blocks is None else blocks
+
+    def places(self) -> list[tuple[int, int]]:
+        """List the (shard, block) of all blocks, in file order."""
+        return [(s, b) for s in range(len(self.shards)) for b in range(len(self.blocks(s)))]
+
+    def block_ends(self) -> NDArray[np.int64]:
+        """Return where each of these blocks ends, [K]: the id after that of its last sample."""
+        return np.cumsum(np.concatenate([self.blocks(s)[:, 1] for s in range(len(self.shards))]))
+
+    def find_shard(self, sample: int) -> int:
+        """Return the number of the shard that holds a sample."""
+        return int(np.searchsorted(self.first_ids, sample, side="right")) - 1
 
     def first_id(self, shard: int, block: int) -> int:
         """Return the id of a block's first sample."""
@@ -349,7 +362,7 @@ def _shard(entry: _Entry, name: str) -> Shard:
 
 
 def _check_sizes(index: Index, place: str) -> None:
-    folder = files.open_filesystem(index.folder)[1]
+    folder = files.local_path(index.folder)
     for shard in index.shards:
         try:
             # fsspec takes six times as long, which is 2 s for 100,000 shards at every start of a

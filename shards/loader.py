@@ -193,9 +193,13 @@ class TrainLoader:
 
     @property
     def block_memory(self) -> int:
-        """Estimate of the most block bytes held at once: streams x block x (1 + prefetch)."""
+        """Estimate of the most block bytes held at once: streams x block x (1 + prefetch).
+
+        The block is the largest one of the first shard that has any.
+        """
         index = self.order.index
-        ranges = (index.block_range(0, block) for block in range(len(index.blocks(0))))
+        first = next(i for i, shard in enumerate(index.shards) if shard.samples)
+        ranges = (index.block_range(first, block) for block in range(len(index.blocks(first))))
         largest = max(stop - start for start, stop in ranges)
         return len(self.streams) * largest * (1 + self.config.prefetch)
 

@@ -10,6 +10,7 @@ state: the position of any stream at any step is computed. tests/golden/order.js
 result.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -60,8 +61,9 @@ class Order:
                 "use a smaller --batch.size"
             )
         if streams < 1 or batch % streams:
-            fit = [c for c in range(1, batch + 1) if batch % c == 0]
-            near = min(fit, key=lambda c: abs(c - streams))
+            small = [c for c in range(1, math.isqrt(batch) + 1) if batch % c == 0]
+            fit = [*small, *(batch // c for c in small)]
+            near = min(fit, key=lambda c: (abs(c - streams), c))
             up = max(1, round(batch / max(1, streams))) * streams
             raise InputError(
                 f"batch.size {batch} is not divisible by data.streams {streams}: "

@@ -5,9 +5,9 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from weakref import WeakValueDictionary
 
-import numpy as np
 from torch import Tensor
 
 from shards.cache import ShardCache
@@ -17,6 +17,7 @@ from shards.index import Index
 from shards.samples import Block
 from shards.storage import files, retries
 from shards.tar import TarError
+from shards.threads import map_ahead
 
 
 class DamagedBlock(InputError):
@@ -127,8 +128,7 @@ class BlockReader:
 
     def url_of(self, sample_id: int) -> str:
         """Return the URL, without credentials, of the shard that has a sample."""
-        shard = int(np.searchsorted(self.index.first_ids, sample_id, side="right")) - 1
-        return files.redact(self.index.shard_url(shard))
+        return files.redact(self.index.shard_url(self.index.find_shard(sample_id)))
 
 
 class StreamReader:
@@ -190,7 +190,5 @@ def read_blocks(
     Args:
         ahead: Number of blocks that are fetched ahead.
     """
-    with ThreadPoolExecutor(ahead, thread_name_prefix="fetch") as pool:
-        blocks = StreamReader(iter(places), Fetches(reader, pool), ahead)
-        for place in places:
-            yield place, blocks.get(*place)
+    with closing(map_ahead(lambda place: reader.fetch(*place), places, ahead, ahead)) as blocks:
+        yield from zip(places, blocks, strict=True)

@@ -114,14 +114,12 @@ class Sample:
     image_field: str = ""
 
 
-def read_samples(
-    file: BinaryIO, layout: Layout | None = None, *, whole: bool = False
-) -> Iterator[Sample]:
+def read_samples(file: BinaryIO, layout: Layout | None = None) -> Iterator[Sample]:
     """Yield the samples of a tar, or of a piece that begins at a sample's start, in file order.
 
     Raises TarError when `read_members` does, and FieldTwice when a sample has the same field twice.
     """
-    return group_samples(read_members(file, whole=whole), layout or Layout())
+    return group_samples(read_members(file), layout or Layout())
 
 
 def group_samples(members: Iterable[Member], layout: Layout) -> Iterator[Sample]:

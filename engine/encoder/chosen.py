@@ -75,13 +75,13 @@ def _list_steps(there: list[int]) -> str:
 
 
 def _step_url(run: str, step: int) -> str:
-    wanted, there = checkpoint.step_url(run, step), checkpoint.steps(run)
-    if wanted not in there:
-        known = _list_steps([int(url[-8:]) for url in there])
+    there = checkpoint.steps(run)
+    if step not in there:
         raise InputError(
-            f"CHECKPOINT {files.redact(run)}: no checkpoint of step {step}; there are: {known}"
+            f"CHECKPOINT {files.redact(run)}: no checkpoint of step {step}; there are: "
+            f"{_list_steps(there)}"
         )
-    return wanted
+    return checkpoint.step_url(run, step)
 
 
 def read_newest(
@@ -103,7 +103,7 @@ def read_newest(
     raise AssertionError("unreachable")
 
 
-def _steps(url: str) -> list[str]:
+def _steps(url: str) -> list[int]:
     """List the checkpoints of a run. The list is empty where folders may not be listed."""
     try:
         return checkpoint.steps(url)

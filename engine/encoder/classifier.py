@@ -16,8 +16,6 @@ from shards.documents import check, parse_json
 from shards.errors import InputError
 from shards.storage import files
 
-WEIGHT, BIAS = "fc.weight", "fc.bias"  # torchvision's names
-
 
 class Classifier(ResNet):
     """An encoder and a linear classifier: [N, 3, H, W] -> [N, C]. Its names are torchvision's."""

@@ -24,6 +24,9 @@ _CHILDREN = {"0": "conv1", "1": "bn1", **{str(3 + i): f"layer{i}" for i in (1, 2
 MOST_NETWORKS = 64  # that are found by name, so that the search in a stranger's file ends
 
 
+Side = Literal["online", "target"]
+
+
 class Foreign(NamedTuple):
     """A checkpoint's encoder under this project's names."""
 
@@ -34,7 +37,7 @@ class Foreign(NamedTuple):
 
 def match(
     tensors: dict[str, Tensor],
-    network: Literal["online", "target"],
+    network: Side,
     place: str,
     prefix: str | None = None,
     flag: str = "--prefix",

@@ -3,20 +3,18 @@
 import functools
 import re
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torchvision
 from torch import Size, Tensor
 
 from engine.encoder import foreign
-from engine.encoder.foreign import Foreign
+from engine.encoder.foreign import Foreign, Side
 from engine.encoder.foreign_shapes import COUNTER
 from engine.method.encoders import BackboneConfig
 from engine.method.torchvision_encoder import TorchvisionConfig, list_names
 from shards.errors import InputError
-
-Side = Literal["online", "target"]
 
 _USUAL_SIZE = 224
 # The module of torchvision that a network comes from, and a tensor of every network of it.

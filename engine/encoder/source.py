@@ -12,6 +12,7 @@ from annotated_types import Interval
 from torch import Generator, Tensor, nn
 
 from engine.encoder.chosen import find_commit, find_kind, read_newest
+from engine.encoder.foreign import Side
 from engine.encoder.foreign_files import read_tensors
 from engine.encoder.foreign_torchvision import match_any
 from engine.method.average import PART
@@ -20,7 +21,7 @@ from engine.method.initialization import Initialization
 from engine.method.precision import Precision
 from engine.method.resnet import ResNetConfig
 from engine.processes.world import World
-from engine.state import checkpoint, layout
+from engine.state import checkpoint, layout, origin
 from engine.state.checkpoint import Commit
 from shards.decode import DEFAULT_RULES, Exif, PixelRules
 from shards.digest import digest
@@ -170,9 +171,8 @@ def open_encoder(
 
 def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, Network]:
     place = files.redact(commit.url)
-    above, _, _ = commit.url.rstrip("/").rpartition("/")
-    home, _, folder = above.rpartition("/")
-    home = (home or ".") if folder == layout.CHECKPOINTS else ""
+    home = origin.home(commit.url)
+    home = "" if home == commit.url.rstrip("/") else home
     fields = world.on_main(partial(layout.read_recipe, home)) if home else {}
     # The commit decides the method. Only recipe.json says where the data is.
     fields |= {name: value for name, value in commit.method.items() if name not in _PLACES}
@@ -218,7 +218,7 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
         crop=config.crop or fields.get("probe.crop", 0.875),
         rules=config.rules(fields),
         precision=config.precision or precision,
-        fields={k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()},
+        fields=layout.without_secrets(fields),
         report=f"{config.network} network of {place}",
     ), network
 
@@ -272,7 +272,7 @@ def _foreign(url: str, config: EncoderConfig) -> tuple[Source, Network]:
     if config.network in ("average", "untrained", "pixels"):
         raise InputError(f"--network {config.network} is for runs: {place} is a file")
     tensors = read_tensors(url, "CHECKPOINT")
-    side: Literal["online", "target"] = "target" if config.network == "target" else "online"
+    side: Side = "target" if config.network == "target" else "online"
     found, own_size = match_any(tensors, side, place, config.prefix)
     size = _check_size(found.config, own_size, config.size)
     network = found.config.build(1, size)

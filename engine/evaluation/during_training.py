@@ -5,7 +5,6 @@ The online head is the online network's linear classifier (`Online.classifier`),
 
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -26,6 +25,7 @@ from engine.evaluation.knn import NOT_FINITE, Neighbours, find_nearest, vote
 from engine.evaluation.probe_sets import ProbeSets
 from engine.evaluation.sheet import Example, choose_examples, write_sheet
 from engine.log.figures import effective_rank
+from engine.log.journal import FAILED
 from engine.method.byol import VIEWS, Online
 from engine.method.durations import Duration, Lasting, is_due, simplify
 from engine.method.encoders import BackboneConfig
@@ -39,9 +39,9 @@ from shards.errors import InputError
 from shards.fields import Operation
 from shards.index import Index
 from shards.storage import files, retries
+from shards.threads import run_in_threads
 
 RANKED = 10_000  # The rank is that of the features of so many images at most.
-FAILED = "evaluation_failed"  # key of the log's records for the reason of a failed evaluation
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,8 @@ class Probe:
         some = self.world.all_gather(queries.features[: RANKED // self.world.size])
         if not some.isfinite().all():  # without kNN, nobody has looked yet
             raise InputError(NOT_FINITE)
-        found["feature_rank"] = effective_rank(some).item()
+        # It may choose a checkpoint, and the libraries of two machines may round it otherwise.
+        found["feature_rank"] = self.world.on_main(lambda: effective_rank(some).item())
         return found
 
     def measure_pixels(self) -> float:
@@ -295,5 +296,4 @@ def _check_ends(index: Index, name: str) -> None:
             "--probe.no-baseline"
         )
 
-    with ThreadPoolExecutor(16, thread_name_prefix="check") as threads:
-        list(threads.map(check, range(len(index.shards))))
+    run_in_threads(check, range(len(index.shards)), 16)

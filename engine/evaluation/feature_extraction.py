@@ -40,7 +40,6 @@ BATCH = 64  # images that the network gets at once
 PART_BYTES = 64 << 20  # A part has about this many bytes of features,
 PART_ROWS = 8192  # and at most so many images.
 PARTS, LEAST_ROWS = 16, 256  # There are about so many parts, unless they would be smaller.
-PATIENCE = 24 * 3600.0  # seconds that a process waits for the parts of the others
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ class Extraction:
         mine = [n for n in parts.numbers if n not in done][world.rank :: world.size]
         if done:
             say(f"{len(done):,} of {len(parts.numbers):,} parts are there already")
-        processes.set_timeout(PATIENCE, [])
+        processes.set_timeout(processes.LONGEST_TIMEOUT, [])  # for the parts of the others
         start, total = min(len(done) * self.rows, self.images.samples), self.images.samples
         with show_progress(self.terminal, "features", total, start) as progress:
             for number in mine:

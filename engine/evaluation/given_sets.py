@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from engine.processes.world import World
+from engine.processes.world import World, waiting_for_hours
 from engine.state import layout
 from shards import index as indexes
 from shards.errors import InputError
@@ -90,7 +90,8 @@ class GivenSet:
                 cache, find_options(), threads=threads, report=report, alone=alone
             )
 
-        packed = world.on_main(pack)
+        with waiting_for_hours():
+            packed = world.on_main(pack)
         self.index = world.on_all(lambda: indexes.load(packed, self.name))
         return self.index
 

@@ -1,9 +1,7 @@
 """Read the images that features are computed of: packed shards, or a plain folder of images."""
 
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import cached_property
 from hashlib import sha256
 from itertools import islice
@@ -29,6 +27,7 @@ from shards.making.survey import choose_window
 from shards.reader import BlockReader, read_blocks
 from shards.samples import Block
 from shards.storage import files
+from shards.threads import map_ahead
 
 REMOTE_READS = 32  # So many files of a folder in an object store are read at once.
 
@@ -80,20 +79,17 @@ class ShardImages:
 
     @cached_property
     def _blocks(self) -> tuple[list[tuple[int, int]], NDArray[np.int64]]:
-        """The (shard, block) of all blocks, and the numbers of their first samples, and the end."""
-        index = self._index
-        counts = [index.blocks(s)[:, 1] for s in range(len(index.shards))]
-        places = [(s, b) for s, of in enumerate(counts) for b in range(len(of))]
-        return places, np.cumsum([0, *np.concatenate(counts)])
+        """The (shard, block) of all blocks, and where each of them ends."""
+        return self._index.places(), self._index.block_ends()
 
     def read(self, start: int, stop: int) -> Iterator[Sample]:
         """Yield the samples with the numbers [start, stop), in this order."""
-        places, firsts = self._blocks
-        low = int(np.searchsorted(firsts, start, side="right")) - 1
-        high = int(np.searchsorted(firsts, stop, side="left"))
+        places, ends = self._blocks
+        low = int(np.searchsorted(ends, start, side="right"))
+        high = int(np.searchsorted(ends, stop, side="left")) + 1
         ahead = LOCAL_AHEAD if files.is_local(self._index.folder) else REMOTE_AHEAD
-        found = read_blocks(self._reader, places[low:high], ahead)
-        for first, (_, block) in zip(firsts[low:high].tolist(), found, strict=True):
+        for place, block in read_blocks(self._reader, places[low:high], ahead):
+            first = self._index.first_id(*place)
             for row in range(max(0, start - first), min(len(block), stop - first)):
 
                 def decode(block: Block = block, row: int = row) -> Tensor:
@@ -223,23 +219,13 @@ def load(
         together: Number of samples that a thread takes at a time.
     """
 
-    def work(chunk: list[Sample]) -> list[Tensor | DecodeError]:
-        return [_cut_one(sample, cut) for sample in chunk]
+    def work(chunk: list[Sample]) -> list[tuple[Sample, Tensor | DecodeError]]:
+        return [(sample, _cut_one(sample, cut)) for sample in chunk]
 
-    pending: deque[tuple[list[Sample], Future[list[Tensor | DecodeError]]]] = deque()
-    most = threads * max(2, 4 // together)  # chunks that wait for a thread or for the caller
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        try:
-            while chunk := list(islice(samples, together)):
-                pending.append((chunk, pool.submit(work, chunk)))
-                if len(pending) > most:
-                    first, future = pending.popleft()
-                    yield from zip(first, future.result(), strict=True)
-            while pending:
-                first, future = pending.popleft()
-                yield from zip(first, future.result(), strict=True)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    chunks = iter(lambda: list(islice(samples, together)), [])
+    with closing(map_ahead(work, chunks, threads, threads * max(2, 4 // together))) as found:
+        for chunk in found:
+            yield from chunk
 
 
 def _cut_one(sample: Sample, cut: Callable[[Tensor], Tensor]) -> Tensor | DecodeError:

@@ -122,7 +122,7 @@ class Heads(nn.Module):
     def __init__(self, count: int, features: int, classes: int, seed: int) -> None:
         super().__init__()
         self.each = [nn.Linear(features, classes) for _ in range(count)]
-        self._registered = nn.ModuleList(self.each)
+        self._registered = nn.ModuleList(self.each)  # the names in a saved state begin with it
         for head in self.each:
             initialize(head, RandomNumbers().manual_seed(seed))  # like the official one
 

@@ -16,12 +16,12 @@ from engine.evaluation.features import Features
 from engine.evaluation.knn import find_nearest
 from engine.evaluation.session import Evaluation
 from engine.evaluation.sheet import draw_sheet, list_examples, read_images
+from engine.state.layout import SHEET
 from shards.errors import printable
 from shards.png import encode_png
 from shards.storage import files
 from shards.storage.commands import quote
 
-SHEET = "neighbours.png"
 SIDE = 96  # side of an image on the sheet, in pixels
 SPRITE = 8192  # side of tensorboard's largest sprite, in pixels
 

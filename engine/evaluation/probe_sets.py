@@ -13,6 +13,9 @@ from shards.index import Index
 from shards.making.convert import PixelOptions
 from shards.storage import files
 
+_FIELDS = ("probe.train", "probe.val")
+_REMEDY = "give --probe.train URL and --probe.val URL, which have labels, to have it"
+
 
 class ProbeSets(NamedTuple):
     """Hold the set that neighbors are searched in, the set that is measured, and their fields."""
@@ -101,10 +104,6 @@ def _name_fields(sets: dict[int, GivenSet]) -> tuple[str, str]:
     return first, second
 
 
-_FIELDS = ("probe.train", "probe.val")
-_REMEDY = "give --probe.train URL and --probe.val URL, which have labels, to have it"
-
-
 def _find_fault(bank: Index, queries: Index | None, fields: tuple[str, str]) -> str:
     """Return why no kNN can be measured; "" when it can."""
     if queries is None:
@@ -120,6 +119,6 @@ def _check_classes(bank: Index, queries: Index, fields: tuple[str, str]) -> None
     try:
         indexes.check_same_classes(bank, queries, fields)
     except InputError as error:
-        absent = {"probe.train", "probe.val"} - set(fields)
+        absent = set(_FIELDS) - set(fields)
         more = "".join(f", or give --{field} URL too" for field in absent if len(absent) == 1)
         raise InputError(f"{error}{more}") from None

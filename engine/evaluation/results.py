@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from annotated_types import MinLen
 from rich.console import Console
@@ -17,18 +17,11 @@ Row = dict[str, str | int | float]
 
 
 @dataclass(frozen=True)
-class _Document:
-    """What is read again of a result's file."""
-
-    metrics: dict[str, float]
-    table: Annotated[list[dict[str, str | int | float]], MinLen(1)]
-
-
-class Result(NamedTuple):
+class Result:
     """The result of an evaluation."""
 
     metrics: dict[str, float]  # fractions, by their names in the run's metrics
-    table: list[Row]  # the table to print, whose accuracies are fractions
+    table: Annotated[list[Row], MinLen(1)]  # to print; its accuracies are fractions
 
 
 def show_chosen(found: Accuracy, chosen: bool) -> Row:
@@ -49,8 +42,7 @@ def show(result: Result, console: Console) -> None:
 def read_result(url: str, report: Callable[[str], None]) -> Result | None:
     """Read a result. Return None when there is none, or when it is damaged, which is reported."""
     try:
-        found = build(_Document, files.read_json(url))
-        return Result(found.metrics, found.table)
+        return build(Result, files.read_json(url))
     except FileNotFoundError:
         return None
     except (ValueError, InputError) as error:

@@ -12,6 +12,7 @@ from annotated_types import Interval
 from engine.evaluation.finetune import FinetuneConfig, Split
 from engine.evaluation.session import Evaluation
 from engine.evaluation.supervised import check_held_out, hold_out, hold_out_nothing
+from engine.processes.world import waiting_for_hours
 from shards import index as indexes
 from shards.digest import digest
 from shards.errors import InputError
@@ -85,7 +86,8 @@ def take_labels(
             subset.write(index, places.take(aside), others, evaluation.threads)
             subset.write(index, places.take(chosen), some, evaluation.threads)
 
-        world.on_main(copy)
+        with waiting_for_hours():
+            world.on_main(copy)
     learned, chosen_in = (indexes.load(url, "the subset") for url in (some, others))
     evaluation.terminal.say(
         f"{learned.samples:,} of {index.samples:,} images have labels ({files.redact(some)}), and "

@@ -32,7 +32,7 @@ from engine.method.precision import slow_on
 from engine.processes.identity import agent_identity
 from engine.processes.world import World, share_of_cores
 from engine.state import lease
-from engine.state.layout import CHECKPOINTS, EVALUATIONS, refuse_links
+from engine.state.layout import CHECKPOINTS, EVALUATIONS, RESULT, refuse_links
 from shards import index as indexes
 from shards.center_crops import CropReader, EvalBatch
 from shards.decode import DEFAULT_RULES
@@ -42,7 +42,6 @@ from shards.fields import UnitInterval
 from shards.index import Index
 from shards.storage import files
 
-RESULT = "result.json"
 PACKED = "packed"  # the folder of what was packed, beside the results
 
 

@@ -113,16 +113,16 @@ def _memory(
     columns = [_name_column(name, size) for name, size in options.items()]
     table = _table("Memory of a process on its device, GiB, in eager mode", "", *columns)
     held = [memory.hold(fakes, size) for size in options.values()]
-    for name, number in (
-        ("parameters", 0),
-        ("gradients", 1),
-        ("optimizer", 2),
-        ("target network", 3),
-        *[("average of the encoder", 4)] * (recipe.average.rate > 0),
-        ("gathered for a moment, about", 5),
-        ("made for a moment by the optimizer", 6),
+    for name, part in (
+        ("parameters", "parameters"),
+        ("gradients", "gradients"),
+        ("optimizer", "optimizer"),
+        ("target network", "target"),
+        *[("average of the encoder", "average")] * (recipe.average.rate > 0),
+        ("gathered for a moment, about", "gathered"),
+        ("made for a moment by the optimizer", "update"),
     ):
-        table.add_row(name, *(_gib(one[number]) for one in held))
+        table.add_row(name, *(_gib(getattr(one, part)) for one in held))
     views = 2 * share.images[1] * 3 * recipe.views.size**2
     plain, again = costs
     table.add_row("a step's other tensors, at the peak", *(_gib(plain.peak) for _ in held))
@@ -239,7 +239,7 @@ def _saving(recipe: Recipe, known: Known, fakes: Fakes, processes: int) -> Table
     table.add_row("one of them", f"{_gb(size)}, in up to {processes + 2:,} files")
     if known.samples is not None:
         total = recipe.schedule.total_steps(known.samples, recipe.batch.size)
-        saving = traffic.save_run(recipe, size, total)
+        saving = traffic.save_run(recipe, total)
         table.add_row(
             "written until the end", f"{saving.written:,}, {_gb(saving.written * size)} together"
         )

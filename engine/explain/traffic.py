@@ -33,7 +33,6 @@ class Reading(NamedTuple):
 class Saving(NamedTuple):
     """What a run writes to RUN/checkpoints."""
 
-    bytes: int  # of one checkpoint
     written: int  # checkpoints until the end of the run
     kept: int  # checkpoints that stay at the end
 
@@ -80,8 +79,8 @@ def _estimate(index: Index, streams: int, images: int, kept: int) -> Reading:
     )
 
 
-def save_run(recipe: Recipe, size: int, total: int) -> Saving:
-    """Count the checkpoints of a run of `total` steps. `size` is the bytes of one."""
+def save_run(recipe: Recipe, total: int) -> Saving:
+    """Count the checkpoints of a run of `total` steps."""
     config, every = recipe.checkpoint, cadence(recipe.checkpoint.every)
     written = count_due(every, total)
     kept = min(written, config.keep)
@@ -92,4 +91,4 @@ def save_run(recipe: Recipe, size: int, total: int) -> Saving:
     elif keep:
         older = range(1, written - kept + 1)
         kept += sum(math.ceil(number * every) % keep < 1 for number in older)
-    return Saving(size, written, kept)
+    return Saving(written, kept)

@@ -143,7 +143,7 @@ class EventLog:
 
     def _extend(self, url: str, content: bytes) -> None:
         """Append to the local file, after removing what a failed attempt may have left there."""
-        path = files.open_filesystem(url)[1]
+        path = files.local_path(url)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with (
             naming_space(path, lambda: len(content), path),

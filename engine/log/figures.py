@@ -1,11 +1,11 @@
 """Compute the figures of a step: sums over processes, a data digest, the rank of the features."""
 
-import math
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from engine.method.update_norms import finite_or_none
 
 
 class StepSums:
@@ -46,11 +46,11 @@ class StepSums:
     @property
     def loss(self) -> float | None:
         """Return the loss, or None when it is not finite."""
-        return _finite(self.values[0].item())
+        return finite_or_none(self.values[0].item())
 
     @property
     def head_loss(self) -> float | None:
-        return _finite(self.values[1].item())
+        return finite_or_none(self.values[1].item())
 
     @property
     def view_std(self) -> float | None:
@@ -60,17 +60,17 @@ class StepSums:
         channel. Of an image's two views the smaller one counts. The result is the geometric mean
         over the images. It is 0.001 when each view has one color, and it cannot exceed 2.3.
         """
-        return _finite((self.values[2] / self._features[0]).exp().item())
+        return finite_or_none((self.values[2] / self._features[0]).exp().item())
 
     @property
     def feature_std(self) -> float | None:
         """Return how far the features are spread, or None when that is not finite."""
-        return _finite(_spread(self._features))
+        return finite_or_none(_spread(self._features))
 
     @property
     def projection_std(self) -> float | None:
         """Return how far the projections are spread, or None when that is not finite."""
-        return _finite(_spread(self._projections))
+        return finite_or_none(_spread(self._projections))
 
     @property
     def view_correlation(self) -> float | None:
@@ -85,7 +85,7 @@ class StepSums:
         means = [total / count for total in totals]
         spreads = [(1 - mean.square().sum()).clamp(min=1e-12) for mean in means]
         covariance = products / count - means[0] @ means[1]
-        return _finite((covariance / (spreads[0] * spreads[1]).sqrt()).item())
+        return finite_or_none((covariance / (spreads[0] * spreads[1]).sqrt()).item())
 
 
 def _log_contrasts(images: Tensor) -> Tensor:
@@ -122,10 +122,6 @@ def _spread(sums: Tensor) -> float:
     total = first + second
     variance = (squares - total.square() / rows).clamp(min=0) / (rows - 1)
     return float((variance.sqrt().mean() * len(total) ** 0.5).item())
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def data_digest(ids: NDArray[np.int64], crcs: NDArray[np.uint32]) -> Tensor:

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable
 from statistics import fmean, median, stdev
 from typing import NamedTuple
 
-from engine.log.journal import Record
+from engine.log.journal import STOPPED_EARLY, Record
 
 HEALTHY = "healthy"
-STOPPED_EARLY = "stopped_early"  # the key of the log for why the training ended at that step
 
 RECENT = 5  # logged steps that are judged together, so that no single batch raises an alarm
 LONG = 20  # logged steps, for figures that a single batch tells little about

@@ -27,6 +27,10 @@ from shards.storage import files, local_files
 JSONL = "metrics.jsonl"
 PARTS = "metrics"
 
+# The keys of a record that hold a text, and that others look for.
+STOPPED_EARLY = "stopped_early"  # why the training ended at that step
+FAILED = "evaluation_failed"  # why an evaluation gave no figures
+
 Record = dict[str, Any]
 
 _PLAIN = (int, float, str, bool, type(None))
@@ -166,9 +170,7 @@ class Journal:
                 if self._local and not parts:
                     self._extend(lines)
                 elif lines or parts:
-                    whole, end = self._whole()
-                    files.write(self._url, whole)
-                    self._end = end
+                    self._rewrite()
             self._drop_parts(parts)
 
     def _take_in(self, names: Iterable[str]) -> None:
@@ -198,18 +200,18 @@ class Journal:
             return
         append, self._end = min(lines) > self._end, math.inf
         if append:
-            path = files.open_filesystem(self._url)[1]
+            path = files.local_path(self._url)
             local_files.append(path, b"".join(lines[step] for step in sorted(lines)))
             self._end = max(lines)
         else:
-            whole, end = self._whole()
-            files.write(self._url, whole)
-            self._end = end
+            self._rewrite()
 
-    def _whole(self) -> tuple[bytes, int]:
-        """Return all lines, and the step of the last one; -1 when there is none."""
+    def _rewrite(self) -> None:
+        """Write all lines to metrics.jsonl anew."""
         with self._lock:
-            return b"".join(self._lines.values()), max(self._lines, default=-1)
+            whole, end = b"".join(self._lines.values()), max(self._lines, default=-1)
+        files.write(self._url, whole)
+        self._end = end
 
     @contextmanager
     def _taken(self) -> Iterator[dict[int, bytes]]:

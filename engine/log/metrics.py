@@ -29,7 +29,6 @@ from engine.log.tracking import Tracking
 from engine.log.visdom_tracker import VisdomURL
 from engine.log.wandb_tracker import Project
 from engine.method.durations import Duration, Lasting, is_due, simplify
-from shards.errors import printable
 from shards.fields import Operation
 from shards.storage import files, misplaced
 
@@ -108,12 +107,12 @@ class MetricsLog:
 
         The progress bar ends at step `stop`. The whole run has `total_steps`, by default `stop`.
         """
-        self.console = terminal.console
+        self.console, self._say = terminal.console, terminal.say
         self._run, self._start = run, start
         self._journal = Journal(run, start, terminal.report)
         self._events = EventLog(run, start)
         self._tracking = Tracking(self._history, self._say)
-        self._watch = Watch(total_steps or stop, self._journal.after(-1), terminal.say)
+        self._watch = Watch(total_steps or stop, self.records, terminal.say)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
         self._storing: Future[None] | None = None
         self._failing = False
@@ -226,8 +225,7 @@ class MetricsLog:
     def postpone(self, reason: str) -> None:
         """Report that storage fails, unless the last attempt failed too. The log is kept."""
         if not self._failing:
-            text = f"{reason}; training goes on, the log is kept and written later"
-            self.console.print(printable(text))
+            self._say(f"{reason}; training goes on, the log is kept and written later")
         self._failing = True
 
     def stop(self) -> None:
@@ -248,8 +246,7 @@ class MetricsLog:
     def give_up(self, reason: str) -> None:
         """Report how much of the log will not be written, and the `reason`."""
         lines, events = self._journal.unwritten, self._events.unwritten
-        reason = printable(reason)
-        self.console.print(
+        self._say(
             f"{reason}; not written are {lines} lines of {JSONL}, {events} events of tensorboard"
         )
 
@@ -268,10 +265,7 @@ class MetricsLog:
 
     def _history(self) -> list[Point]:
         """Return all points of the log. A tracker's thread calls it."""
-        return [self._point(record) for record in self._journal.after(-1)]
-
-    def _say(self, text: str) -> None:
-        self.console.print(printable(text))
+        return [self._point(record) for record in self.records]
 
     def _baseline_record(self) -> Record:
         record = self._journal.find(0)

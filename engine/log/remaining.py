@@ -54,11 +54,9 @@ class Remaining:
         if seconds is None:
             return ""
         minutes = int(seconds) // 60
-        return (
-            f"{minutes // 60}h{minutes % 60:02}m"
-            if minutes >= 60
-            else (f"{minutes}m{int(seconds) % 60:02}s")
-        )
+        if minutes >= 60:
+            return f"{minutes // 60}h{minutes % 60:02}m"
+        return f"{minutes}m{int(seconds) % 60:02}s"
 
     def _pace(self) -> float:
         return median(self._steps) if self._steps else 0.0

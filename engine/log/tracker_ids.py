@@ -30,12 +30,10 @@ def _keep(url: str, drawn: str, report: Callable[[str], None]) -> str:
         found = files.read_json(url)
         if isinstance(found, dict) and re.fullmatch(r"[0-9a-z]{4,64}", str(found.get("id"))):
             return str(found["id"])
-        damaged = True
+        raise ValueError(found)
     except FileNotFoundError:
-        damaged = False
+        pass
     except ValueError:
-        damaged = True
-    if damaged:
         report(f"{files.redact(url)} is damaged: the run gets another id at trackers")
     files.write(url, json.dumps({"id": drawn}).encode())
     return drawn

@@ -13,18 +13,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim.adamw import adamw
 
-from engine.method.adaptation import with_gradients
 from engine.method.clipping import OFF, ClipConfig, clip_gradients
-from engine.method.lars import parameter_groups
 from engine.method.local_shards import local, local_gradients
+from engine.method.optimizer import Optimizer, parameter_groups, with_gradients
 
 
-class AdamW(torch.optim.Optimizer):
-    """AdamW as in torch.optim, except that all processes skip a step that is not finite.
-
-    `lr` starts at 0, and the trainer sets it in each group before a step. A step never waits for
-    the device.
-    """
+class AdamW(Optimizer):
+    """AdamW as in torch.optim."""
 
     def __init__(
         self,
@@ -33,13 +28,8 @@ class AdamW(torch.optim.Optimizer):
         weight_decay: float,
         shard_group: ProcessGroup | None = None,
     ) -> None:
-        """Create the optimizer state.
-
-        `shard_group` is the processes that the parameters are spread over, None when each process
-        holds them all.
-        """
-        super().__init__(groups, {"lr": 0.0, "betas": betas, "weight_decay": weight_decay})
-        self.shard_group = shard_group
+        """Create the optimizer state. `shard_group` is that of `Optimizer`."""
+        super().__init__(groups, {"betas": betas, "weight_decay": weight_decay}, shard_group)
         for group in self.param_groups:
             for p in group["params"]:
                 state = {"step": torch.zeros((), device=p.device)}
@@ -50,15 +40,6 @@ class AdamW(torch.optim.Optimizer):
     def step(  # type: ignore[override]
         self, scale: Tensor | None = None, clip: ClipConfig = OFF
     ) -> Tensor:
-        """Move every parameter that has a gradient, or none when some gradient is not finite.
-
-        Args:
-            scale: [] float32, divides the gradients. None leaves them as they are.
-            clip: How gradients are clipped after that. They are changed in place then.
-
-        Returns:
-            [] float32, 1 when the step was skipped and else 0, the same on all processes.
-        """
         moved = with_gradients(self.param_groups)
         grads = local_gradients(p for _, parameters in moved for p in parameters)
         skip, scale = clip_gradients(grads, scale, clip, self.shard_group)

@@ -4,7 +4,6 @@ Source: You et al., "Large batch training of convolutional networks" (arXiv 1708
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,17 +18,11 @@ from engine.method.local_shards import (
     not_finite,
     whole_norms,
 )
+from engine.method.optimizer import Moved
 
-Moved = list[tuple[dict[str, Any], list[Tensor]]]  # groups, each with its parameters that move
 Directions = Callable[
     [list[Tensor], list[Tensor], Tensor | None, float], tuple[list[Tensor], Tensor]
 ]
-
-
-def with_gradients(groups: list[dict[str, Any]]) -> Moved:
-    """Return the groups of an optimizer that have parameters with a gradient, and these."""
-    found = [(group, [p for p in group["params"] if p.grad is not None]) for group in groups]
-    return [(group, parameters) for group, parameters in found if parameters]
 
 
 def directions(

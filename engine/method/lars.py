@@ -13,30 +13,13 @@ from annotated_types import Interval
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from engine.method.adaptation import Directions, adapted_directions, directions, with_gradients
+from engine.method.adaptation import Directions, adapted_directions, directions
 from engine.method.clipping import OFF, ClipConfig
 from engine.method.local_shards import local
+from engine.method.optimizer import Optimizer, parameter_groups, with_gradients
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Return one group with the weights of `module`, one with its biases and norm parameters.
-
-    The weights are all parameters of 2 or 4 dimensions: those of linear layers [O, I] and of
-    convolutions [O, I, H, W], and the tables of relative positions [P, heads] of torchvision's Swin
-    and MaxViT. The second group holds all others. In torchvision's networks these are also class
-    tokens [1, 1, D], position embeddings [1, N, D], and scales [D, 1, 1]. It has no weight decay,
-    and LARS does not adapt its rates.
-    """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    weights = [p for p in parameters if p.ndim in (2, 4)]
-    others = [p for p in parameters if p.ndim not in (2, 4)]
-    return [
-        {"params": weights, "adapt": True},
-        {"params": others, "adapt": False, "weight_decay": 0.0},
-    ]
-
-
-class LARS(torch.optim.Optimizer):
+class LARS(Optimizer):
     """Momentum SGD in which every weight tensor moves at a rate in proportion to its own norm.
 
         u = g + weight_decay * p
@@ -44,9 +27,7 @@ class LARS(torch.optim.Optimizer):
         m = momentum * m + u
         p -= lr * m
 
-    `lr` starts at 0, and the trainer sets it in each group before a step. The momentum tensors
-    exist from the start, so that a checkpoint can be loaded into them. A step never waits for the
-    device.
+    The groups are those of `parameter_groups`.
     """
 
     def __init__(
@@ -57,19 +38,13 @@ class LARS(torch.optim.Optimizer):
         trust_coefficient: float,
         shard_group: ProcessGroup | None = None,
     ) -> None:
-        """Create the optimizer state.
-
-        `shard_group` is the processes that the parameters are spread over, None when each process
-        holds them all.
-        """
+        """Create the optimizer state. `shard_group` is that of `Optimizer`."""
         defaults = {
-            "lr": 0.0,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "trust_coefficient": trust_coefficient,
         }
-        super().__init__(groups, defaults)
-        self.shard_group = shard_group
+        super().__init__(groups, defaults, shard_group)
         self.directions: Directions = directions  # compile_optimizer may replace it
         for group in self.param_groups:
             for p in group["params"]:
@@ -79,15 +54,6 @@ class LARS(torch.optim.Optimizer):
     def step(  # type: ignore[override]
         self, scale: Tensor | None = None, clip: ClipConfig = OFF
     ) -> Tensor:
-        """Move every parameter that has a gradient, or none when some gradient is not finite.
-
-        Args:
-            scale: [] float32, divides the gradients. None leaves them as they are.
-            clip: How gradients are clipped after that. They are changed in place then.
-
-        Returns:
-            [] float32, 1 when the step was skipped and else 0, the same on all processes.
-        """
         moved = with_gradients(self.param_groups)
         updates, skip = adapted_directions(moved, scale, clip, self.shard_group, self.directions)
         for (group, parameters), own in zip(moved, updates, strict=True):

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.method.local_shards import local
+from engine.method.local_shards import local_gradients
 
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 
@@ -107,7 +107,7 @@ class StepGuard:
         """
         if self.scale is None:
             return None
-        held = [g for g in local(p.grad for p in parameters if p.grad is not None) if g.numel()]
+        held = [g for g in local_gradients(parameters) if g.numel()]
         divisor = self.scale / self._processes
         if not held:  # a process may hold no rows of any gradient
             return divisor

@@ -9,23 +9,20 @@ from annotated_types import Interval
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from engine.method.adaptation import with_gradients
 from engine.method.clipping import OFF, ClipConfig, clip_gradients
-from engine.method.lars import parameter_groups
 from engine.method.local_shards import local, local_gradients
+from engine.method.optimizer import Optimizer, parameter_groups, with_gradients
 from shards.errors import InputError
 
 
-class SGD(torch.optim.Optimizer):
-    """Momentum SGD as in torch.optim, except that all processes skip a step that is not finite.
+class SGD(Optimizer):
+    """Momentum SGD as in torch.optim.
 
         u = g + weight_decay * p
         m = momentum * m + u
         p -= lr * m                      or with nesterov: p -= lr * (u + momentum * m)
 
-    `lr` starts at 0, and the trainer sets it in each group before a step. The momentum tensors
-    exist from the start, so that a checkpoint can be loaded into them. A step never waits for the
-    device.
+    The groups are those of `parameter_groups`.
     """
 
     def __init__(
@@ -36,14 +33,9 @@ class SGD(torch.optim.Optimizer):
         weight_decay: float,
         shard_group: ProcessGroup | None = None,
     ) -> None:
-        """Create the optimizer state.
-
-        `shard_group` is the processes that the parameters are spread over, None when each process
-        holds them all.
-        """
+        """Create the optimizer state. `shard_group` is that of `Optimizer`."""
         defaults = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
-        super().__init__(groups, {"lr": 0.0, **defaults})
-        self.shard_group = shard_group
+        super().__init__(groups, defaults, shard_group)
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -52,15 +44,6 @@ class SGD(torch.optim.Optimizer):
     def step(  # type: ignore[override]
         self, scale: Tensor | None = None, clip: ClipConfig = OFF
     ) -> Tensor:
-        """Move every parameter that has a gradient, or none when some gradient is not finite.
-
-        Args:
-            scale: [] float32, divides the gradients. None leaves them as they are.
-            clip: How gradients are clipped after that. They are changed in place then.
-
-        Returns:
-            [] float32, 1 when the step was skipped and else 0, the same on all processes.
-        """
         moved = with_gradients(self.param_groups)
         grads = local_gradients(p for _, parameters in moved for p in parameters)
         skip, scale = clip_gradients(grads, scale, clip, self.shard_group)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from engine.method.adaptation import Moved, adapted_directions, with_gradients
+from engine.method.adaptation import adapted_directions
 from engine.method.clipping import OFF, ClipConfig, clip_gradients
-from engine.method.lars import parameter_groups
 from engine.method.local_shards import local, local_gradients
+from engine.method.optimizer import Moved, Optimizer, parameter_groups, with_gradients
 from engine.method.torch_options import (
     ELEMENTWISE,
     find_optimizer,
@@ -28,8 +28,8 @@ _SKIPPING = ("Adagrad", "Adam", "AdamW", "SGD")  # Their fused kernels can skip 
 _FROM_RATE = {"ASGD": "eta", "Rprop": "step_size"}  # state that begins as the first step's rate
 
 
-class TorchOptimizer(torch.optim.Optimizer):
-    """An optimizer of torch.optim, except that all processes skip a step that is not finite.
+class TorchOptimizer(Optimizer):
+    """An optimizer of torch.optim.
 
     With `adapt` it does not get the gradients g, but in their place
 
@@ -39,11 +39,9 @@ class TorchOptimizer(torch.optim.Optimizer):
     and no weight decay of its own, whether that would be decoupled or not. For biases and norm
     parameters u is g. Without `adapt` it gets the gradients and its own weight decay.
 
-    `lr` starts at 0, and the trainer sets it in each group before a step. The state exists from
-    the start, so that a checkpoint can be loaded into it. Torch has fused kernels of some
-    optimizers that skip a step. Of the others the step is taken and undone, for which it copies
-    parameters and state. A step never waits for the device, except for Adafactor's, in which torch
-    reads norms on the host.
+    Torch has fused kernels of some optimizers that skip a step. Of the others the step is taken and
+    undone, for which it copies parameters and state. The device is waited for in Adafactor's steps
+    alone, in which torch reads norms on the host.
     """
 
     def __init__(
@@ -60,13 +58,11 @@ class TorchOptimizer(torch.optim.Optimizer):
             options: Arguments of the class.
             groups: Have `params`, `weight_decay`, and `trust_coefficient` where LARS's adaptation
                 is wanted, with `adapt` for those whose rates it adapts.
-            shard_group: The processes that the parameters are spread over, None when each process
-                holds them all.
+            shard_group: That of `Optimizer`.
         """
         groups = list(groups)
         self._kind, self._stock = kind, self._make_stock(kind, options, groups)
-        super().__init__(groups, self._stock.defaults)
-        self.shard_group = shard_group
+        super().__init__(groups, self._stock.defaults, shard_group)
         self._adapts = "trust_coefficient" in self.param_groups[0]
         self._skips = bool(self._stock.defaults.get("fused"))
         self._make_state()
@@ -125,15 +121,6 @@ class TorchOptimizer(torch.optim.Optimizer):
     def step(  # type: ignore[override]
         self, scale: Tensor | None = None, clip: ClipConfig = OFF
     ) -> Tensor:
-        """Move every parameter that has a gradient, or none when some gradient is not finite.
-
-        Args:
-            scale: [] float32, divides the gradients. None leaves them as they are.
-            clip: How gradients are clipped after that. They are changed in place then.
-
-        Returns:
-            [] float32, 1 when the step was skipped and else 0, the same on all processes.
-        """
         moved = with_gradients(self.param_groups)
         updates, skip = self._updates(moved, scale, clip)
         views = self._lend(moved, updates)

@@ -61,7 +61,9 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
         raise InputError(f"{place}: {_ELSEWHERE[word]}{adapt}")
     near = _nearest(word, sorted(known))
     meant = f"did you mean {near}{adapt}? " if near else ""
-    raise InputError(f"{place}: torch.optim has no such optimizer: {meant}it has {_listed(usable)}")
+    raise InputError(
+        f"{place}: torch.optim has no such optimizer: {meant}it has {', '.join(usable)}"
+    )
 
 
 def list_options(name: str) -> dict[str, Any]:
@@ -95,8 +97,7 @@ def read_options(name: str, texts: tuple[str, ...]) -> dict[str, Any]:
         if key not in arguments:
             near = _nearest(key, list(arguments))
             meant = f"did you mean {near}? " if near else ""
-            has = _listed(list(arguments))
-            what = f"{name} has no such option: {meant}it has {has}"
+            what = f"{name} has no such option: {meant}it has {', '.join(arguments)}"
             raise InputError(f"{place}: {what} (--optimizer.options replaces all of them)")
         options[key] = _value(place, value, arguments[key])
     return options
@@ -147,10 +148,6 @@ def _nearest(name: str, known: list[str]) -> str:
     lower = {one.lower(): one for one in known}
     near = difflib.get_close_matches(name.lower(), lower, n=1)
     return lower[near[0]] if near else ""
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names)
 
 
 def _example(arguments: dict[str, Any]) -> str:

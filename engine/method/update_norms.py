@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from engine.method.local_shards import foreach_norms, local
+from engine.method.local_shards import foreach_norms, local, local_gradients
 
 
 class UpdateNorms:
@@ -58,14 +58,14 @@ class UpdateNorms:
             return {}
         gradient, change, weights = (math.sqrt(value) for value in self._squares.tolist())
         ratio = change / weights if weights else math.nan
-        return {"grad_norm": _finite(gradient), "update_ratio": _finite(ratio)}
+        return {"grad_norm": finite_or_none(gradient), "update_ratio": finite_or_none(ratio)}
 
     @torch.no_grad()
     def _look_before(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._wanted:
             return
         scale = args[1] if len(args) > 1 else kwargs.get("scale")  # args[0] is the optimizer
-        squares = _square(local(p.grad for p in self._parameters if p.grad is not None))
+        squares = _square(local_gradients(self._parameters))
         self._gradient = squares if scale is None else squares / scale.double().square()
         self._before = [weight.clone() for weight in local(self._weights)]
 
@@ -87,5 +87,6 @@ def _square(tensors: Iterable[Tensor]) -> Tensor:
     return foreach_norms(list(tensors)).double().square().sum()
 
 
-def _finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
+    """Return a figure, or None in place of one that JSON cannot hold."""
     return value if math.isfinite(value) else None

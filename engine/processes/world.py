@@ -31,6 +31,7 @@ except ImportError:  # older releases (2.11) have it by another name
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 START_TIMEOUT = 1800.0  # seconds; before the first step is done, some process may compile or fetch
+LONGEST_TIMEOUT = 24 * 3600.0  # seconds; for work of unknown size that others wait for
 
 _T = TypeVar("_T")
 
@@ -256,6 +257,19 @@ def set_timeout(seconds: float, groups: Iterable[ProcessGroup]) -> None:
     if dist.is_initialized():
         for group in (None, *groups):
             _set_timeout(timedelta(seconds=seconds), group)
+
+
+@contextmanager
+def waiting_for_hours() -> Iterator[None]:
+    """Let the processes wait in the block for one that works for hours, as when it packs images.
+
+    All processes enter it together, before the first step.
+    """
+    set_timeout(LONGEST_TIMEOUT, [])
+    try:
+        yield
+    finally:
+        set_timeout(START_TIMEOUT, [])
 
 
 def shared_store() -> Store:

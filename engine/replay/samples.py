@@ -54,7 +54,7 @@ def describe(
 
 def find_block(index: Index, sample: int) -> tuple[int, int]:
     """Return the shard and the block that hold a sample."""
-    shard = int(np.searchsorted(index.first_ids, sample, side="right")) - 1
+    shard = index.find_shard(sample)
     ends = np.cumsum(index.blocks(shard)[:, 1])
     block = np.searchsorted(ends, sample - index.first_ids[shard], side="right")
     return shard, int(block)

@@ -13,6 +13,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 24  # margins
 COLUMNS = WIDTH - LEFT - RIGHT
 COLORS = 8  # different colors of the style sheet, s0 to s7
 _WIDE = 50  # a curve whose maximum is so many medians high gets a logarithmic axis
+_TICKS = 4  # on an axis, about
 _SIZES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 _KINDS = {"top1": "%", "top5": "%", "data_wait": "%", "mfu": "%"}
 
@@ -126,13 +127,13 @@ def _vertical(key: str, values: Values, levels: list[float]) -> Axis:
 
 def _draw_grid(key: str, across: Axis, up: Axis) -> list[Html]:
     found = []
-    heights = _ticks(up, 4)
+    heights = _ticks(up)
     for value in heights:
         y = round(up.place(value), 1)
         found.append(tag("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y))
         text = _label(key, value, heights)
         found.append(tag("text", text, x=LEFT - 5, y=y + 3.5, text_anchor="end"))
-    for value in _ticks(across, 4):
+    for value in _ticks(across):
         x = round(across.place(value), 1)
         anchor = "end" if x > WIDTH - RIGHT - 14 else "middle"
         found.append(tag("text", shorten(value), x=x, y=HEIGHT - 8, text_anchor=anchor))
@@ -149,16 +150,16 @@ def _label(key: str, value: float, ticks: list[float]) -> str:
     return f"{factor * value:.{digits}f}{end}"
 
 
-def _ticks(axis: Axis, wanted: int) -> list[float]:
+def _ticks(axis: Axis) -> list[float]:
     """Return round numbers inside of an axis."""
     low, high = axis.low, axis.high
     if axis.logarithmic:
         powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
-        every = max(1, len(powers) // wanted)
+        every = max(1, len(powers) // _TICKS)
         if len(powers) >= 2:
             return [10.0**power for power in powers[::every]]
         return [low, high]
-    rough = (high - low) / wanted
+    rough = (high - low) / _TICKS
     size = 10.0 ** math.floor(math.log10(rough))
     step = next(size * n for n in (1, 2, 5, 10) if size * n >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)

@@ -10,18 +10,17 @@ from typing import Any, TypeVar
 import numpy as np
 
 from engine.log import journal
-from engine.log.journal import Record
+from engine.log.journal import STOPPED_EARLY, Record
 from engine.report.states import tell_state
 from engine.report.thinning import Values
 from engine.report.views import find_views
-from engine.state import checkpoint, early_stop, layout, origin
+from engine.state import checkpoint, layout, origin
 from shards.documents import build, parse_json
 from shards.errors import InputError
 from shards.storage import files, local_files
 from shards.storage.commands import spell_program
 from shards.storage.entries import Entry, list_entries
 
-RESULT, SHEET = "result.json", "neighbours.png"
 MOST_EVALUATIONS = 100
 _SMALLEST, _LARGEST = 1e-99, 1e99  # of the numbers that a chart can show
 MOST_BYTES = 20_000_000  # of a result or of a sheet
@@ -150,7 +149,7 @@ def collect(url: str, name: str = "RUN", pictures: bool = True, *, left: bool = 
     run = RunFacts(local_files.absolute(url.rstrip("/") or url))
     names = {entry.name for entry in list_entries(url)}
     if layout.RECIPE in names:
-        run.recipe = _read_recipe(run)
+        run.recipe = _attempt(run, layout.RECIPE, lambda: read_recipe(run.url)) or {}
     elif not names & {layout.JSONL, layout.PARTS}:
         mend = "give the URL of a run"
         given = url.rstrip("/") or url
@@ -183,7 +182,11 @@ def collect(url: str, name: str = "RUN", pictures: bool = True, *, left: bool = 
 
 def read_recipe(url: str) -> dict[str, Any]:
     """Read all of a run's recipe.json. Raises ValueError when it is damaged, and OSError."""
-    document = parse_json(files.read(files.join(url, layout.RECIPE)))
+    return _parse_object(files.read(files.join(url, layout.RECIPE)))
+
+
+def _parse_object(content: bytes) -> dict[str, Any]:
+    document = parse_json(content)
     if not isinstance(document, dict):
         raise ValueError("it is no JSON object")
     return document
@@ -192,23 +195,17 @@ def read_recipe(url: str) -> dict[str, Any]:
 def _tell_state(run: RunFacts, left: bool) -> str:
     last = run.records[-1] if run.records else {}
     done = run.total_steps is not None and last.get("step") == run.total_steps
-    return tell_state(run.url, done=done, stopped_early=bool(last.get(early_stop.MARK)), left=left)
-
-
-def _read_recipe(run: RunFacts) -> dict[str, Any]:
-    return _attempt(run, layout.RECIPE, lambda: read_recipe(run.url)) or {}
+    return tell_state(run.url, done=done, stopped_early=bool(last.get(STOPPED_EARLY)), left=left)
 
 
 def _read_commit(url: str) -> dict[str, Any]:
     """Read the newest commit.json, which nothing here relies on, without its verification."""
-    for place in reversed(checkpoint.steps(url)):
+    for step in reversed(checkpoint.steps(url)):
+        place = checkpoint.step_url(url, step)
         found = {entry.name: entry for entry in list_entries(place)}
         if checkpoint.COMMIT in found:  # otherwise it is being written
-            content = _read_bounded(files.join(place, checkpoint.COMMIT), found[checkpoint.COMMIT])
-            document = parse_json(content)
-            if not isinstance(document, dict):
-                raise ValueError("it is no JSON object")
-            return document
+            commit = files.join(place, checkpoint.COMMIT)
+            return _parse_object(_read_bounded(commit, found[checkpoint.COMMIT]))
     return {}
 
 
@@ -233,19 +230,22 @@ def list_evaluations(url: str) -> list[tuple[str, Entry]]:
 
         folders = [f"{step}/{entry.name}" for step, entry in list_below(steps) if entry.is_folder]
         found = list_below(sorted(folders, reverse=True))
-    return [(folder, entry) for folder, entry in found if entry.name in (RESULT, SHEET)]
+    return [
+        (folder, entry) for folder, entry in found if entry.name in (layout.RESULT, layout.SHEET)
+    ]
 
 
 def _read_evaluations(run: RunFacts) -> list[tuple[str, Entry]]:
     """Read the results below RUN/evaluations, and list the sheets of neighbors by their places."""
     home, there = files.join(run.url, layout.EVALUATIONS), list_evaluations(run.url)
-    results = [(folder, entry) for folder, entry in there if entry.name == RESULT]
+    results = [(folder, entry) for folder, entry in there if entry.name == layout.RESULT]
     if len(results) > MOST_EVALUATIONS:
         run.faults.append(f"{len(results) - MOST_EVALUATIONS} older evaluations are left out")
     with ThreadPoolExecutor(8, thread_name_prefix="report") as threads:
         read = threads.map(lambda one: _read_result(run, home, *one), results[:MOST_EVALUATIONS])
         run.evaluations = [one for one in read if one is not None]
-    return [(f"{layout.EVALUATIONS}/{place}/{SHEET}", e) for place, e in there if e.name == SHEET]
+    sheets = [(place, entry) for place, entry in there if entry.name == layout.SHEET]
+    return [(f"{layout.EVALUATIONS}/{place}/{layout.SHEET}", entry) for place, entry in sheets]
 
 
 def _list_sheets(url: str) -> list[tuple[str, Entry]]:
@@ -256,12 +256,10 @@ def _list_sheets(url: str) -> list[tuple[str, Entry]]:
 
 def _read_result(run: RunFacts, home: str, folder: str, entry: Entry) -> EvaluationFacts | None:
     def read() -> EvaluationFacts:
-        document = parse_json(_read_bounded(files.join(home, folder, RESULT), entry))
-        if not isinstance(document, dict):
-            raise ValueError("it is no JSON object")
-        return build(EvaluationFacts, document | {"place": folder})
+        content = _read_bounded(files.join(home, folder, layout.RESULT), entry)
+        return build(EvaluationFacts, _parse_object(content) | {"place": folder})
 
-    return _attempt(run, f"{folder}/{RESULT}", read)
+    return _attempt(run, f"{folder}/{layout.RESULT}", read)
 
 
 def _read_sheet(url: str, place: str, entry: Entry) -> tuple[str, bytes]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine.log.health import ADVICE, HEALTHY
+from engine.log.journal import FAILED, STOPPED_EARLY
 from engine.report.charts import read_baselines
 from engine.report.curves import is_fraction, show_number
 from engine.report.facts import EvaluationFacts, RunFacts, as_number
@@ -14,7 +15,6 @@ from engine.report.pictures import embed
 from engine.report.recipes import changed_fields, defaults, differing_fields, show
 from engine.report.tables import fold, make_table
 from engine.report.thinning import Values
-from engine.state.early_stop import MARK
 from engine.state.origin import BRANCH, SOURCE
 from shards.storage import files
 from shards.storage.commands import spell_program
@@ -33,7 +33,6 @@ _STATES = {  # what the words of `evaluate.py runs` mean
     "dead": "the job ended without a word; the same command goes on",
     "trains": "a job trained the run when this page was made",
 }
-_FAILED = "evaluation_failed"
 _LONGEST_REASON = 300
 
 
@@ -43,7 +42,7 @@ def write_tiles(run: RunFacts) -> Html:
     step = run.records[-1]["step"] if run.records else 0
     share = f" ({step / total:.0%})" if total else ""
     title = f"of {total:,} steps{share}" if total else "steps logged"
-    if run.records and (reason := run.records[-1].get(MARK)):
+    if run.records and (reason := run.records[-1].get(STOPPED_EARLY)):
         title += f", stopped early: {str(reason)[:_LONGEST_REASON]}"
     tiles = [_tile(f"{step:,}", title)]
     if run.state:
@@ -134,7 +133,7 @@ def write_health(run: RunFacts) -> Html:
     found: list[Child] = [*run.faults, *troubles]
     if troubles and run.last("health") == HEALTHY:
         found.append("The newest steps are healthy again.")
-    found += [f"An evaluation failed: {line}" for line in _tell(run, _FAILED)]
+    found += [f"An evaluation failed: {line}" for line in _tell(run, FAILED)]
     skipped = as_number(run.last("skipped"))
     if skipped:
         found.append(f"{skipped:,.0f} steps were skipped because a gradient was not finite.")

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.log import journal
-from engine.report.facts import RESULT, RunFacts, read_recipe
+from engine.report.facts import RunFacts, read_recipe
 from engine.report.states import tell_state
-from engine.state import checkpoint, early_stop, layout, origin
+from engine.state import checkpoint, layout, origin
 from shards.errors import InputError
 from shards.storage import files
 from shards.storage.entries import Entry, list_entries
@@ -94,7 +94,7 @@ def _find(
                 continue
             names = {entry.name for entry in entries}
             # The folder of an evaluation's result has a lease too.
-            is_run = layout.RECIPE in names or (names & _SIGNS and RESULT not in names)
+            is_run = layout.RECIPE in names or (names & _SIGNS and layout.RESULT not in names)
             if is_run:
                 yield place, entries
             own = layout.NAMES if is_run else ()
@@ -151,7 +151,7 @@ def _read_log(run: RunSummary, there: dict[str, Entry]) -> None:
         records = journal.read(run.url)
     if records:
         run.step = records[-1]["step"]
-        run.stopped_early = bool(records[-1].get(early_stop.MARK))
+        run.stopped_early = bool(records[-1].get(journal.STOPPED_EARLY))
     elif log or parts:
         run.faults.append("the log has no line that can be read")
     for key in FIGURES:
@@ -175,10 +175,10 @@ def _read_checkpoints(run: RunSummary, there: Collection[str]) -> None:
     """Take the step of the newest checkpoint where it is beyond the log, whose lines are fewer."""
     if layout.CHECKPOINTS not in there:
         return
-    for url in reversed(checkpoint.steps(run.url)):
-        if (step := int(url[-8:])) <= (run.step or 0):
+    for step in reversed(checkpoint.steps(run.url)):
+        if step <= (run.step or 0):
             return
-        if files.exists(files.join(url, checkpoint.COMMIT)):
+        if files.exists(files.join(checkpoint.step_url(run.url, step), checkpoint.COMMIT)):
             run.step = step
             return
 

@@ -208,11 +208,11 @@ def latest(
 
     Damaged checkpoints are reported and skipped.
     """
-    for url in reversed(world.on_main(lambda: steps(run))):
-        if int(url[-8:]) >= before:
+    for step in reversed(world.on_main(lambda: steps(run))):
+        if step >= before:
             continue
         try:
-            return verify(url, world)
+            return verify(step_url(run, step), world)
         except InputError as error:
             if world.main:
                 report(f"skipped: {error}")
@@ -332,8 +332,8 @@ def prune(
 
 def committed_steps(run: str, until: int = 10**8) -> list[int]:
     """List the steps of a run's committed checkpoints up to the step `until`, rising."""
-    found = [(int(url[-8:]), url) for url in steps(run)]
-    return [n for n, url in found if n <= until and files.exists(files.join(url, COMMIT))]
+    found = [step for step in steps(run) if step <= until]
+    return [step for step in found if files.exists(files.join(step_url(run, step), COMMIT))]
 
 
 def tell_newest(run: str, until: int) -> str:
@@ -347,14 +347,13 @@ def tell_newest(run: str, until: int) -> str:
     return f"the checkpoint of step {found[-1]}, saved before that, is kept"
 
 
-def steps(run: str) -> list[str]:
-    """List the URLs of a run's checkpoints in the order of their steps, committed or not.
+def steps(run: str) -> list[int]:
+    """List the steps of a run's checkpoints, committed or not, rising.
 
     Other names in the folder are ignored.
     """
-    folder = files.join(run, CHECKPOINTS)
-    found = files.list_names(folder)
-    return [files.join(folder, name) for name in found if re.fullmatch(r"step_[0-9]{8}", name)]
+    found = files.list_names(files.join(run, CHECKPOINTS))
+    return [int(name[5:]) for name in found if re.fullmatch(r"step_[0-9]{8}", name)]
 
 
 @contextmanager

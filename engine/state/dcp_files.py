@@ -4,9 +4,7 @@ import contextlib
 import io
 import itertools
 import zlib
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,6 +21,7 @@ from engine.state.torch_files import TorchFile
 from shards.errors import InputError
 from shards.storage import files
 from shards.storage.upload import open_writer
+from shards.threads import map_ahead
 
 SPAN = 32 << 20  # bytes read by one request at most
 PARALLEL = 4  # requests at once; with the span in use this takes 160 MiB of memory
@@ -265,11 +264,4 @@ def _pieces(url: str, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
 
 def _fetch(pieces: Iterable[tuple[str, int, int]]) -> Generator[bytes, None, None]:
     """Yield the bytes [start, stop) of each URL, in order; threads read PARALLEL pieces ahead."""
-    with ThreadPoolExecutor(PARALLEL, thread_name_prefix="fetch") as threads:
-        ahead: deque[Future[bytes]] = deque()
-        for piece in pieces:
-            ahead.append(threads.submit(files.read, *piece))
-            if len(ahead) > PARALLEL:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+    return map_ahead(lambda piece: files.read(*piece), pieces, PARALLEL, PARALLEL)

@@ -12,8 +12,7 @@ from typing import Annotated
 
 from annotated_types import Interval
 
-from engine.log.health import STOPPED_EARLY
-from engine.log.journal import Record
+from engine.log.journal import STOPPED_EARLY, Record
 from engine.log.metrics import MetricsLog
 from engine.method.durations import parse
 from engine.processes.world import World
@@ -21,8 +20,6 @@ from engine.state.best import MEASURED, Best
 from shards.documents import shown
 from shards.errors import InputError
 from shards.fields import Operation
-
-MARK = STOPPED_EARLY
 
 # The figures that are better when they are smaller. update_ratio is not among them: it follows the
 # learning rate, and is 0 in the first step of a warm-up and in steps that are skipped.
@@ -175,5 +172,5 @@ class EarlyStop:
     def _mark(self) -> str:
         reason = self._patience.reason
         if reason:
-            self._log.mark({MARK: reason})
+            self._log.mark({STOPPED_EARLY: reason})
         return reason

@@ -40,6 +40,8 @@ REPLAY = "replay"
 PROBE = "probe"
 NEIGHBOURS = "neighbours"
 
+RESULT, SHEET = "result.json", "neighbours.png"  # files in the folder of an evaluation
+
 NAMES = (
     *(RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, PROBE, PROFILE, DEBUG_STEP, REPLAY),
     *(JSONL, PARTS, TRACKERS, NEIGHBOURS),
@@ -74,7 +76,7 @@ def refuse_links(run: str, names: tuple[str, ...], remedy: str) -> None:
     """
     if not files.is_local(run):
         return
-    home = files.open_filesystem(run)[1]
+    home = files.local_path(run)
     for name in names:
         if target := local_files.link_out(f"{home}/{name}", home):
             raise InputError(
@@ -87,7 +89,7 @@ def find_missing(run: str, name: str) -> list[str]:
     """Return the folders that are made for RUN/`name` on a local disk, the deepest first."""
     if not files.is_local(run):
         return []
-    return local_files.find_missing(files.open_filesystem(files.join(run, name))[1])
+    return local_files.find_missing(files.local_path(files.join(run, name)))
 
 
 def remove_debug_step(run: str, made: list[str], report: Callable[[str], None]) -> None:
@@ -95,6 +97,11 @@ def remove_debug_step(run: str, made: list[str], report: Callable[[str], None]) 
     url = files.join(run, DEBUG_STEP)
     files.discard(url, url, report)
     local_files.remove_empty(made)
+
+
+def without_secrets(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields of a recipe, by dotted names, without what may be secret in their URLs."""
+    return {k: files.redact(v) if isinstance(v, str) else v for k, v in fields.items()}
 
 
 def read_recipe(run: str) -> dict[str, Any]:

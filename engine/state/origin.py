@@ -66,8 +66,8 @@ def describe_source(file: str, said: dict[str, Any]) -> dict[str, Any]:
         file: The path of the file.
         said: What the file says of the fields that the command line changed, by dotted name.
     """
-    shown = {name: files.redact(v) if isinstance(v, str) else v for name, v in said.items()}
-    return {SOURCE: {"file": local_files.absolute(file), "said": shown}}
+    place = local_files.absolute(file)
+    return {SOURCE: {"file": place, "said": layout.without_secrets(said)}}
 
 
 def of_fields(fields: dict[str, Any]) -> Origin:
@@ -97,4 +97,4 @@ def _place(url: str) -> tuple[str, str]:
     url = files.redact(url)
     if not files.is_local(url):
         return "", url.rstrip("/")
-    return "local", os.path.realpath(files.open_filesystem(url)[1])
+    return "local", os.path.realpath(files.local_path(url))

@@ -13,9 +13,8 @@ from typing import Any
 
 from shards.documents import without_gc
 
-Admit = Callable[
-    [str, str], None
-]  # takes a module and a name in it; raises when it is not admitted
+# Takes a module and a name in it, and raises when it is not admitted.
+Admit = Callable[[str, str], None]
 
 _STOP = ord(".")
 _MODULES = {"__builtin__": "builtins"}  # Python 2's name: Python 3's

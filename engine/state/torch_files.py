@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.state import pickles
-from engine.state.pickles import Admit, Global, Object
+from engine.state.pickles import Global, Object
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # of the files that were written before torch 1.6
 _LARGEST = 2**62  # of a size, in elements
@@ -70,7 +70,7 @@ def admit(module: str, name: str) -> None:
 class TorchFile:
     """The content of a file of torch.save: its `root`, in the records of pickles.py."""
 
-    def __init__(self, content: bytes, admit: Admit = admit) -> None:
+    def __init__(self, content: bytes) -> None:
         """Read all but the tensors.
 
         Raises ValueError or another exception for a damaged file, and NotAdmitted.
@@ -82,7 +82,7 @@ class TorchFile:
             self.root, _, _ = pickles.load(archive.pickle(), admit)
             self._read = archive.read
         else:
-            self.root, storages = _read_old(content, admit)
+            self.root, storages = _read_old(content)
             self._read = storages.__getitem__
 
     def tensor(self, value: object) -> Tensor | None:
@@ -204,7 +204,7 @@ def _as_values(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
-def _read_old(content: bytes, admit: Admit) -> tuple[object, dict[str, Tensor]]:
+def _read_old(content: bytes) -> tuple[object, dict[str, Tensor]]:
     """Read a file that was written before torch 1.6: pickles, and then the storages' values."""
     magic, at, _ = pickles.load(content, admit)
     if magic != _MAGIC:

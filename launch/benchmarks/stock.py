@@ -16,8 +16,9 @@ from engine.method import byol
 from engine.method.adamw import AdamWConfig
 from engine.method.byol import Online, Target, regression_loss
 from engine.method.encoders import BackboneConfig
-from engine.method.lars import LARS, LARSConfig, parameter_groups
+from engine.method.lars import LARS, LARSConfig
 from engine.method.norm import BatchNorm
+from engine.method.optimizer import parameter_groups
 from engine.method.precision import autocast
 from engine.method.sgd import SGDConfig
 from engine.method.torch_optimizer import TorchOptimizerConfig

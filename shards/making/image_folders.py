@@ -50,15 +50,15 @@ def find_images(
     The first folder below a data set names the class. Images that are in no such folder have no
     class. When all folders of the source are splits, in one of the spellings that people use, each
     is a data set. Hidden files and the folders of file managers hold no images. An empty folder
-    in the place of a class is a class without images.
+    in the place of a class is a class without images. There are no data sets when there are tars
+    and no images.
 
     Args:
         follow_links: Also take files outside of the folder that links in it lead to.
         follower: What the user can give to have such links followed, for messages.
 
-    There are no data sets when there are tars and no images. Raises InputError when there is
-    neither, when several splits stand among other folders, and
-    when two folders are the same split.
+    Raises InputError when there is neither, when several splits stand among other folders, and when
+    two folders are the same split.
     """
     found, left_out, empty, tars = _list_images(source, follow_links, "SOURCE", follower)
     if not found:
@@ -208,12 +208,11 @@ def _doubts(classes: list[str], sets: list[ImageSet], tars: list[str]) -> list[s
     """Warn of tars, of classes that are probably no classes, and of those without images."""
     doubts = []
     if tars:
-        hold = (
-            f"{min(tars)} is a tar, whose images are"
-            if len(tars) == 1
-            else (f"{len(tars):,} files, such as {min(tars)}, are tars, whose images are")
+        are = f"{len(tars):,} files, such as {min(tars)}, are tars"
+        are = f"{min(tars)} is a tar" if len(tars) == 1 else are
+        doubts.append(
+            f"{are}, whose images are not taken: give the tars themselves as SOURCE to pack those"
         )
-        doubts.append(f"{hold} not taken: give the tars themselves as SOURCE to pack those")
     if len(classes) == 1:
         doubts.append(f"there is one class only, {classes[0]}: is SOURCE one folder too high?")
     elif splits := [name for name in classes if split_name(name)]:

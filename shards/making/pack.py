@@ -19,8 +19,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from threading import Event
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,15 +34,13 @@ from shards.philox import Domain, permutation
 from shards.samples import Sample, read_samples
 from shards.storage import files, upload
 from shards.tar import BLOCK
+from shards.threads import run_in_threads
 
 STEM_LENGTH = 60
 
 _WORK = ".pack"  # This folder holds what is needed to continue an unfinished packing.
 _PLAN = "plan.json"
 _WRITTEN = re.compile(rf"shard-\d+\.tar(\..*)?|{re.escape(index.NAME)}|{re.escape(_WORK)}")
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 class Image(NamedTuple):
@@ -330,23 +327,6 @@ def describe_starts(name: str, starts: NDArray[np.int64], size: int) -> Shard:
         cuts = np.array(_even_cuts(np.append(starts[1:], size), index.BLOCK_BYTES))
         blocks = np.stack((starts[cuts[:-1]], np.diff(cuts)), axis=1)
     return Shard(name, len(starts), size, blocks, checksum(blocks))
-
-
-def run_in_threads(
-    call: Callable[[_T], _R], items: Iterable[_T], threads: int, stop: Event | None = None
-) -> list[_R]:
-    """Call `call` on every item in threads, and return the results in order.
-
-    After an exception no new call begins, and `stop` is set, so that long calls can end early.
-    """
-    with ThreadPoolExecutor(threads, thread_name_prefix="shard") as pool:
-        try:
-            return list(pool.map(call, items))
-        except BaseException:
-            if stop is not None:
-                stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def plain_stem(stem: str) -> str:

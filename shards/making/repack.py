@@ -15,7 +15,7 @@ from shards.errors import InputError
 from shards.making.image_folders import EXTENSIONS, PATTERN_HINT, split_name
 from shards.making.labels import number_labels
 from shards.making.left_out import Reasons, explain, leave_out, merge, tell_each
-from shards.making.pack import Image, ImageSet, run_in_threads
+from shards.making.pack import Image, ImageSet
 from shards.making.scan import NOT_THERE
 from shards.making.scan_tar import NO_FIELD, explain_absence, read_label, until
 from shards.making.survey import ReadImage
@@ -26,6 +26,7 @@ from shards.storage import files
 from shards.storage.range_file import RangeFile
 from shards.storage.skim import open_skim
 from shards.tar import COMPRESSED, Member, TarError, is_tar, read_members
+from shards.threads import run_in_threads
 
 ClassesFrom = Literal["labels", "tars", "folders"]
 

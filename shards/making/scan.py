@@ -19,7 +19,6 @@ from shards.making import kept_scans
 from shards.making.image_folders import PATTERN_HINT, split_name
 from shards.making.labels import Labels, number_labels
 from shards.making.left_out import Reasons, explain, leave_out, merge, tell_each
-from shards.making.pack import run_in_threads
 from shards.making.scan_tar import Scan, scan_tar
 from shards.making.tars import Tars, check_is_file, same_place
 from shards.making.undecodable import find_fault
@@ -29,6 +28,7 @@ from shards.storage import files, names
 from shards.storage.redaction import user_info
 from shards.storage.skim import open_skim
 from shards.tar import BLOCK, TarError
+from shards.threads import run_in_threads
 
 REMOTE_THREADS = 4  # Times as many tars are scanned at once, because each waits for its answers.
 

@@ -59,8 +59,7 @@ def find_places(index: Index, part: tuple[int, int], report: Callable[[str], Non
         part: (i, n) Read only every n-th block, from the i-th on.
         report: Takes warnings about damaged shards.
     """
-    places = [(s, b) for s in range(len(index.shards)) for b in range(len(index.blocks(s)))]
-    places = places[part[0] :: part[1]]
+    places = index.places()[part[0] :: part[1]]
     reader = BlockReader(index, report=report)
     found: list[tuple[int, int, int, int, int, str]] = []
     for (shard, number), block in read_blocks(reader, places, AHEAD):

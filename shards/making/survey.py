@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from shards.errors import InputError
 from shards.making.bit_depth import MAY_BE_WIDE, find_bit_depth
-from shards.making.pack import Image, run_in_threads
+from shards.making.pack import Image
 from shards.making.pictures import picture_size, read_wide
 from shards.making.turns import take_turn
 from shards.making.window import Window, explain_window, find_range
 from shards.png import undo_scaling
+from shards.threads import run_in_threads
 
 LOOKED_AT = 100_000  # The headers of so many images are read, which takes 10 s on a local disk.
 MEASURED = 64  # The values of so many images are looked at.

@@ -79,7 +79,7 @@ def find_tars(sources: list[str], *, compressed: bool = False) -> Tars:
 
 def check_is_file(url: str) -> None:
     """Raise TarError for a local folder or pipe, which can't be read as a tar."""
-    path = files.open_filesystem(url)[1]
+    path = files.local_path(url)
     if files.is_local(url) and os.path.exists(path) and not os.path.isfile(path):
         raise TarError("it is no file")
 
@@ -87,7 +87,7 @@ def check_is_file(url: str) -> None:
 def same_place(folder: str, other: str) -> bool:
     """Return whether two URLs, in whatever spelling, name the same folder."""
     if files.is_local(folder) and files.is_local(other):
-        one, two = (files.open_filesystem(url)[1] for url in (folder, other))
+        one, two = (files.local_path(url) for url in (folder, other))
         return os.path.realpath(one) == os.path.realpath(two)
     return folder.rstrip("/") == other.rstrip("/")
 
@@ -104,14 +104,14 @@ def check_apart(tars: Tars, out: str) -> None:
 
 
 def _is_folder(source: str) -> bool:
-    return files.is_local(source) and os.path.isdir(files.open_filesystem(source)[1])
+    return files.is_local(source) and os.path.isdir(files.local_path(source))
 
 
 def _place(url: str) -> str:
     """Return one spelling for all that name the same local file. A link is a file of its own."""
     if not files.is_local(url):
         return url
-    folder, name = os.path.split(files.open_filesystem(url)[1])
+    folder, name = os.path.split(files.local_path(url))
     return os.path.join(os.path.realpath(folder), name)
 
 

@@ -62,6 +62,11 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     return filesystem, f"/{path.lstrip('/')}" if protocol == "memory" and path else path
 
 
+def local_path(url: str) -> str:
+    """Return the path of a URL that names a place on a local disk."""
+    return open_filesystem(url)[1]
+
+
 def client(url: str) -> tuple[Any, str]:
     """Return what `open_filesystem` returns, but for S3 what `open_s3` does."""
     return open_s3(url) if is_s3(url) else open_filesystem(url)
@@ -158,7 +163,7 @@ def write(url: str, content: bytes) -> None:
     Missing local folders are created. For large objects, see upload.py.
     """
     if is_local(url):
-        retry(url, lambda: local_files.write(open_filesystem(url)[1], content))
+        retry(url, lambda: local_files.write(local_path(url), content))
         return
     filesystem, path = client(url)
     options = {"chunksize": ONE_PUT} if is_s3(url) else {}
@@ -330,7 +335,7 @@ def discard(url: str, place: str, report: Callable[[str], None]) -> bool:
     What a link leads to, outside of `place`, is somebody else's and stays.
     """
     if is_local(url):
-        path, folder = (open_filesystem(one)[1] for one in (url, place))
+        path, folder = (local_path(one) for one in (url, place))
         if not local_files.lies_below(path, folder):
             report(f"{redact(url)}: is not removed, because a link leads out of {redact(place)}")
             return False

@@ -44,12 +44,11 @@ def check_url(url: object, field: str, file: str) -> str:
     return url
 
 
-def check_name(name: object, file: str, mend: str) -> str:
-    """Return `name`, which was read from `file`, if it names a file in the same folder.
+def check_name(name: object, file: str, mend: str) -> None:
+    """Raise InputError unless `name`, which was read from `file`, names a file in its folder.
 
-    Raises InputError, naming `file` and `mend`, when the name is empty, `.` or `..`, or when it
-    contains a slash, a backslash (which some stores treat as a slash), NUL, or an unpaired UTF-16
-    surrogate.
+    A name that is empty, `.` or `..` does not, nor one that contains a slash, a backslash (which
+    some stores treat as a slash), NUL, or an unpaired UTF-16 surrogate.
 
     Args:
         mend: What the user can do about a bad name. It ends the message.
@@ -62,17 +61,15 @@ def check_name(name: object, file: str, mend: str) -> str:
             f"{file}: names {_shown(name)}, which is no plain name of a file in its folder: it is "
             f"damaged or malicious; {mend}"
         )
-    return name
 
 
-def check_path(path: object, file: str, mend: str) -> str:
-    """Return `path` if it names a file in the folder of `file` or below it.
+def check_path(path: object, file: str, mend: str) -> None:
+    """Raise InputError unless `path` names a file in the folder of `file` or below it.
 
-    Raises InputError when any of its parts is no plain name; see `check_name`.
+    Each of its parts has to be a plain name; see `check_name`.
     """
     for part in path.split("/") if isinstance(path, str) else [path]:
         check_name(part, file, mend)
-    return str(path)
 
 
 def _can_be_encoded(name: str) -> bool:

@@ -88,7 +88,7 @@ def _target(url: str, part: int) -> AbstractContextManager[_Write]:
 
 @contextmanager
 def _local(url: str) -> Iterator[_Write]:
-    path, needed = files.open_filesystem(url)[1], 0
+    path, needed = files.local_path(url), 0
 
     @_named(url)
     def write(view: memoryview) -> None:

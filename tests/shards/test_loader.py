@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -501,4 +502,7 @@ def test_memory_is_stated(packed: Index, pack_files: PackFiles, tmp_path: Path) 
         assert 4 * 2 * 8_000 < loader.block_memory < 4 * 2 * 24_000
     one = pack_files(str(tmp_path / "one"), {"a/0.jpg": draw_photo(0, 8, 8)})  # a single block
     with loading(Order(one, SEED, 1, 1)) as loader:
+        assert loader.block_memory == 2 * one.shards[0].bytes
+    empty = replace(one.shards[0], samples=0, blocks=np.empty((0, 2), np.int64))
+    with loading(Order(replace(one, shards=[empty, *one.shards]), SEED, 1, 1)) as loader:
         assert loader.block_memory == 2 * one.shards[0].bytes

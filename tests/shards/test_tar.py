@@ -8,7 +8,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards.samples import Block, Layout, parse_index, read_samples
+from shards.samples import Block, Layout, group_samples, parse_index, read_samples
 from shards.tar import TarError, read_members
 
 MEMBERS = [
@@ -49,7 +49,7 @@ def by_webdataset(content: bytes, tmp_path: str) -> list[tuple[str, dict[str, by
 def by_us(content: bytes) -> list[tuple[str, dict[str, bytes]]]:
     return [
         (s.key, {name: content[at : at + size] for name, (at, size) in s.fields.items()})
-        for s in read_samples(io.BytesIO(content), whole=True)
+        for s in group_samples(read_members(io.BytesIO(content), whole=True), Layout())
     ]
 
 

@@ -33,9 +33,9 @@ from shards.decode import DecodeError, decode
 from shards.errors import InputError
 from shards.index import Index
 from shards.making import synthetic
-from shards.samples import Block, read_samples
+from shards.samples import Block, Layout, group_samples
 from shards.storage import files
-from shards.tar import TarError
+from shards.tar import TarError, read_members
 from tests.helpers import confined
 from tests.whole import fuzz_inputs
 from tests.whole.fuzz_inputs import damage, damage_json
@@ -58,7 +58,7 @@ class Target:
 
 
 def _read_tar(content: bytes) -> None:
-    list(read_samples(io.BytesIO(content), whole=True))
+    list(group_samples(read_members(io.BytesIO(content), whole=True), Layout()))
 
 
 def _read_block(content: bytes) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine.evaluation.during_training import FAILED
+from engine.log.journal import FAILED
 from engine.log.metrics import TIMINGS
 from engine.processes.parallel import ParallelConfig
 from engine.processes.world import rank

@@ -1,16 +1,23 @@
 """Evaluations on plain folders of images, which are packed beside the results."""
 
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from engine.evaluation.given_sets import GivenSet
+from engine.processes.world import join, set_timeout
 from launch import evaluate
 from shards.loader import DataConfig
 from shards.making import pack
+from shards.making.convert import PixelOptions
+from shards.making.packed_folder import Folder
 from shards.storage import files
 from tests.engine.evaluation.test_probe_sets import NAMES, write_folder
 from tests.helpers import tiny
+from tests.helpers.ranks import Ranks
 from tests.helpers.tars import write_tar
 from tests.helpers.training import train
 from tests.launch.test_evaluate import result
@@ -80,3 +87,26 @@ def test_all_places_are_checked_before_anything_is_packed(
     ):
         assert evaluate.main(["knn", *call, "--data.train", a, *FEW]) == 1
         assert expected.format(tmp_path) in capsys.readouterr().err
+
+
+def open_slowly(url: str, cache: str) -> str:
+    world = join(1, distributed=True)
+    given = GivenSet(url, "data.val", world)
+    pack_folder = Folder.keep_packed
+
+    def pack_slowly(*arguments: Any, **options: Any) -> str:
+        time.sleep(3)
+        return pack_folder(*arguments, **options)
+
+    set_timeout(1.0, [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Folder, "keep_packed", pack_slowly)
+        options = {"threads": 1, "report": print, "alone": True}
+        return given.open(cache, PixelOptions, **options).digest  # type: ignore[arg-type]
+
+
+def test_processes_wait_for_one_that_packs(ranks: Ranks, tmp_path: Path) -> None:
+    """A large folder takes longer than they wait for each other at the start."""
+    url = write_folder(f"{tmp_path}/a", 4)
+    one, other = ranks.run(open_slowly, url, f"{tmp_path}/packed", size=2)
+    assert one == other

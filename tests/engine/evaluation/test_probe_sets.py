@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from engine.debug import debug_step
+from engine.evaluation import during_training
 from engine.evaluation.during_training import ProbeConfig
+from engine.log.figures import effective_rank
 from engine.processes.parallel import ParallelConfig
 from engine.processes.world import rank
 from engine.recipe import Recipe
@@ -150,6 +152,23 @@ def test_processes_measure_what_one_does(
         found.append(last(f"{tmp_path}/{name}"))
     assert found[0]["knn_top1"] == found[1]["knn_top1"]
     assert found[0]["feature_rank"] == pytest.approx(found[1]["feature_rank"], rel=1e-6)
+
+
+def measure_where_the_library_rounds_otherwise(config: Recipe) -> float:
+    with pytest.MonkeyPatch.context() as patch:
+        other = lambda features: effective_rank(features) * (1 + 1e-12 * rank())  # noqa: E731
+        patch.setattr(during_training, "effective_rank", other)
+        probe = open_trainer(config).probe
+        assert probe is not None
+        return float(probe.evaluate()["feature_rank"])
+
+
+def test_processes_agree_on_the_rank(ranks: Ranks, tiny_data: DataConfig, tmp_path: Path) -> None:
+    """It may choose the checkpoint to save, which they do together."""
+    config = recipe(tiny_data, f"{tmp_path}/run", ProbeConfig())
+    config = dataclasses.replace(config, parallel=ParallelConfig("ddp", timeout=60))
+    found = ranks.run(measure_where_the_library_rounds_otherwise, config, size=2)
+    assert found[0] == found[1] > 1
 
 
 def test_other_classes_than_the_head_learns(

@@ -55,7 +55,7 @@ def test_checkpoints_that_are_written_and_stay(every: int, keep_every: int) -> N
         for step in written:  # as checkpoint.prune does after each
             kept.append(step)
             kept = [s for s in kept[:-2] if keep_every and s % keep_every == 0] + kept[-2:]
-        found = traffic.save_run(recipe, 10, total)
+        found = traffic.save_run(recipe, total)
         assert (found.written, found.kept) == (len(written), len(kept))
 
 
@@ -67,14 +67,14 @@ def test_fractions_of_steps(every: int | str, keep_every: int | str) -> None:
     for total in (1, 20, 21, 22):
         written = [s for s in range(1, total + 1) if is_due(every, s) or s == total]
         old = [step for step in written[:-2] if is_due(keep_every, step)]
-        found = traffic.save_run(recipe, 10, total)
+        found = traffic.save_run(recipe, total)
         assert (found.written, found.kept) == (len(written), len(old) + len(written[-2:]))
         assert plan.count_due(plan.cadence(every), total) == len(written)
 
 
 def test_no_cadence_saves_the_last_step_only() -> None:
     recipe = Recipe(checkpoint=CheckpointConfig(every=0, keep_every=5))
-    assert traffic.save_run(recipe, 10, 100) == (10, 1, 1)
+    assert traffic.save_run(recipe, 100) == (1, 1)
 
 
 def test_where_the_speed_comes_from() -> None:

@@ -107,6 +107,8 @@ def test_what_cannot_run_is_refused(tiny_data: DataConfig, tmp_path: Path) -> No
         ({"explain_processes": 5}, "5 processes but data.streams is 4"),
         ({"batch": BatchConfig(size=18)}, "batch.size 18 is not divisible"),
         ({"batch": BatchConfig(size=18), "data": missing}, "batch.size 18 is not divisible"),
+        # To try all numbers up to this one would take minutes.
+        ({"batch": BatchConfig(size=2**31 - 1), "data": missing}, "use --data.streams 1 or"),
         ({"batch": BatchConfig(size=16, micro=8), "data": missing}, "batch.micro 8"),
         ({"batch": BatchConfig(size=200)}, "fewer than batch.size"),
     ):

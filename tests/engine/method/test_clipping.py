@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from engine.method.adamw import AdamW, AdamWConfig
 from engine.method.clipping import ClipConfig, clip_gradients
-from engine.method.lars import LARSConfig, parameter_groups
+from engine.method.lars import LARSConfig
+from engine.method.optimizer import parameter_groups
 from engine.method.sgd import SGD, SGDConfig
 from engine.method.torch_optimizer import TorchOptimizerConfig
 from tests.engine.method.test_lars import NoReading

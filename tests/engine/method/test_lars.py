@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.method.adamw import AdamWConfig
 from engine.method.byol import BYOLConfig, Online, build
-from engine.method.lars import LARS, LARSConfig, parameter_groups
+from engine.method.lars import LARS, LARSConfig
+from engine.method.optimizer import parameter_groups
 from engine.method.resnet import ResNetConfig
 from tests.helpers.golden_files import golden
 

@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from engine.method import torch_optimizer
-from engine.method.lars import LARSConfig, parameter_groups
+from engine.method.lars import LARSConfig
+from engine.method.optimizer import parameter_groups
 from engine.method.sgd import SGDConfig
 from engine.method.torch_optimizer import TorchOptimizerConfig
 from engine.method.torch_options import ELEMENTWISE, read_options

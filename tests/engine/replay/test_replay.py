@@ -269,7 +269,7 @@ def test_a_branch_and_its_first_step(recipe: Recipe, tmp_path: Path) -> None:
     branch = CheckpointConfig(every=0, branch=f"{recipe.run}/checkpoints/step_00000004")
     child = dataclasses.replace(recipe, run=str(tmp_path / "child"), checkpoint=branch, steps=7)
     train(child)
-    assert [url[-2:] for url in checkpoint.steps(child.run)] == ["07"]
+    assert checkpoint.steps(child.run) == [7]
     for step in (5, 7):
         found = replayed(child, step)
         assert found["exact"]

@@ -11,6 +11,7 @@ import torch
 from engine.data import open_data, open_own_probe_sets
 from engine.evaluation.during_training import Probe, ProbeConfig, Stopped
 from engine.explain.report import explain
+from engine.log.journal import STOPPED_EARLY
 from engine.log.metrics import TIMINGS, LogConfig, NoLog
 from engine.log.terminal import Terminal
 from engine.method.durations import is_due
@@ -20,7 +21,7 @@ from engine.recipe import Recipe
 from engine.report.survey import survey_runs
 from engine.state import checkpoint
 from engine.state.checkpoint import CheckpointConfig
-from engine.state.early_stop import MARK, EarlyStop, EarlyStopConfig, Patience, find_doubt
+from engine.state.early_stop import EarlyStop, EarlyStopConfig, Patience, find_doubt
 from engine.trainer import Trainer
 from shards.errors import InputError
 from shards.loader import DataConfig
@@ -108,7 +109,7 @@ def test_a_run_ends_early(
     assert f"stopped early: {REASON}" in told
     assert "goes on with a larger --early-stop.patience than 2, or" in told
     assert checkpoint.committed_steps(str(tmp_path))[-1] == 8
-    assert [line.get(MARK) for line in lines(tmp_path)] == [None] * 7 + [REASON]
+    assert [line.get(STOPPED_EARLY) for line in lines(tmp_path)] == [None] * 7 + [REASON]
     assert state_of(tmp_path) == "stopped early"
     assert f"stopped early: {REASON}" in (tmp_path / "report.html").read_text()
 
@@ -126,7 +127,7 @@ def test_in_object_storage(tiny_data: DataConfig, s3: str) -> None:
     for last in (5, 14):
         train_with(recipe(tiny_data, run, STOP, steps=last))
     records = [json.loads(line) for line in files.read(f"{run}/metrics.jsonl").splitlines()]
-    assert (records[-1]["step"], records[-1][MARK]) == (8, REASON)
+    assert (records[-1]["step"], records[-1][STOPPED_EARLY]) == (8, REASON)
     assert state_of(run) == "stopped early"
 
 
@@ -146,9 +147,9 @@ def test_an_evaluation_that_was_left_counts_when_it_is_made(
 ) -> None:
     config = recipe(tiny_data, tmp_path, STOP)
     assert train_with(config, interrupted=8) == 8
-    assert MARK not in lines(tmp_path)[-1]
+    assert STOPPED_EARLY not in lines(tmp_path)[-1]
     assert train_with(config) == 8
-    assert MARK in lines(tmp_path)[-1]
+    assert STOPPED_EARLY in lines(tmp_path)[-1]
 
 
 def test_a_figure_of_the_steps(tiny_data: DataConfig, tmp_path: Path) -> None:
@@ -170,7 +171,7 @@ def test_a_figure_of_the_steps(tiny_data: DataConfig, tmp_path: Path) -> None:
             stop = EarlyStopConfig(key, patience=1)
             train(recipe(tiny_data, tmp_path / name, stop, **given | {"steps": last}))
         found = [line for line in comparable(tmp_path / name) if line["step"] != 2]
-        assert found[-1].pop(MARK).startswith(f"{key} ")
+        assert found[-1].pop(STOPPED_EARLY).startswith(f"{key} ")
         assert found == whole[: ends[key] + 1]
 
 
@@ -207,7 +208,7 @@ def test_the_last_step_of_the_run_ends_nothing_early() -> None:
         for values in ({1: 1.0, 3: 0.5, 6: 0.7}, {1: 0.5, 3: 0.6, 6: 0.7}):
             log = MadeLog(values)
             early = EarlyStop(config, ALONE, log, 0, total, lambda _: True)
-            assert bool(early.reason) is (MARK in log.records[-1]) is ends
+            assert bool(early.reason) is (STOPPED_EARLY in log.records[-1]) is ends
 
 
 @pytest.mark.parametrize(("warmup", "ends"), [(0, 2), (2, 4), (3, 5), (9, None)])
@@ -240,7 +241,7 @@ def test_a_run_that_ended_below_its_untrained_encoder_says_so(
         patch.setattr(Trainer, "measure_baseline", lambda _: baseline)
         train_with(recipe(tiny_data, tmp_path, stop))
     told = " ".join(capsys.readouterr().out.split())
-    assert MARK in lines(tmp_path)[-1]
+    assert STOPPED_EARLY in lines(tmp_path)[-1]
     assert lines(tmp_path)[-1]["health"] == "not learning"
     assert "health not learning (knn_top1 is 60.0% at step 4 of 20, and 90.0% without" in told
     assert "the trained encoder was measured last at step 4" in told

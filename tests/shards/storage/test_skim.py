@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from shards.samples import read_samples
+from shards.samples import Layout, group_samples
 from shards.storage import files, skim
 from shards.storage.skim import open_skim
+from shards.tar import read_members
 from tests.helpers.tars import write_tar
 
 
@@ -51,7 +52,7 @@ def test_headers_and_labels_take_few_of_the_bytes(
     counted = Counted(monkeypatch)
     labels = 0
     with open_skim(url) as file:
-        for sample in read_samples(file, whole=True):
+        for sample in group_samples(read_members(file, whole=True), Layout()):
             assert sample.label is not None
             file.seek(sample.label[0])
             labels += file.read(sample.label[1]) == b"1"
