@@ -181,6 +181,7 @@ def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -
 
     def hold() -> None:
         layout.refuse_links(recipe.run, layout.NAMES, "give --run where the whole run shall lie")
+        layout.check_kinds(recipe.run)
         check_recipe(recipe, index_digest, terminal.report)
         if not recipe.debug_step:
             claimed.append(lease.acquire(recipe.run, agents, lease.PERIOD, terminal.report))
@@ -212,6 +213,7 @@ def open_run(
 
     def check() -> None:
         layout.refuse_links(recipe.run, layout.NAMES, "give --run where the whole run shall lie")
+        layout.check_kinds(recipe.run)
         check_recipe(recipe, index_digest, terminal.report)
 
     world.on_main(check)
