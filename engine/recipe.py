@@ -159,7 +159,7 @@ class Recipe:
                 raise InputError(f"{name} is not set: give --{name} URL, the {what}")
         places = ("run", "data.train", "data.val", "data.cache", "probe.train", "probe.val")
         beginnings = ("checkpoint.resume", "checkpoint.branch", "model.start")
-        for name in (*places, *beginnings):
+        for name in (*places, *beginnings, "compile_folder"):
             files.check(attrgetter(name)(self), name)
         layout.check_run(self.run)
         parse_steps(self.profile)

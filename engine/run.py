@@ -212,8 +212,9 @@ def open_run(
 
 
 def _check(recipe: Recipe, index_digest: str, terminal: Terminal) -> None:
-    """Raise InputError when a part of RUN lies elsewhere, or is of another recipe or data."""
+    """Raise InputError when parts of RUN lie elsewhere, or are of another kind, recipe or data."""
     layout.refuse_links(recipe.run, layout.NAMES, "give --run where the whole run shall lie")
+    layout.check_kinds(recipe.run)
     check_recipe(recipe, index_digest, terminal.report)
 
 

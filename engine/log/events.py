@@ -27,7 +27,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from engine.log.journal import pause
 from shards.errors import printable
 from shards.png import encode_png
-from shards.storage import files
+from shards.storage import files, local_files
 from shards.storage.space import naming_space
 
 
@@ -144,7 +144,7 @@ class EventLog:
     def _extend(self, url: str, content: bytes) -> None:
         """Append to the local file, after removing what a failed attempt may have left there."""
         path = files.local_path(url)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        local_files.make_folder_of(path)
         with (
             naming_space(path, lambda: len(content), path),
             open(path, "r+b" if self._size else "wb") as file,

@@ -16,6 +16,7 @@ RUN/debug_step/                       exists while --debug-step runs
 RUN/replay/step_00000100/             what --replay found of a step (replay/report.py)
 """
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -42,10 +43,11 @@ NEIGHBOURS = "neighbours"
 
 RESULT, SHEET = "result.json", "neighbours.png"  # files in the folder of an evaluation
 
-NAMES = (
-    *(RECIPE, CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, PROBE, PROFILE, DEBUG_STEP, REPLAY),
-    *(JSONL, PARTS, TRACKERS, NEIGHBOURS),
+_FOLDERS = (
+    *(CHECKPOINTS, LEASE, COMPILE, EVALUATIONS, PROBE, PROFILE, DEBUG_STEP, REPLAY),
+    *(PARTS, NEIGHBOURS),
 )
+NAMES = (RECIPE, JSONL, TRACKERS, *_FOLDERS)
 
 
 _FILES = (RECIPE, JSONL, "commit.json", "index.json", ".metadata")
@@ -82,6 +84,25 @@ def refuse_links(run: str, names: tuple[str, ...], remedy: str) -> None:
             raise InputError(
                 f"{files.redact(files.join(run, name))} is a link to {target}, out of the run: "
                 f"what lies there would be overwritten and removed: take the link away, or {remedy}"
+            )
+
+
+def check_kinds(run: str) -> None:
+    """Raise InputError when a file lies where RUN, or a part of it, has a folder, or vice versa.
+
+    Otherwise a run whose folder of checkpoints is hidden by a file would begin anew.
+    """
+    if not files.is_local(run):
+        return
+    home = files.local_path(run)
+    for name in ("", *NAMES):
+        path, is_folder = f"{home}/{name}".rstrip("/") or "/", not name or name in _FOLDERS
+        if os.path.lexists(path) and os.path.isdir(path) != is_folder:
+            kinds = ("no folder", "a folder") if is_folder else ("a folder", "a file")
+            place = files.redact(files.join(run, name) if name else f"run {run}")
+            raise InputError(
+                f"{place}: is {kinds[0]}, and a run has {kinds[1]} there: move it away, or give "
+                "another --run"
             )
 
 

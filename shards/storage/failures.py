@@ -83,6 +83,7 @@ _PASSING_KINDS = {
 }
 _MISTAKES = (ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError)
 FULL = {*space.FULL, errno.EROFS}  # With these, every way of writing fails.
+_NO_NAME = {errno.ENAMETOOLONG, errno.ELOOP, errno.EILSEQ}  # With these, the path is at fault.
 _FINAL = (
     *(FileNotFoundError, FileExistsError, PermissionError),
     *(IsADirectoryError, NotADirectoryError),
@@ -228,7 +229,7 @@ def _without_answer(error: Exception, url: str, kind: type[OSError]) -> Failure:
     elif isinstance(error, TimeoutError):
         text = f"timed out {text}"
     elif isinstance(error, OSError):
-        hopeless = hopeless or error.errno in FULL
+        hopeless = hopeless or error.errno in FULL | _NO_NAME
     else:
         text, hopeless = f"{name} {text}", isinstance(error, _MISTAKES)
     return Failure(_line(text or name, url), hopeless, kind, brief)

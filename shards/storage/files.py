@@ -18,7 +18,7 @@ import fsspec
 
 from shards.documents import parse_json
 from shards.errors import InputError
-from shards.storage import local_files
+from shards.storage import local_files, names
 from shards.storage.failures import (
     is_beyond_end,
     is_refused_condition,
@@ -72,8 +72,8 @@ def client(url: str) -> tuple[Any, str]:
     return open_s3(url) if is_s3(url) else open_filesystem(url)
 
 
-def join(url: str, *names: str) -> str:
-    return "/".join([url.rstrip("/"), *names])
+def join(url: str, *parts: str) -> str:
+    return "/".join([url.rstrip("/"), *parts])
 
 
 def read(url: str, start: int | None = None, stop: int | None = None) -> bytes:
@@ -134,6 +134,9 @@ def check(url: str, name: str) -> None:
         raise InputError(f"{name} {redact(url)}: a URL has two slashes: {meant}://...")
     if is_s3(url) and has_query(place):
         raise InputError(f"{name} {redact(url)}: an s3 URL has no query: leave out what follows ?")
+    if "\0" in url or not names.can_be_encoded(url, is_local(url)):
+        text = "holds NUL or half a character, which no name has: correct it"
+        raise InputError(f"{name} {redact(url)}: {text}")
 
 
 def download(url: str, size: int, path: str) -> None:
@@ -302,10 +305,10 @@ def remove(url: str) -> None:
         retry(url, lambda: local_files.remove(path))
         return
     filesystem.invalidate_cache()
-    names = set(retry(url, lambda: filesystem.find(path)))  # Markers of folders end in a slash.
-    names = {name for name in names if name == path or name.startswith(f"{path}/")}
-    if path not in names and retry(url, lambda: filesystem.isfile(path)):
-        names.add(path)
+    found = set(retry(url, lambda: filesystem.find(path)))  # Markers of folders end in a slash.
+    found = {name for name in found if name == path or name.startswith(f"{path}/")}
+    if path not in found and retry(url, lambda: filesystem.isfile(path)):
+        found.add(path)
 
     def delete(name: str) -> None:
         if is_s3(url):  # s3fs's own methods drop the slash at the end of a name.
@@ -317,9 +320,9 @@ def remove(url: str) -> None:
             retry(url, lambda: filesystem.rm_file(name))
 
     with ThreadPoolExecutor(DELETIONS, thread_name_prefix="remove") as threads:
-        list(threads.map(delete, names))
+        list(threads.map(delete, found))
     if is_s3(url):  # Some servers keep empty folders. On other servers this does nothing.
-        slashes = ((name, i) for name in names for i in range(len(path), len(name)))
+        slashes = ((name, i) for name in found for i in range(len(path), len(name)))
         folders = {name[: i + 1] for name, i in slashes if name[i] == "/"}
         for folder in sorted(folders, reverse=True):
             delete(folder)

@@ -34,13 +34,32 @@ def absolute(url: str) -> str:
     return path if ".." in path.split("/") else os.path.normpath(path)
 
 
+def make_folder_of(path: str) -> None:
+    """Make the folder that the file `path` lies in. Raises NotADirectoryError for a file there."""
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:  # `create` must not see the first one
+        raise tell_obstacle(error) from None
+
+
+def tell_obstacle(error: OSError) -> OSError:
+    """Return the error that names the file where a folder had to be, or else `error` itself."""
+    place = found = os.fsdecode(error.filename or "")
+    while found and not os.path.lexists(found):
+        found = os.path.dirname(found)
+    if not found or os.path.isdir(found):
+        return error
+    use = "a folder is needed there" if found == place else f"{place} cannot lie in it"
+    return NotADirectoryError(f"{found}: is no folder, and {use}: give another place, or move it")
+
+
 @contextlib.contextmanager
 def new_file(path: str) -> Iterator[tuple[BinaryIO, str]]:
     """Yield a new file beside `path`, and its name, which is unique to this call.
 
     The file is deleted when the block ends, unless it was renamed.
     """
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    make_folder_of(path)
     name = f"{path}.{secrets.token_hex(6)}.partial"
     try:
         with open(name, "xb") as file:

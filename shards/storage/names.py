@@ -56,7 +56,7 @@ def check_name(name: object, file: str, mend: str) -> None:
     if not isinstance(name, str):
         kind = type(name).__name__
         raise InputError(f"{file}: is damaged, it has a {kind} in place of a file's name; {mend}")
-    if name in ("", ".", "..") or set(name) & set("/\\\0") or not _can_be_encoded(name):
+    if name in ("", ".", "..") or set(name) & set("/\\\0") or not can_be_encoded(name):
         raise InputError(
             f"{file}: names {_shown(name)}, which is no plain name of a file in its folder: it is "
             f"damaged or malicious; {mend}"
@@ -72,9 +72,10 @@ def check_path(path: object, file: str, mend: str) -> None:
         check_name(part, file, mend)
 
 
-def _can_be_encoded(name: str) -> bool:
+def can_be_encoded(name: str, local: bool = True) -> bool:
+    """Return whether a name is one of a file, on a local disk or, in UTF-8, in an object store."""
     try:
-        os.fsencode(name)
+        os.fsencode(name) if local else name.encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from shards.storage.failures import explain
-from shards.storage.local_files import is_local
+from shards.storage.local_files import is_local, tell_obstacle
 from shards.storage.redaction import redact
 
 _T = TypeVar("_T")
@@ -37,6 +37,8 @@ def retry(url: str, call: Callable[[], _T]) -> _T:
             return call()
         except Exception as error:  # The errors of botocore and aiohttp are not OSErrors.
             failure = explain(error, url)
+            if is_local(url) and isinstance(error, NotADirectoryError):
+                raise tell_obstacle(error) from None
             if is_local(url) and failure.kind is not OSError:
                 raise
             short = isinstance(error, WrongLength)

@@ -1,4 +1,4 @@
-"""Links out of a run, pipes and devices: nothing beside the run is removed, and nothing hangs."""
+"""Links, pipes and files at wrong places of a run: nothing beside it is lost, and nothing hangs."""
 
 import os
 from collections.abc import Callable
@@ -60,6 +60,26 @@ def test_a_link_inside_the_run_and_to_the_run_is_none_out_of_it(
             save(tmp_path / "link", step)
         checkpoint.prune(str(tmp_path / "link"), 2, keep=1)
     assert [path.name for path in (run / "large").iterdir()] == ["step_00000002"]
+
+
+FILES = (layout.RECIPE, layout.JSONL, layout.TRACKERS)
+
+
+@pytest.mark.parametrize("name", ["", *layout.NAMES])
+def test_a_file_where_a_run_has_a_folder_is_refused(
+    tiny_data: DataConfig, tmp_path: Path, name: str
+) -> None:
+    """Behind a file in place of its checkpoints, a run would begin anew."""
+    from engine.log.terminal import Terminal
+
+    place = tmp_path / "run" / name
+    place.parent.mkdir(exist_ok=True)
+    place.mkdir(parents=True) if name in FILES else place.touch()
+    recipe = tiny.recipe(tiny_data, tmp_path / "run", steps=1)
+    kinds = ("a folder", "a file") if name in FILES else ("no folder", "a folder")
+    text = f"{place}: is {kinds[0]}, and a run has {kinds[1]} there: move it away, or give another"
+    with pytest.raises(InputError, match=text), claim(recipe, "digest", ALONE, Terminal(True)):
+        pass
 
 
 @pytest.mark.parametrize("linked", ["checkpoints", "checkpoints/step_00000001"])

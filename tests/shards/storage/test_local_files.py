@@ -203,3 +203,31 @@ def test_an_unreadable_folder_of_shards_is_no_empty_one(folder: Path) -> None:
             files.list_names(str(closed))
     finally:
         closed.chmod(0o755)
+
+
+# Files where folders have to be -------------------------------------------------------------------
+
+
+def upload_to(url: str) -> None:
+    with upload.open_writer(url) as file:
+        file.write(b"a")
+
+
+WAYS = (
+    files.read,
+    lambda url: files.write(url, b"a"),
+    lambda url: files.create(url, b"a"),
+    upload_to,
+)
+
+
+@pytest.mark.parametrize("name", ["file/1.json", "file/folder/1.json"])
+def test_a_file_in_the_way_is_named(name: str, tmp_path: Path) -> None:
+    """An exclusive create would otherwise take it for the file of another process."""
+    (tmp_path / "file").touch()
+    url, text = f"{tmp_path}/{name}", f"{tmp_path}/file: is no folder, and .*(needed|cannot lie)"
+    for way in WAYS:
+        with pytest.raises(OSError, match=text):
+            way(url)
+    assert files.list_names(url) == []
+    assert not files.exists(url)

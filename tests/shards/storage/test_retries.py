@@ -115,3 +115,16 @@ def test_a_local_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         files.read(f"{tmp_path}/file", 3, 9)
     with pytest.raises(FileNotFoundError):
         files.read(f"{tmp_path}/none")
+
+
+@pytest.mark.parametrize("name", ["n" * 256, "loop/a"])
+def test_a_path_at_fault_is_told_at_once(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    for call in (files.read, lambda url: files.write(url, CONTENT)):
+        with pytest.raises(OSError, match=r"File name too long|symbolic links|is no folder"):
+            call(f"{tmp_path}/{name}")
+    assert not waits

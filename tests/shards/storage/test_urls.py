@@ -22,6 +22,10 @@ from shards.storage import files
         (" s3://try/run", "a URL begins with small letters: s3://..."),
         ("s3://try/run?X-Amz-Signature=c4n4ry", "an s3 URL has no query"),
         ("s3://try/a?b/run?X-Amz-Signature=c4n4ry", "an s3 URL has no query"),
+        ("runs/a\0b", "holds NUL or half a character"),
+        ("s3://KEY:c4n4ry@try/a\0b", "holds NUL or half a character"),
+        ("runs/\ud800", "holds NUL or half a character"),
+        ("s3://try/\udcff", "holds NUL or half a character"),
     ],
 )
 def test_slips_in_urls_are_told(url: str, text: str) -> None:
@@ -35,6 +39,7 @@ def test_slips_in_urls_are_told(url: str, text: str) -> None:
     "url",
     [
         *("", "run", "/run", "a:b/c", "s3://try", "memory://a?b", "file:///a"),
+        *("runs/\udcff", "s3://try/ü日"),  # Bytes of a path need not be UTF-8.
         *("s3/run", "a//b", "https/run", "./s3:/run", "/s3:/run"),
         *("s3://try/lr?", "s3://try/a?b/[1]*#%41 ::c", "s3://try/what? that=this"),
     ],
