@@ -110,9 +110,10 @@ def _greet(trainer: Trainer, block_memory: int) -> None:
     ):
         if warning:
             trainer.terminal.say(warning)
+    last = max(trainer.step, trainer.last_step)  # --steps may name a step that is done
     trainer.terminal.say(
         f"{data.train.samples:,} images, {data.order.steps_per_epoch:,} steps an epoch; "
-        f"steps {trainer.step:,} to {trainer.last_step:,} on {trainer.device}, {trainer.threads} "
+        f"steps {trainer.step:,} to {last:,} on {trainer.device}, {trainer.threads} "
         f"thread{'s' * (trainer.threads > 1)} a process; blocks in memory: "
         f"up to about {block_memory / 2**20:,.0f} MiB"
     )
@@ -193,7 +194,7 @@ def _farewell(trainer: Trainer, log: MetricsLog, first: int, early: str) -> None
     `early` is why it ended before its time, if it did.
     """
     say, run = trainer.terminal.say, files.redact(trainer.run.url)
-    say(f"{trainer.step} of {trainer.total_steps} steps done")
+    say(f"{trainer.step:,} of {trainer.total_steps:,} steps done")
     if early:
         say(f"stopped early: {early}")
     if trainer.probe is not None and trainer.probe.failures:

@@ -79,7 +79,7 @@ class Features:
         source, network = open_encoder(self.checkpoint_url, self.encoder, here, terminal.say)
         if data.max_pixels is not None:
             source = replace(source, rules=replace(source.rules, max_pixels=data.max_pixels))
-        terminal.say(f"features of the {source.report}")
+        terminal.say(f"features: {source.report}")
         if warning := slow_on(here.device, source.precision):
             terminal.say(warning)
         terminal.say(f"looking for images in {files.redact(self.images)}")

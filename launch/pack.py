@@ -94,7 +94,7 @@ def main(
         out: With --index-only: the folder for index.json, when it can't stand next to the tars.
         classes: File with the names of the classes, one a line. Only for tars.
         classes_from: What gives the class of an image in a tar: its label, the name of its tar, or
-            the folder in its name. The last two need OUT.
+            the folder that it lies in. The last two need OUT.
         image: The field of a sample that holds its image, such as input.jpg. Only for tars.
         label: The field of a sample that holds its label, such as txt, or json:KEY for a value in a
             JSON field. Only for tars.

@@ -115,7 +115,8 @@ class Bar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._done:  # otherwise a stop prints an empty line where no terminal is
+            self._progress.stop()
 
 
 def summarize(name: str, index: Index, note: str) -> None:

@@ -171,11 +171,12 @@ class FolderImages:
 
 @contextmanager
 def _naming_data() -> Iterator[None]:
-    """Let messages name DATA, which packing calls SOURCE."""
+    """Let messages name DATA and --data.window, which packing calls SOURCE and --window."""
     try:
         yield
     except InputError as error:
-        raise InputError(str(error).replace("SOURCE", "DATA", 1)) from None
+        told = str(error).replace("SOURCE", "DATA", 1).replace(" --window", " --data.window")
+        raise InputError(told) from None
 
 
 def open_images(

@@ -25,7 +25,10 @@ _PROBES: dict[Name, Literal["probe.train", "probe.val"]] = {
 def open_index(url: str, name: str, world: World) -> Index:
     """Open a data set. All processes call it together, and an error of one is raised on all."""
     if not url:
-        raise InputError(f"{name} is not set: give --{name} URL, a folder of shards")
+        raise InputError(
+            f"{name} is not set: give --{name} URL, a folder of shards, or of images with one "
+            "folder for each class"
+        )
     files.check(url, name)
     return world.on_all(lambda: indexes.load(url, name))
 

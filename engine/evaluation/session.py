@@ -133,7 +133,7 @@ class Evaluation:
         self.encode = encoding(self.network, self.source.precision, world.device)
         self.settings = settings
         self.url = self._folder()
-        self.terminal.say(f"{protocol} of the {self.source.report}")
+        self.terminal.say(f"{protocol}: {self.source.report}")
         if warning := slow_on(world.device, self.source.precision):
             self.terminal.say(warning)
 

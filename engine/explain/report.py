@@ -210,7 +210,7 @@ def _reading(
     cores = rate / traffic.DECODED
     takes = "takes" if recipe.data.decode == "cpu" else "by the CPU would take"
     table.caption = (
-        ("" if speed else f"A second is one of {UNIT:,.0f} images of all processes.\n")
+        ("" if speed else f"A second is the time of {UNIT:,.0f} images of all processes.\n")
         + f"The data set has {_gb(sum(shard.bytes for shard in index.shards))} in "
         f"{len(index.shards):,} {'shard' if len(index.shards) == 1 else 'shards'}. Each process "
         f"has up to {fetches} requests under way.\n"

@@ -51,7 +51,7 @@ class EarlyStopConfig:
         raise InputError(
             f"early_stop.key {shown(self.key)}: is no figure that the training measures and that "
             + (f"can get better: did you mean {near[0]}? " if near else "can get better: ")
-            + f"It has {', '.join(known)}"
+            + f"{'The figures are' if near else 'give one of'} {', '.join(known)}"
         )
 
 

@@ -93,7 +93,7 @@ def find_folder(source: str, name: str, *, labels: bool = True) -> Folder:
 
 @contextmanager
 def _naming(source: str, name: str) -> Iterator[None]:
-    """Let messages name the field, which packing calls SOURCE."""
+    """Let messages name the field, which packing calls SOURCE, and whose the options are."""
     place = files.redact(source)
     try:
         yield
@@ -102,6 +102,7 @@ def _naming(source: str, name: str) -> Iterator[None]:
         if not told.startswith("SOURCE "):
             raise
         told = told.removeprefix(there).removeprefix("SOURCE ")
+        told = told.replace(" --window", " pack.py --window")
         remedy = "give shards of `python launch/pack.py`, or a folder with one folder a class"
         raise InputError(f"{name} {place}: {told}; {remedy}") from None
 

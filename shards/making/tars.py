@@ -12,7 +12,7 @@ from braceexpand import braceexpand
 from shards import index
 from shards.errors import InputError
 from shards.making.image_folders import SPLITS, is_junk, split_name
-from shards.making.left_out import Reasons, explain, leave_out
+from shards.making.left_out import Reasons, explain, leave_out, merge
 from shards.storage import files, local_files, misplaced
 from shards.tar import COMPRESSED, TarError, is_tar
 
@@ -34,8 +34,8 @@ class Tars(NamedTuple):
 def find_tars(sources: list[str], *, compressed: bool = False) -> Tars:
     """Find the tars in folders and below them, those of brace patterns, and single ones.
 
-    Raises InputError when there are none, when one is named twice, and when a folder holds several
-    splits, which would become one data set.
+    Raises InputError when a source has none, when one is named twice, and when a folder holds
+    several splits, which would become one data set.
 
     Args:
         compressed: Also take compressed tars.
@@ -51,7 +51,11 @@ def find_tars(sources: list[str], *, compressed: bool = False) -> Tars:
             urls += expanded
         else:
             check_suffix(source)
-            found = _walk(source, left_out, compressed)
+            others: Reasons = {}
+            found = _walk(source, others, compressed)
+            if not found:
+                raise _no_tars(source, others)
+            merge(left_out, others)
             taken += found
             urls += found
     _check_names(taken, sources)
@@ -59,18 +63,8 @@ def find_tars(sources: list[str], *, compressed: bool = False) -> Tars:
     for url in urls:
         if places[_place(url)] > 1:
             raise InputError(f"SOURCE {files.redact(url)}: is named twice")
-    if not urls:
-        for source in sources:
-            if misplaced.last_name(source).endswith(".json"):
-                folder = files.redact(misplaced.folder_of(source))
-                raise InputError(
-                    f"SOURCE {files.redact(source)}: no .tar files there; give the folder {folder}"
-                )
-        missing = [source for source in sources if not left_out and not files.exists(source)]
-        if missing:
-            raise InputError(f"SOURCE {files.redact(missing[0])}: no such folder")
-        raise InputError(f"SOURCE {_names(sources)}: no .tar files there{explain(left_out)}")
-    if any(".." in url.split("/") for url in urls):
+    # What lies below one folder is named from there on, whatever its own spelling is.
+    if not _is_one_folder(sources) and any(".." in url.split("/") for url in urls):
         urls = [_place(url) for url in urls]
     prefix = _common_folder(urls, sources)
     names = [url[len(prefix) :].lstrip("/") for url in urls]
@@ -105,6 +99,21 @@ def check_apart(tars: Tars, out: str) -> None:
 
 def _is_folder(source: str) -> bool:
     return files.is_local(source) and os.path.isdir(files.local_path(source))
+
+
+def _is_one_folder(sources: list[str]) -> bool:
+    return len(sources) == 1 and not is_tar(sources[0], compressed=True)
+
+
+def _no_tars(source: str, left_out: Reasons) -> InputError:
+    """Return the error for a folder without tars, which says what lies there instead."""
+    place = f"SOURCE {files.redact(source)}"
+    if misplaced.last_name(source).endswith(".json"):
+        folder = files.redact(misplaced.folder_of(source))
+        return InputError(f"{place}: no .tar files there; give the folder {folder}")
+    if not left_out and not files.exists(source):
+        return InputError(f"{place}: no such folder")
+    return InputError(f"{place}: no .tar files there{explain(left_out)}")
 
 
 def _place(url: str) -> str:
@@ -221,7 +230,7 @@ def _check_names(urls: list[str], sources: list[str]) -> None:
 
 def _common_folder(urls: list[str], sources: list[str]) -> str:
     """Return the URL of the deepest folder that holds all tars, without a slash at its end."""
-    if len(sources) == 1 and not is_tar(sources[0], compressed=True):
+    if _is_one_folder(sources):
         return sources[0].rstrip("/")
     parts = [url.rpartition("/")[0].split("/") for url in urls]
     first, last = min(parts), max(parts)  # What these two share, all share.

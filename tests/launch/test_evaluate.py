@@ -69,7 +69,7 @@ def test_figures_go_everywhere(
 ) -> None:
     run = copied(run, tmp_path)
     before = journal.read(run)
-    assert "linear of the online network" in told(capsys, "linear", run, *LINEAR)
+    assert "linear: online network" in told(capsys, "linear", run, *LINEAR)
     table = told(capsys, "knn", run, "--k", "5", "20", "--temperature", "0.07", "1")
     assert table.count("%") == 8
     # metrics.jsonl: the step's own line has them, nothing else has changed

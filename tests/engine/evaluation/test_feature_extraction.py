@@ -397,6 +397,7 @@ def test_wide_images_need_a_window(
     assert features(run, f"{tmp_path}/images", f"{tmp_path}/no.npz") == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"error: DATA {tmp_path}/images: 1 of its images")
+    assert "such as --data.window 0 4000, or --data.window-percentiles 1 99" in line
     window = ["--data.window", "0", "4000"]
     assert features(run, f"{tmp_path}/images", f"{tmp_path}/yes.npz", *window) == 0
     assert index_of(f"{tmp_path}/yes.npz.json")["settings"]["window"] == [0, 4000]

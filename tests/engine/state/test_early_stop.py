@@ -297,9 +297,9 @@ def test_processes_end_together(ranks: Ranks, tiny_data: DataConfig, tmp_path: P
 @pytest.mark.parametrize(
     ("key", "text"),
     [
-        ("knn_top", r"early_stop.key 'knn_top': .*did you mean knn_top1\? It has "),
+        ("knn_top", r"early_stop.key 'knn_top': .*did you mean knn_top1\? The figures are "),
         ("Loss", r"did you mean loss\?"),
-        ("images_per_second", "is no figure that the training measures"),
+        ("images_per_second", "can get better: give one of knn_top1, "),
         ("linear_top1", "is no figure that the training measures"),
         ("update_ratio", "is no figure that the training measures and that can get better"),
         ("\x1b[31m", r"early_stop.key '\\x1b\[31m'"),

@@ -217,6 +217,30 @@ def test_the_same_place_in_other_spellings(tmp_path: Path, spelling: str) -> Non
     assert scan_tars(folder, out=spelling.format(folder)).made.base == ""
 
 
+@pytest.mark.parametrize("source", ["../tars", "../tars/", "../link", "tars/../../tars", ".."])
+def test_a_folder_is_read_by_any_spelling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    write_foreign(tmp_path / "tars", [0, 1])
+    write_foreign(tmp_path / "elsewhere", [2])
+    (tmp_path / "tars" / "b").symlink_to("../elsewhere")
+    (tmp_path / "link").symlink_to("tars")
+    (tmp_path / "tars" / "tars").mkdir()
+    here = tmp_path / "tars" / "tars" if source == ".." else tmp_path / "tars"
+    monkeypatch.chdir(here)
+    made = make_index(source)
+    assert [shard.name for shard in made.shards] == ["b/part-0000.tar", "part-0000.tar"]
+    assert len(samples_of(made)) == 3
+
+
+def test_every_source_has_tars(tmp_path: Path) -> None:
+    folder = write_foreign(tmp_path / "tars", [0])
+    (tmp_path / "none").mkdir()
+    for name, reason in (("out", "no such folder$"), ("none", r"no \.tar files there$")):
+        with pytest.raises(InputError, match=f"SOURCE {tmp_path}/{name}: {reason}"):
+            scan_tars(folder, f"{tmp_path}/{name}")
+
+
 def test_an_index_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_foreign(Path("tars"), [0, 1, 2])
