@@ -53,7 +53,8 @@ class GivenSet:
             return folders[0].images.classes
 
         self.index: Index | None = None
-        classes = world.on_main(look)
+        with waiting_for_hours():  # a folder may have millions of files
+            classes = world.on_main(look)
         if classes is None:  # machines may have the shards in other places
             self.index = world.on_all(lambda: indexes.load(url, name))
         self._folders = folders
