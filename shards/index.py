@@ -285,10 +285,11 @@ def check_same_classes(
     `names` are the fields that gave them, for the message.
     """
     if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes)) or ["their order"]
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        how = f"{odd[0]} is a class of one only" if odd else "they are in another order"
         raise InputError(
             f"{names[1]} has other classes than {names[0]} ({len(val.classes)} and "
-            f"{len(train.classes)}, differing in {odd[0]}): pack both with the same class folders"
+            f"{len(train.classes)}, {how}): pack both with the same class folders"
         )
 
 
