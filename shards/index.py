@@ -104,6 +104,16 @@ class Index:
         whole = [VERSION, facts, classes, *options]
         return digest(json.dumps(whole, separators=(",", ":"), sort_keys=True))
 
+    @property
+    def content(self) -> str:
+        """A digest of the samples' bytes too, as far as the index has the CRCs of its blocks.
+
+        Sets of the same number of images and the same sizes share a `digest`, even where labels
+        or pixels differ. What was measured on one of them must not be taken for the other's.
+        """
+        crcs = [shard.crcs for shard in self.shards]
+        return digest(json.dumps([self.digest, crcs])) if any(crcs) else self.digest
+
     @cached_property
     def class_numbers(self) -> dict[str, int]:
         """The index of each class name, for labels that are names."""
@@ -288,10 +298,11 @@ def check_same_classes(
     `names` are the fields that gave them, for the message.
     """
     if train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes)) or ["their order"]
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        how = f"{odd[0]} is a class of one only" if odd else "they are in another order"
         raise InputError(
             f"{names[1]} has other classes than {names[0]} ({len(val.classes)} and "
-            f"{len(train.classes)}, differing in {odd[0]}): pack both with the same class folders"
+            f"{len(train.classes)}, {how}): pack both with the same class folders"
         )
 
 

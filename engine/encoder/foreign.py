@@ -219,16 +219,20 @@ def read_state(
     for ours in wanted:
         if COUNTER in ours:  # old checkpoints have none; it has no effect with a fixed momentum
             count = tensors.get(names.get(ours, ""), torch.tensor(0))
-            state[ours] = count.to(torch.int64).reshape(())
+            known = count if count.numel() == 1 and not count.is_complex() else torch.tensor(0)
+            state[ours] = known.to(torch.int64).reshape(())
             continue
         name = names[ours]
         value = tensors[name]
         if not value.is_floating_point():
             raise InputError(f"{place}: {name} is {value.dtype}: only floating point can be read")
-        state[ours] = value.to(torch.float32)
+        try:
+            state[ours] = value.to(torch.float32)
+        except (RuntimeError, NotImplementedError):  # such as two numbers of 4 bits in a byte
+            raise InputError(f"{place}: {name} is {value.dtype}: save it in float32") from None
         if not state[ours].isfinite().all():
             raise InputError(f"{place}: {name} has values that are not finite in float32")
-        if ours.endswith("running_var") and (value < 0).any():
+        if ours.endswith("running_var") and (state[ours] < 0).any():
             raise InputError(
                 f"{place}: {name}, in the place of {ours}, has negative values: it is no variance, "
                 "so the tensors of norms are in another order than weight, bias, mean, variance"

@@ -145,6 +145,7 @@ class Extraction:
             "max_pixels": source.rules.max_pixels,
             "precision": source.precision,
             "data": images.digest,
+            "content": images.content,
             "classes": digest(json.dumps(images.classes)),
             "images": images.samples,
             "rows_of_a_part": self.rows,

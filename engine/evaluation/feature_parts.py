@@ -22,7 +22,11 @@ from shards.storage import files, misplaced
 
 INDEX = "features.json"
 # What stands in `origin` for a digest in the settings.
-_IN_WORDS = {"weights": ("run", "step"), "data": ("images_from",)}
+_IN_WORDS = {
+    "weights": ("run", "step"),
+    "data": ("images_from",),
+    "content": ("images_from",),
+}
 _PARTS = re.compile(rf"features-[0-9]{{5,}}\.({'|'.join(feature_files.FORMATS)})(\.csv)?")
 # What a call, also one that was stopped while it wrote, leaves in its folder of unfinished parts.
 _UNFINISHED = re.compile(
@@ -178,6 +182,8 @@ class Parts:
             except ValueError:
                 there = None
             known = there.get("settings") if isinstance(there, dict) else None
+            if isinstance(known, dict):  # Earlier releases did not note the content.
+                known.setdefault("content", self.settings["content"])
             if known != self.settings:
                 listed = self._tell_differences(there) if isinstance(known, dict) else []
                 raise Occupied(
@@ -214,6 +220,7 @@ class Parts:
                 settings |= found
         if known.get("data") != self.settings["data"]:
             for settings in (there, here):  # They follow from the images.
+                settings.pop("content", None)
                 settings.pop("classes", None)
                 settings.pop("rows_of_a_part", None)
         return differences(there, here)

@@ -48,6 +48,7 @@ class Images(Protocol):
     samples: int
     classes: list[str]
     digest: str
+    content: str  # a digest that knows more of the images, where more is known
     left_out: Reasons
     together: int  # the number of images that a thread takes at a time
     facts: dict[str, Any]  # what else decides the pixels
@@ -69,6 +70,7 @@ class ShardImages:
     def __init__(self, index: Index, rules: PixelRules, report: Callable[[str], None]) -> None:
         """Open the data set. `report` takes warnings about damaged shards."""
         self.samples, self.classes, self.digest = index.samples, index.classes, index.digest
+        self.content = index.content
         self.url, self.left_out = index.url, Reasons()
         self.facts: dict[str, Any] = {}
         self._index, self._reader = index, BlockReader(index, report=report, rules=rules)
@@ -120,7 +122,7 @@ class FolderImages:
         summed = sha256()  # of the names and sizes of all files
         for image in images:
             summed.update(f"{image.path}\0{image.size}\0".encode(errors="surrogateescape"))
-        self.digest = summed.hexdigest()[:16]
+        self.digest = self.content = summed.hexdigest()[:16]
 
     def count_threads(self, most: int, _pixels: int) -> int:
         """Return `most`, or more in an object store, where threads wait for most of their time."""

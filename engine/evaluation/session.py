@@ -213,10 +213,10 @@ class Evaluation:
     def name(self, figure: str) -> str:
         """Return a figure's name in the run's metrics, such as linear_top1 or linear_target_top1.
 
-        When the data are not the run's own, the beginning of data.val's digest is added.
+        When the data are not the run's own, the beginning of a digest of data.val is added.
         """
         network = "" if self.source.network == "online" else f"_{self.source.network}"
-        other = "" if self._own_data else f"_on_{self.val.digest[:6]}"
+        other = "" if self._own_data else f"_on_{self.val.content[:6]}"
         return f"{self.protocol}{network}_{figure}{other}".replace("-", "_")
 
     def find_earlier(self) -> Result | None:
@@ -277,7 +277,7 @@ class Evaluation:
     @property
     def curves(self) -> str:
         """Return the URL of tensorboard's files. Those of other data than the run's lie apart."""
-        apart = f"on_{self.val.digest[:6]}"
+        apart = f"on_{self.val.content[:6]}"
         return self.home if self._own_data else files.join(self.home, apart)
 
     @cached_property
@@ -293,7 +293,7 @@ class Evaluation:
             return False
         try:
             theirs = self.source.data_url("data.val")
-            return indexes.load(theirs, "data.val").digest == self.val.digest
+            return indexes.load(theirs, "data.val").content == self.val.content
         except (InputError, OSError):
             return False
 
@@ -307,8 +307,24 @@ class Evaluation:
         facts += [self.train.digest, self.val.digest, sorted(self.settings.items())]
         if self.rules != DEFAULT_RULES:  # Results of earlier releases keep their folders.
             facts.append(astuple(self.rules))
-        facts_digest = digest(json.dumps(facts), 8)
-        return files.join(self.home, stem, f"{self.protocol}-{source.network}-{facts_digest}")
+
+        def place(*more: str) -> str:
+            facts_digest = digest(json.dumps([*facts, *more]), 8)
+            return files.join(self.home, stem, f"{self.protocol}-{source.network}-{facts_digest}")
+
+        earlier = place()
+        if self.world.on_main(lambda: self._is_result_of_these_sets(earlier)):
+            return earlier
+        return place(self.train.content, self.val.content)
+
+    def _is_result_of_these_sets(self, url: str) -> bool:
+        """Return whether an earlier release wrote a result there, on sets at the same places."""
+        try:
+            data = files.read_json(files.join(url, RESULT))["data"]
+            there = [data[name]["url"] for name in ("train", "val")]
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+        return there == [files.redact(index.url) for index in (self.train, self.val)]
 
     def _write(self, result: Result) -> None:
         source = self.source
@@ -328,7 +344,11 @@ class Evaluation:
             },
             "settings": self.settings,
             "data": {
-                name: {"url": files.redact(index.url), "digest": index.digest}
+                name: {
+                    "url": files.redact(index.url),
+                    "digest": index.digest,
+                    "content": index.content,
+                }
                 for name, index in sets.items()
             },
             "packages": {name: version(name) for name in ("torch", "torchvision")},

@@ -81,6 +81,8 @@ class Journal:
         found, parts = _contents(run)
         merged = _merged([found, *parts.values()])
         records = [record for record in merged if record["step"] <= start]
+        # The last step that is dropped; 0 when none is.
+        self.dropped: int = max((r["step"] for r in merged[len(records) :]), default=0)
         self._lines = {record["step"]: _line(record) for record in records}
         self._written: dict[int, frozenset[str]] = {}  # by step, the keys that this writer wrote
         self._last = records[-1] if records else None

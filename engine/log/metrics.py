@@ -110,6 +110,9 @@ class MetricsLog:
         self.console, self._say = terminal.console, terminal.say
         self._run, self._start = run, start
         self._journal = Journal(run, start, terminal.report)
+        if not start and (lost := self._journal.dropped):
+            anew = "there is no checkpoint, so training begins anew and logs these steps again"
+            terminal.say(f"{files.redact(run)}: metrics.jsonl has steps up to {lost:,}, but {anew}")
         self._events = EventLog(run, start)
         self._tracking = Tracking(self._history, self._say)
         self._watch = Watch(total_steps or stop, self.records, terminal.say)

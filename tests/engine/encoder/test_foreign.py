@@ -15,7 +15,7 @@ import torch
 import torchvision
 from torch import Generator, Tensor, nn
 
-from engine.encoder.foreign import Foreign, match
+from engine.encoder.foreign import Foreign, match, read_state
 from engine.encoder.foreign_files import read_tensors
 from engine.method.resnet import ResNet, ResNetConfig
 from shards.errors import InputError
@@ -240,11 +240,29 @@ def test_report(content: Callable[[], State], report: str) -> None:
     assert match(content(), "online", "file").report == report
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2]
+)
 def test_other_precisions(dtype: torch.dtype) -> None:
     tensors = {name: v.to(dtype) if v.ndim else v for name, v in small().items()}
     found = match(read(file(tensors)), "online", "file")
     assert same(found, {n: v.float() if v.ndim else v for n, v in tensors.items()})
+
+
+@pytest.mark.parametrize("count", [torch.ones(2), torch.ones(0), torch.tensor(1j)])
+def test_odd_counters_of_norms_count_as_none(count: Tensor) -> None:
+    """Nothing depends on how many batches a norm has seen."""
+    name = next(name for name in small() if "num_batches" in name)
+    assert read_state({name: count}, [name], {name: name}, "file") == {name: torch.tensor(0)}
+
+
+def test_a_number_format_that_torch_cannot_convert() -> None:
+    packed = torch.zeros(16, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    tensors = small()
+    name = next(name for name, v in tensors.items() if v.ndim == 1)
+    text = f"^file: {name} is torch.float4_e2m1fn_x2: save it in float32$"
+    with pytest.raises(InputError, match=text):
+        read_state(tensors | {name: packed}, [name], {name: name}, "file")
 
 
 def test_prefix() -> None:

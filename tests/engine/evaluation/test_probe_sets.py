@@ -243,7 +243,8 @@ FAULTS = {
     no_images: "probe.train {}/a: no images there: .txt files (1)",
     only_links: "probe.train {}/a: no images there: links to files outside of the folder, which "
     "`python launch/pack.py --follow-links` takes (1); give shards of",
-    other_classes: "probe.val has other classes than probe.train (2 and 2, differing in stripes)",
+    other_classes: "probe.val has other classes than probe.train (2 and 2, stripes is a class of "
+    "one only)",
     no_labels: "probe.val {}/a: has no labels: give a set that has",
     one_folder_too_high: "probe.train {0}/a: no index.json there; there is one in {0}/a/train",
     deep_pixels: "probe.train {}/a: 1 of its images, such as stripes/deep.png, have more than 8",

@@ -1,15 +1,19 @@
 """Results: measured once, by one job, whole or not at all, without secrets."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+from PIL import Image
 
+from engine.evaluation.session import Evaluation
 from engine.log import journal
 from engine.state import lease
-from launch import evaluate, export
+from launch import evaluate, export, pack
+from shards import index
 from shards.loader import DataConfig
 from shards.storage import files
 from tests.helpers import tiny
@@ -119,14 +123,75 @@ def test_what_was_learned_outlasts_a_failure_to_measure(
 
 def test_other_data_have_another_name(run: str, tmp_path: Path, tiny_data: DataConfig) -> None:
     assert evaluate.main(["knn", run, *KNN, "--data.val", tiny_data.train]) == 0
-    digest = json.loads(Path(tiny_data.train, "index.json").read_text())["digest"]
-    assert journal.read(run)[-1][f"knn_k5_t0.07_top1_on_{digest[:6]}"] > 0.9  # themselves
+    content = index.load(tiny_data.train, "data.train").content
+    assert journal.read(run)[-1][f"knn_k5_t0.07_top1_on_{content[:6]}"] > 0.9  # themselves
     copy = str(tmp_path / "copy")
     Path(copy).mkdir()
     for path in Path(tiny_data.val).iterdir():
         Path(copy, path.name).write_bytes(path.read_bytes())
     assert evaluate.main(["knn", run, *KNN, "--data.val", copy]) == 0
     assert "knn_k5_t0.07_top1" in journal.read(run)[-1]
+
+
+def make_set(folder: Path, moved: int = 0) -> str:
+    """Pack 12 images of two classes; the labels of the first `moved` ones are swapped."""
+    for i in range(12):
+        path = folder / "photos" / "ab"[(i + (i < moved)) % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (20 * i, 250 * (i % 2), 9)).save(path)
+    pack.main((f"{folder}/photos", f"{folder}/set"), threads=1)
+    return f"{folder}/set"
+
+
+def test_sets_of_equal_sizes_are_told_apart(
+    run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After labels were mended, an index has the same samples, sizes and blocks as before."""
+    before, after = make_set(tmp_path / "before"), make_set(tmp_path / "after", moved=2)
+    ones = [index.load(url, "data.val") for url in (before, after)]
+    assert ones[0].digest == ones[1].digest
+    assert ones[0].content != ones[1].content
+    for url in (before, after, before):
+        options = ["--data.train", before, "--data.val", url, "--out", f"{tmp_path}/out"]
+        assert evaluate.main(["knn", run, "--k", "1", "--threads", "1", *options]) == 0
+    found = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("**/result.json")]
+    assert sorted(one["data"]["val"]["url"] for one in found) == [after, before]
+    top1 = {
+        one["data"]["val"]["url"]: value
+        for one in found
+        for name, value in one["metrics"].items()
+        if "_top1_on_" in name
+    }
+    assert top1[after] < top1[before]
+    assert capsys.readouterr().out.count("measured before") == 1
+    features = ["--threads", "1", "--size", "8"]
+    assert evaluate.main(["features", run, before, f"{tmp_path}/f.npz", *features]) == 0
+    assert evaluate.main(["features", run, after, f"{tmp_path}/f.npz", *features]) == 1
+    assert "holds something else (images_from: there" in capsys.readouterr().err
+    about = Path(f"{tmp_path}/f.npz.json")  # as an earlier release wrote it
+    document = json.loads(about.read_text())
+    del document["settings"]["content"]
+    about.write_text(json.dumps(document))
+    assert evaluate.main(["features", run, before, f"{tmp_path}/f.npz", *features]) == 0
+
+
+def test_results_of_earlier_releases_are_found(
+    run: str,
+    tmp_path: Path,
+    tiny_data: DataConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Their folders have a name in which the content of the sets has no part."""
+    with monkeypatch.context() as earlier:
+        earlier.setattr(index.Index, "content", property(lambda self: self.digest))
+        earlier.setattr(Evaluation, "_is_result_of_these_sets", lambda *_: True)
+        assert evaluate.main(["knn", run, *KNN]) == 0
+    assert evaluate.main(["knn", run, *KNN]) == 0
+    assert capsys.readouterr().out.count("measured before") == 1
+    other = str(shutil.copytree(tiny_data.val, tmp_path / "other"))
+    assert evaluate.main(["knn", run, *KNN, "--data.val", other]) == 0
+    assert "measured before" not in capsys.readouterr().out  # an earlier result of other sets?
 
 
 def test_no_secret_is_told_or_written(run: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,6 +73,18 @@ def test_reopened_log_drops_what_comes_again(tmp_path: Path) -> None:
     assert lines == [record(step) for step in (1, 2, 3, 4)]  # floats in full precision
 
 
+def test_a_log_whose_checkpoints_are_gone(tmp_path: Path) -> None:
+    """Its steps are not overwritten without a word."""
+    for start, told in ((0, False), (2, False), (0, True), (0, False)):
+        output = io.StringIO()
+        log = open_log(str(tmp_path), start, output)
+        text = "metrics.jsonl has steps up to 3, but there is no checkpoint"
+        assert (text in output.getvalue()) == told
+        if not told:
+            log.write(record(3))
+        close(log)
+
+
 def test_garbage_in_the_log_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\ngarbage\n[]\n{"step": 2}\n{"st')
     close(open_log(str(tmp_path), 2))
