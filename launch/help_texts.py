@@ -28,7 +28,9 @@ def join_help_lines(program: type | Callable[..., object], arguments: list[str])
     if isinstance(program, type):
         _join(program)
     else:  # In its docstring, only what follows the first line of a parameter is indented so far.
-        program.__doc__ = re.sub(r"\n {8,}", " ", inspect.getdoc(program) or "")
+        text = re.sub(r"\n {8,}", " ", inspect.getdoc(program) or "")
+        # Of running text, tyro joins only lines that begin with a letter.
+        program.__doc__ = re.sub(r"(?<=\S)\n(?=[^\s*-])", " ", text)
 
 
 def _join(kind: type) -> None:

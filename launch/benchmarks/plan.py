@@ -149,9 +149,12 @@ def _check(recipe: Recipe, processes: int, shard: int | None) -> None:
         raise InputError(f"--processes must be at least 2, not {processes}")
     rank_streams(recipe.data.streams, 0, processes)
     if shard is not None and not (1 < shard < processes and processes % shard == 0):
+        fitting = [n for n in range(2, processes // 2 + 1) if processes % n == 0]
+        nearest = min(fitting, key=lambda n: abs(n - shard), default=None)
+        give = f"give --shard {nearest}, or " if nearest else ""
         raise InputError(
             f"--shard {shard}: hsdp divides {processes} processes into two or more equal groups "
-            "of at least two"
+            f"of at least two: {give}leave hsdp out by --strategies ddp fsdp"
         )
 
 

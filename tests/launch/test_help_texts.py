@@ -11,6 +11,7 @@ from engine.recipe import load
 from launch import bench, evaluate, export, pack
 from launch.benchmarks.step import bench_step
 from launch.command_line import parse_recipe
+from launch.help_texts import join_help_lines
 from tests.helpers.command_help import field_texts, parameter_texts
 from tests.helpers.places import RECIPES
 
@@ -49,3 +50,28 @@ def test_a_wide_terminal_shows_each_text_in_one_line(
         run([*arguments, "--help"])
     shown = capsys.readouterr().out
     assert [text for text in texts if text not in shown] == []
+
+
+def test_running_text_is_joined_at_any_character() -> None:
+    """Tyro by itself leaves a line break before a number, a quote or a parenthesis."""
+
+    def program(*, count: int = 1) -> None:
+        """Do it.
+
+        First it permutes all samples, at about
+        48 bytes each ("all" of them,
+        (really)).
+
+        - one
+        - two
+
+        Args:
+            count: How often,
+                1 by default.
+        """
+
+    join_help_lines(program, ["--help"])
+    assert program.__doc__ == (
+        'Do it.\n\nFirst it permutes all samples, at about 48 bytes each ("all" of them, (really)).'
+        "\n\n- one\n- two\n\nArgs:\n    count: How often, 1 by default."
+    )
