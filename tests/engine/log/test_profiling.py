@@ -47,7 +47,7 @@ def test_a_start_that_ends_or_begins_among_the_steps(
 def test_a_profile_that_cannot_be_written(
     tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tmp_path.joinpath("profile").write_text("a file")
+    tmp_path.joinpath("profile", "steps_00000001-00000001.txt").mkdir(parents=True)
     train(tiny.recipe(tiny_data, tmp_path, steps=2, probe=tiny.NO_PROBE, profile="1:1"))
     output = capsys.readouterr().out
     assert "the profile could not be written" in output
