@@ -141,6 +141,8 @@ def _draw(recipe: Recipe, report: Callable[[str], None]) -> None:
     ]
     for name, url, _, _ in missing[:1]:
         _check_others(recipe, name, url)
+    for name, url, _, _ in missing:
+        files.check_folder(url, name)
     for _, url, samples, seed in missing:
         report(f"drawing {samples} images to {files.redact(url)}")
         synthetic.write(url, samples, size, seed)

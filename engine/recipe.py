@@ -162,6 +162,8 @@ class Recipe:
         for name in (*places, *beginnings, "compile_folder"):
             files.check(attrgetter(name)(self), name)
         layout.check_run(self.run)
+        files.check_folder(self.data.cache, "data.cache")
+        files.check_folder(self.compile_folder, "compile_folder")
         parse_steps(self.profile)
         self._check_figures()
         self._check_optimizer()

@@ -74,6 +74,7 @@ class Export:
         if not self.out.strip():
             raise InputError("OUT is empty: give the URL of a folder")
         files.check(self.out, "OUT")
+        files.check_folder(self.out, "OUT")
         if not self.format:
             raise InputError("--format needs at least one format")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:

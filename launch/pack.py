@@ -154,7 +154,9 @@ def _check_pixels(options: PixelOptions, percentiles: tuple[float, float] | None
 
 
 def _check_out(url: str) -> None:
-    """Raise InputError when OUT is called like a file that the folder will hold."""
+    """Raise InputError when OUT is a file, or is called like one that the folder will hold."""
+    if url:
+        files.check_folder(url, "OUT")
     if url.rstrip("/").endswith((".tar", ".json")):
         raise InputError(
             f"OUT {files.redact(url)}: is the folder to write, which holds such files: give "

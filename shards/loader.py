@@ -58,8 +58,9 @@ class DataConfig:
     """Blocks of about 4 MB that are fetched ahead of need for each stream that this process
     reads."""
     cache: Operation[str] = ""
-    """Local folder that keeps training shards once they are fetched. Several processes of a machine
-    may share it. The first use of a shard waits for the whole shard. By default nothing is kept."""
+    """Local folder that keeps training shards of an object store once they are fetched. Several
+    processes of a machine may share it. The first use of a shard waits for the whole shard. By
+    default nothing is kept."""
     cache_gb: Operation[Annotated[float, Interval(ge=0, le=1e6)]] = 50
     """Gigabytes that data.cache may hold of a data set: the first shards that fit are kept."""
     corrupt: Operation[UnitInterval] = 0.01

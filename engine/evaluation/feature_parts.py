@@ -84,6 +84,7 @@ def choose_output(url: str, format: Format | None) -> Output:
         raise InputError(f"OUT {files.redact(url)} and --format {format} differ: leave one out")
     chosen = named or format or "npz"
     feature_files.check_format(chosen)
+    files.check_folder(misplaced.folder_of(url) if named else url, "OUT")
     return Output(url.rstrip("/"), chosen, single=named is not None)
 
 

@@ -98,6 +98,7 @@ class Evaluation:
         self.threads = threads or share_of_cores()
         self.corrupt = data.corrupt
         files.check(out, "--out")
+        files.check_folder(out or EVALUATIONS, "--out")
         named: dict[Name, str] = {"data.train": data.train, "data.val": data.val}
         given = {n: GivenSet(url, n, world, labels=labels) for n, url in named.items() if url}
         self.source, self.network = open_encoder(checkpoint_url, encoder, world, self.terminal.say)

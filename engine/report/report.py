@@ -7,7 +7,7 @@ from engine.report.facts import collect, list_evaluations
 from engine.report.page import MOST_RUNS, make_page
 from engine.state import layout
 from shards.errors import InputError
-from shards.storage import files
+from shards.storage import files, misplaced
 from shards.storage.entries import list_entries
 
 PATIENCE = 30.0  # seconds that the end of a training waits for its report
@@ -27,6 +27,7 @@ def write_report(run: str, others: Sequence[str] = (), out: str = "", *, left: b
     if len(others) >= MOST_RUNS:
         raise InputError(f"--compare takes at most {MOST_RUNS - 1} runs, not {len(others)}")
     files.check(out, "--out")
+    files.check_folder(misplaced.folder_of(out), "--out")
     if out and out.endswith("/"):
         raise InputError(f"--out {files.redact(out)}: is a folder: give the URL of a file")
     runs = [

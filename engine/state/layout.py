@@ -55,7 +55,11 @@ _INSIDE = re.compile(rf"(.+)/{CHECKPOINTS}/step_\d{{8}}(/.*)?$")
 
 
 def check_run(url: str) -> None:
-    """Raise InputError when `url`, where a run is to be written, names what lies in a folder."""
+    """Raise InputError when `url`, where a run is to be written, names what lies in a folder.
+
+    It is also raised when a file is in the place of the folder.
+    """
+    files.check_folder(url, "run")
     url = url.rstrip("/")
     folder, _, name = url.rpartition("/")
     if inside := _INSIDE.fullmatch(url):

@@ -139,6 +139,21 @@ def check(url: str, name: str) -> None:
         raise InputError(f"{name} {redact(url)}: {text}")
 
 
+def check_folder(url: str, name: str) -> None:
+    """Raise InputError when a local folder to write cannot be one, because a file is in its place.
+
+    Args:
+        name: Name of the field or argument that gave the URL, for the message.
+    """
+    if not is_local(url):
+        return
+    place = open_filesystem(url)[1].rstrip("/")
+    while place and not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if place and not os.path.isdir(place):
+        raise InputError(f"{name} {redact(url)}: {redact(place)} is no folder: choose another")
+
+
 def download(url: str, size: int, path: str) -> None:
     """Copy an object of `size` bytes to a local file, completely or not at all.
 
