@@ -214,10 +214,10 @@ class Evaluation:
     def name(self, figure: str) -> str:
         """Return a figure's name in the run's metrics, such as linear_top1 or linear_target_top1.
 
-        When the data are not the run's own, the beginning of a digest of data.val is added.
+        When the data are not the run's own, the beginning of data.val's digest is added.
         """
         network = "" if self.source.network == "online" else f"_{self.source.network}"
-        other = "" if self._own_data else f"_on_{self.val.content[:6]}"
+        other = "" if self._own_data else f"_on_{self.val.digest[:6]}"
         return f"{self.protocol}{network}_{figure}{other}".replace("-", "_")
 
     def find_earlier(self) -> Result | None:
@@ -278,7 +278,7 @@ class Evaluation:
     @property
     def curves(self) -> str:
         """Return the URL of tensorboard's files. Those of other data than the run's lie apart."""
-        apart = f"on_{self.val.content[:6]}"
+        apart = f"on_{self.val.digest[:6]}"
         return self.home if self._own_data else files.join(self.home, apart)
 
     @cached_property
