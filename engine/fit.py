@@ -198,7 +198,8 @@ def _farewell(trainer: Trainer, log: MetricsLog, first: int, early: str) -> None
     if early:
         say(f"stopped early: {early}")
     if trainer.probe is not None and trainer.probe.failures:
-        say(f"{trainer.probe.failures} evaluations failed: see {FAILED} in metrics.jsonl")
+        failed = trainer.probe.failures
+        say(f"{failed} evaluation{'s' * (failed > 1)} failed: see {FAILED} in metrics.jsonl")
     newest = log.find_newest("knn_top1")
     if log.baseline and newest is not None:
         data = trainer.probe.sets.names[1] if trainer.probe else "data.val"

@@ -115,7 +115,7 @@ def test_training_goes_on_and_the_log_says_what_is_missing(
     assert FAULTS[harm] in failed[FAILED]
     (line,) = [line for line in output.splitlines() if "an evaluation failed" in line]
     assert FAULTS[harm] in line
-    assert "1 evaluations failed" in output
+    assert "1 evaluation failed" in output
 
     train(tiny.recipe(tiny_data, tmp_path / "twin"))
     twin = records(tmp_path / "twin")
