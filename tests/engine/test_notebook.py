@@ -17,7 +17,7 @@ import engine
 from engine import open_session
 from engine.evaluation.during_training import ProbeConfig
 from engine.method.schedule import ScheduleConfig
-from engine.recipe import Recipe
+from engine.recipe import Recipe, load
 from shards.errors import InputError
 from shards.loader import DataConfig
 from shards.making import synthetic
@@ -123,9 +123,8 @@ def test_wrong_images_are_told(recipe: Recipe, shape: tuple[int, ...], dtype: to
 
 def test_wrong_types_are_told(recipe: Recipe) -> None:
     """Nothing of another type gets as far as a traceback, or is taken for something else."""
-    wrong: Any = None
-    for value in (None, "quickstart", {"seed": 1}):
-        wrong = value
+    wrong: Any
+    for wrong in (None, "quickstart", {"seed": 1}):
         with pytest.raises(InputError, match=r"recipe takes an engine\.Recipe, not"):
             open_session(wrong)
     wrong = "no"
@@ -133,22 +132,21 @@ def test_wrong_types_are_told(recipe: Recipe) -> None:
         open_session(recipe, compile=wrong)
     wrong = 3
     with pytest.raises(InputError, match="a recipe file is named by a text or a Path, not 3"):
-        engine.load_recipe(wrong)
+        load(wrong)
     with open_session(recipe) as session:
         images = session.images(2)
         features = session.features(images.images)
         for method in (session.views, session.images):
-            for count in (0, -1, 2.5, "3", None):
-                wrong = count
+            for wrong in (0, -1, 2.5, "3", None):
                 with pytest.raises(InputError, match="count must be a whole number of at least 1"):
                     method(wrong)
         wrong = images
         with pytest.raises(InputError, match=r"images must be uint8 .*, not an EvalBatch"):
             session.features(wrong)
-        wrong = features.numpy()
-        for value in (wrong, features.half(), features[:, 1:]):
+        others: list[Any] = [features.numpy(), features.half(), features[:, 1:]]
+        for other in others:
             with pytest.raises(InputError, match=r"features must be float32 \[N, 64\], .* not "):
-                session.logits(value)
+                session.logits(other)
 
 
 def test_an_interrupted_step_leaves_no_trace(
