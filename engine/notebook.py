@@ -1,9 +1,8 @@
 """Train and look inside from Python, in one process: for notebooks and experiments of one's own."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
+from operator import index
 from typing import Any, Literal
 
 import torch
@@ -16,11 +15,13 @@ from engine.log.terminal import Terminal
 from engine.method.augment import denormalize
 from engine.method.byol import VIEWS
 from engine.method.local_shards import whole
+from engine.processes.interrupts import interrupts_held
 from engine.processes.world import join
 from engine.recipe import Recipe
 from engine.run import Run, open_run
 from engine.trainer import Trainer
 from shards.center_crops import CropReader, EvalBatch
+from shards.documents import shown
 from shards.errors import InputError
 from shards.loader import Batch, TrainLoader
 
@@ -38,8 +39,10 @@ class Session:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.recipe = trainer, trainer.recipe
         self._loader: TrainLoader | None = None
-        self._batches: Iterator[Batch] = iter(())
+        self._batch: Batch | None = None  # that of the next step, once it is loaded
+        self._place = 0  # the step that the next batch belongs to
         self._closed = False
+        self._broken = ""  # how a step ended part way
         self._encoder = self.recipe.model.encoder.build(VIEWS, self.recipe.views.size)
 
     def __enter__(self) -> "Session":
@@ -50,25 +53,34 @@ class Session:
 
     def close(self) -> None:
         """End the threads that load images."""
-        if self._loader is not None:
-            self._loader.close()
-        self._loader, self._batches, self._closed = None, iter(()), True
+        self._stop_loading()
+        self._closed = True
 
     def step(self) -> dict[str, Any]:
         """Train on the next batch, and return its figures by the keys of metrics.jsonl.
 
-        Speeds and the norms of the update are not among them.
+        Speeds and the norms of the update are not among them. An interruption takes effect when the
+        step is done.
 
-        Raises InputError at the end of the schedule, and when training has diverged.
+        Raises InputError at the end of the schedule, when training has diverged, and after a step
+        that failed.
         """
         trainer = self.trainer
+        if self._broken:
+            raise InputError(f"{self._broken}, so its weights are of no step: open another session")
         if trainer.step >= trainer.total_steps:
             raise InputError(
                 f"all {trainer.total_steps} steps of the schedule are done: open a session of a "
                 "recipe with more schedule.epochs"
             )
-        batch = self._take()
-        output = trainer.train_step(batch)
+        batch = self._peek()
+        with interrupts_held():  # else parts of the step would enter the next one
+            try:
+                output = trainer.train_step(batch)
+            except BaseException as error:
+                self._broken = f"step {self._place + 1} ended part way by {type(error).__name__}"
+                raise
+            self._batch, self._place = None, trainer.step
         trainer.check_skips(output)
         return trainer.measure(output, batch)
 
@@ -77,8 +89,8 @@ class Session:
 
         Each view is a row of `count` images. The batch is not used up.
         """
-        batch = self._take()
-        self._batches = chain([batch], self._batches)
+        count = _read_count(count)
+        batch = self._peek()
         views, params = (t[:, :count].flatten(0, 1) for t in (batch.views, batch.params))
         device = self.trainer.device
         seen = self.trainer.augment(views.to(device), params.to(device)).float().cpu()
@@ -91,7 +103,7 @@ class Session:
 
         The images are central crops [N, 3, S, S] of uint8, with labels [N] and sample numbers [N].
         """
-        recipe, trainer = self.recipe, self.trainer
+        recipe, trainer, count = self.recipe, self.trainer, _read_count(count)
         if which not in ("train", "val"):
             raise InputError(f"which must be 'train' or 'val', not {which!r}")
         index = trainer.data.train if which == "train" else trainer.data.val
@@ -113,8 +125,9 @@ class Session:
 
         The online encoder's running statistics are used, and nothing of the training changes.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            given = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+        good = isinstance(images, Tensor) and images.dtype == torch.uint8 and images.ndim == 4
+        if not good or images.shape[1] != 3 or 0 in images.shape[2:]:
+            given = _describe(images)
             raise InputError(f"images must be uint8 of shape [N, 3, H, W], not {given}")
         online = self.trainer.online.encoder.state_dict()
         self._encoder.load_state_dict({name: whole(value) for name, value in online.items()})
@@ -129,15 +142,50 @@ class Session:
         if head is None:
             raise InputError("data.train has no labels, so there is no classifier")
         weight, bias = whole(head.weight).cpu(), whole(head.bias).cpu()
+        good = isinstance(features, Tensor) and features.dtype == weight.dtype
+        if not good or features.shape[-1:] != weight.shape[1:]:
+            raise InputError(
+                f"features must be {_describe(weight[:0]).replace('[0,', '[N,')}, as `features` "
+                f"computes them, not {_describe(features)}"
+            )
         return torch.nn.functional.linear(features, weight, bias)
 
-    def _take(self) -> Batch:
+    def _peek(self) -> Batch:
+        """Return the batch of the next step, which stays that until the step is done."""
         if self._closed:
             raise InputError("the session is closed: open another one")
-        if self._loader is None:
-            self._loader = self.trainer.batches()
-            self._batches = iter(self._loader)
-        return next(self._batches)
+        if self._loader is None or self._place != self.trainer.step:  # others may take steps too
+            self._stop_loading()
+            self._loader, self._place = self.trainer.batches(), self.trainer.step
+        if self._batch is None:
+            try:
+                self._batch = next(self._loader)
+            except BaseException:  # a batch that was loaded in part must not be left out
+                self._stop_loading()
+                raise
+        return self._batch
+
+    def _stop_loading(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
+        self._loader = self._batch = None
+
+
+def _read_count(count: object) -> int:
+    try:
+        found = index(count)  # type: ignore[arg-type]
+    except TypeError:
+        found = 0
+    if found < 1:
+        raise InputError(f"count must be a whole number of at least 1, not {shown(count)}")
+    return found
+
+
+def _describe(value: object) -> str:
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+        return f"a{'n' * (kind[0] in 'aeiouAEIOU')} {kind}"
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
 def open_session(recipe: Recipe, *, continue_run: bool = False, compile: bool = False) -> Session:
@@ -150,6 +198,14 @@ def open_session(recipe: Recipe, *, continue_run: bool = False, compile: bool = 
 
     Raises InputError when the recipe or its data is at fault.
     """
+    if not isinstance(recipe, Recipe):
+        raise InputError(
+            f"recipe takes an engine.Recipe, not {shown(recipe)}: take that of "
+            "engine.load_recipe(NAME)"
+        )
+    for name, value in (("continue_run", continue_run), ("compile", compile)):
+        if not isinstance(value, bool):
+            raise InputError(f"{name} takes True or False, not {shown(value)}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("a session is one process: start it without torchrun")
     recipe.check()

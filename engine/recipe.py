@@ -14,6 +14,7 @@ from fractions import Fraction
 from functools import partial
 from inspect import signature
 from operator import attrgetter
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import tyro
@@ -282,7 +283,7 @@ class RecipeFile(NamedTuple):
         return _checked(found, self.path, "recipe_for returns no")
 
 
-def load(path: str) -> Recipe:
+def load(path: str | Path) -> Recipe:
     """Load `recipe` from a recipe file, or from a shipped one by its bare name.
 
     Raises InputError when there is no such file, when it fails to run, when it defines no recipe,
@@ -291,7 +292,7 @@ def load(path: str) -> Recipe:
     return load_file(path).recipe
 
 
-def load_file(path: str) -> RecipeFile:
+def load_file(path: str | Path) -> RecipeFile:
     """Load what a recipe file defines. It raises InputError as `load` does."""
     path = recipe_files.find(path)
     with recipe_files.running(path, _explain):

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
+from shards.documents import shown
 from shards.errors import InputError
 from shards.storage import files
 
@@ -38,11 +39,14 @@ def running(path: str, explain: Callable[[BaseException], str]) -> Iterator[None
         raise InputError(f"{_place(error, file)}: {' '.join(reason.split())}") from None
 
 
-def find(name: str) -> str:
+def find(name: str | Path) -> str:
     """Return the path of a recipe file, which may also be given by the bare name of a shipped one.
 
     Raises InputError when there is none, with the names that there are.
     """
+    if not isinstance(name, str | Path):
+        raise InputError(f"a recipe file is named by a text or a Path, not {shown(name)}")
+    name = str(name)
     if Path(name).is_file():
         return name
     if name.isidentifier() and name in (known := shipped()):

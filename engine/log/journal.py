@@ -40,7 +40,9 @@ _NUMBERS = (
 )
 
 
-def read(run: str, tail: int | None = None) -> list[Record]:
+def read(
+    run: str, tail: int | None = None, report: Callable[[str], None] | None = None
+) -> list[Record]:
     """Read the log of a run, which may still be training: one record for each step, in order.
 
     The list is empty when there is no log. When a step was written twice, the later values count.
@@ -48,9 +50,10 @@ def read(run: str, tail: int | None = None) -> list[Record]:
 
     Args:
         tail: Read only about so many bytes at the end of metrics.jsonl, which must have more.
+        report: Is called with how many lines are left out, but for one that is being written.
     """
     content, parts = _contents(run, tail)
-    return _merged([content, *parts.values()])
+    return _merged([content, *parts.values()], report)
 
 
 def add(run: str, record: Record) -> None:
@@ -74,12 +77,13 @@ class Journal:
     def __init__(self, run: str, start: int, report: Callable[[str], None] = print) -> None:
         """Open the log, and move the lines that are in parts to metrics.jsonl. Raises OSError.
 
-        `report` is called with a line about parts that the store refuses to remove.
+        `report` is called with a line about parts that the store refuses to remove, and about lines
+        that cannot be read, which are lost when the file is written anew.
         """
         self._run, self._url, self._report = run, files.join(run, JSONL), report
         self._local = files.is_local(run)
         found, parts = _contents(run)
-        merged = _merged([found, *parts.values()])
+        merged = _merged([found, *parts.values()], report)
         records = [record for record in merged if record["step"] <= start]
         # The last step that is dropped; 0 when none is.
         self.dropped: int = max((r["step"] for r in merged[len(records) :]), default=0)
@@ -300,22 +304,36 @@ def _read_end(url: str, tail: int) -> bytes:
     return files.read(url, max(0, size - tail), size).partition(b"\n")[2]
 
 
-def _merged(contents: list[bytes]) -> list[Record]:
+def _merged(contents: list[bytes], report: Callable[[str], None] | None = None) -> list[Record]:
     """Merge lines into one record for each step, in the order of the steps.
 
     When two lines have the same key, the later one counts. Keys are added and never dropped,
     because either metrics.jsonl or a part may be the newer one.
     """
     found: dict[int, Record] = {}
-    for line in b"\n".join(contents).split(b"\n"):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if _is_record(record):
-            step = record["step"]
-            found[step] = found.get(step, {}) | record
+    damaged = 0
+    for content in contents:
+        lines = content.split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            if (record := _parse(line)) is not None:
+                step = record["step"]
+                found[step] = found.get(step, {}) | record
+            elif line.strip() and number < len(lines):  # a kill may cut off the last one
+                damaged += 1
+    if damaged and report is not None:
+        lines_are = (
+            "line that cannot be read is" if damaged == 1 else "lines that cannot be read are"
+        )
+        report(f"{JSONL}: {damaged:,} {lines_are} left out")
     return [found[step] for step in sorted(found)]
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if _is_record(record) else None
 
 
 def _is_record(value: Any) -> bool:

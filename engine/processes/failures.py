@@ -35,7 +35,7 @@ def report_failure(error: BaseException) -> None:
     elif _is_lost_connection(error):
         reason = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0])
         print(f"error: rank {rank()} lost another process: {reason}", file=sys.stderr, flush=True)
-    elif full := _find_full_gpu(error) or _find_full_disk(error):
+    elif full := _find_full_gpu(error) or _find_full_memory(error) or _find_full_disk(error):
         print(f"error: {full}", file=sys.stderr, flush=True)
     else:
         if dist.is_initialized():
@@ -60,6 +60,24 @@ def _find_full_gpu(error: BaseException) -> str:
         f"{told[0]}: send the batch through the networks in parts by a larger --batch.micro, or "
         "compute blocks again by --parallel.recompute (--explain tells what a training needs); "
         "give an evaluation a smaller --batch; nvidia-smi lists what else takes this GPU's memory"
+    )
+
+
+def _find_full_memory(error: BaseException) -> str:
+    """Describe a failure because a machine's memory is full; "" for any other failure.
+
+    Python and numpy have a type for it. Torch's allocator of the CPU only has its text.
+    """
+    text = str(error)
+    if not isinstance(error, MemoryError) and "can't allocate memory" not in text:
+        return ""
+    told = re.search(r"allocate ([0-9]+) bytes|allocate ([0-9.]+ \w+) for", text)
+    size = "" if told is None else f" for {told[2] or format_size(int(told[1]))} more"
+    return (
+        f"rank {rank()}: the memory of this machine has no room{size}: send the batch through the "
+        "networks in parts by a larger --batch.micro, or load less ahead by a smaller "
+        "--data.prefetch (--explain tells what a training needs); give an evaluation a smaller "
+        "--batch; free -h lists what is left"
     )
 
 

@@ -197,12 +197,34 @@ def _ddp(online: Online, static: bool) -> DistributedDataParallel:
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer torch renames broadcast_buffers
-        return DistributedDataParallel(
+        ddp = DistributedDataParallel(
             online,
             broadcast_buffers=False,  # running statistics are equal by construction
             gradient_as_bucket_view=True,
             static_graph=static,
         )
+    _lay_out_buckets(ddp, online)
+    return ddp
+
+
+def _lay_out_buckets(ddp: DistributedDataParallel, online: Online) -> None:
+    """Let DDP lay out its buckets of gradients by backward passes of zeros.
+
+    DDP lays them out anew after its first backward pass, or after its second one if the graph is
+    static, in the order in which gradients come.
+    Three processes or more add up in an order that depends on a gradient's place in its bucket. So
+    the first step of a start would differ in its last bits from the same step of a run that was
+    never stopped.
+    """
+
+    def visit() -> Tensor:  # its backward pass goes from the last parameter to the first
+        return torch.stack([p.sum() for p in online.parameters()]).sum() * 0
+
+    vars(online)["forward"] = visit
+    for _ in range(2):
+        ddp().backward()
+    del vars(online)["forward"]
+    ddp.zero_grad()
 
 
 def _mesh(strategy: Strategy, config: ParallelConfig, world: World) -> DeviceMesh:

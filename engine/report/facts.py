@@ -163,7 +163,9 @@ def collect(url: str, name: str = "RUN", pictures: bool = True, *, left: bool = 
         )
     else:
         run.faults.append(f"{layout.RECIPE} is missing")
-    run.records = _attempt(run, layout.JSONL, lambda: journal.read(run.url)) or []
+    run.records = (
+        _attempt(run, layout.JSONL, lambda: journal.read(run.url, report=run.faults.append)) or []
+    )
     sheets: list[tuple[str, Entry]] = []
     if layout.EVALUATIONS in names:
         _attempt(run, layout.EVALUATIONS, lambda: sheets.extend(_read_evaluations(run)))

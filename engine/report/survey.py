@@ -146,12 +146,14 @@ def _read_log(run: RunSummary, there: dict[str, Entry]) -> None:
     times = [e.modified for e in [*parts, *([log] if log else [])] if e.modified is not None]
     run.age = max(0.0, time.time() - max(times)) if times else None
     is_long = log is not None and log.size > TAIL
-    records = journal.read(run.url, tail=TAIL if is_long else None)
+    told: list[str] = []
+    records = journal.read(run.url, TAIL if is_long else None, told.append)
     if is_long and run.fields.get("probe.every") and not any("knn_top1" in r for r in records):
         records = journal.read(run.url)
     if records:
         run.step = records[-1]["step"]
         run.stopped_early = bool(records[-1].get(journal.STOPPED_EARLY))
+        run.faults += told
     elif log or parts:
         run.faults.append("the log has no line that can be read")
     for key in FIGURES:

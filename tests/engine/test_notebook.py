@@ -1,7 +1,9 @@
 """Training from Python: the page of the README as it stands there, and what it may not do."""
 
 import contextlib
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +17,7 @@ import engine
 from engine import open_session
 from engine.evaluation.during_training import ProbeConfig
 from engine.method.schedule import ScheduleConfig
-from engine.recipe import Recipe
+from engine.recipe import Recipe, load
 from shards.errors import InputError
 from shards.loader import DataConfig
 from shards.making import synthetic
@@ -104,7 +106,7 @@ def test_views_are_those_that_are_trained_on(recipe: Recipe) -> None:
         picture = session.views(3)
         assert picture.shape == (3, 2 * 34 + 2, 3 * 34 + 2)
         assert torch.equal(picture, session.views(3))  # the batch is not used up
-        seen = session._take()
+        seen = session._peek()
         session.trainer.train_step(seen)
         assert session.trainer.step == 1
         assert not torch.equal(picture, session.views(3))
@@ -117,6 +119,99 @@ def test_views_are_those_that_are_trained_on(recipe: Recipe) -> None:
 def test_wrong_images_are_told(recipe: Recipe, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     with open_session(recipe) as session, pytest.raises(InputError, match=r"images must be uint8"):
         session.features(torch.zeros(shape, dtype=dtype))
+
+
+def test_wrong_types_are_told(recipe: Recipe) -> None:
+    """Nothing of another type gets as far as a traceback, or is taken for something else."""
+    wrong: Any
+    for wrong in (None, "quickstart", {"seed": 1}):
+        with pytest.raises(InputError, match=r"recipe takes an engine\.Recipe, not"):
+            open_session(wrong)
+    wrong = "no"
+    with pytest.raises(InputError, match="compile takes True or False, not 'no'"):
+        open_session(recipe, compile=wrong)
+    wrong = 3
+    with pytest.raises(InputError, match="a recipe file is named by a text or a Path, not 3"):
+        load(wrong)
+    with open_session(recipe) as session:
+        images = session.images(2)
+        features = session.features(images.images)
+        for method in (session.views, session.images):
+            for wrong in (0, -1, 2.5, "3", None):
+                with pytest.raises(InputError, match="count must be a whole number of at least 1"):
+                    method(wrong)
+        wrong = images
+        with pytest.raises(InputError, match=r"images must be uint8 .*, not an EvalBatch"):
+            session.features(wrong)
+        others: list[Any] = [features.numpy(), features.half(), features[:, 1:]]
+        for other in others:
+            with pytest.raises(InputError, match=r"features must be float32 \[N, 64\], .* not "):
+                session.logits(other)
+
+
+def test_an_interrupted_step_leaves_no_trace(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C takes effect after the step, or before it while its batch is loaded."""
+    with open_session(recipe) as whole, open_session(recipe) as session:
+        trainer = session.trainer
+        records = [whole.step() for _ in range(4)]
+        take, loading = trainer.train_step, trainer.batches()
+
+        def interrupted(*arguments: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGINT)
+            return take(*arguments)
+
+        monkeypatch.setattr(trainer, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.step()
+        monkeypatch.setattr(trainer, "train_step", take)
+        assert trainer.step == 1
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert session.step() == records[1]
+
+        real = type(loading).__next__
+
+        def cut_off(self: Any) -> Any:
+            real(self)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(type(loading), "__next__", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            session.step()
+        monkeypatch.setattr(type(loading), "__next__", real)
+        loading.close()
+        assert session.step() == records[2]
+        assert session.step() == records[3]
+
+
+def test_a_step_that_failed_is_not_built_upon(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: torch.Tensor) -> None:
+        raise ValueError("planted")
+
+    with open_session(recipe) as session:
+        apply = session.trainer.statistics.apply
+        monkeypatch.setattr(session.trainer.statistics, "apply", fail)
+        with pytest.raises(ValueError, match="planted"):
+            session.step()
+        monkeypatch.setattr(session.trainer.statistics, "apply", apply)
+        with pytest.raises(InputError, match=r"step 1 ended part way by ValueError, .* another"):
+            session.step()
+        session.features(session.images(2).images)
+
+
+def test_steps_of_ones_own_keep_the_order(recipe: Recipe) -> None:
+    """A session goes on with the batch of the step that its trainer is at."""
+    with open_session(recipe) as whole, open_session(recipe) as session:
+        records = [whole.step() for _ in range(4)]
+        session.step()
+        session.views(2)
+        with contextlib.closing(session.trainer.batches()) as batches:
+            for _ in range(2):
+                session.trainer.train_step(next(batches))
+        assert session.step() == records[3]
 
 
 def test_wrong_names_and_closed_sessions_are_told(recipe: Recipe) -> None:

@@ -2,7 +2,9 @@
 
 import errno
 import os
+from collections.abc import Callable
 
+import numpy
 import pytest
 import torch
 
@@ -62,6 +64,27 @@ def test_a_full_gpu(error: Exception, told: str, capsys: pytest.CaptureFixture[s
     assert line.startswith(f"error: {told}")
     assert "by a larger --batch.micro" in line
     assert "expandable" not in line
+
+
+@pytest.mark.parametrize(
+    ("allocate", "size"),
+    [
+        (lambda: torch.empty(10**15, dtype=torch.uint8), "for 1,000,000.0 GB more"),
+        (lambda: numpy.empty(10**15, dtype=numpy.uint8), "for 909. TiB more"),
+        (lambda: bytearray(10**15), "no room: "),
+    ],
+    ids=["torch's", "numpy's", "Python's"],
+)
+def test_a_full_memory(
+    allocate: Callable[[], object], size: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((MemoryError, RuntimeError)) as failure:
+        allocate()
+    report_failure(failure.value)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: rank 0: the memory of this machine has no room")
+    assert size in line
+    assert "by a larger --batch.micro" in line
 
 
 @pytest.mark.parametrize(

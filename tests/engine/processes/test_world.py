@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from engine.evaluation.during_training import ProbeConfig
+from engine.log.metrics import TIMINGS
 from engine.method.local_shards import local
 from engine.method.precision import FIRST_SCALE
 from engine.processes import parallel, world
@@ -84,6 +85,23 @@ def test_any_world_size_goes_on_from_any_other(
                 assert record[key] == expected[key]
             assert record["loss"] == pytest.approx(expected["loss"], rel=1e-3)
             assert record["feature_std"] == pytest.approx(expected["feature_std"], rel=1e-3)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_three_processes_go_on_bit_for_bit(
+    ranks: Ranks, tiny_data: DataConfig, tmp_path: Path, micro: int
+) -> None:
+    """Sums of three numbers depend on their order, and it must not depend on where a start is."""
+    for run, stops in (("whole", (4,)), ("parts", (2, 4))):
+        for steps in stops:
+            config = recipe(tiny_data, tmp_path / run, "ddp", steps=steps, micro=micro)
+            config = dataclasses.replace(config, precision="fp32")
+            ranks.run(train, config, size=3)
+    untimed = [
+        [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines(tmp_path / run)]
+        for run in ("whole", "parts")
+    ]
+    assert untimed[0] == untimed[1]
 
 
 def measure(config: Recipe) -> dict[str, float]:

@@ -105,6 +105,9 @@ def test_damaged_runs_are_listed_with_the_reason(
     (tmp_path / "list" / "recipe.json").write_text("[1]")
     write_run(f"{tmp_path}/no_lines")
     (tmp_path / "no_lines" / "metrics.jsonl").write_text("\x00\x00{")
+    write_run(f"{tmp_path}/some_lines")
+    with (tmp_path / "some_lines" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 1, "lo\n{"step": 2, "lo')
     leases.leave(f"{tmp_path}/begun", 1)
     leases.leave(f"{tmp_path}/nothing", 1, released=True)
     assert evaluate.main(["runs", str(tmp_path)]) == 0
@@ -117,6 +120,7 @@ def test_damaged_runs_are_listed_with_the_reason(
     assert "half: recipe.json cannot be read: " in out
     assert "list: recipe.json cannot be read: it is no JSON object\n" in out
     assert "no_lines: the log has no line that can be read\n" in out
+    assert "some_lines: metrics.jsonl: 1 line that cannot be read is left out\n" in out
     assert len([line for line in out.splitlines() if line.startswith("good")]) == 1
 
 
