@@ -203,7 +203,8 @@ def _ddp(online: Online, static: bool) -> DistributedDataParallel:
             gradient_as_bucket_view=True,
             static_graph=static,
         )
-    _lay_out_buckets(ddp, online)
+    if dist.get_backend() != "fake":  # a plan's stand-in for other processes adds up nothing
+        _lay_out_buckets(ddp, online)
     return ddp
 
 
@@ -211,10 +212,9 @@ def _lay_out_buckets(ddp: DistributedDataParallel, online: Online) -> None:
     """Let DDP lay out its buckets of gradients by backward passes of zeros.
 
     DDP lays them out anew after its first backward pass, or after its second one if the graph is
-    static, in the order in which gradients come.
-    Three processes or more add up in an order that depends on a gradient's place in its bucket. So
-    the first step of a start would differ in its last bits from the same step of a run that was
-    never stopped.
+    static, in the order in which gradients come. Three processes or more add up in an order that
+    depends on a gradient's place in its bucket. So the first step of a start would differ in its
+    last bits from the same step of a run that was never stopped.
     """
 
     def visit() -> Tensor:  # its backward pass goes from the last parameter to the first
