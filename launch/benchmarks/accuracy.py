@@ -1,5 +1,6 @@
 """Measure how far our training and lightly's come in equal time of the machine's cores."""
 
+import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -53,7 +54,8 @@ def bench_accuracy(
     Each side trains the recipe's network on the recipe's images, with its optimizer and its
     schedule, which is stretched to as many steps as the side can take in the time. A few steps
     before tell how many these are. lightly's side is that of `peers`. Then the same kNN measures
-    both encoders. A round has its own seed. Evaluations are not part of the time.
+    both encoders. A round has its own seed. Evaluations are not part of the time. Each training's
+    accuracy is printed as soon as it is known.
 
     Args:
         recipe: Recipe file with data.train and data.val, and LARS or AdamW.
@@ -166,7 +168,12 @@ class _Sides:
     def _finish(self, trainer: Trainer, seconds: float) -> Training:
         assert trainer.probe is not None  # probe.every is not 0
         accuracy = 100 * trainer.probe.evaluate()["knn_top1"]
-        return Training(accuracy, seconds, trainer.recipe.schedule.epochs)
+        epochs = trainer.recipe.schedule.epochs
+        print(  # all rounds may take hours, and whoever ends them early keeps what is known
+            f"  kNN top-1 {accuracy:.2f}% after {epochs:.2f} epochs in {seconds:.0f} core-seconds",
+            file=sys.stderr,
+        )
+        return Training(accuracy, seconds, epochs)
 
 
 def _steps_of_ours(trainer: Trainer) -> Generator[None]:

@@ -60,8 +60,11 @@ def test_accuracy(
     path = tmp_path / "recipe.py"
     path.write_text(RECIPE.format(folder=tmp_path))
     options = "--core-seconds 1 --rounds 2 --precision fp32"
-    lines = run(f"accuracy --recipe {path} {options}", capsys)
+    assert bench.main(f"accuracy --recipe {path} {options}".split()) == 0
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
     assert [rows(lines, name) for name in ("kNN top-1", "epochs", "CPU time")] == [1, 1, 1]
+    assert printed.err.count("kNN top-1") == 4  # each side in each round
 
     pilot, *trained = Stub.made
     assert pilot.rates == []
