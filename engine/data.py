@@ -14,6 +14,7 @@ from shards.errors import InputError
 from shards.index import Index
 from shards.loader import TrainLoader
 from shards.making import synthetic
+from shards.matching import check_same_classes, compare_windows
 from shards.order import Order, rank_streams
 from shards.storage import files
 
@@ -46,8 +47,8 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
     check_batches(recipe, data.order)
     if val is not None:
         if train.classes and val.classes:
-            indexes.check_same_classes(train, val)
-        if (doubt := indexes.compare_windows(train, val)) and world.main:
+            check_same_classes(train, val)
+        if (doubt := compare_windows(train, val)) and world.main:
             report(doubt)
     check_alike(world, {"digest of data.train": train.digest})
     return data

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from engine.evaluation.given_sets import GivenSet
 from engine.processes.world import World, check_alike
-from shards import index as indexes
 from shards.digest import digest
 from shards.errors import InputError
 from shards.index import Index
 from shards.making.convert import PixelOptions
+from shards.matching import check_same_classes, compare_windows
 from shards.storage import files
 
 _FIELDS = ("probe.train", "probe.val")
@@ -58,7 +58,7 @@ def open_probe_sets(
     for i, given in sets.items():
         own = files.join(cache, given.name.partition(".")[2])
         index = given.open(own, lambda: options, threads=threads, report=report, alone=True)
-        if doubt := indexes.compare_windows(train, index, ("data.train", given.name)):
+        if doubt := compare_windows(train, index, ("data.train", given.name)):
             notes.append(doubt)
         found[i] = index
     bank, queries, fields = found[0] or train, found[1], _name_fields(sets)
@@ -117,7 +117,7 @@ def _find_fault(bank: Index, queries: Index | None, fields: tuple[str, str]) -> 
 def _check_classes(bank: Index, queries: Index, fields: tuple[str, str]) -> None:
     """Raise InputError unless a label means the same class in both sets."""
     try:
-        indexes.check_same_classes(bank, queries, fields)
+        check_same_classes(bank, queries, fields)
     except InputError as error:
         absent = set(_FIELDS) - set(fields)
         more = "".join(f", or give --{field} URL too" for field in absent if len(absent) == 1)

@@ -13,6 +13,7 @@ from shards import index as indexes
 from shards.errors import InputError
 from shards.index import Index
 from shards.making.convert import PixelOptions
+from shards.matching import check_same_classes
 from shards.storage import files
 
 Name = Literal["data.train", "data.val"]
@@ -128,4 +129,4 @@ def check_classes(train: Index, val: Index) -> None:
                 f"{name} {files.redact(index.url)}: has no labels, which an evaluation needs: "
                 "pack the images in one folder for each class"
             )
-    indexes.check_same_classes(train, val)
+    check_same_classes(train, val)

@@ -40,6 +40,7 @@ from shards.digest import digest
 from shards.errors import InputError
 from shards.fields import UnitInterval
 from shards.index import Index
+from shards.matching import compare_windows
 from shards.storage import files
 
 PACKED = "packed"  # the folder of what was packed, beside the results
@@ -120,7 +121,7 @@ class Evaluation:
         )
         if labels:
             check_classes(self.train, self.val)
-        if doubt := indexes.compare_windows(self.train, self.val):
+        if doubt := compare_windows(self.train, self.val):
             self.terminal.say(doubt)
         self.crops = CropReader(
             self.source.size,
