@@ -65,7 +65,10 @@ def find_nearest(bank: Features, queries: Tensor, k: int, world: World) -> Neigh
     sizes = world.all_gather_object((len(bank.ids), len(queries)))
     total = sum(held for held, _ in sizes)
     if total == 0:
-        raise InputError("evaluation found no labeled image to look up: see data.train")
+        raise InputError(
+            "evaluation found nothing to look up: no image of data.train can be decoded, or none "
+            "of those has a label"
+        )
     if sum(count for _, count in sizes) == 0:
         raise InputError("evaluation found no image that can be decoded: see data.val")
     k, rows = min(k, total), max(1, QUERIES // world.size)
