@@ -1,6 +1,5 @@
 """Keep a pool of processes that act as the ranks of many small runs, one after the other."""
 
-import multiprocessing
 import os
 import socket
 import traceback
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from engine.processes import world
+from tests.helpers.processes import FORKED
 
 SECONDS = 240
 
@@ -27,12 +27,11 @@ class Ranks:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
         for _ in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            ours, theirs = FORKED.Pipe()
+            process = FORKED.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)

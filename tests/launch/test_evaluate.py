@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from shards.storage import files
 from tests.conftest import PackFiles, draw_photo
 from tests.helpers import tiny
 from tests.helpers.jobs import until
+from tests.helpers.ranks import Ranks
 from tests.helpers.training import finish, train, training
 
 LINEAR = ["--epochs", "3", "--batch", "16", "--lr", "0.4", "0.05", "--threads", "1"]
@@ -278,18 +278,12 @@ def test_a_stopped_evaluation_goes_on(
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_two_processes_find_the_same(run: str, tmp_path: Path) -> None:
-    """torchrun: heads from random crops, and kNN."""
-    script = ["-m", "torch.distributed.run", "--nproc-per-node=2", str(Path(evaluate.__file__))]
+def test_two_processes_find_the_same(run: str, tmp_path: Path, ranks: Ranks) -> None:
+    """Heads from random crops, and kNN."""
     for protocol, options in (("linear", LINEAR), ("knn", ["--threads", "1"])):
         one = [protocol, run, *options, "--precision", "fp64"]
         assert evaluate.main([*one, "--out", f"{tmp_path}/one"]) == 0
-        subprocess.run(
-            [sys.executable, *script, *one, "--out", f"{tmp_path}/two"],
-            check=True,
-            timeout=200,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        assert ranks.run(evaluate.main, [*one, "--out", f"{tmp_path}/two"], size=2) == [0, 0]
         found = [result(f"{tmp_path}/{folder}", protocol)["table"] for folder in ("one", "two")]
         assert found[0] == found[1]
     heads = [load_file(next(tmp_path.glob(f"{f}/**/head.safetensors"))) for f in ("one", "two")]

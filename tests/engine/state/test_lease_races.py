@@ -1,6 +1,5 @@
 """Many jobs reach for one run at once, and one gets it."""
 
-import multiprocessing
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -14,8 +13,7 @@ from engine.state.lease import Lease, acquire
 from shards.errors import InputError
 from shards.storage import files
 from tests.helpers.leases import PERIOD, leave, numbers, read
-
-SPAWN = multiprocessing.get_context("spawn")
+from tests.helpers.processes import FORKED
 
 STATES: dict[str, Callable[[str], None]] = {
     "fresh": lambda _: None,
@@ -62,5 +60,5 @@ def win(run: str) -> bool:
 
 
 def test_one_of_many_processes_wins(tmp_path: Path) -> None:
-    with ProcessPoolExecutor(4, SPAWN) as pool:
+    with ProcessPoolExecutor(4, FORKED) as pool:
         assert sum(pool.map(win, [str(tmp_path)] * 4)) == 1
