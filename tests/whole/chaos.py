@@ -241,10 +241,10 @@ class Chaos(Job):
                 "SIGKILL in a save": self.kill_in_save,
             }
         return {
-            "SIGKILL in a step": self.kill_in_step,
+            "SIGKILL in start-up": self.kill_in_startup,  # after one in a step
             "SIGKILL in a save": self.kill_in_save,
-            "SIGKILL in start-up": self.kill_in_startup,
             "SIGKILL in evaluation": self.kill_in_evaluation,
+            "SIGKILL in a step": self.kill_in_step,
             "SIGKILL of all workers": self.kill_all,
             "checkpoint damaged": self.damage_newest,
             "told to stop": self.stop_by_signal,

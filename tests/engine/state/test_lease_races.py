@@ -2,8 +2,8 @@
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from engine.state.lease import Lease, acquire
 from shards.errors import InputError
 from shards.storage import files
 from tests.helpers.leases import PERIOD, leave, numbers, read
-from tests.helpers.processes import FORKED
+from tests.helpers.ranks import Ranks
 
 STATES: dict[str, Callable[[str], None]] = {
     "fresh": lambda _: None,
@@ -60,5 +60,5 @@ def win(run: str) -> bool:
 
 
 def test_one_of_many_processes_wins(tmp_path: Path) -> None:
-    with ProcessPoolExecutor(4, FORKED) as pool:
-        assert sum(pool.map(win, [str(tmp_path)] * 4)) == 1
+    with closing(Ranks(4)) as jobs:
+        assert sum(jobs.run(win, str(tmp_path), size=4)) == 1
