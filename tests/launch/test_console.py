@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from launch import console
-from launch.command_line import parse_recipe
 from shards.loader import DataConfig
 from tests.helpers.places import RECIPES, ROOT
+from tests.helpers.recipes import parse_recipe
 
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
