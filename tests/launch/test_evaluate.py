@@ -37,11 +37,9 @@ LINEAR = ["--epochs", "3", "--batch", "16", "--lr", "0.4", "0.05", "--threads", 
 
 
 @pytest.fixture(scope="module")
-def run(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
+def run(whole_run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run of 20 steps, checkpoints at 12, 16 and 20."""
-    url = str(tmp_path_factory.mktemp("evaluate") / "run")
-    assert train(tiny.recipe(tiny_data, url))
-    return url
+    return copied(str(whole_run), tmp_path_factory.mktemp("evaluate"))
 
 
 def copied(run: str, where: Path) -> str:
@@ -197,13 +195,14 @@ def test_an_image_among_others_is_its_own_neighbour(
     assert (border[:, 2:] == (207, 34, 46)).all(-1).any()
 
 
-def test_a_live_run_is_not_disturbed(tiny_data: DataConfig, tmp_path: Path) -> None:
+def test_a_live_run_is_not_disturbed(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path
+) -> None:
     """An evaluation in the middle of training; the run's log has both in the end."""
     url, calm = str(tmp_path / "run"), str(tmp_path / "calm")
     knn = ["--checkpoint", "8", "--k", "5", "--threads", "1"]
     train(tiny.recipe(tiny_data, calm, steps=8))
     assert evaluate.main(["knn", calm, *knn, "--out", f"{tmp_path}/out"]) == 0
-    train(tiny.recipe(tiny_data, calm))
     statuses: list[int] = []
     with training(tiny.recipe(tiny_data, url)) as trainer:
         step = trainer.train_step
@@ -222,7 +221,7 @@ def test_a_live_run_is_not_disturbed(tiny_data: DataConfig, tmp_path: Path) -> N
         trainer.train_step = step_and_evaluate  # type: ignore[method-assign]
         assert finish(trainer)
     assert statuses == [0]
-    found, expected = journal.read(url), journal.read(calm)
+    found, expected = journal.read(url), journal.read(str(whole_run))
     apart = result(f"{tmp_path}/out", "knn")["metrics"]
     assert found[7].pop("knn_k5_t0.07_top1") == apart["knn_k5_t0.07_top1"]
     for ours, theirs in zip(found, expected, strict=True):
