@@ -146,7 +146,8 @@ def test_a_fine_tuned_network(run: str, tmp_path: Path) -> None:
 def test_mistakes_are_one_line(
     resnet18: tuple[str, ResNet], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    url, _ = resnet18
+    url, encoder = resnet18
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
     narrow = {"fc.weight": torch.zeros(3, 64), "fc.bias": torch.zeros(3)}
     (tmp_path / "narrow.safetensors").write_bytes(save_head(narrow, []))
     wide = {"fc.weight": torch.ones(3, 512), "fc.bias": torch.zeros(3)}
@@ -159,7 +160,7 @@ def test_mistakes_are_one_line(
         ("names", "its weight, bias and classes do not fit together"),
         ("no", "is not a whole safetensors file"),
         ("none", "no such file"),
-        ("r18", "has no fc.weight"),
+        ("encoder", "has no fc.weight"),
     ):
         arguments = [url, f"{tmp_path}/out", "--head", f"{tmp_path}/{name}.safetensors"]
         assert export.main(arguments) == 1, name
