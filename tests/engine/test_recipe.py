@@ -22,7 +22,7 @@ from tests.helpers.places import RECIPES, ROOT
 from tests.helpers.recipes import parse_recipe
 
 ALL = sorted(path for path in RECIPES.glob("*.py") if path.name != "__init__.py")
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 IMAGENETTE = str(RECIPES / "imagenette.py")
 QUICKSTART = str(RECIPES / "quickstart.py")
 

@@ -26,7 +26,7 @@ from tests.helpers.training import train
 
 pytestmark = pytest.mark.versions
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 
 # Compiles a line with artefacts of the run at argv[1]; prints Inductor's hits and misses.
 SCRIPT = """
@@ -40,7 +40,7 @@ from shards.loader import DataConfig
 from tests.helpers import tiny
 
 recipe = tiny.recipe(DataConfig(), sys.argv[1])
-alone = World(0, 1, 0, 1, torch.device("cpu"))
+alone = World(0, 1, 1, torch.device("cpu"))
 artefacts = Run(recipe, "", alone, Terminal(main=True), None).artefacts("none")
 artefacts.load(print)
 torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.randn(8))
@@ -107,7 +107,7 @@ def test_artefacts_of_another_run_are_not_taken(
 
 def test_other_machines_and_strategies_have_their_own(tmp_path: Path) -> None:
     recipe = tiny.recipe(DataConfig(), tmp_path)
-    two = World(0, 2, 0, 2, torch.device("cpu"))
+    two = World(0, 2, 2, torch.device("cpu"))
     places = [(ALONE, "none"), (ALONE, "ddp"), (two, "ddp"), (two, "fsdp")]
     urls = {artefacts_of(recipe, world, strategy)._url for world, strategy in places}
     assert len(urls) == len(places)
