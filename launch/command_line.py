@@ -25,11 +25,6 @@ class Start(NamedTuple):
     source: dict[str, Any]  # what recipe.json says of the recipe file
 
 
-def parse_recipe(arguments: list[str]) -> Recipe:
-    """Parse RECIPE [--field.name value ...] to the complete recipe; see `parse_start`."""
-    return parse_start(arguments).recipe
-
-
 def parse_start(arguments: list[str]) -> Start:
     """Parse RECIPE [--field.name value ...] to the complete recipe, and check it.
 

@@ -81,7 +81,7 @@ class Export:
             raise InputError("an export is one process: python launch/export.py CHECKPOINT OUT")
         head = read_head(self.head) if self.head else None
         torch.set_num_threads(self.threads or share_of_cores())
-        alone = World(0, 1, 0, 1, torch.device("cpu"))
+        alone = World(0, 1, 1, torch.device("cpu"))
         _terminal.say(f"opening {files.redact(self.checkpoint_url)}")
         source, encoder = open_encoder(self.checkpoint_url, self.encoder, alone, _terminal.say)
         if isinstance(encoder, Pixels):

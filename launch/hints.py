@@ -4,9 +4,7 @@ import difflib
 import re
 from dataclasses import fields
 
-from engine.method.byol import BYOLConfig
 from engine.method.encoders import ENCODERS
-from engine.method.torchvision_encoder import TorchvisionConfig
 from engine.recipe import Recipe, optimizers
 from launch.optimizer_hints import explain_option
 from shards.fields import flatten
@@ -249,10 +247,3 @@ def _encoder_fields() -> set[str]:
     """Return the options of the fields that an encoder of some kind has."""
     names = {entry.name for kind in ENCODERS.values() for entry in fields(kind)}
     return {f"model.encoder.{name.replace('_', '-')}" for name in names}
-
-
-def fields_of_all_recipes() -> set[str]:
-    """Return the options of the fields that a recipe can have, without dashes."""
-    other = BYOLConfig(encoder=TorchvisionConfig())
-    recipes = [Recipe(model=other), *(Recipe(optimizer=kind()) for kind in optimizers())]
-    return {name.replace("_", "-") for recipe in recipes for name in flatten(recipe)} | {"run-url"}

@@ -21,6 +21,7 @@ from tests.helpers import tiny
 from tests.helpers.fault_proxy import FaultProxy
 from tests.helpers.object_store import ObjectStore, lead_to
 from tests.helpers.ranks import Ranks
+from tests.helpers.training import train
 
 Files = dict[str, bytes]
 PackFiles = Callable[[str, Files], Index]
@@ -102,6 +103,14 @@ def ranks() -> Iterator[Ranks]:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     """A drawn training and validation set, for `tests.helpers.tiny.recipe`."""
     return tiny.draw_data(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def whole_run(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `tiny.recipe` from the first step to the last, to be read only."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert train(tiny.recipe(tiny_data, run))
+    return run
 
 
 @pytest.fixture(scope="session")

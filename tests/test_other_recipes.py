@@ -8,13 +8,13 @@ import pytest
 
 from engine.data import check_micro
 from engine.recipe import load, method_fields
-from launch.command_line import parse_recipe
 from recipes.r50_4096_300ep import recipe as paper
 from recipes.simclr_views import simclr_views
 from recipes.symmetric_views import symmetric_views
 from shards.errors import InputError
 from shards.fields import differences
 from tests.helpers.places import RECIPES
+from tests.helpers.recipes import parse_recipe
 
 SMALL = {"r50_256": 256, "r50_1024": 1024}
 VIEWS = ("symmetric_views", "simclr_views")

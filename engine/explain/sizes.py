@@ -28,7 +28,7 @@ from engine.recipe import Recipe
 
 LEAST = 2  # images: a process with one has norm statistics only together with others
 _CPU = torch.device("cpu")
-_ALONE = World(0, 1, 0, 1, _CPU)
+_ALONE = World(0, 1, 1, _CPU)
 
 
 class StepCost(NamedTuple):

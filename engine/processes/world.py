@@ -38,11 +38,10 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class World:
-    """Describe this process among those of the run; `local` counts those of its machine only."""
+    """Describe this process among those of the run; `local_size` counts those of its machine."""
 
     rank: int
     size: int
-    local_rank: int
     local_size: int
     device: torch.device
     group: ProcessGroup | None = None  # None is the default group
@@ -188,7 +187,7 @@ def join(threads: int | None, distributed: bool) -> World:
         torch.backends.cudnn.deterministic = True
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    world = World(rank(), size, local_rank, local_size, device)
+    world = World(rank(), size, local_size, device)
     if (size > 1 or distributed) and not dist.is_initialized():
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",

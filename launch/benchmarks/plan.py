@@ -219,7 +219,7 @@ def _pretended(processes: int, shard: int) -> Iterator[World]:
     """Set up a process group in which the other processes are only pretended."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     try:
-        yield World(0, processes, 0, shard, torch.device("cpu"))
+        yield World(0, processes, shard, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
 

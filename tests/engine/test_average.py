@@ -30,7 +30,7 @@ from tests.helpers.ranks import Ranks
 from tests.helpers.training import finish, open_trainer, training
 from tests.whole import parity
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 RATE = 0.75
 States = list[dict[str, Tensor]]
 

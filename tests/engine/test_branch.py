@@ -36,7 +36,7 @@ from tests.helpers import tiny
 from tests.helpers.ranks import Ranks
 from tests.helpers.training import finish, open_trainer, training
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 SHORT, LONG = 5, 8  # epochs of 104 images in batches of 16: 6.5 steps each
 OPTIMIZERS: dict[str, LARSConfig | AdamWConfig] = {"lars": LARSConfig(), "adamw": AdamWConfig()}
 RATES = {"lars": 2.0, "adamw": 2e-2}

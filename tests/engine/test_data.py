@@ -19,7 +19,7 @@ from tests.conftest import draw_photo
 from tests.helpers import tiny
 from tests.helpers.training import open_trainer
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def on_a_gpu(recipe: Recipe, patch: pytest.MonkeyPatch) -> Iterator[Trainer]:
         patch.setattr(torch, name, nothing)
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    world, terminal = World(0, 1, 0, 1, GPU), Terminal(False)
+    world, terminal = World(0, 1, 1, GPU), Terminal(False)
     data = open_data(recipe, world, terminal.say)
     run = open_run(recipe, data.train.digest, world, terminal)
     try:

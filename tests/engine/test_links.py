@@ -21,7 +21,7 @@ from shards.storage import files
 from tests.helpers import tiny
 from tests.helpers.confined import call_within
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 
 
 def save(run: Path, step: int) -> Commit:

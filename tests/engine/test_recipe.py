@@ -14,14 +14,15 @@ from engine.method.schedule import ScheduleConfig
 from engine.processes.world import World
 from engine.recipe import Recipe, in_todays_terms, load, method_fields, operation_names
 from engine.run import Run, open_run
-from launch.command_line import parse_recipe, parse_start
+from launch.command_line import parse_start
 from shards.errors import InputError
 from shards.fields import differences, flatten
 from shards.loader import DataConfig
 from tests.helpers.places import RECIPES, ROOT
+from tests.helpers.recipes import parse_recipe
 
 ALL = sorted(path for path in RECIPES.glob("*.py") if path.name != "__init__.py")
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 IMAGENETTE = str(RECIPES / "imagenette.py")
 QUICKSTART = str(RECIPES / "quickstart.py")
 

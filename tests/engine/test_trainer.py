@@ -46,14 +46,6 @@ def train(recipe: Recipe) -> Trainer:
     return trainer
 
 
-@pytest.fixture(scope="module")
-def whole_run(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run from the first step to the last, undisturbed."""
-    run = tmp_path_factory.mktemp("whole")
-    train(tiny.recipe(tiny_data, run))
-    return run
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.glob("**/*") if path.is_file()}
 

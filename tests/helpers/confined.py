@@ -1,12 +1,13 @@
 """Call functions in a process that may take little more memory than it has, and little time."""
 
-import multiprocessing
 import resource
 import signal
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.processes import FORKED
 
 MEMORY = 512 << 20  # bytes of address space beyond those that the imports take
 SECONDS = 10  # for each input
@@ -63,5 +64,5 @@ def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
 
     Raises BrokenProcessPool when that process dies, as of a fault in a library's C code.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, FORKED) as process:
         return process.submit(function, *arguments).result()

@@ -1,6 +1,5 @@
 """Keep a pool of processes that act as the ranks of many small runs, one after the other."""
 
-import multiprocessing
 import os
 import socket
 import traceback
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from engine.processes import world
+from tests.helpers.processes import FORKED
 
 SECONDS = 240
 
@@ -27,12 +27,11 @@ class Ranks:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
         for _ in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            ours, theirs = FORKED.Pipe()
+            process = FORKED.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -47,6 +46,8 @@ class Ranks:
     ) -> list[Any]:
         """Call `function(*arguments)` on `size` ranks, and return the result of each rank.
 
+        They have the environment that this process has now.
+
         Raises RankFailure when a rank fails. If a rank gave no answer, the pool starts anew.
 
         Args:
@@ -60,8 +61,8 @@ class Ranks:
         for rank, pipe in enumerate(self._pipes[:size]):
             places = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
             places |= {"LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local, "MASTER_PORT": port}
-            environment = {name: str(value) for name, value in places.items()}
-            pipe.send((function, arguments, environment if size > 1 else {}))
+            environment = {name: str(value) for name, value in places.items()} if size > 1 else {}
+            pipe.send((function, arguments, os.environ | environment))
         answers = []
         failures = []
         for rank, pipe in enumerate(self._pipes[:size]):
@@ -88,11 +89,10 @@ class Ranks:
 
 def _serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
-    outside = dict(os.environ)
     while True:
         function, arguments, environment = pipe.recv()
         os.environ.clear()
-        os.environ.update(outside | environment)
+        os.environ.update(environment)
         try:
             answer = True, function(*arguments)
         except Exception:

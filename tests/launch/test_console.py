@@ -4,15 +4,16 @@ import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from launch import console
-from launch.command_line import parse_recipe
 from shards.loader import DataConfig
 from tests.helpers.places import RECIPES, ROOT
+from tests.helpers.recipes import parse_recipe
 
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
@@ -45,8 +46,6 @@ def test_every_program_has_a_command() -> None:
     [
         ("byol-train", ["quickstart", "--lr", "3"], "unknown field --lr: did you mean"),
         ("byol-pack", ["nowhere", "out"], "nowhere"),
-        ("byol-evaluate", ["knn", "nowhere"], "nowhere"),
-        ("byol-export", ["nowhere", "out"], "nowhere"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_failure(
@@ -54,9 +53,35 @@ def test_a_mistake_is_one_line_and_a_failure(
 ) -> None:
     done = start(name, *arguments, where=tmp_path)
     assert done.returncode == 1, done.stderr
-    (line,) = done.stderr.strip().splitlines()
+    check_error(done.stderr, text)
+
+
+def check_error(told: str, text: str) -> None:
+    (line,) = told.strip().splitlines()
     assert line.startswith("error: ")
     assert text in line
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [(console.evaluate, ["knn", "nowhere"]), (console.export, ["nowhere", "out"])],
+    ids=["evaluate", "export"],
+)
+def test_other_commands_run_their_scripts(
+    command: Callable[[], None],
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["byol", *arguments])
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as stop:
+        command()
+    assert stop.value.code == 1
+    check_error(capsys.readouterr().err, "nowhere")
 
 
 def test_a_command_trains(tmp_path: Path, tiny_data: DataConfig) -> None:

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -31,17 +30,16 @@ from shards.storage import files
 from tests.conftest import PackFiles, draw_photo
 from tests.helpers import tiny
 from tests.helpers.jobs import until
+from tests.helpers.ranks import Ranks
 from tests.helpers.training import finish, train, training
 
 LINEAR = ["--epochs", "3", "--batch", "16", "--lr", "0.4", "0.05", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
-def run(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
+def run(whole_run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run of 20 steps, checkpoints at 12, 16 and 20."""
-    url = str(tmp_path_factory.mktemp("evaluate") / "run")
-    assert train(tiny.recipe(tiny_data, url))
-    return url
+    return copied(str(whole_run), tmp_path_factory.mktemp("evaluate"))
 
 
 def copied(run: str, where: Path) -> str:
@@ -197,13 +195,14 @@ def test_an_image_among_others_is_its_own_neighbour(
     assert (border[:, 2:] == (207, 34, 46)).all(-1).any()
 
 
-def test_a_live_run_is_not_disturbed(tiny_data: DataConfig, tmp_path: Path) -> None:
+def test_a_live_run_is_not_disturbed(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path
+) -> None:
     """An evaluation in the middle of training; the run's log has both in the end."""
     url, calm = str(tmp_path / "run"), str(tmp_path / "calm")
     knn = ["--checkpoint", "8", "--k", "5", "--threads", "1"]
     train(tiny.recipe(tiny_data, calm, steps=8))
     assert evaluate.main(["knn", calm, *knn, "--out", f"{tmp_path}/out"]) == 0
-    train(tiny.recipe(tiny_data, calm))
     statuses: list[int] = []
     with training(tiny.recipe(tiny_data, url)) as trainer:
         step = trainer.train_step
@@ -222,7 +221,7 @@ def test_a_live_run_is_not_disturbed(tiny_data: DataConfig, tmp_path: Path) -> N
         trainer.train_step = step_and_evaluate  # type: ignore[method-assign]
         assert finish(trainer)
     assert statuses == [0]
-    found, expected = journal.read(url), journal.read(calm)
+    found, expected = journal.read(url), journal.read(str(whole_run))
     apart = result(f"{tmp_path}/out", "knn")["metrics"]
     assert found[7].pop("knn_k5_t0.07_top1") == apart["knn_k5_t0.07_top1"]
     for ours, theirs in zip(found, expected, strict=True):
@@ -278,18 +277,12 @@ def test_a_stopped_evaluation_goes_on(
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-def test_two_processes_find_the_same(run: str, tmp_path: Path) -> None:
-    """torchrun: heads from random crops, and kNN."""
-    script = ["-m", "torch.distributed.run", "--nproc-per-node=2", str(Path(evaluate.__file__))]
+def test_two_processes_find_the_same(run: str, tmp_path: Path, ranks: Ranks) -> None:
+    """Heads from random crops, and kNN."""
     for protocol, options in (("linear", LINEAR), ("knn", ["--threads", "1"])):
         one = [protocol, run, *options, "--precision", "fp64"]
         assert evaluate.main([*one, "--out", f"{tmp_path}/one"]) == 0
-        subprocess.run(
-            [sys.executable, *script, *one, "--out", f"{tmp_path}/two"],
-            check=True,
-            timeout=200,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        assert ranks.run(evaluate.main, [*one, "--out", f"{tmp_path}/two"], size=2) == [0, 0]
         found = [result(f"{tmp_path}/{folder}", protocol)["table"] for folder in ("one", "two")]
         assert found[0] == found[1]
     heads = [load_file(next(tmp_path.glob(f"{f}/**/head.safetensors"))) for f in ("one", "two")]

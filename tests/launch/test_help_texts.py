@@ -10,10 +10,10 @@ import pytest
 from engine.recipe import load
 from launch import bench, evaluate, export, pack
 from launch.benchmarks.step import bench_step
-from launch.command_line import parse_recipe
 from launch.help_texts import join_help_lines
 from tests.helpers.command_help import field_texts, parameter_texts
 from tests.helpers.places import RECIPES
+from tests.helpers.recipes import parse_recipe
 
 LONGEST = 200  # characters: the frames of a wide terminal stand side by side
 QUICKSTART = str(RECIPES / "quickstart.py")

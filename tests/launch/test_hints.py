@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from engine.method.torch_optimizer import TorchOptimizerConfig
-from launch.command_line import parse_recipe
-from launch.hints import ADVICE, FIELDS, fields_of_all_recipes, hint
+from launch.hints import ADVICE, FIELDS, hint
 from shards.errors import InputError
 from tests.helpers.places import RECIPES
+from tests.helpers.recipes import fields_of_all_recipes, parse_recipe
 from tests.test_ancestors import TABLES
 
 QUICKSTART = str(RECIPES / "quickstart.py")

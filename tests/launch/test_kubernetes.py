@@ -22,8 +22,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handl
 from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args, get_args_parser
 
-from launch.command_line import parse_recipe
 from tests.helpers.places import ROOT
+from tests.helpers.recipes import parse_recipe
 
 pytestmark = pytest.mark.versions
 

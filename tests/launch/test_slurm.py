@@ -19,10 +19,10 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import config_from_args, get_args_parser
 
-from launch.command_line import parse_recipe
 from shards.loader import DataConfig
 from tests.helpers.jobs import QUICKSTART, SECONDS, environment_of, small, until
 from tests.helpers.places import ROOT
+from tests.helpers.recipes import parse_recipe
 
 pytestmark = pytest.mark.versions
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.log.metrics import TIMINGS
+from launch import train
 from shards.loader import DataConfig
 from tests.helpers.places import ROOT
 
@@ -33,14 +34,18 @@ def torchrun(*arguments: str, launcher: bool = True) -> subprocess.CompletedProc
 
 
 def test_quickstart_twice_is_equal_bit_for_bit(tmp_path: Path) -> None:
-    """The newcomer's command, cut to 6 steps, drawing its own data each time."""
+    """The newcomer's command, cut to 6 small steps, drawing its own data each time.
+
+    Under torchrun and under python alone it is the same.
+    """
     records = []
-    for name in ("first", "second"):
+    for name in ("torchrun", "python"):
         data, run = tmp_path / name / "data", tmp_path / name / "run"
         done = torchrun(
             *("--data.train", f"{data}/train", "--data.val", f"{data}/val", "--run-url", str(run)),
-            *("--data.draw", "256", "--steps", "6", "--log.every", "1", "--threads", "1"),
-            *("--probe.every", "3"),
+            *("--data.draw", "128", "--steps", "6", "--log.every", "1", "--threads", "1"),
+            *("--probe.every", "3", "--batch.size", "32"),
+            launcher=name == "torchrun",
         )
         assert done.returncode == 0, done.stderr
         assert "kNN of untrained encoder" in done.stdout
@@ -70,35 +75,40 @@ def test_quickstart_learns(tmp_path: Path) -> None:
     assert figures["trained encoder"] >= figures["raw pixels"] + 25
 
 
-def test_user_mistake_is_one_line_and_a_failure(tmp_path: Path, tiny_data: DataConfig) -> None:
+def test_user_mistake_is_one_line_and_a_failure(
+    tmp_path: Path, tiny_data: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ("--run", str(tmp_path / "run"))
+    lost = ("--data.train", str(tmp_path / "none"), "--data.draw", "0")
+    done = torchrun(*run, *lost, launcher=False)
+    assert done.returncode == 1
     data = ("--data.train", tiny_data.train, "--data.val", tiny_data.val)
-    for arguments, text in (
-        (("--data.train", str(tmp_path / "none"), "--data.draw", "0"), "no index.json there"),
-        ((*data, "--batch.size", "30"), "batch.size 30 is not divisible by data.streams 8"),
+    assert train.main([QUICKSTART, *run, *data, "--batch.size", "30"]) == 1
+    for told, text in (
+        (done.stderr, "no index.json there"),
+        (capsys.readouterr().err, "batch.size 30 is not divisible by data.streams 8"),
     ):
-        done = torchrun("--run", str(tmp_path / "run"), *arguments, launcher=False)
-        assert done.returncode == 1
-        (line,) = done.stderr.strip().splitlines()
+        (line,) = told.strip().splitlines()
         assert line.startswith("error: ")
         assert text in line
     assert not (tmp_path / "run").exists()
 
 
-def test_explain_and_replay(tmp_path: Path, tiny_data: DataConfig) -> None:
+def test_explain_and_replay(
+    tmp_path: Path, tiny_data: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = str(tmp_path / "run")
     common = (
         *("--data.train", tiny_data.train, "--data.val", "", "--run-url", run, "--threads", "1"),
         *("--batch.size", "16", "--probe.every", "0", "--probe.no-baseline", "--log.every", "1"),
     )
-    done = torchrun(*common, "--explain", "--explain-speed", "7", launcher=False)
-    assert done.returncode == 0, done.stderr
-    assert "7 images a second of each process, as given" in done.stdout
+    assert train.main([QUICKSTART, *common, "--explain", "--explain-speed", "7"]) == 0
+    assert "7 images a second of each process, as given" in capsys.readouterr().out
     assert not Path(run).exists()
-    assert torchrun(*common, "--steps", "2", launcher=False).returncode == 0
+    assert train.main([QUICKSTART, *common, "--steps", "2"]) == 0
     done = torchrun(*common, "--replay", "2")
     assert done.returncode == 0, done.stderr
     assert "data: equal" in done.stdout
     assert (Path(run) / "replay" / "step_00000002" / "images.csv").exists()
-    done = torchrun(*common, "--replay", "100000", launcher=False)
-    assert done.returncode == 1
-    assert "error: replay 100000: the run has only" in done.stderr
+    assert train.main([QUICKSTART, *common, "--replay", "100000"]) == 1
+    assert "error: replay 100000: the run has only" in capsys.readouterr().err

@@ -43,6 +43,14 @@ from tests.whole.chaos_outcomes import LOSS_BOUND, UNKNOWN, Fault, count_lost, t
 
 HARM = {"delay": 0.02, "slow_down": 0.01, "drop": 0.01, "truncate": 0.01, "wrong": 0.01}
 STEPS_BETWEEN = (4, 16)  # faults
+LASTING = {  # steps that the job may take meanwhile
+    "SIGKILL in evaluation": 10,
+    "told to stop in evaluation": 10,
+    "outage of the store": 10,
+    "second job": 30,
+    "machine lost, and back": 30,
+    "machine told to stop, and back": 30,
+}
 
 Worker = tuple[Agent, int, int]  # its machine, its process number, which attempt it belongs to
 Outcome = Callable[[], str]  # what became of a fault; empty as long as nobody can tell
@@ -241,10 +249,10 @@ class Chaos(Job):
                 "SIGKILL in a save": self.kill_in_save,
             }
         return {
-            "SIGKILL in a step": self.kill_in_step,
+            "SIGKILL in start-up": self.kill_in_startup,  # after one in a step
             "SIGKILL in a save": self.kill_in_save,
-            "SIGKILL in start-up": self.kill_in_startup,
             "SIGKILL in evaluation": self.kill_in_evaluation,
+            "SIGKILL in a step": self.kill_in_step,
             "SIGKILL of all workers": self.kill_all,
             "checkpoint damaged": self.damage_newest,
             "told to stop": self.stop_by_signal,
@@ -261,8 +269,7 @@ class Chaos(Job):
         plan = [next(cycle) for _ in range(faults)]
         self.random.shuffle(plan)
         at = list(itertools.accumulate(self.random.randint(*STEPS_BETWEEN) for _ in plan))
-        waits = {"told to stop in evaluation": 10, "outage of the store": 10, "second job": 30}
-        self.steps = at[-1] + 4 * MEASURED + sum(waits.get(name, 0) for name in plan)
+        self.steps = at[-1] + 2 * MEASURED + sum(LASTING.get(name, 0) for name in plan)
         with ExitStack() as stack:
             stack.callback(self._end)
             for number in range(self.machines):

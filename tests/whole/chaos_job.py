@@ -1,13 +1,16 @@
 """The job that chaos.py disturbs: its machines, and what can be seen of it from outside."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from engine.log import journal
+from launch import train
 from shards.storage import files
 from tests.helpers.fault_proxy import FaultProxy
-from tests.helpers.jobs import Agent, ended, free_port, small
+from tests.helpers.jobs import Agent, free_port, small
 from tests.helpers.object_store import ObjectStore
+from tests.helpers.ranks import Ranks
 
 EVERY = 5  # steps between checkpoints
 MEASURED = 10  # steps between evaluations
@@ -88,12 +91,6 @@ class Job:
 
     def undisturbed(self) -> list[dict[str, Any]]:
         run = f"{self.bucket}/undisturbed"
-        agent = Agent(
-            self.arguments(run),
-            self.folder / "undisturbed",
-            processes=2,
-            environment=self.store.environment(),
-        )
-        with ended(agent):
-            assert agent.wait(600) == 0, agent.text()[-3000:]
+        with closing(Ranks(2)) as ranks:
+            assert ranks.run(train.main, self.arguments(run), size=2, seconds=600) == [0, 0]
         return journal.read(run)

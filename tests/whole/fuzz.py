@@ -42,7 +42,7 @@ from tests.whole.fuzz_inputs import damage, damage_json
 
 SECONDS = 5.0
 HOME = "memory://fuzz"
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 OUTCOMES = ("accepted", "refused", "other errors", "too slow")
 
 

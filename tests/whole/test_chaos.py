@@ -13,7 +13,7 @@ pytestmark = pytest.mark.versions
 @pytest.mark.parametrize(
     ("machines", "faults", "seed"),
     [
-        pytest.param(1, 4, 3, id="one machine"),
+        pytest.param(1, 3, 3, id="one machine"),
         pytest.param(2, 1, 2, id="two machines", marks=pytest.mark.slow),
     ],
 )

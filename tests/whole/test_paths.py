@@ -23,7 +23,7 @@ from shards.making import synthetic
 
 pytestmark = pytest.mark.versions
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 
 
 def ignore(_: str) -> None:

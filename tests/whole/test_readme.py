@@ -23,10 +23,9 @@ from torch.distributed.run import get_args_parser
 
 from engine.recipe import load
 from launch import bench, command_line, evaluate, export, pack
-from launch.command_line import parse_recipe
-from launch.hints import fields_of_all_recipes
 from tests.helpers.imports import drawn, modules
 from tests.helpers.places import RECIPES, ROOT
+from tests.helpers.recipes import fields_of_all_recipes, parse_recipe
 from tests.whole import chaos, fuzz
 
 NAMES = [

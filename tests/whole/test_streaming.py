@@ -363,11 +363,11 @@ print(json.dumps({"status": status, "used": used, "forks": forks}))
 
 def test_training_forks_nothing_once_the_store_was_used(s3: str) -> None:
     """s3fs does not survive a fork. The fork at the end shows that they are seen."""
-    data = ("--data.train", f"{s3}/train", "--data.val", f"{s3}/val", "--data.draw", "256")
-    run = ("--run-url", f"{s3}/run", "--steps", "2", "--threads", "1", "--probe.every", "2")
+    data = ("--data.train", f"{s3}/train", "--data.val", f"{s3}/val", "--data.draw", "64")
+    run = ("--run-url", f"{s3}/run", "--steps", "2", "--batch.size", "16", "--probe.every", "2")
     script = (str(ROOT / "launch" / "train.py"), str(ROOT / "recipes" / "quickstart.py"))
     done = subprocess.run(
-        [sys.executable, "-c", TRAIN, *script, *data, *run],
+        [sys.executable, "-c", TRAIN, *script, *data, *run, "--threads", "1"],
         capture_output=True,
         text=True,
         timeout=240,

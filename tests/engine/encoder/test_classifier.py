@@ -33,12 +33,12 @@ def run(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
     return url
 
 
-@pytest.fixture
-def resnet18(tmp_path: Path) -> tuple[str, ResNet]:
+@pytest.fixture(scope="module")
+def resnet18(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ResNet]:
     """A file of a ResNet-18 in which every tensor matters."""
-    encoder = draw(ResNetConfig(18))
-    save_file(encoder.state_dict(), tmp_path / "r18.safetensors")
-    return f"{tmp_path}/r18.safetensors", encoder
+    encoder, path = draw(ResNetConfig(18)), tmp_path_factory.mktemp("r18") / "r18.safetensors"
+    save_file(encoder.state_dict(), path)
+    return str(path), encoder
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -54,14 +54,14 @@ def test_timm_takes_the_folder(
     timm = pytest.importorskip("timm")
     url, encoder = resnet18
     out = tmp_path / "out of it"
-    assert export.main([url, str(out), "--size", "96", "--format", *formats]) == 0
+    assert export.main([url, str(out), "--size", "64", "--format", *formats]) == 0
     if formats == ["torchscript"]:
         assert not (out / "config.json").exists()
         return
     model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    close(model(images(2, 96)), encoder(images(2, 96)))
+    close(model(images(2, 64)), encoder(images(2, 64)))
     wanted = timm.data.resolve_model_data_config(model)
-    assert (tuple(wanted["input_size"]), wanted["crop_pct"]) == ((3, 96, 96), 0.875)
+    assert (tuple(wanted["input_size"]), wanted["crop_pct"]) == ((3, 64, 64), 0.875)
     assert (tuple(wanted["mean"]), wanted["interpolation"]) == (MEAN, "bicubic")
 
 
@@ -146,7 +146,8 @@ def test_a_fine_tuned_network(run: str, tmp_path: Path) -> None:
 def test_mistakes_are_one_line(
     resnet18: tuple[str, ResNet], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    url, _ = resnet18
+    url, encoder = resnet18
+    save_file(encoder.state_dict(), tmp_path / "encoder.safetensors")
     narrow = {"fc.weight": torch.zeros(3, 64), "fc.bias": torch.zeros(3)}
     (tmp_path / "narrow.safetensors").write_bytes(save_head(narrow, []))
     wide = {"fc.weight": torch.ones(3, 512), "fc.bias": torch.zeros(3)}
@@ -159,7 +160,7 @@ def test_mistakes_are_one_line(
         ("names", "its weight, bias and classes do not fit together"),
         ("no", "is not a whole safetensors file"),
         ("none", "no such file"),
-        ("r18", "has no fc.weight"),
+        ("encoder", "has no fc.weight"),
     ):
         arguments = [url, f"{tmp_path}/out", "--head", f"{tmp_path}/{name}.safetensors"]
         assert export.main(arguments) == 1, name

@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 
 from engine.encoder.foreign import Foreign, match, read_state
 from engine.encoder.foreign_files import read_tensors
+from engine.encoder.torchvision_twin import stock_resnet
 from engine.method.resnet import ResNet, ResNetConfig
 from shards.errors import InputError
 from shards.storage import files
@@ -44,7 +45,12 @@ def randomize(net: nn.Module, seed: int) -> nn.Module:
 
 @cache
 def theirs(depth: int = 18, seed: int = 0) -> nn.Module:
-    return randomize(getattr(torchvision.models, f"resnet{depth}")(), seed)
+    """Torchvision's network. The ResNet-18 is a narrow one."""
+    if depth == 50:
+        return randomize(torchvision.models.resnet50(), seed)
+    net = stock_resnet(ResNetConfig(18, width=0.125))
+    net.fc = nn.Linear(64, 1000)
+    return randomize(net, seed)
 
 
 def named(depth: int = 18, seed: int = 0) -> State:
@@ -223,7 +229,7 @@ def test_every_architecture_is_told(depth: Any, stem: Any, projection: bool) -> 
             "ResNet-50, matched by name under 'module.encoder_q.': 318 tensors; left out 2 "
             "(module.encoder_q.fc.weight, module.encoder_q.fc.bias)",
         ),
-        (indexed, "ResNet-18, matched by name: 120 tensors"),
+        (indexed, "ResNet-18 x0.125, matched by name: 120 tensors"),
         (
             lambda: numbered(named(50)) | {"b": torch.zeros(2), "c": torch.zeros(())},
             "ResNet-50, matched by position and shape from 'a.0' on: 318 tensors; left out 4 "

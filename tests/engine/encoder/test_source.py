@@ -29,7 +29,7 @@ from tests.helpers import tiny
 from tests.helpers.ranks import Ranks
 from tests.helpers.training import finish, open_trainer, train
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 
 
 def ignore(_: str) -> None:

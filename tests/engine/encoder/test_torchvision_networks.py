@@ -29,7 +29,7 @@ from shards.loader import DataConfig
 from tests.helpers import tiny
 from tests.helpers.training import open_trainer, train
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 NAME = "shufflenet_v2_x0_5"
 MODEL = BYOLConfig(TorchvisionConfig(NAME), hidden=32, projection=16)
 

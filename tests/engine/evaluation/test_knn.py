@@ -18,7 +18,7 @@ from shards.center_crops import EvalBatch
 from shards.errors import InputError
 from tests.helpers.ranks import Ranks
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 CLASSES = 7
 
 

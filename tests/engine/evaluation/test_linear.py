@@ -15,7 +15,7 @@ from engine.processes import world
 from engine.processes.world import World
 from tests.helpers.ranks import Ranks
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 CLASSES, WIDTH = 4, 6
 
 

@@ -37,7 +37,7 @@ def run(tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> str:
 def stand_in(processes: int, told: list[str]) -> Any:
     """What of an evaluation is used here."""
     return SimpleNamespace(
-        world=World(0, processes, 0, processes, torch.device("cpu")),
+        world=World(0, processes, processes, torch.device("cpu")),
         settings={"batch": 1024},
         terminal=SimpleNamespace(say=told.append),
     )
@@ -80,7 +80,7 @@ def test_no_batch_need_be_given(
 
 def test_what_is_in_hand_is_named() -> None:
     """The rates and the epoch of the next step."""
-    here = World(0, 1, 0, 1, torch.device("cpu"))
+    here = World(0, 1, 1, torch.device("cpu"))
     training = LinearTraining(LinearConfig(epochs=80), 4, 2, 800, here)
     assert training.in_hand() == "lr 0.05 to 0.4, epoch 1 of 80"
     training.step = 119

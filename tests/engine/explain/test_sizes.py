@@ -46,7 +46,7 @@ BOTTLENECK = BYOLConfig(encoder=ResNetConfig(depth=50, width=0.125), hidden=64, 
 def measured(recipe: Recipe, recompute: bool) -> tuple[int, int]:
     """Profile a real step: the bytes after the online network's forward pass, and at the peak."""
     online, target = byol.build(recipe.model, CLASSES, seed=0)
-    world = World(0, 1, 0, 1, torch.device("cpu"))
+    world = World(0, 1, 1, torch.device("cpu"))
     config = parallel.ParallelConfig(recompute=recompute)
     spread = parallel.parallelize(
         *(online, target, config, "none", world), compile=False, static=True

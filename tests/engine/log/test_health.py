@@ -14,9 +14,9 @@ from engine.log import health, journal
 from engine.log.health import ADVICE, HEALTHY, History, judge
 from engine.log.metrics import MetricsLog
 from engine.log.terminal import Terminal
-from launch.hints import fields_of_all_recipes
 from shards.loader import DataConfig
 from tests.helpers import tiny
+from tests.helpers.recipes import fields_of_all_recipes
 from tests.helpers.training import train
 from tests.whole.health_runs import CASES, find_alarm, judge_all, load
 

@@ -263,7 +263,7 @@ def test_another_jobs_run_is_left_alone(memory: str) -> None:
         def confirm(self) -> None:
             raise InputError("taken over")
 
-    recipe, here = tiny.recipe(DataConfig(), memory), World(0, 1, 0, 1, torch.device("cpu"))
+    recipe, here = tiny.recipe(DataConfig(), memory), World(0, 1, 1, torch.device("cpu"))
     run = Run(recipe, "", here, Terminal(main=True), None, Taken())
     with run.open_log(0, 9) as late:
         late.write(record(1))

@@ -81,11 +81,15 @@ def run(
     return first
 
 
+@pytest.fixture(scope="module")
+def alone(ranks: Ranks, tiny_data: DataConfig, tmp_path_factory: pytest.TempPathFactory) -> Scaled:
+    return run(ranks, tiny_data, tmp_path_factory.mktemp("alone"), 1, "auto")
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_overflow_does_not_depend_on_the_processes(
-    ranks: Ranks, tiny_data: DataConfig, tmp_path: Path, strategy: str
+    ranks: Ranks, tiny_data: DataConfig, tmp_path: Path, alone: Scaled, strategy: str
 ) -> None:
-    alone = run(ranks, tiny_data, tmp_path, 1, "auto")
     assert 1 <= alone.skipped[-1] < STEPS - 1  # some overflow, some do not
     for size in (2, 4):
         found = run(ranks, tiny_data, tmp_path, size, strategy)
@@ -96,9 +100,8 @@ def test_overflow_does_not_depend_on_the_processes(
 
 
 def test_a_loss_times_the_processes_is_found(
-    ranks: Ranks, tiny_data: DataConfig, tmp_path: Path
+    ranks: Ranks, tiny_data: DataConfig, tmp_path: Path, alone: Scaled
 ) -> None:
-    alone = run(ranks, tiny_data, tmp_path, 1, "auto")
     assert run(ranks, tiny_data, tmp_path, 4, "ddp", fault=True).scales != alone.scales
 
 

@@ -22,6 +22,7 @@ from tests.engine.test_trainer import comparable
 from tests.helpers import tiny
 from tests.helpers.jobs import Agent, ended, small, until
 from tests.helpers.places import ROOT
+from tests.helpers.processes import FORKED
 from tests.helpers.ranks import Ranks
 from tests.helpers.training import finish, open_trainer, train
 
@@ -221,8 +222,9 @@ def _is_released(run: Path) -> bool:
     return '"released": true' in max((run / "lease").glob("*.json")).read_text()
 
 
-def hang(data: DataConfig, run: str) -> None:
-    """In a process of its own: a signal comes, and the step never ends."""
+def hang(data: DataConfig, run: str, output: Path) -> None:
+    """In a process of its own, which writes its errors to `output`: a step never ends."""
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
     soon = CheckpointConfig(grace=0.5)
     trainer = open_trainer(tiny.recipe(data, run, probe=tiny.NO_PROBE, checkpoint=soon))
     train_step = trainer.train_step
@@ -238,21 +240,12 @@ def hang(data: DataConfig, run: str) -> None:
 
 
 def test_no_end_of_the_step_within_the_grace(tiny_data: DataConfig, tmp_path: Path) -> None:
-    script = (
-        "from shards.loader import DataConfig;"
-        "from tests.engine.processes.test_preemption import hang;"
-        f"hang({tiny_data!r}, {str(tmp_path)!r})"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 1
-    told = done.stderr.splitlines()[-1]
+    output = tmp_path / "output"
+    process = FORKED.Process(target=hang, args=(tiny_data, str(tmp_path), output))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 1
+    told = output.read_text().splitlines()[-1]
     assert told.startswith("error: SIGTERM: the state was not saved within 0.5 s (checkpoint.grace")
 
 

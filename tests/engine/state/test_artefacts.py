@@ -20,12 +20,13 @@ from shards.errors import InputError
 from shards.loader import DataConfig
 from shards.storage import files
 from tests.helpers import tiny
+from tests.helpers.confined import call_apart
 from tests.helpers.places import ROOT
 from tests.helpers.training import train
 
 pytestmark = pytest.mark.versions
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 
 # Compiles a line with artefacts of the run at argv[1]; prints Inductor's hits and misses.
 SCRIPT = """
@@ -39,7 +40,7 @@ from shards.loader import DataConfig
 from tests.helpers import tiny
 
 recipe = tiny.recipe(DataConfig(), sys.argv[1])
-alone = World(0, 1, 0, 1, torch.device("cpu"))
+alone = World(0, 1, 1, torch.device("cpu"))
 artefacts = Run(recipe, "", alone, Terminal(main=True), None).artefacts("none")
 artefacts.load(print)
 torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.randn(8))
@@ -106,7 +107,7 @@ def test_artefacts_of_another_run_are_not_taken(
 
 def test_other_machines_and_strategies_have_their_own(tmp_path: Path) -> None:
     recipe = tiny.recipe(DataConfig(), tmp_path)
-    two = World(0, 2, 0, 2, torch.device("cpu"))
+    two = World(0, 2, 2, torch.device("cpu"))
     places = [(ALONE, "none"), (ALONE, "ddp"), (two, "ddp"), (two, "fsdp")]
     urls = {artefacts_of(recipe, world, strategy)._url for world, strategy in places}
     assert len(urls) == len(places)
@@ -114,19 +115,6 @@ def test_other_machines_and_strategies_have_their_own(tmp_path: Path) -> None:
 
 # What a file may hold ----------------------------------------------------------------------------
 
-CRAFT = """
-import sys
-from torch.compiler._cache import CacheArtifactFactory, CacheArtifactManager
-import torch._dynamo.package, torch._dynamo.pgo, torch._inductor.codecache
-import torch._functorch._aot_autograd.autograd_cache, torch._inductor.runtime.autotune_cache
-
-for line in sys.stdin.read().split("\\n"):
-    kind, key = line.split(" ", 1)
-    CacheArtifactManager.clear()
-    artifact = CacheArtifactFactory._get_artifact_type(kind)(key, b"1")
-    CacheArtifactManager._new_cache_artifacts[kind].append(artifact)
-    sys.stdout.write(CacheArtifactManager.serialize()[0].hex() + "\\n")
-"""
 LEADING_OUTSIDE = [
     *("inductor {outside}/a", "inductor ../../a", "inductor a..b", "inductor a/{outside}/b"),
     *("aot_autograd {outside}/a", "aot_autograd ../a", "aot_autograd x/yz"),
@@ -139,16 +127,28 @@ INSIDE = ["inductor fabcdef23", "aot_autograd a2b3c4d5", "autotune ab/cabc2.best
 
 
 def craft(lines: list[str]) -> list[bytes]:
-    """Files of artifacts, each with one of a `kind key`."""
-    made = subprocess.run(
-        [sys.executable, "-c", CRAFT],
-        input="\n".join(lines),
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=True,
-    ).stdout
-    return [bytes.fromhex(line) for line in made.split()]
+    """Files of artifacts, each with one of a `kind key`, from a process that compiles nothing."""
+    return call_apart(_craft, lines)  # type: ignore[no-any-return]
+
+
+def _craft(lines: list[str]) -> list[bytes]:
+    import torch._dynamo.package
+    import torch._dynamo.pgo
+    import torch._functorch._aot_autograd.autograd_cache
+    import torch._inductor.codecache
+    import torch._inductor.runtime.autotune_cache  # noqa: F401
+    from torch.compiler._cache import CacheArtifactFactory, CacheArtifactManager
+
+    made = []
+    for line in lines:
+        kind, key = line.split(" ", 1)
+        CacheArtifactManager.clear()
+        artifact = CacheArtifactFactory._get_artifact_type(kind)(key, b"1")
+        CacheArtifactManager._new_cache_artifacts[kind].append(artifact)
+        found = CacheArtifactManager.serialize()
+        assert found is not None
+        made.append(found[0])
+    return made
 
 
 def test_artifacts_that_lead_outside_of_torchs_cache_are_not_taken(

@@ -16,7 +16,7 @@ from shards.errors import InputError
 
 pytestmark = pytest.mark.versions
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 
 
 def state(value: float) -> dict[str, dict[str, torch.Tensor]]:

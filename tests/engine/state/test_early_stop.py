@@ -34,7 +34,7 @@ VALUES = {2: 0.2, 4: 0.6, 6: 0.5, 8: 0.6, 10: 0.7, 12: 0.1, 14: 0.9}  # of knn_t
 NAN, INFINITY = float("nan"), float("inf")
 STOP = EarlyStopConfig("knn_top1", patience=2)  # after step 8
 REASON = "knn_top1 60.0% of step 4 was followed by 2 measurements without a better one"
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 
 
 def recipe(data: DataConfig, run: Path | str, stop: EarlyStopConfig, **changes: Any) -> Recipe:

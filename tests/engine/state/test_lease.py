@@ -1,7 +1,6 @@
 """Leases: one job at a time in a run directory, whoever dies, hangs or comes late."""
 
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -20,13 +19,13 @@ from shards.errors import InputError
 from shards.storage import files
 from tests.engine.processes.test_identity import identity_of_the_dead
 from tests.helpers.leases import PERIOD, Clock, Jobs, leave, numbers, read, url
+from tests.helpers.processes import FORKED
 
 SOUND = json.dumps(
     {"owner": "a", "host": "far", "process": "far:1:2:3", "agents": [], "period": 1.0, "beat": 1}
     | {"released": False}
 )
 NEVER = 3600.0  # a period in which no beat comes
-SPAWN = multiprocessing.get_context("spawn")
 
 
 @pytest.fixture
@@ -270,8 +269,8 @@ def hold(run: str, pipe: Connection) -> None:
 @contextmanager
 def holder(run: str) -> Iterator[tuple[int, Callable[[], str]]]:
     """A process that holds the run: its number, and what it says next."""
-    pipe, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=hold, args=(run, theirs))
+    pipe, theirs = FORKED.Pipe()
+    process = FORKED.Process(target=hold, args=(run, theirs))
     process.start()
 
     def hear() -> str:

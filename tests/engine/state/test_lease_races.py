@@ -1,10 +1,9 @@
 """Many jobs reach for one run at once, and one gets it."""
 
-import multiprocessing
 import threading
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,7 @@ from engine.state.lease import Lease, acquire
 from shards.errors import InputError
 from shards.storage import files
 from tests.helpers.leases import PERIOD, leave, numbers, read
-
-SPAWN = multiprocessing.get_context("spawn")
+from tests.helpers.ranks import Ranks
 
 STATES: dict[str, Callable[[str], None]] = {
     "fresh": lambda _: None,
@@ -62,5 +60,5 @@ def win(run: str) -> bool:
 
 
 def test_one_of_many_processes_wins(tmp_path: Path) -> None:
-    with ProcessPoolExecutor(4, SPAWN) as pool:
-        assert sum(pool.map(win, [str(tmp_path)] * 4)) == 1
+    with closing(Ranks(4)) as jobs:
+        assert sum(jobs.run(win, str(tmp_path), size=4)) == 1

@@ -27,7 +27,7 @@ from tests.whole.parity import SGDConfig
 
 pytestmark = pytest.mark.versions
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)

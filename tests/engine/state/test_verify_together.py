@@ -11,7 +11,7 @@ from engine.state.dcp_files import Reader
 from shards.errors import InputError
 from tests.helpers.ranks import Ranks
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 
 
 def _verify(url: str, faults: dict[int, str]) -> str:

@@ -24,7 +24,7 @@ from shards.storage import files, names
 from tests.helpers import tiny
 from tests.helpers.training import train
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+ALONE = World(0, 1, 1, torch.device("cpu"))
 PLAIN = [
     *("", "data/train", "/data/train", "s3://b/a", "s3a://b/a", "gs://b/a", "gcs://b/a"),
     *("abfs://c@a.dfs.core.windows.net/a", "https://host/a?token=1", "http://host/a"),
