@@ -167,7 +167,7 @@ class _Noted(NamedTuple):
 
 def _reached(newest: str, start: int) -> int:
     """Return the last step, at most `start`, whose scalars are in the files up to `newest`."""
-    part = re.search(r"-(\d{8})\.byol$", newest)
+    part = re.search(r"-(\d{8,18})\.byol$", newest)
     return min(int(part[1]), start) if part else start  # a growing file has all steps
 
 

@@ -281,7 +281,8 @@ def _contents(run: str, tail: int | None = None) -> tuple[bytes, dict[str, bytes
 
 def _parts(run: str) -> list[str]:
     names = files.list_names(files.join(run, PARTS))
-    return [name for name in names if re.fullmatch(r"\d{8}-\d{6}-\w+\.jsonl", name)]
+    found = [name for name in names if re.fullmatch(r"\d{8,18}-\d{6}-\w+\.jsonl", name)]
+    return sorted(found, key=lambda name: (int(name.partition("-")[0]), name))
 
 
 def _read_parts(run: str, names: Iterable[str]) -> dict[str, bytes]:

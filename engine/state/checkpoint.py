@@ -30,7 +30,7 @@ from engine.processes.world import World
 from engine.state import dcp_metadata
 from engine.state.best import find_best
 from engine.state.dcp_files import Reader, Sums, Writer, verify_file
-from engine.state.layout import CHECKPOINTS, RECIPE
+from engine.state.layout import CHECKPOINTS, MOST_STEPS, RECIPE, STEP
 from engine.state.origin import Origin
 from shards.digest import digest
 from shards.documents import Natural, Sum32, build, shown
@@ -105,7 +105,7 @@ class _Document:
 
     format: int
     digest: str
-    step: Annotated[int, Interval(ge=0, lt=10**8)]  # the name of its folder has eight digits
+    step: Annotated[int, Interval(ge=0, lt=MOST_STEPS)]
     method: dict[str, Any]
     index_digest: str
     files: dict[str, tuple[Natural, Sum32]]
@@ -282,7 +282,7 @@ def _read_commit(url: str) -> Commit:
         content = build(_Document, document)
         if content.digest != _digest(document):
             raise InputError("its digest is that of another content")
-        named = re.fullmatch(r"step_([0-9]{8})", url.rstrip("/").rpartition("/")[2])
+        named = re.fullmatch(rf"step_({STEP})", url.rstrip("/").rpartition("/")[2])
         if named and int(named[1]) != content.step:
             raise InputError(f"step is {content.step}, not that of the folder's name")
     except InputError as error:
@@ -330,7 +330,7 @@ def prune(
             files.discard(url, run, report)
 
 
-def committed_steps(run: str, until: int = 10**8) -> list[int]:
+def committed_steps(run: str, until: int = MOST_STEPS) -> list[int]:
     """List the steps of a run's committed checkpoints up to the step `until`, rising."""
     found = [step for step in steps(run) if step <= until]
     return [step for step in found if files.exists(files.join(step_url(run, step), COMMIT))]
@@ -353,7 +353,7 @@ def steps(run: str) -> list[int]:
     Other names in the folder are ignored.
     """
     found = files.list_names(files.join(run, CHECKPOINTS))
-    return [int(name[5:]) for name in found if re.fullmatch(r"step_[0-9]{8}", name)]
+    return sorted(int(name[5:]) for name in found if re.fullmatch(rf"step_(?:{STEP})", name))
 
 
 @contextmanager
