@@ -144,6 +144,8 @@ class EventLog:
     def _extend(self, url: str, content: bytes) -> None:
         """Append to the local file, after removing what a failed attempt may have left there."""
         path = files.local_path(url)
+        if self._size and not os.path.exists(path):  # somebody moved it away
+            self._size, content = 0, self._version + content
         local_files.make_folder_of(path)
         with (
             naming_space(path, lambda: len(content), path),
