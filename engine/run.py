@@ -16,6 +16,7 @@ from engine.state import baselines, checkpoint, layout, lease, origin
 from engine.state.artefacts import Artefacts
 from engine.state.best import Best, find_best
 from engine.state.origin import Origin
+from engine.state.same_folder import check_same_folder
 from shards.errors import InputError
 from shards.fields import flatten
 from shards.storage import files, local_files
@@ -201,6 +202,7 @@ def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -
     try:
         world.on_main(hold)
         held = claimed[0] if claimed else None
+        check_same_folder(recipe.run, held, world)
         found = find_checkpoint(recipe, index_digest, world, terminal.report)
         yield Run(recipe, index_digest, world, terminal, found, held)
         refused = False
