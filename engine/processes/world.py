@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed import ProcessGroup
 from torch.distributed.rendezvous import rendezvous
 
+from engine.processes.alike import check_devices
 from engine.processes.allocation import keep_freed_memory
 from engine.processes.cores import available_cores
 from shards.errors import InputError
@@ -170,7 +171,8 @@ def join(threads: int | None, distributed: bool) -> World:
         threads: Threads of torch on the CPU. None shares the usable cores out.
         distributed: Make a process group even for a single process.
 
-    Raises InputError when this machine has fewer GPUs than processes.
+    Raises InputError when this machine has fewer GPUs than processes, and when some processes have
+    a GPU and others have none.
     """
     size, local_size = read_variable("WORLD_SIZE", 1), read_variable("LOCAL_WORLD_SIZE", 1)
     local_rank = read_variable("LOCAL_RANK", 0)
@@ -190,9 +192,11 @@ def join(threads: int | None, distributed: bool) -> World:
         torch.cuda.set_device(device)
     world = World(rank(), size, local_rank, local_size, device)
     if (size > 1 or distributed) and not dist.is_initialized():
+        store = _store(world)
+        check_devices(store, device, size)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=_store(world),
+            store=store,
             rank=world.rank,
             world_size=size,
             timeout=timedelta(seconds=START_TIMEOUT),
@@ -243,7 +247,8 @@ def check_alike(world: World, facts: dict[str, Any]) -> None:
         if listed := differences(there, found[0]):
             raise InputError(
                 f"processes were started for different runs ({'; '.join(listed)}; here is rank 0, "
-                f"there rank {rank}): start every machine with the same command and data"
+                f"there rank {rank}): start every machine with the same command, "
+                "code and data"
             )
 
 
