@@ -309,7 +309,8 @@ def prune(
 ) -> None:
     """Remove the committed checkpoints except the newest, those of `keep_every` and the best.
 
-    The commit of each is removed first. If the store refuses that, the checkpoint stays whole.
+    The commit of each is removed first. If the store refuses that, the checkpoint stays whole. What
+    a process that was killed in a save, or in a removal, has left of earlier ones is removed too.
 
     Args:
         step: The step just saved. Checkpoints of later steps were found damaged when this process
@@ -320,7 +321,8 @@ def prune(
         keep_best: The checkpoint where the log has the largest value of this key stays too. ""
             keeps no other.
     """
-    committed = committed_steps(run, step)
+    found = steps(run)
+    committed = _committed(run, found, step)
     best = find_best(run, keep_best, committed).step
     for number in committed[:-keep]:
         if number == best or is_due(keep_every, number):
@@ -328,12 +330,19 @@ def prune(
         url = step_url(run, number)
         if files.discard(files.join(url, COMMIT), run, report):
             files.discard(url, run, report)
+    for number in set(found).difference(committed):
+        if number < max(committed, default=0):
+            files.discard(step_url(run, number), run, report)
 
 
 def committed_steps(run: str, until: int = MOST_STEPS) -> list[int]:
     """List the steps of a run's committed checkpoints up to the step `until`, rising."""
-    found = [step for step in steps(run) if step <= until]
-    return [step for step in found if files.exists(files.join(step_url(run, step), COMMIT))]
+    return _committed(run, steps(run), until)
+
+
+def _committed(run: str, found: list[int], until: int) -> list[int]:
+    asked = [step for step in found if step <= until]
+    return [step for step in asked if files.exists(files.join(step_url(run, step), COMMIT))]
 
 
 def tell_newest(run: str, until: int) -> str:

@@ -121,6 +121,16 @@ def test_prune_keeps_every_so_many(tmp_path: Path) -> None:
     assert names == ["step_00000020", "step_00000030"]
 
 
+def test_prune_removes_what_a_kill_left_of_earlier_ones(tmp_path: Path) -> None:
+    """A kill in a save, or in a removal, which takes the commit first."""
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    for step in (1, 2):
+        (Path(checkpoint.step_url(str(tmp_path), step)) / "commit.json").unlink()
+    checkpoint.prune(str(tmp_path), 4, keep=2)
+    assert checkpoint.steps(str(tmp_path)) == [3, 4]
+
+
 def test_steps_of_more_than_eight_digits_are_found_in_order(tmp_path: Path) -> None:
     few, many, most = 99_999_999, 100_000_000, 1_000_000_000
     for step in (many, few, most):
