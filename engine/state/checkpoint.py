@@ -382,6 +382,11 @@ def _plain_errors(url: str, what: str) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
+        if what == "read" and not files.exists(files.join(url, COMMIT)):
+            raise InputError(
+                f"{files.redact(url)}: was removed while it was read, as the training of a run "
+                "removes its older checkpoints: start again to take a newer one"
+            ) from None
         rank, (cause, _) = next(iter(error.failures.items()))
         if isinstance(cause, InputError):
             raise cause from None

@@ -103,6 +103,14 @@ def test_save_replaces_what_a_killed_one_left(tmp_path: Path) -> None:
     assert checkpoint.verify(commit.url, ALONE).step == 3
 
 
+def test_a_checkpoint_that_its_training_removes_before_it_is_read(tmp_path: Path) -> None:
+    commit = save(tmp_path, 3)
+    save(tmp_path, 4)
+    checkpoint.prune(str(tmp_path), 4, keep=1)
+    with pytest.raises(InputError, match="was removed while it was read.*take a newer one"):
+        checkpoint.load(commit, state(0), ALONE)
+
+
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 30):
         save(tmp_path, step)
