@@ -107,7 +107,7 @@ def test_a_checkpoint_that_its_training_removes_before_it_is_read(tmp_path: Path
     commit = save(tmp_path, 3)
     save(tmp_path, 4)
     checkpoint.prune(str(tmp_path), 4, keep=1)
-    with pytest.raises(InputError, match="was removed while it was read.*take a newer one"):
+    with pytest.raises(InputError, match=r"was removed while it was read.*take a newer one"):
         checkpoint.load(commit, state(0), ALONE)
 
 
