@@ -92,7 +92,7 @@ def test_a_full_memory(
     [
         "NCCL error in: x.cpp:9, remote process exited or there was a network error, NCCL 2.28",
         "NCCL communicator was aborted on rank 1.",
-        "[../x.cc:10] Connection closed by peer [127.0.0.1]:9. This is typically caused by a crash.",
+        "[../x.cc:10] Connection closed by peer [127.0.0.1]:9. This is typically a crash.",
         "[../x.cc:10] Timed out waiting 5000ms for recv operation to complete",
     ],
 )
