@@ -272,7 +272,7 @@ def _read_commit(url: str) -> Commit:
     try:
         document = files.read_json(files.join(url, COMMIT))
     except FileNotFoundError:
-        raise InputError(f"{place}: not committed, its save was cut off") from None
+        raise InputError(f"{place}: not committed, its save was cut off or still goes on") from None
     except ValueError as error:
         raise InputError(f"{place}: {COMMIT} is damaged, no JSON: {error}") from None
     there = document.get("format", FORMAT) if isinstance(document, dict) else FORMAT
