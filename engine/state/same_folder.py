@@ -37,9 +37,14 @@ def check_same_folder(run: str, held: Lease | None, world: World) -> None:
             if time.monotonic() > end:
                 raise InputError(
                     f"run {files.redact(run)}: rank {world.rank} on {socket.gethostname()} does "
-                    f"not find there what rank 0 on {host} has written to its run: give a --run "
-                    "that is the same folder for all machines, such as one of a bucket"
+                    f"not find there what rank 0 on {host} has written to its run: {_remedy(run)}"
                 )
             time.sleep(POLL)
 
     world.on_all(look)
+
+
+def _remedy(run: str) -> str:
+    if files.is_local(run):
+        return "give a --run that is the same folder for all machines, such as one of a bucket"
+    return "give all machines the same --run, and the same store (AWS_ENDPOINT_URL, for instance)"
