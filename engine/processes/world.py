@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from socket import gethostname
 from typing import Any, TypeVar, cast
 
 import torch
@@ -112,11 +113,16 @@ class World:
         dist.all_gather_object(found, own, group=self.group)
         return found  # type: ignore[return-value]
 
-    def on_all(self, make: Callable[[], _T]) -> _T:
+    def on_all(self, make: Callable[[], _T], shared: bool = False) -> _T:
         """Call `make` on every process; return its own result, or raise the same error, on all.
 
         A process that raised alone would leave the others waiting for it. Only InputError and
-        OSError are raised on all processes, and an InputError before others.
+        OSError are raised on all processes, and an InputError before others. Where some processes
+        succeeded, the error names one that failed.
+
+        Args:
+            shared: The processes share out one piece of work, so that an InputError is no matter of
+                the process that found it.
         """
         made: list[_T] = []
         fault: InputError | OSError | None = None
@@ -124,9 +130,11 @@ class World:
             made.append(make())
         except (InputError, OSError) as error:
             fault = error
-        faults = [one for one in self.all_gather_object(fault) if one is not None]
-        for one in sorted(faults, key=lambda one: not isinstance(one, InputError)):
-            raise one
+        found = self.all_gather_object((fault, gethostname()))
+        faults = [(one, rank, host) for rank, (one, host) in enumerate(found) if one is not None]
+        for one, rank, host in sorted(faults, key=lambda f: not isinstance(f[0], InputError)):
+            anybody = len(faults) == self.size or (shared and isinstance(one, InputError))
+            raise one if anybody else _place(one, f"rank {rank} on {host}")
         return made[0]
 
     def all_gather(self, rows: Tensor) -> Tensor:
@@ -149,6 +157,20 @@ class World:
         received = torch.empty_like(parts, memory_format=torch.contiguous_format)
         dist.all_to_all_single(received, parts.contiguous(), group=self.group)
         return received
+
+
+def _place(error: InputError | OSError, place: str) -> InputError | OSError:
+    """Return the same error with the place where it was raised in its text."""
+    text = str(error)
+    if place in text:
+        return error
+    try:
+        placed = type(error)(f"{text} (told by {place})")
+    except TypeError:  # a library's error that is made otherwise
+        return error
+    if isinstance(error, OSError) and isinstance(placed, OSError):
+        placed.errno = error.errno  # by which others tell a full disk
+    return placed
 
 
 def rank() -> int:

@@ -263,7 +263,7 @@ def verify(url: str, world: World) -> Commit:
             else:
                 verify_file(files.join(url, name), *commit.files[name])
 
-    world.on_all(verify_own)
+    world.on_all(verify_own, shared=True)
     return commit
 
 

@@ -1,7 +1,9 @@
 """Processes that cannot work together are refused before they wait for each other."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from socket import gethostname
 
 import pytest
 import torch
@@ -58,3 +60,18 @@ def test_other_code_is_refused(ranks: Ranks, tiny_data: DataConfig, tmp_path: Pa
         ranks.run(train_other_code, config, tmp_path, size=2)
     assert str(failure.value).count("different runs (code of this package: there ") == 2
     assert not (tmp_path / "run").exists()
+
+
+def load_elsewhere(config: Recipe) -> int:
+    """On a rank: train; the data is not on the machine of the last rank."""
+    if os.environ["RANK"] == "1":
+        config = replace(config, data=replace(config.data, train=f"{config.run}/nothing"))
+    return train(config)
+
+
+def test_a_fault_of_one_machine_names_it(
+    ranks: Ranks, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(RankFailure) as failure:
+        ranks.run(load_elsewhere, recipe(tiny_data, tmp_path / "run", steps=1), size=2)
+    assert str(failure.value).count(f"(told by rank 1 on {gethostname()})") == 2
