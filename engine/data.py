@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from engine.evaluation.given_sets import find_images
 from engine.evaluation.probe_sets import ProbeSets, open_probe_sets
+from engine.processes.alike import describe_software
 from engine.processes.world import World, check_alike, waiting_for_hours
 from engine.recipe import Recipe, shared_fields
 from engine.state import layout
@@ -32,10 +33,10 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
 
     All processes call it together.
 
-    Raises InputError when the processes differ in recipe or data, when the data does not fit the
-    recipe, when there are more processes than streams, and when there is no GPU to decode on.
+    Raises InputError when the processes differ in recipe, code or data, when the data does not fit
+    the recipe, when there are more processes than streams, and when there is no GPU to decode on.
     """
-    check_alike(world, shared_fields(recipe))
+    check_alike(world, shared_fields(recipe) | describe_software())
     if recipe.data.decode == "gpu":
         world.on_all(lambda: check_device(world.device))
     rank_streams(recipe.data.streams, world.rank, world.size)

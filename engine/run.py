@@ -16,6 +16,7 @@ from engine.state import baselines, checkpoint, layout, lease, origin
 from engine.state.artefacts import Artefacts
 from engine.state.best import Best, find_best
 from engine.state.origin import Origin
+from engine.state.same_folder import check_same_folder
 from shards.errors import InputError
 from shards.fields import flatten
 from shards.storage import files, local_files
@@ -48,6 +49,7 @@ class Run:
         self.source: dict[str, Any] = {}
         """What recipe.json says of the recipe file. launch/train.py sets it."""
         self._recipe, self._digest, self._world, self._held = recipe, index_digest, world, held
+        self._facts: dict[str, Any] | None = None  # in recipe.json, once this start has written it
 
     def write_recipe(self, total_steps: int | None = None) -> None:
         """Write this start's resolved recipe and the digest of its data to RUN/recipe.json.
@@ -58,6 +60,7 @@ class Run:
         if total_steps is not None:
             facts[layout.TOTAL] = total_steps
         self._world.on_main(lambda: _write_recipe(self._recipe, facts))
+        self._facts = facts
 
     def artefacts(self, strategy: str) -> Artefacts:
         """Open the store of compiled artefacts, in RUN or in the recipe's `compile_folder`."""
@@ -91,10 +94,24 @@ class Run:
 
         def commit() -> None:
             self._look()
+            self._restore_recipe()
             method = method_fields(self._recipe)
             checkpoint.commit(self.url, step, sums, method, self._digest, self.origin)
 
         world.on_main(commit)
+
+    def _restore_recipe(self) -> None:
+        """Write recipe.json again when somebody has moved the run away, or removed it.
+
+        Otherwise no command could read what this job goes on to write.
+        """
+        url = files.join(self.url, layout.RECIPE)
+        if self._facts is not None and not files.exists(url):
+            _write_recipe(self._recipe, self._facts)
+            self.terminal.say(
+                f"{files.redact(url)} was gone, so the run was moved or removed while this job "
+                "trains: it goes on here, and what was saved before is not here any more"
+            )
 
     def prune(self, step: int, keep_every: int | str) -> None:
         """Remove surplus checkpoints once that of `step` is saved; only the first process acts."""
@@ -185,6 +202,7 @@ def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -
     try:
         world.on_main(hold)
         held = claimed[0] if claimed else None
+        check_same_folder(recipe.run, held, world)
         found = find_checkpoint(recipe, index_digest, world, terminal.report)
         yield Run(recipe, index_digest, world, terminal, found, held)
         refused = False

@@ -83,7 +83,7 @@ class EncoderConfig:
     def check(self) -> None:
         """Raise InputError when a field has a value that it cannot have."""
         check_bounds(self, as_flag)
-        if not re.fullmatch("latest|best|[0-9]{1,8}", self.checkpoint):
+        if not re.fullmatch("latest|best|[0-9]{1,18}", self.checkpoint):
             raise InputError(
                 "--checkpoint must be latest, best or the number of a step, "
                 f"not {self.checkpoint!r}"

@@ -144,6 +144,8 @@ class EventLog:
     def _extend(self, url: str, content: bytes) -> None:
         """Append to the local file, after removing what a failed attempt may have left there."""
         path = files.local_path(url)
+        if self._size and not os.path.exists(path):  # somebody moved it away
+            self._size, content = 0, self._version + content
         local_files.make_folder_of(path)
         with (
             naming_space(path, lambda: len(content), path),
@@ -167,7 +169,7 @@ class _Noted(NamedTuple):
 
 def _reached(newest: str, start: int) -> int:
     """Return the last step, at most `start`, whose scalars are in the files up to `newest`."""
-    part = re.search(r"-(\d{8})\.byol$", newest)
+    part = re.search(r"-(\d{8,18})\.byol$", newest)
     return min(int(part[1]), start) if part else start  # a growing file has all steps
 
 

@@ -13,6 +13,7 @@ a part too (`add`), even on a local disk.
 
 import json
 import math
+import os
 import re
 import secrets
 import threading
@@ -204,9 +205,10 @@ class Journal:
         """
         if not lines:
             return
-        append, self._end = min(lines) > self._end, math.inf
+        path = files.local_path(self._url)
+        gone = self._end >= 0 and not os.path.exists(path)  # somebody moved it away
+        append, self._end = min(lines) > self._end and not gone, math.inf
         if append:
-            path = files.local_path(self._url)
             local_files.append(path, b"".join(lines[step] for step in sorted(lines)))
             self._end = max(lines)
         else:
@@ -281,7 +283,8 @@ def _contents(run: str, tail: int | None = None) -> tuple[bytes, dict[str, bytes
 
 def _parts(run: str) -> list[str]:
     names = files.list_names(files.join(run, PARTS))
-    return [name for name in names if re.fullmatch(r"\d{8}-\d{6}-\w+\.jsonl", name)]
+    found = [name for name in names if re.fullmatch(r"\d{8,18}-\d{6}-\w+\.jsonl", name)]
+    return sorted(found, key=lambda name: (int(name.partition("-")[0]), name))
 
 
 def _read_parts(run: str, names: Iterable[str]) -> dict[str, bytes]:

@@ -14,6 +14,8 @@ from engine.processes.world import rank, read_variable, shared_store
 from shards.errors import InputError, printable
 from shards.storage.space import FULL, format_size
 
+_TOO_LATE = "timed out waiting", "collective operation timeout"
+
 
 def report_failure(error: BaseException) -> None:
     """Print an error on stderr, unless another process of the run has failed before this one.
@@ -34,6 +36,12 @@ def report_failure(error: BaseException) -> None:
         print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
     elif _is_lost_connection(error):
         reason = re.sub(r"^\[[^]]*\] *", "", str(error).strip().splitlines()[0])
+        reason = reason.partition(". This is typically")[0]  # gloo's guesses at the cause
+        if any(sign in reason.lower() for sign in _TOO_LATE):
+            reason += (
+                ": it hangs, or works for longer than the others wait (--parallel.timeout of a "
+                "training)"
+            )
         print(f"error: rank {rank()} lost another process: {reason}", file=sys.stderr, flush=True)
     elif full := _find_full_gpu(error) or _find_full_memory(error) or _find_full_disk(error):
         print(f"error: {full}", file=sys.stderr, flush=True)
@@ -107,7 +115,7 @@ def _is_lost_connection(error: BaseException) -> bool:
     signs = (
         *("closed by peer", "connection was likely closed", "connection reset", "broken pipe"),
         *("connection refused", "failed to recv", "socket closed"),
-        *("timed out waiting", "collective operation timeout"),
+        *_TOO_LATE,
         *("remote process exit", "communicator was aborted"),  # NCCL says so, and gloo the others
     )
     text = str(error).lower()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from socket import gethostname
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed import ProcessGroup
 from torch.distributed.rendezvous import rendezvous
 
+from engine.processes.alike import check_devices
 from engine.processes.allocation import keep_freed_memory
 from engine.processes.cores import available_cores
 from shards.errors import InputError
@@ -110,11 +112,16 @@ class World:
         dist.all_gather_object(found, own, group=self.group)
         return found  # type: ignore[return-value]
 
-    def on_all(self, make: Callable[[], _T]) -> _T:
+    def on_all(self, make: Callable[[], _T], shared: bool = False) -> _T:
         """Call `make` on every process; return its own result, or raise the same error, on all.
 
         A process that raised alone would leave the others waiting for it. Only InputError and
-        OSError are raised on all processes, and an InputError before others.
+        OSError are raised on all processes, and an InputError before others. Where some processes
+        succeeded, the error names one that failed.
+
+        Args:
+            shared: The processes share out one piece of work, so that an InputError is no matter of
+                the process that found it.
         """
         made: list[_T] = []
         fault: InputError | OSError | None = None
@@ -122,9 +129,11 @@ class World:
             made.append(make())
         except (InputError, OSError) as error:
             fault = error
-        faults = [one for one in self.all_gather_object(fault) if one is not None]
-        for one in sorted(faults, key=lambda one: not isinstance(one, InputError)):
-            raise one
+        found = self.all_gather_object((fault, gethostname()))
+        faults = [(one, rank, host) for rank, (one, host) in enumerate(found) if one is not None]
+        for one, rank, host in sorted(faults, key=lambda f: not isinstance(f[0], InputError)):
+            anybody = len(faults) == self.size or (shared and isinstance(one, InputError))
+            raise one if anybody else _place(one, f"rank {rank} on {host}")
         return made[0]
 
     def all_gather(self, rows: Tensor) -> Tensor:
@@ -149,6 +158,20 @@ class World:
         return received
 
 
+def _place(error: InputError | OSError, place: str) -> InputError | OSError:
+    """Return the same error with the place where it was raised in its text."""
+    text = str(error)
+    if place in text:
+        return error
+    try:
+        placed = type(error)(f"{text} (told by {place})")
+    except TypeError:  # a library's error that is made otherwise
+        return error
+    if isinstance(error, OSError) and isinstance(placed, OSError):
+        placed.errno = error.errno  # by which others tell a full disk
+    return placed
+
+
 def rank() -> int:
     """Return this process's rank; it works before anything is set up."""
     return read_variable("RANK", 0)
@@ -169,7 +192,8 @@ def join(threads: int | None, distributed: bool) -> World:
         threads: Threads of torch on the CPU. None shares the usable cores out.
         distributed: Make a process group even for a single process.
 
-    Raises InputError when this machine has fewer GPUs than processes.
+    Raises InputError when this machine has fewer GPUs than processes, and when some processes have
+    a GPU and others have none.
     """
     size, local_size = read_variable("WORLD_SIZE", 1), read_variable("LOCAL_WORLD_SIZE", 1)
     local_rank = read_variable("LOCAL_RANK", 0)
@@ -189,9 +213,11 @@ def join(threads: int | None, distributed: bool) -> World:
         torch.cuda.set_device(device)
     world = World(rank(), size, local_size, device)
     if (size > 1 or distributed) and not dist.is_initialized():
+        store = _store(world)
+        check_devices(store, device, size)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=_store(world),
+            store=store,
             rank=world.rank,
             world_size=size,
             timeout=timedelta(seconds=START_TIMEOUT),
@@ -242,7 +268,8 @@ def check_alike(world: World, facts: dict[str, Any]) -> None:
         if listed := differences(there, found[0]):
             raise InputError(
                 f"processes were started for different runs ({'; '.join(listed)}; here is rank 0, "
-                f"there rank {rank}): start every machine with the same command and data"
+                f"there rank {rank}): start every machine with the same command, "
+                "code and data"
             )
 
 

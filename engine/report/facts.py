@@ -25,7 +25,7 @@ MOST_EVALUATIONS = 100
 _SMALLEST, _LARGEST = 1e-99, 1e99  # of the numbers that a chart can show
 MOST_BYTES = 20_000_000  # of a result or of a sheet
 
-_OWN_SHEET = re.compile(r"step_\d{8}\.png")
+_OWN_SHEET = re.compile(rf"step_(?:{layout.STEP})\.png")
 
 _T = TypeVar("_T")
 

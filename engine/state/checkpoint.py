@@ -30,7 +30,7 @@ from engine.processes.world import World
 from engine.state import dcp_metadata
 from engine.state.best import find_best
 from engine.state.dcp_files import Reader, Sums, Writer, verify_file
-from engine.state.layout import CHECKPOINTS, RECIPE
+from engine.state.layout import CHECKPOINTS, MOST_STEPS, RECIPE, STEP
 from engine.state.origin import Origin
 from shards.digest import digest
 from shards.documents import Natural, Sum32, build, shown
@@ -105,7 +105,7 @@ class _Document:
 
     format: int
     digest: str
-    step: Annotated[int, Interval(ge=0, lt=10**8)]  # the name of its folder has eight digits
+    step: Annotated[int, Interval(ge=0, lt=MOST_STEPS)]
     method: dict[str, Any]
     index_digest: str
     files: dict[str, tuple[Natural, Sum32]]
@@ -263,7 +263,7 @@ def verify(url: str, world: World) -> Commit:
             else:
                 verify_file(files.join(url, name), *commit.files[name])
 
-    world.on_all(verify_own)
+    world.on_all(verify_own, shared=True)
     return commit
 
 
@@ -272,7 +272,7 @@ def _read_commit(url: str) -> Commit:
     try:
         document = files.read_json(files.join(url, COMMIT))
     except FileNotFoundError:
-        raise InputError(f"{place}: not committed, its save was cut off") from None
+        raise InputError(f"{place}: not committed, its save was cut off or still goes on") from None
     except ValueError as error:
         raise InputError(f"{place}: {COMMIT} is damaged, no JSON: {error}") from None
     there = document.get("format", FORMAT) if isinstance(document, dict) else FORMAT
@@ -282,7 +282,7 @@ def _read_commit(url: str) -> Commit:
         content = build(_Document, document)
         if content.digest != _digest(document):
             raise InputError("its digest is that of another content")
-        named = re.fullmatch(r"step_([0-9]{8})", url.rstrip("/").rpartition("/")[2])
+        named = re.fullmatch(rf"step_({STEP})", url.rstrip("/").rpartition("/")[2])
         if named and int(named[1]) != content.step:
             raise InputError(f"step is {content.step}, not that of the folder's name")
     except InputError as error:
@@ -309,7 +309,8 @@ def prune(
 ) -> None:
     """Remove the committed checkpoints except the newest, those of `keep_every` and the best.
 
-    The commit of each is removed first. If the store refuses that, the checkpoint stays whole.
+    The commit of each is removed first. If the store refuses that, the checkpoint stays whole. What
+    a process that was killed in a save, or in a removal, has left of earlier ones is removed too.
 
     Args:
         step: The step just saved. Checkpoints of later steps were found damaged when this process
@@ -320,7 +321,8 @@ def prune(
         keep_best: The checkpoint where the log has the largest value of this key stays too. ""
             keeps no other.
     """
-    committed = committed_steps(run, step)
+    found = steps(run)
+    committed = _committed(run, found, step)
     best = find_best(run, keep_best, committed).step
     for number in committed[:-keep]:
         if number == best or is_due(keep_every, number):
@@ -328,12 +330,19 @@ def prune(
         url = step_url(run, number)
         if files.discard(files.join(url, COMMIT), run, report):
             files.discard(url, run, report)
+    for number in set(found).difference(committed):
+        if number < max(committed, default=0):
+            files.discard(step_url(run, number), run, report)
 
 
-def committed_steps(run: str, until: int = 10**8) -> list[int]:
+def committed_steps(run: str, until: int = MOST_STEPS) -> list[int]:
     """List the steps of a run's committed checkpoints up to the step `until`, rising."""
-    found = [step for step in steps(run) if step <= until]
-    return [step for step in found if files.exists(files.join(step_url(run, step), COMMIT))]
+    return _committed(run, steps(run), until)
+
+
+def _committed(run: str, found: list[int], until: int) -> list[int]:
+    asked = [step for step in found if step <= until]
+    return [step for step in asked if files.exists(files.join(step_url(run, step), COMMIT))]
 
 
 def tell_newest(run: str, until: int) -> str:
@@ -353,7 +362,7 @@ def steps(run: str) -> list[int]:
     Other names in the folder are ignored.
     """
     found = files.list_names(files.join(run, CHECKPOINTS))
-    return [int(name[5:]) for name in found if re.fullmatch(r"step_[0-9]{8}", name)]
+    return sorted(int(name[5:]) for name in found if re.fullmatch(rf"step_(?:{STEP})", name))
 
 
 @contextmanager
@@ -373,6 +382,11 @@ def _plain_errors(url: str, what: str) -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
+        if what == "read" and not files.exists(files.join(url, COMMIT)):
+            raise InputError(
+                f"{files.redact(url)}: was removed while it was read, as the training of a run "
+                "removes its older checkpoints: start again to take a newer one"
+            ) from None
         rank, (cause, _) = next(iter(error.failures.items()))
         if isinstance(cause, InputError):
             raise cause from None

@@ -51,7 +51,9 @@ NAMES = (RECIPE, JSONL, TRACKERS, *_FOLDERS)
 
 
 _FILES = (RECIPE, JSONL, "commit.json", "index.json", ".metadata")
-_INSIDE = re.compile(rf"(.+)/{CHECKPOINTS}/step_\d{{8}}(/.*)?$")
+MOST_STEPS = 10**18
+STEP = "[0-9]{8}|[1-9][0-9]{8,17}"  # a step in a name: eight digits, or more where it needs more
+_INSIDE = re.compile(rf"(.+)/{CHECKPOINTS}/step_(?:{STEP})(/.*)?$")
 
 
 def check_run(url: str) -> None:

@@ -83,6 +83,11 @@ class Lease:
         self._beating, self._beaten = False, time.monotonic()
         self._thread = threading.Thread(target=self._hold, name="lease", daemon=True)
 
+    @property
+    def sign(self) -> tuple[int, str, str]:
+        """Return what `shows` looks for, the number and the owner of this lease, and its host."""
+        return self._record.number, self._record.owner, self._record.host
+
     def check(self) -> None:
         """Raise InputError when another job is known to have taken the run.
 
@@ -240,6 +245,15 @@ def look(run: str) -> Sight | None:
     beaten = next((entry.modified for entry in there if entry.name == name), None)
     silent = None if beaten is None else max(0.0, time.time() - beaten)
     return Sight(newest.host, newest.released, newest.is_dead(), silent, newest.period)
+
+
+def shows(run: str, number: int, owner: str) -> bool:
+    """Return whether the lease of that number is in the run, and is the owner's. Raises OSError."""
+    try:
+        there = parse_json(files.read(_url(run, number)))
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(there, dict) and there.get("owner") == owner
 
 
 def is_free(run: str) -> bool:

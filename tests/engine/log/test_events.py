@@ -152,6 +152,9 @@ def test_what_earlier_processes_have_written(folder: str) -> None:
     assert EventLog(folder, 2).reached == 2
     # A file that grows has all points: they are written one by one.
     assert EventLog(folder, 9).reached == (9 if files.is_local(folder) else 3)
+    log.scalars({"loss": 0.5}, 100_000_000)  # a step of more digits than names have at least
+    log.flush()
+    assert EventLog(folder, 10**9).reached == (10**9 if files.is_local(folder) else 10**8)
 
 
 def test_what_no_other_process_could_write_again() -> None:

@@ -391,6 +391,17 @@ def test_only_metrics_jsonl_is_ever_rewritten(s3: str, proxy: FaultProxy) -> Non
     assert found == [record(s, knn_top1=0.5) if s == 5 else record(s) for s in range(1, 11)]
 
 
+def test_steps_of_more_than_eight_digits(memory: str) -> None:
+    """A part of a later step is read later, though its longer name comes first in a listing."""
+    log = Journal(memory, 0)
+    for step, loss in ((99_999_999, 1.0), (100_000_000, 2.0)):
+        log.write(record(step))
+        log.write(record(100_000_005, loss=loss))
+        log.flush()
+    assert read(memory)[-1]["loss"] == 2.0
+    assert [line["step"] for line in read(memory)] == [99_999_999, 100_000_000, 100_000_005]
+
+
 def test_flushes_grow_rare() -> None:
     """Five days leave a few hundred objects, the first hour's log is minutes old at most."""
     seconds, files, at = 0.0, 0, {}

@@ -92,10 +92,13 @@ def test_a_full_memory(
     [
         "NCCL error in: x.cpp:9, remote process exited or there was a network error, NCCL 2.28",
         "NCCL communicator was aborted on rank 1.",
-        "[../x.cc:10] Connection closed by peer [127.0.0.1]:9",
+        "[../x.cc:10] Connection closed by peer [127.0.0.1]:9. This is typically a crash.",
+        "[../x.cc:10] Timed out waiting 5000ms for recv operation to complete",
     ],
 )
 def test_a_process_that_lost_another(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     report_failure(RuntimeError(f"{text}\nncclRemoteError: more"))
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: rank 0 lost another process: ")
+    assert "typically" not in line
+    assert ("--parallel.timeout" in line) == ("Timed out" in text)

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from engine.processes.world import World
-from engine.state import checkpoint
+from engine.state import checkpoint, layout
 from shards.errors import InputError
 
 pytestmark = pytest.mark.versions
@@ -103,6 +103,14 @@ def test_save_replaces_what_a_killed_one_left(tmp_path: Path) -> None:
     assert checkpoint.verify(commit.url, ALONE).step == 3
 
 
+def test_a_checkpoint_that_its_training_removes_before_it_is_read(tmp_path: Path) -> None:
+    commit = save(tmp_path, 3)
+    save(tmp_path, 4)
+    checkpoint.prune(str(tmp_path), 4, keep=1)
+    with pytest.raises(InputError, match=r"was removed while it was read.*take a newer one"):
+        checkpoint.load(commit, state(0), ALONE)
+
+
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     for step in (1, 2, 30):
         save(tmp_path, step)
@@ -119,6 +127,31 @@ def test_prune_keeps_every_so_many(tmp_path: Path) -> None:
     checkpoint.prune(str(tmp_path), 30, keep=1, keep_every=20)
     names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step_00000020", "step_00000030"]
+
+
+def test_prune_removes_what_a_kill_left_of_earlier_ones(tmp_path: Path) -> None:
+    """A kill in a save, or in a removal, which takes the commit first."""
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    for step in (1, 2):
+        (Path(checkpoint.step_url(str(tmp_path), step)) / "commit.json").unlink()
+    checkpoint.prune(str(tmp_path), 4, keep=2)
+    assert checkpoint.steps(str(tmp_path)) == [3, 4]
+
+
+def test_steps_of_more_than_eight_digits_are_found_in_order(tmp_path: Path) -> None:
+    few, many, most = 99_999_999, 100_000_000, 1_000_000_000
+    for step in (many, few, most):
+        save(tmp_path, step)
+    (tmp_path / "checkpoints" / "step_0999999999").mkdir()  # a name that no step has
+    assert checkpoint.steps(str(tmp_path)) == [few, many, most]
+    newest = checkpoint.latest(str(tmp_path), ALONE, print)
+    assert newest is not None
+    assert newest.step == most
+    checkpoint.prune(str(tmp_path), most, keep=2)
+    assert checkpoint.committed_steps(str(tmp_path)) == [many, most]
+    with pytest.raises(InputError, match="is inside of"):
+        layout.check_run(checkpoint.step_url(str(tmp_path), most))
 
 
 def test_prune_counts_no_checkpoint_that_was_refused(tmp_path: Path) -> None:
