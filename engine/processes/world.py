@@ -268,8 +268,8 @@ def check_alike(world: World, facts: dict[str, Any]) -> None:
         if listed := differences(there, found[0]):
             raise InputError(
                 f"processes were started for different runs ({'; '.join(listed)}; here is rank 0, "
-                f"there rank {rank}): start every machine with the same command, "
-                "code and data"
+                f"there rank {rank}): start every machine with the same "
+                "command, code and data"
             )
 
 

@@ -23,7 +23,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def meet(devices: list[torch.device]) -> str:
     """On a rank: compare the devices, and return what is wrong with them."""
     rank, size = int(os.environ["RANK"]), len(devices)
-    store, told = _store(World(rank, size, rank, size, CPU)), ""
+    store, told = _store(World(rank, size, size, CPU)), ""
     try:
         alike.check_devices(store, devices[rank], size)
     except InputError as error:
