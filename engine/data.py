@@ -13,7 +13,7 @@ from shards import index as indexes
 from shards.device_crops import check_device
 from shards.errors import InputError
 from shards.index import Index
-from shards.loader import TrainLoader
+from shards.loader_process import Loader, open_loader
 from shards.making import synthetic
 from shards.matching import check_same_classes, compare_windows
 from shards.order import Order, rank_streams
@@ -111,9 +111,9 @@ def train_batches(
     start: int,
     threads: int,
     report: Callable[[str], None],
-) -> TrainLoader:
+) -> Loader:
     """Load this process's rows of every batch from step `start` on."""
-    return TrainLoader(
+    return open_loader(
         order,
         rank_streams(recipe.data.streams, world.rank, world.size),
         recipe.views,
@@ -121,9 +121,8 @@ def train_batches(
         micro=recipe.batch.micro,
         start=start,
         threads=threads,
-        pin_memory=world.device.type == "cuda",
-        report=report,
         device=world.device,
+        report=report,
     )
 
 

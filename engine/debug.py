@@ -75,7 +75,7 @@ def debug_step(trainer: Trainer) -> None:
         f"{trainer.device}, {trainer.recipe.precision}, {parameters / 1e6:.1f} M parameters, "
         f"{trainer.total_steps} steps of {trainer.recipe.batch.size} images in the whole run\n"
         f"memory: {_memory(trainer.device)}, blocks at most {data.block_memory / 2**20:,.0f} MiB; "
-        f"undecodable samples: {data.faults.count}"
+        f"undecodable samples: {data.undecodable}"
     )
     trainer.terminal.console.print(table)
 

@@ -23,7 +23,8 @@ from engine.trainer import Trainer
 from shards.center_crops import CropReader, EvalBatch
 from shards.documents import shown
 from shards.errors import InputError
-from shards.loader import Batch, TrainLoader
+from shards.loader import Batch
+from shards.loader_process import Loader
 
 _MOST_IMAGES = 256  # that go through the encoder at a time
 
@@ -38,7 +39,7 @@ class Session:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.recipe = trainer, trainer.recipe
-        self._loader: TrainLoader | None = None
+        self._loader: Loader | None = None
         self._batch: Batch | None = None  # that of the next step, once it is loaded
         self._place = 0  # the step that the next batch belongs to
         self._closed = False

@@ -27,14 +27,15 @@ from engine.method.norm import RunningStatistics
 from engine.method.precision import MOST_SKIPS, StepGuard, autocast, parameter_dtype
 from engine.method.schedule import learning_rate, tau
 from engine.processes import compiling, parallel
-from engine.processes.allocation import give_back_memory
 from engine.processes.world import World, set_timeout, share_of_cores
 from engine.recipe import Recipe, in_steps
 from engine.run import Run
 from engine.state import checkpoint
 from engine.state.branch import without
+from shards.allocation import give_back_memory
 from shards.errors import InputError
-from shards.loader import Batch, TrainLoader
+from shards.loader import Batch
+from shards.loader_process import Loader
 
 Settle = Callable[[], object] | None
 
@@ -213,7 +214,7 @@ class Trainer:
 
     # The parts ------------------------------------------------------------------------------
 
-    def batches(self) -> TrainLoader:
+    def batches(self) -> Loader:
         """Load this process's rows of every batch, from the next step on."""
         return train_batches(
             self.recipe,

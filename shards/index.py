@@ -8,7 +8,7 @@ first needed. The checksums of the block lists are part of the index's digest.
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache, partial
 from typing import Annotated, Any
 
@@ -80,6 +80,10 @@ class Index:
         # A long run reads every shard. The bound keeps it from holding all lists of a large data
         # set, at 16 bytes per block.
         self._sidecar = lru_cache(KEPT_SIDECARS)(partial(_read_sidecar, self.url, self.shards))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send to another process what the index was made of, without the sidecars it has read."""
+        return Index, tuple(getattr(self, entry.name) for entry in fields(self))
 
     @property
     def samples(self) -> int:

@@ -26,6 +26,7 @@ from shards.device_crops import DeviceCrops
 from shards.dimensions import MOST_PIXELS
 from shards.errors import InputError
 from shards.fields import Operation, UnitInterval
+from shards.index import Index
 from shards.order import Order
 from shards.reader import BlockReader, Fetches, StreamReader
 from shards.samples import Block
@@ -75,6 +76,9 @@ class DataConfig:
     """Who decodes the training images and cuts their crops. gpu takes a CUDA GPU for the JPEGs that
     nvJPEG knows, and the CPU for other images. Pixels differ by rounding, and by how colors of half
     the resolution are enlarged."""
+    own_process: Operation[bool | None] = None
+    """Load images in a process of its own, so that steps of the training do not wait for Python's
+    lock. By default that is done beside a GPU. With data.decode gpu it is never done."""
     audit: Operation[bool] = False
     """Add a CRC of the decoded uint8 views to data_digest in the metrics."""
 
@@ -120,6 +124,16 @@ class Decoded(NamedTuple):
     row: int  # of the batch
     pixels: Tensor  # [3, H, W] uint8
     crops: NDArray[np.float64]  # [V, 4] uniforms for `crop_box`
+
+
+def estimate_block_memory(index: Index, streams: int, prefetch: int) -> int:
+    """Estimate the most block bytes held at once: streams x block x (1 + prefetch).
+
+    The block is the largest one of the first shard that has any.
+    """
+    first = next(i for i, shard in enumerate(index.shards) if shard.samples)
+    ranges = (index.block_range(first, block) for block in range(len(index.blocks(first))))
+    return streams * max(stop - start for start, stop in ranges) * (1 + prefetch)
 
 
 class TrainLoader:
@@ -193,16 +207,14 @@ class TrainLoader:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     @property
-    def block_memory(self) -> int:
-        """Estimate of the most block bytes held at once: streams x block x (1 + prefetch).
+    def undecodable(self) -> int:
+        """The number of samples that could not be decoded so far."""
+        return self.faults.count
 
-        The block is the largest one of the first shard that has any.
-        """
-        index = self.order.index
-        first = next(i for i, shard in enumerate(index.shards) if shard.samples)
-        ranges = (index.block_range(first, block) for block in range(len(index.blocks(first))))
-        largest = max(stop - start for start, stop in ranges)
-        return len(self.streams) * largest * (1 + self.config.prefetch)
+    @property
+    def block_memory(self) -> int:
+        """Estimate of the most block bytes that are held at once."""
+        return estimate_block_memory(self.order.index, len(self.streams), self.config.prefetch)
 
     def _plan(self) -> Iterator[Chunk | InputError]:
         """Yield the chunks of every batch. A fault of the data is yielded as a value.

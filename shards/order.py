@@ -13,7 +13,7 @@ result.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from annotated_types import Interval
@@ -75,6 +75,10 @@ class Order:
         self._shards: dict[int, tuple[Ids, Ids]] = {}
         self._blocks: dict[tuple[int, int], tuple[Ids, Ids]] = {}
         self._samples: dict[tuple[int, int, int], Ids] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Send to another process what the order was made of, without what it keeps for itself."""
+        return Order, (self.index, self.seed, self.streams, self.batch)
 
     def batch_segments(self, step: int, stream: int) -> list[Segment]:
         """List the B / C samples that `stream` gives to the batch of `step`, counted from 0."""

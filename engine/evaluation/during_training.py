@@ -31,8 +31,8 @@ from engine.method.durations import Duration, Lasting, is_due, simplify
 from engine.method.encoders import BackboneConfig
 from engine.method.local_shards import whole
 from engine.method.precision import Precision, parameter_dtype
-from engine.processes.allocation import give_back_memory
 from engine.processes.world import World
+from shards.allocation import give_back_memory
 from shards.center_crops import CropReader
 from shards.decode import PixelRules
 from shards.errors import InputError

@@ -27,7 +27,8 @@ from engine.processes.world import World
 from engine.state import checkpoint
 from shards.errors import InputError
 from shards.index import Index
-from shards.loader import DataConfig, TrainLoader
+from shards.loader import DataConfig
+from shards.loader_process import open_loader
 from shards.order import Order, rank_streams
 from shards.philox import Domain, draw, uniform
 from shards.views import crop_and_flip
@@ -290,7 +291,7 @@ def load_crops(evaluation: Evaluation, index: Index, batch: int, seed: int, held
     order, rules = Order(index, seed, streams, batch), evaluation.rules
 
     def batches(start: int) -> Generator[Examples, None, None]:
-        loader = TrainLoader(
+        loader = open_loader(
             order,
             rank_streams(streams, world.rank, world.size),
             crop_and_flip(evaluation.source.size),
@@ -298,7 +299,7 @@ def load_crops(evaluation: Evaluation, index: Index, batch: int, seed: int, held
             micro=1,
             start=start,
             threads=evaluation.threads,
-            pin_memory=device.type == "cuda",
+            device=device,
             report=evaluation.terminal.report,
         )
         with closing(loader):

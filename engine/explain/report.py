@@ -13,11 +13,11 @@ from engine.log.terminal import Terminal
 from engine.method.lars import LARSConfig
 from engine.method.resnet import ResNet
 from engine.method.torchvision_encoder import TorchvisionEncoder
-from engine.processes import allocation
 from engine.processes.parallel import Strategy
 from engine.processes.world import World
 from engine.recipe import Recipe, in_steps
 from engine.state.early_stop import find_doubt
+from shards import allocation
 from shards.loader import REMOTE_FETCHES
 from shards.order import Order
 from shards.storage import files

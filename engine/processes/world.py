@@ -21,8 +21,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.rendezvous import rendezvous
 
 from engine.processes.alike import check_devices
-from engine.processes.allocation import keep_freed_memory
 from engine.processes.cores import available_cores
+from shards.allocation import keep_freed_memory
 from shards.errors import InputError
 from shards.fields import differences
 

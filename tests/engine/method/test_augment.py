@@ -9,6 +9,7 @@ from torch import Tensor
 
 from engine.method import augment as ops
 from engine.method.augment import augment, distort, flip, gaussian_blur, normalize
+from engine.processes import compiling
 from shards.views import COLUMNS, Column, ViewsConfig, draw_views
 from tests.helpers.golden_files import golden
 
@@ -203,7 +204,7 @@ def test_autocast_does_not_reach_it() -> None:
 def test_gpu_under_tf32_and_autocast_without_synchronization() -> None:
     images, params = (tensor.cuda() for tensor in _batch(8, 224))
     images = images.contiguous(memory_format=torch.channels_last)  # as the loader's are
-    compiled = torch.compile(augment, fullgraph=True, dynamic=False)
+    compiled = compiling.compiled(augment)
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from engine.processes import allocation
+from shards import allocation
 
 # It writes and frees 256 MiB in blocks of 32 MiB, and counts the pages that the kernel filled.
 PROGRAM = """

@@ -1,0 +1,73 @@
+"""Run the loader of a training in this process; shards/loader_process.py starts it.
+
+It reads the loader's arguments from its standard input, writes batches to the pipe whose number it
+is given, and ends when its input does.
+"""
+
+import signal
+
+# The process that trains decides what a signal means. These come to every process of a job.
+for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(_number, signal.SIG_IGN)
+
+import os  # noqa: E402
+import pickle  # noqa: E402
+import struct  # noqa: E402
+import sys  # noqa: E402
+import threading  # noqa: E402
+import traceback  # noqa: E402
+from io import FileIO  # noqa: E402
+
+
+def main(pipe: int) -> None:
+    """Serve batches until nobody takes them any more."""
+    content = sys.stdin.buffer.read(*struct.unpack("<Q", sys.stdin.buffer.read(8)))
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    # Only now, so that the process that trains need not wait until all of this is imported.
+    import torch
+
+    from shards.allocation import keep_freed_memory
+    from shards.loader import TrainLoader
+    from shards.loader_process import write_message
+
+    keep_freed_memory()
+    results, lock = FileIO(pipe, "wb"), threading.Lock()
+
+    def report(text: str) -> None:
+        with lock:
+            write_message(results, ("report", text))
+
+    try:
+        given, options = pickle.loads(content)
+        torch.set_num_threads(options["threads"])
+        loader = TrainLoader(*given, **options, pin_memory=False, report=report)
+        for batch in loader:
+            pixels = batch.views.permute(0, 1, 3, 4, 2)  # [V, B, S, S, 3], contiguous
+            small = batch.params.numpy(), batch.ids, batch.labels.numpy(), batch.crcs
+            head = (loader.undecodable, tuple(pixels.shape), *small)
+            with lock:
+                write_message(results, ("batch", head), pixels.numpy().data.cast("B"))
+    except BrokenPipeError:
+        pass
+    except Exception as error:
+        with lock:
+            write_message(results, ("failed", _portable(error)))
+
+
+def _end_with_input() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def _portable(error: Exception) -> Exception:
+    """Return the error, or a RuntimeError with its text when it cannot be sent as it is."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
+    os._exit(0)  # its threads may be in the middle of something
