@@ -145,6 +145,12 @@ class ProcessLoader:
 Loader = TrainLoader | ProcessLoader
 
 
+def loads_apart(config: DataConfig, cuda: bool) -> bool:
+    """Return whether the loader works in a process of its own; `cuda` is where training works."""
+    apart = cuda if config.own_process is None else config.own_process
+    return apart and config.decode == "cpu"
+
+
 def open_loader(
     order: Order,
     streams: range,
@@ -162,10 +168,9 @@ def open_loader(
     The arguments are those of `TrainLoader`.
     """
     cuda = device.type == "cuda"
-    apart = cuda if config.own_process is None else config.own_process
     options: dict[str, Any] = {"micro": micro, "start": start, "threads": threads}
     options |= {"pin_memory": cuda, "report": report}
-    if apart and config.decode == "cpu":
+    if loads_apart(config, cuda):
         return ProcessLoader(order, streams, views, config, **options)
     return TrainLoader(order, streams, views, config, **options, device=device)
 

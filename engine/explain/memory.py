@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from engine.explain.sizes import Fakes, StepCost
 from engine.processes.parallel import Strategy
 from shards.loader import BATCHES_AHEAD
+from shards.loader_process import AHEAD
 
 
 class Held(NamedTuple):
@@ -93,6 +94,9 @@ def need(held: Held, step: StepCost, views: int) -> int:
     return held.state + held.gathered + max(step.peak, held.update) + views
 
 
-def host_views(views: int) -> int:
-    """Return the bytes of views that wait in host memory, of which `views` are in a batch."""
-    return views * (BATCHES_AHEAD + 1)
+def host_views(views: int, own_process: bool) -> int:
+    """Return the bytes of views that wait in host memory, of which `views` are in a batch.
+
+    `own_process` says whether the loader works in a process of its own.
+    """
+    return views * (BATCHES_AHEAD + 1 + (AHEAD + 1) * own_process)

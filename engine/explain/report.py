@@ -19,6 +19,7 @@ from engine.recipe import Recipe, in_steps
 from engine.state.early_stop import find_doubt
 from shards import allocation
 from shards.loader import REMOTE_FETCHES
+from shards.loader_process import loads_apart
 from shards.order import Order
 from shards.storage import files
 
@@ -124,6 +125,7 @@ def _memory(
     ):
         table.add_row(name, *(_gib(getattr(one, part)) for one in held))
     views = 2 * share.images[1] * 3 * recipe.views.size**2
+    apart = loads_apart(recipe.data, cuda=True)
     plain, again = costs
     table.add_row("a step's other tensors, at the peak", *(_gib(plain.peak) for _ in held))
     table.add_row("the same with --parallel.recompute", *(_gib(again.peak) for _ in held))
@@ -134,8 +136,8 @@ def _memory(
         "On a GPU, CUDA, its libraries and fragments of memory come on top (1 to 2 GiB). "
         "torch.compile keeps less.\n"
         + _explain_groups(options)
-        + f"On the host, {_gib(memory.host_views(views))} GiB of views wait in each process, and "
-        f"{_gib(fakes.checkpoint)} GiB of a checkpoint are shared out.\n"
+        + f"On the host, {_gib(memory.host_views(views, apart))} GiB of views wait for each "
+        f"process, and {_gib(fakes.checkpoint)} GiB of a checkpoint are shared out.\n"
         f"--parallel.strategy auto takes ddp where a device has more than {_gib(2 * held[0].state)}"
         " GiB."
     )

@@ -1,10 +1,10 @@
 """Measure the costs of sides that take turns."""
 
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -57,11 +57,13 @@ def alternate(sides: Mapping[str, Callable[[], _T]], rounds: int) -> dict[str, l
 
 
 def _cpu_seconds() -> float:
-    """Return the CPU seconds of this process and of its living worker processes."""
-    seconds = time.process_time()
-    for worker in multiprocessing.active_children():
-        fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
-        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Return the CPU seconds of this process and of its living child processes."""
+    seconds, parent = time.process_time(), str(os.getpid())
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # the process has ended
+            fields = path.read_text().rpartition(")")[2].split()
+            if fields[1] == parent:
+                seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return seconds
 
 

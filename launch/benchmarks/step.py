@@ -296,7 +296,7 @@ class Sides:
                 trainer.guard.count_skips()  # like `fit`, wait for the step before this one
 
             timer = Timer()
-            step()  # the first step opens the shards
+            repeat(step, SETTLING)  # the first step opens the shards, and batches gather behind it
             self._meet()
             wait()
             timer = Timer()

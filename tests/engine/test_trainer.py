@@ -81,6 +81,14 @@ def test_equal_runs_are_equal_bit_for_bit(
     assert comparable(tmp_path) == comparable(whole_run)
 
 
+def test_a_loader_in_a_process_of_its_own_changes_nothing(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    data = dataclasses.replace(tiny_data, own_process=True)
+    train(tiny.recipe(data, tmp_path, steps=7))
+    assert comparable(tmp_path) == comparable(whole_run)[:7]
+
+
 def test_another_seed_is_another_run(
     whole_run: Path, tiny_data: DataConfig, tmp_path: Path
 ) -> None:

@@ -1,0 +1,248 @@
+"""A loader in a process of its own: the same batches, the same errors, and an end in any case."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from shards import loader_process
+from shards.errors import InputError
+from shards.index import Index
+from shards.loader import Batch, DataConfig, TrainLoader
+from shards.loader_child import _portable
+from shards.loader_process import Loader, ProcessLoader, open_loader
+from shards.order import Order
+from shards.views import ViewsConfig
+from tests.conftest import Files, PackFiles
+from tests.helpers.places import ROOT
+from tests.shards.test_loader import SEED, VIEWS, ignore
+
+# A process that trains, which prints the other process's number and then waits to be ended.
+PARENT = """
+import pickle, sys, time
+from shards.loader_process import ProcessLoader
+order, views, config = pickle.loads(sys.stdin.buffer.read())
+options = dict(micro=1, start=0, threads=1, pin_memory=False, report=print)
+loader = ProcessLoader(order, range(4), views, config, **options)
+next(loader)
+print(loader._child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@contextmanager
+def loading(kind: type[Any], order: Order, **options: Any) -> Iterator[Loader]:
+    """Open a loader of that kind."""
+    settings: dict[str, Any] = {"micro": 1, "start": 0, "threads": 1, "report": ignore} | options
+    config = DataConfig(
+        train=order.index.url, audit=True, corrupt=settings.pop("corrupt", 0.01), prefetch=2
+    )
+    streams = settings.pop("streams", range(order.streams))
+    loader = kind(order, streams, VIEWS, config, pin_memory=False, **settings)
+    try:
+        yield loader
+    finally:
+        loader.close()
+
+
+def take(loader: Loader, count: int) -> list[Batch]:
+    return [next(loader) for _ in range(count)]
+
+
+def is_alive(process: int) -> bool:
+    """Return whether a process is there and has not ended."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        return False
+    return fields[0] != "Z"
+
+
+def assert_ends(process: int) -> None:
+    deadline = time.monotonic() + 30
+    while is_alive(process) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_alive(process)
+
+
+def describe(batch: Batch) -> list[Any]:
+    """Return all that a batch is, as plain values."""
+    tensors = [batch.views, batch.params, batch.labels]
+    layout = [(t.dtype, t.shape, t.stride(), t.is_inference()) for t in tensors]
+    values = [t.tolist() for t in tensors] + [batch.ids.tolist(), batch.crcs.tolist()]
+    return [layout, values, batch.ids.dtype, batch.crcs.dtype]
+
+
+@pytest.mark.parametrize(
+    "options", [{"micro": 2}, {"start": 3, "streams": range(1, 3), "threads": 3}], ids=str
+)
+def test_batches_are_those_of_a_loader_in_this_process(
+    packed: Index, options: dict[str, Any]
+) -> None:
+    order = Order(packed, SEED, 4, 16)  # 5 steps an epoch
+    with (
+        loading(TrainLoader, order, **options) as here,
+        loading(ProcessLoader, order, **options) as there,
+    ):
+        assert there.block_memory == here.block_memory > 0
+        for _ in range(7):
+            assert describe(next(there)) == describe(next(here))
+
+
+def test_faults_of_the_data_are_told_and_counted(
+    pack_files: PackFiles, photos: Files, tmp_path: Path
+) -> None:
+    spoiled = {
+        path: content[:90] if path in sorted(photos)[5:8] else content
+        for path, content in photos.items()
+    }
+    order = Order(pack_files(str(tmp_path / "bad"), spoiled), SEED, 4, 16)
+    told: dict[type[Any], list[str]] = {TrainLoader: [], ProcessLoader: []}
+    counts = []
+    for kind, messages in told.items():
+        with loading(kind, order, report=messages.append) as loader:
+            batches = take(loader, 6)
+            counts.append(loader.undecodable)
+    assert counts[0] == counts[1] == 3
+    assert told[ProcessLoader] == told[TrainLoader]
+    assert len(told[TrainLoader]) == 3
+    assert len(batches) == 6
+
+
+def test_a_missing_shard_is_the_same_error(packed: Index) -> None:
+    Path(packed.shard_url(1)).unlink()
+    errors = []
+    for kind in (TrainLoader, ProcessLoader):
+        with loading(kind, Order(packed, SEED, 4, 16)) as loader:
+            with pytest.raises(
+                InputError, match=r"shard-000001\.tar: the shard is missing"
+            ) as error:
+                take(loader, 9)
+            errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+def test_an_error_travels_as_it_is_or_as_text() -> None:
+    class Local(Exception):
+        pass
+
+    assert str(_portable(MemoryError("unable to allocate 5 bytes"))) == "unable to allocate 5 bytes"
+    sent = _portable(Local("of a kind that only this process knows"))
+    assert isinstance(pickle.loads(pickle.dumps(sent)), RuntimeError)
+    assert "of a kind that only this process knows" in str(sent)
+
+
+def test_a_process_that_is_killed_is_told(packed: Index) -> None:
+    with loading(ProcessLoader, Order(packed, SEED, 4, 16)) as loader:
+        assert isinstance(loader, ProcessLoader)
+        next(loader)
+        loader._child.kill()
+        with pytest.raises(
+            ChildProcessError, match=r"by signal 9 \(SIGKILL\): when memory is short"
+        ):
+            take(loader, 9)
+
+
+def test_a_process_that_cannot_start_is_told(
+    packed: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with (
+        loading(ProcessLoader, Order(packed, SEED, 4, 16)) as loader,
+        pytest.raises(ChildProcessError, match="with exit status 1"),
+    ):
+        next(loader)
+
+
+def test_signals_are_for_the_process_that_trains(packed: Index) -> None:
+    with loading(ProcessLoader, Order(packed, SEED, 4, 16)) as loader:
+        assert isinstance(loader, ProcessLoader)
+        first = next(loader)
+        assert os.getsid(loader._child.pid) != os.getsid(0)  # a Ctrl-C does not reach it
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(loader._child.pid, number)
+        rest = take(loader, 9)
+        assert len({tuple(batch.ids.tolist()) for batch in [first, *rest]}) == 10
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_close_ends_the_process(packed: Index, taken: int) -> None:
+    with loading(ProcessLoader, Order(packed, SEED, 4, 16)) as loader:
+        assert isinstance(loader, ProcessLoader)
+        take(loader, taken)
+        process = loader._child.pid
+        assert is_alive(process)
+    assert not is_alive(process)
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+def test_the_process_ends_when_training_is_killed(packed: Index) -> None:
+    given = pickle.dumps((Order(packed, SEED, 4, 16), VIEWS, DataConfig(train=packed.url)))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert parent.stdin is not None
+    assert parent.stdout is not None
+    try:
+        with parent.stdin as stdin:
+            stdin.write(given)
+        process = int(parent.stdout.readline())
+        assert is_alive(process)
+    finally:
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+    assert_ends(process)
+
+
+def test_who_loads_in_a_process_of_its_own(packed: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    def name(kind: str) -> Any:
+        return lambda *_, **options: (kind, options["pin_memory"])
+
+    for kind in ("TrainLoader", "ProcessLoader"):
+        monkeypatch.setattr(loader_process, kind, name(kind))
+
+    def choose(device: str, **fields: Any) -> object:
+        return open_loader(
+            Order(packed, SEED, 4, 16),
+            range(4),
+            ViewsConfig(size=16),
+            DataConfig(**fields),
+            micro=1,
+            start=0,
+            threads=1,
+            device=torch.device(device),
+            report=ignore,
+        )
+
+    assert choose("cpu") == ("TrainLoader", False)
+    assert choose("cuda") == ("ProcessLoader", True)
+    assert choose("cpu", own_process=True) == ("ProcessLoader", False)
+    assert choose("cuda", own_process=False) == ("TrainLoader", True)
+    assert choose("cuda", decode="gpu") == ("TrainLoader", True)
+
+
+def test_an_order_is_sent_without_what_it_keeps(packed: Index) -> None:
+    order = Order(packed, SEED, 4, 16)
+    before = len(pickle.dumps(order))
+    expected = [order.batch_segments(step, 1) for step in range(12)]
+    assert len(pickle.dumps(order)) == before
+    sent = pickle.loads(pickle.dumps(order))
+    assert sent.index.digest == packed.digest
+    for step, segments in enumerate(expected):
+        for mine, theirs in zip(segments, sent.batch_segments(step, 1), strict=True):
+            np.testing.assert_array_equal(mine.ids, theirs.ids)
