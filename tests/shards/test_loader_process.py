@@ -3,11 +3,13 @@
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,6 @@ from shards.loader_process import ProcessLoader
 order, views, config = pickle.loads(sys.stdin.buffer.read())
 options = dict(micro=1, start=0, threads=1, pin_memory=False, report=print)
 loader = ProcessLoader(order, range(4), views, config, **options)
-next(loader)
 print(loader._child.pid, flush=True)
 time.sleep(600)
 """
@@ -187,7 +188,12 @@ def test_close_ends_the_process(packed: Index, taken: int) -> None:
         next(loader)
 
 
-def test_the_process_ends_when_training_is_killed(packed: Index) -> None:
+@pytest.mark.parametrize("stuck", [False, True])
+def test_the_process_ends_when_training_is_killed(packed: Index, stuck: bool) -> None:
+    """Also while it waits for a store that does not answer."""
+    silent = socket.create_server(("127.0.0.1", 0))
+    if stuck:
+        packed = replace(packed, base=f"http://127.0.0.1:{silent.getsockname()[1]}/shards")
     given = pickle.dumps((Order(packed, SEED, 4, 16), VIEWS, DataConfig(train=packed.url)))
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT],
@@ -207,6 +213,7 @@ def test_the_process_ends_when_training_is_killed(packed: Index) -> None:
         parent.wait()
         parent.stdout.close()
     assert_ends(process)
+    silent.close()
 
 
 def test_who_loads_in_a_process_of_its_own(packed: Index, monkeypatch: pytest.MonkeyPatch) -> None:
