@@ -50,7 +50,7 @@ from shards.views import ViewsConfig
 _MACHINES_OWN = {
     *("run", "data.train", "data.val", "data.prefetch", "data.cache", "data.cache_gb"),
     *("probe.train", "probe.val"),
-    *("threads", "compile", "compile_folder", "log.visdom", "log.wandb"),
+    *("threads", "compile", "compile_folder", "log.visdom", "log.wandb", "data.own_process"),
 }
 
 # The method fields that came after the first release, with the values that runs had before them.
@@ -58,7 +58,7 @@ ADDED_LATER: dict[str, Any] = {
     **{"data.max_pixels": 89_478_485, "data.exif": "ignore"},
     **{"probe.head_lr": None, "schedule.rewarm": 0, "schedule.lr_decay": "cosine"},
     **{"clip.norm": 0.0, "clip.value": 0.0},
-    **{"model.initialization": "official", "average.rate": 0.0},
+    **{"model.initialization": "official", "model.target_start": "drawn", "average.rate": 0.0},
     "data.decode": "cpu",
     "model.encoder": "ResNetConfig",
 }

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,6 +117,19 @@ def test_networks_start_apart_and_reproducibly() -> None:
     assert target.training
     for other in (again, unclassified):
         assert all(torch.equal(p, source[name]) for name, p in other.named_parameters())
+
+
+def test_a_target_that_begins_as_a_copy() -> None:
+    config = replace(SMALL, target_start="copy")
+    online, target = build(config, classes=5, seed=3)
+    drawn, _ = build(SMALL, classes=5, seed=3)
+    for name, value in target.state_dict().items():
+        assert torch.equal(value, online.state_dict()[name])
+    for name, value in online.state_dict().items():
+        assert torch.equal(value, drawn.state_dict()[name])
+    moved = {id(p) for p in target.parameters()}
+    assert not moved & {id(p) for p in online.parameters()}
+    assert not any(p.requires_grad for p in target.parameters())
 
 
 def test_target_moves_towards_online() -> None:
