@@ -4,7 +4,8 @@
 #     OUT=/some/folder tests/gpu_day.sh
 #
 # Every part runs under a timeout of its own, so one that hangs costs only itself. $OUT/gpu_day.json
-# is written anew after every part. With CIFAR10=FOLDER, a folder of shards with train/ and test/,
+# is written anew after every part. The tests run while the networks compile, and all that measures
+# runs alone. With CIFAR10=FOLDER, a folder of shards with train/ and test/,
 # the last part trains on CIFAR-10, and otherwise on drawn images of the same size. A second call
 # with the same OUT continues that training. GPU_DAY_FAST=1 runs every command on a CPU at a tiny
 # size, to see that they all run. PYTHON names the Python. PARTS names the only parts that shall run,
@@ -32,7 +33,8 @@ if [ -n "$fast" ]; then
     most="--most 16 --threads 1"
     photos=8 drawn=64 drawn_size=32
     profile="quickstart --batch.size 8 --threads 1 --no-compile --precision fp32 --steps 3"
-    profile+=" --profile 2:3"
+    profile+=" --profile 2:3" few="$step --batch 2"
+    profile_small="$profile --data.streams 2"
     train="--batch.size 8 --threads 1 --no-compile --precision fp32 --data.streams 2 --steps 3"
     train+=" --model.encoder.width 0.0625"
 else
@@ -44,6 +46,7 @@ else
     most=""
     photos=1024 drawn=50000 drawn_size=32
     profile="r50_256 --precision bf16 --steps 14 --profile 10:12"
+    profile_small="cifar10 --steps 54 --profile 50:52" few="$half --batch 64 --compile --no-fresh"
     train="--checkpoint.every 200"
 fi
 
@@ -71,16 +74,25 @@ bench() { # bench NAME SECONDS BENCH OPTIONS...
 # shellcheck disable=SC2086
 {
     part draw 40 "$PYTHON" tests/helpers/gpu_day.py draw "$OUT/data" $photos $drawn $drawn_size
+    plain="--probe.every 0 --probe.no-baseline"
+    big="--data.train $OUT/data/photos --data.val $OUT/data/photos --data.streams 2 $plain"
+    data=${CIFAR10:-$OUT/data/cifar10}
+    little="--data.train $data/train --data.val $data/test"
+    # A ResNet-50 compiles for three minutes, mostly on one core. Later parts find it compiled.
+    if [ -z "$fast" ]; then
+        part compile_r50 300 "$PYTHON" launch/train.py r50_256 --precision bf16 --steps 2 \
+            --run "$OUT/compile_r50" $big &
+        part compile_cifar10 200 "$PYTHON" launch/train.py cifar10 --steps 2 \
+            --run "$OUT/compile_cifar10" $little $plain &
+    fi
     # Only these files, because to collect all takes half a minute and needs every package. Pytest
     # itself ends the session in time, so that it still tells what failed. Compilers take most of
     # the time, so several processes share the GPU.
     part tests 220 "$PYTHON" -m pytest -n 4 -vv --tb=short --timeout 150 --session-timeout 200 \
         -m gpu $(grep -rl --include='test_*.py' 'pytest\.mark\.gpu' tests)
-    # A ResNet-50 compiles for minutes. Only the first part that needs it does that here.
-    if [ -z "$fast" ]; then bench step_compiled 380 step $half --compile --no-fresh; fi
-    part profile 90 "$PYTHON" launch/train.py $profile --run "$OUT/profile" --probe.every 0 \
-        --probe.no-baseline --data.train "$OUT/data/photos" --data.val "$OUT/data/photos" \
-        --data.streams 2
+    wait
+    if [ -z "$fast" ]; then bench step_compiled 150 step $half --compile --no-fresh; fi
+    part profile 90 "$PYTHON" launch/train.py $profile --run "$OUT/profile" $big
     bench peers 120 peers $peers --no-fresh
     bench step_eager 70 step $half --no-compile
     bench largest 70 largest $most
@@ -88,10 +100,11 @@ bench() { # bench NAME SECONDS BENCH OPTIONS...
     bench variants 50 variants $half --no-compile
     bench checkpoint 60 checkpoint $checkpoint
     bench order 30 order $order
-    # Small images, whose loader and steps share Python's lock. The training finds it compiled.
+    # Few images for each GPU, and small ones, are a matter of the host that starts the kernels.
+    bench step_few 90 step $few
     bench step_small 110 step --recipe $small --no-fresh
-    data=${CIFAR10:-$OUT/data/cifar10}
-    part cifar10 150 "$PYTHON" launch/train.py cifar10 $train --run "$OUT/cifar10" \
-        --data.train "$data/train" --data.val "$data/test"
+    part profile_small 60 "$PYTHON" launch/train.py $profile_small --run "$OUT/profile_small" \
+        $little $plain
+    part cifar10 150 "$PYTHON" launch/train.py cifar10 $train --run "$OUT/cifar10" $little
 }
 echo "$(date +%T) the figures are in $OUT/gpu_day.json"

@@ -1,5 +1,6 @@
 """Keep what the parts of tests/gpu_day.sh found in one file, and draw its images."""
 
+import fcntl
 import json
 import re
 import shlex
@@ -45,7 +46,13 @@ def read_figures(out: Path, name: str) -> dict[str, Any]:
 
 
 def note(out: Path, name: str, code: int, start: float, limit: float, command: list[str]) -> None:
-    """Add a part to the file."""
+    """Add a part to the file. Parts that run at once add themselves one after the other."""
+    with open(out / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _note(out, name, code, start, limit, command)
+
+
+def _note(out: Path, name: str, code: int, start: float, limit: float, command: list[str]) -> None:
     path = out / "gpu_day.json"
     if path.exists():
         document = json.loads(path.read_text())
