@@ -31,7 +31,7 @@ from shards.order import Order
 from shards.reader import BlockReader, Fetches, StreamReader
 from shards.samples import Block
 from shards.storage import files
-from shards.views import ViewsConfig, crop_box, draw_views
+from shards.views import COLUMNS, ViewsConfig, crop_box, draw_views
 
 CHUNK = 16  # A decode thread takes up to this many samples at a time.
 BATCHES_AHEAD = 2
@@ -124,6 +124,16 @@ class Decoded(NamedTuple):
     row: int  # of the batch
     pixels: Tensor  # [3, H, W] uint8
     crops: NDArray[np.float64]  # [V, 4] uniforms for `crop_box`
+
+
+def allocate(rows: int, views: ViewsConfig, pin_memory: bool) -> Batch:
+    """Return a batch of so many rows that is still to be filled in; only the CRCs are zeros."""
+    size, count = views.size, len(views.views)
+    pixels = torch.empty((count, rows, size, size, 3), dtype=torch.uint8, pin_memory=pin_memory)
+    params = torch.empty(count, rows, COLUMNS, pin_memory=pin_memory)
+    labels = torch.empty(rows, dtype=torch.int64, pin_memory=pin_memory)
+    ids, crcs = np.empty(rows, np.int64), np.zeros(rows, np.uint32)
+    return Batch(pixels.permute(0, 1, 4, 2, 3), params, ids, labels, crcs)
 
 
 def estimate_block_memory(index: Index, streams: int, prefetch: int) -> int:
@@ -265,14 +275,9 @@ class TrainLoader:
 
     def _allocate(self, ids: NDArray[np.int64], drawn: NDArray[np.float32]) -> Batch:
         """Return a batch of the samples `ids` whose views and labels are still to be filled in."""
-        size, count, rows = self.views.size, len(self.views.views), len(ids)
-        shape = (count, rows, size, size, 3)
-        views = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
-        params = torch.empty(drawn.shape, pin_memory=self.pin_memory)
-        params.numpy()[...] = drawn
-        labels = torch.empty(rows, dtype=torch.int64, pin_memory=self.pin_memory)
-        crcs = np.zeros(rows, np.uint32)
-        return Batch(views.permute(0, 1, 4, 2, 3), params, ids, labels, crcs)
+        batch = allocate(len(ids), self.views, self.pin_memory)
+        batch.params.numpy()[...] = drawn
+        return batch._replace(ids=ids)
 
     @torch.inference_mode()  # It makes each call of torch cheaper.
     def _decode(self, chunk: Chunk | InputError) -> Chunk | InputError:

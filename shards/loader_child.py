@@ -44,7 +44,7 @@ def main(pipe: int) -> None:
         for batch in loader:
             pixels = batch.views.permute(0, 1, 3, 4, 2)  # [V, B, S, S, 3], contiguous
             small = batch.params.numpy(), batch.ids, batch.labels.numpy(), batch.crcs
-            head = (loader.undecodable, tuple(pixels.shape), *small)
+            head = (loader.undecodable, *small)
             with lock:
                 write_message(results, ("batch", head), pixels.numpy().data.cast("B"))
     except BrokenPipeError:

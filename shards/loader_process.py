@@ -18,14 +18,14 @@ from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torchdata.nodes import BaseNode, IterableWrapper, Prefetcher
 
-from shards.loader import Batch, DataConfig, TrainLoader, estimate_block_memory
-from shards.order import Order
+from shards.decode_threads import count_processes
+from shards.loader import Batch, DataConfig, TrainLoader, allocate, estimate_block_memory
+from shards.order import Order, rank_streams
 from shards.views import ViewsConfig
 
 AHEAD = 1  # batches that wait in this process, beside those that wait in the other one
@@ -34,11 +34,11 @@ PIPE = 2**20  # bytes that may wait between the processes, where the system allo
 
 
 class ProcessLoader:
-    """Iterates over the batches of a `TrainLoader` that works in a process of its own.
+    """Iterates over the batches of `TrainLoader`s that work in processes of their own.
 
-    The process starts at once, and `close` ends it. It also ends when this one does, however that
-    comes about. The iteration raises what the other process raised, and ChildProcessError when it
-    ended without a word.
+    The processes share out the streams. They start at once, and `close` ends them. They also end
+    when this one does, however that comes about. The iteration raises what another process raised,
+    and ChildProcessError when one ended without a word.
     """
 
     def __init__(
@@ -53,15 +53,27 @@ class ProcessLoader:
         threads: int,
         pin_memory: bool,
         report: Callable[[str], None],
+        processes: int = 1,
     ) -> None:
-        """Start the process. The arguments are those of `TrainLoader`."""
-        self.order, self.streams, self._prefetch = order, streams, config.prefetch
-        self._pin_memory, self._report = pin_memory, report
-        self.undecodable = 0  # samples that could not be decoded so far
+        """Start the processes. The other arguments are those of `TrainLoader`."""
+        self.order, self.streams, self.views, self._prefetch = (
+            order,
+            streams,
+            views,
+            config.prefetch,
+        )
+        self._micro, self._pin_memory, self._report = micro, pin_memory, report
+        self._parts = [rank_streams(len(streams), i, processes) for i in range(processes)]
+        self._undecodable = [0] * processes
         options = {"micro": micro, "start": start, "threads": threads}
-        self._child, results = _start_child()
-        _send_arguments(self._child, ((order, streams, views, config), options))
-        received: BaseNode[Batch | Exception] = IterableWrapper(self._receive(results))
+        started = [_start_child() for _ in self._parts]
+        for (child, _), part in zip(started, self._parts, strict=True):
+            given = order, streams[part.start : part.stop], views, config
+            _send_arguments(child, (given, options))
+        self._children = [child for child, _ in started]
+        received: BaseNode[Batch | Exception] = IterableWrapper(
+            self._receive([results for _, results in started])
+        )
         self._batches: Prefetcher[Batch | Exception] | None = Prefetcher(
             received, prefetch_factor=AHEAD, snapshot_frequency=0
         )
@@ -78,68 +90,82 @@ class ProcessLoader:
         return result
 
     def close(self) -> None:
-        """End the process."""
+        """End the processes."""
         self._batches = None
-        _end_arguments(self._child)
-        try:
-            self._child.wait(5)
-        except subprocess.TimeoutExpired:
-            self._child.kill()
-            self._child.wait()
+        for child in self._children:
+            _end_arguments(child)
+        for child in self._children:
+            try:
+                child.wait(5)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+    @property
+    def undecodable(self) -> int:
+        """The number of samples that could not be decoded so far."""
+        return sum(self._undecodable)
 
     @property
     def block_memory(self) -> int:
-        """Estimate of the most block bytes that the process holds; see `TrainLoader`."""
+        """Estimate of the most block bytes that the processes hold; see `TrainLoader`."""
         return estimate_block_memory(self.order.index, len(self.streams), self._prefetch)
 
-    def _receive(self, results: FileIO) -> Iterator[Batch | Exception]:
+    def _receive(self, files: list[FileIO]) -> Iterator[Batch | Exception]:
         """Yield the batches, and what ends them as a value."""
-        with results:
-            try:
-                while True:
-                    kind, content = pickle.loads(_read_message(results))
-                    if kind == "report":
-                        self._report(content)
-                    elif kind == "batch":
-                        yield self._read_batch(results, *content)
-                    else:
-                        yield content
+        with contextlib.ExitStack() as stack:
+            for results in files:
+                stack.enter_context(results)
+            while True:
+                batch = allocate(self.order.rows * len(self.streams), self.views, self._pin_memory)
+                for number, results in enumerate(files):
+                    try:
+                        end = self._receive_part(number, results, batch)
+                    except EOFError:
+                        end = ChildProcessError(_tell_end(self._children[number]))
+                    if end is not None:
+                        yield end
                         return
-            except EOFError:
-                yield ChildProcessError(self._tell_end())
+                yield batch
 
-    def _read_batch(
-        self,
-        results: FileIO,
-        undecodable: int,
-        shape: tuple[int, ...],
-        params: NDArray[np.float32],
-        ids: NDArray[np.int64],
-        labels: NDArray[np.int64],
-        crcs: NDArray[np.uint32],
-    ) -> Batch:
-        """Read the views [V, B, S, S, 3] that follow a message, and put the batch together."""
-        self.undecodable = undecodable
-        views = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
-        _read_into(results, views.numpy().data.cast("B"))
-        return Batch(
-            views.permute(0, 1, 4, 2, 3), self._copy(params), ids, self._copy(labels), crcs
-        )
+    def _receive_part(self, number: int, results: FileIO, batch: Batch) -> Exception | None:
+        """Fill in the rows of a process's streams; return what it raised, if anything."""
+        while True:
+            kind, content = pickle.loads(_read_message(results))
+            if kind == "report":
+                self._report(content)
+            elif kind == "failed":
+                error: Exception = content
+                return error
+            else:
+                self._undecodable[number], *small = content
+                self._fill(self._parts[number], results, batch, small)
+                return None
 
-    def _copy(self, values: NDArray[Any]) -> Tensor:
-        given = torch.from_numpy(values)
-        return torch.empty_like(given, pin_memory=self._pin_memory).copy_(given)
+    def _fill(self, part: range, results: FileIO, batch: Batch, small: list[NDArray[Any]]) -> None:
+        """Fill in the rows of some streams: the views from the file, and the rest from arrays.
 
-    def _tell_end(self) -> str:
-        status = self._child.wait()
-        how = f"with exit status {status}"
-        if status < 0:
-            how = f"by signal {-status} ({signal.Signals(-status).name})"
-        return (
-            f"the process that loads the images ended {how}: when memory is short, the system ends "
-            "the largest process (free -h, and a lower --data.prefetch or --threads); "
-            "--data.own-process False loads in the training's process"
-        )
+        The file has the views in the order [V, M, streams, rows of a stream in a micro-batch].
+        """
+
+        def rows(values: Tensor | NDArray[Any], axis: int) -> Any:
+            """Split the `axis` of B rows into [M, streams, ...], and take these streams."""
+            before, after = values.shape[:axis], values.shape[axis + 1 :]
+            grid = values.reshape(*before, self._micro, len(self.streams), -1, *after)
+            return grid[(slice(None),) * (axis + 1) + (slice(part.start, part.stop),)]
+
+        params, ids, labels, crcs = small
+        for whole, own, axis in (
+            (batch.params.numpy(), params, 1),
+            (batch.ids, ids, 0),
+            (batch.labels.numpy(), labels, 0),
+            (batch.crcs, crcs, 0),
+        ):
+            place = rows(whole, axis)
+            place[...] = own.reshape(place.shape)
+        for view in rows(batch.views.permute(0, 1, 3, 4, 2), 1):
+            for micro in view:
+                _read_into(results, micro.numpy().data.cast("B"))
 
 
 Loader = TrainLoader | ProcessLoader
@@ -171,8 +197,22 @@ def open_loader(
     options: dict[str, Any] = {"micro": micro, "start": start, "threads": threads}
     options |= {"pin_memory": cuda, "report": report}
     if loads_apart(config, cuda):
-        return ProcessLoader(order, streams, views, config, **options)
+        pixels = len(views.views) * views.size**2
+        processes = count_processes(threads, order.index, pixels, len(streams))
+        return ProcessLoader(order, streams, views, config, **options, processes=processes)
     return TrainLoader(order, streams, views, config, **options, device=device)
+
+
+def _tell_end(child: subprocess.Popen[bytes]) -> str:
+    status = child.wait()
+    how = f"with exit status {status}"
+    if status < 0:
+        how = f"by signal {-status} ({signal.Signals(-status).name})"
+    return (
+        f"the process that loads the images ended {how}: when memory is short, the system ends "
+        "the largest process (free -h, and a lower --data.prefetch or --threads); "
+        "--data.own-process False loads in the training's process"
+    )
 
 
 def _start_child() -> tuple[subprocess.Popen[bytes], FileIO]:

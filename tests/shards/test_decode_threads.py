@@ -10,7 +10,7 @@ import torch
 
 from shards import device_crops
 from shards.center_crops import CropReader
-from shards.decode_threads import count_useful
+from shards.decode_threads import count_processes, count_useful
 from shards.index import Index, Shard
 from shards.loader import DataConfig, TrainLoader
 from shards.order import Order
@@ -119,6 +119,22 @@ def test_the_size_of_images_decides(size: int, pixels: int, useful: int) -> None
     assert count_useful(16, index_of(size), pixels) == useful
     for threads in (1, 2, 3):
         assert count_useful(threads, index_of(size), pixels) == min(threads, useful)
+
+
+@pytest.mark.parametrize(
+    ("size", "threads", "streams", "processes"),
+    [
+        (2_568, 16, 32, 2),  # CIFAR-10
+        (2_568, 1, 32, 1),
+        (2_568, 16, 1, 1),
+        (112_000, 16, 64, 1),  # ImageNet, whose threads are many
+    ],
+)
+def test_several_processes_load_small_images(
+    size: int, threads: int, streams: int, processes: int
+) -> None:
+    pixels = 2 * (32**2 if size < 10_000 else 224**2)
+    assert count_processes(threads, index_of(size), pixels, streams) == processes
 
 
 def test_an_empty_index_takes_no_thread() -> None:

@@ -36,7 +36,7 @@ from shards.loader_process import ProcessLoader
 order, views, config = pickle.loads(sys.stdin.buffer.read())
 options = dict(micro=1, start=0, threads=1, pin_memory=False, report=print)
 loader = ProcessLoader(order, range(4), views, config, **options)
-print(loader._child.pid, flush=True)
+print(loader._children[0].pid, flush=True)
 time.sleep(600)
 """
 
@@ -85,15 +85,22 @@ def describe(batch: Batch) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "options", [{"micro": 2}, {"start": 3, "streams": range(1, 3), "threads": 3}], ids=str
+    ("options", "processes"),
+    [
+        ({"micro": 2}, 1),
+        ({"start": 3, "streams": range(1, 3), "threads": 3}, 1),
+        ({"micro": 2}, 3),
+        ({"start": 3, "streams": range(1, 4)}, 2),
+    ],
+    ids=str,
 )
 def test_batches_are_those_of_a_loader_in_this_process(
-    packed: Index, options: dict[str, Any]
+    packed: Index, options: dict[str, Any], processes: int
 ) -> None:
     order = Order(packed, SEED, 4, 16)  # 5 steps an epoch
     with (
         loading(TrainLoader, order, **options) as here,
-        loading(ProcessLoader, order, **options) as there,
+        loading(ProcessLoader, order, processes=processes, **options) as there,
     ):
         assert there.block_memory == here.block_memory > 0
         for _ in range(7):
@@ -143,15 +150,16 @@ def test_an_error_travels_as_it_is_or_as_text() -> None:
     assert "of a kind that only this process knows" in str(sent)
 
 
-def test_a_process_that_is_killed_is_told(packed: Index) -> None:
-    with loading(ProcessLoader, Order(packed, SEED, 4, 16)) as loader:
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_is_killed_is_told(packed: Index, number: int) -> None:
+    with loading(ProcessLoader, Order(packed, SEED, 4, 16), processes=2) as loader:
         assert isinstance(loader, ProcessLoader)
         next(loader)
-        loader._child.kill()
+        loader._children[number].kill()
         with pytest.raises(
             ChildProcessError, match=r"by signal 9 \(SIGKILL\): when memory is short"
         ):
-            take(loader, 9)
+            take(loader, 999)  # some wait in the pipe
 
 
 def test_a_process_that_cannot_start_is_told(
@@ -169,21 +177,21 @@ def test_signals_are_for_the_process_that_trains(packed: Index) -> None:
     with loading(ProcessLoader, Order(packed, SEED, 4, 16)) as loader:
         assert isinstance(loader, ProcessLoader)
         first = next(loader)
-        assert os.getsid(loader._child.pid) != os.getsid(0)  # a Ctrl-C does not reach it
+        assert os.getsid(loader._children[0].pid) != os.getsid(0)  # a Ctrl-C does not reach it
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            os.kill(loader._child.pid, number)
+            os.kill(loader._children[0].pid, number)
         rest = take(loader, 9)
         assert len({tuple(batch.ids.tolist()) for batch in [first, *rest]}) == 10
 
 
 @pytest.mark.parametrize("taken", [0, 1])
-def test_close_ends_the_process(packed: Index, taken: int) -> None:
-    with loading(ProcessLoader, Order(packed, SEED, 4, 16)) as loader:
+def test_close_ends_the_processes(packed: Index, taken: int) -> None:
+    with loading(ProcessLoader, Order(packed, SEED, 4, 16), processes=2) as loader:
         assert isinstance(loader, ProcessLoader)
         take(loader, taken)
-        process = loader._child.pid
-        assert is_alive(process)
-    assert not is_alive(process)
+        processes = [child.pid for child in loader._children]
+        assert list(map(is_alive, processes)) == [True, True]
+    assert list(map(is_alive, processes)) == [False, False]
     with pytest.raises(StopIteration):
         next(loader)
 
@@ -218,7 +226,7 @@ def test_the_process_ends_when_training_is_killed(packed: Index, stuck: bool) ->
 
 def test_who_loads_in_a_process_of_its_own(packed: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     def name(kind: str) -> Any:
-        return lambda *_, **options: (kind, options["pin_memory"])
+        return lambda *_, **options: (kind, options["pin_memory"], options.get("processes"))
 
     for kind in ("TrainLoader", "ProcessLoader"):
         monkeypatch.setattr(loader_process, kind, name(kind))
@@ -231,16 +239,16 @@ def test_who_loads_in_a_process_of_its_own(packed: Index, monkeypatch: pytest.Mo
             DataConfig(**fields),
             micro=1,
             start=0,
-            threads=1,
+            threads=4,
             device=torch.device(device),
             report=ignore,
         )
 
-    assert choose("cpu") == ("TrainLoader", False)
-    assert choose("cuda") == ("ProcessLoader", True)
-    assert choose("cpu", own_process=True) == ("ProcessLoader", False)
-    assert choose("cuda", own_process=False) == ("TrainLoader", True)
-    assert choose("cuda", decode="gpu") == ("TrainLoader", True)
+    assert choose("cpu") == ("TrainLoader", False, None)
+    assert choose("cuda") == ("ProcessLoader", True, 2)  # of small images
+    assert choose("cpu", own_process=True) == ("ProcessLoader", False, 2)
+    assert choose("cuda", own_process=False) == ("TrainLoader", True, None)
+    assert choose("cuda", decode="gpu") == ("TrainLoader", True, None)
 
 
 def test_an_order_is_sent_without_what_it_keeps(packed: Index) -> None:
