@@ -59,8 +59,9 @@ class ProcessLoader:
         self._pin_memory, self._report = pin_memory, report
         self.undecodable = 0  # samples that could not be decoded so far
         options = {"micro": micro, "start": start, "threads": threads}
+        arguments = _pack_arguments(((order, streams, views, config), options))
         self._child, results = _start_child()
-        _send_arguments(self._child, ((order, streams, views, config), options))
+        _send_arguments(self._child, arguments)
         received: BaseNode[Batch | Exception] = IterableWrapper(self._receive(results))
         self._batches: Prefetcher[Batch | Exception] | None = Prefetcher(
             received, prefetch_factor=AHEAD, snapshot_frequency=0
@@ -134,12 +135,19 @@ class ProcessLoader:
         status = self._child.wait()
         how = f"with exit status {status}"
         if status < 0:
-            how = f"by signal {-status} ({signal.Signals(-status).name})"
+            how = f"by signal {-status} ({_name_signal(-status)})"
         return (
             f"the process that loads the images ended {how}: when memory is short, the system ends "
             "the largest process (free -h, and a lower --data.prefetch or --threads); "
             "--data.own-process False loads in the training's process"
         )
+
+
+def _name_signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # Python names the first and the last signal of real time alone
+        return "a signal of real time"
 
 
 Loader = TrainLoader | ProcessLoader
@@ -178,30 +186,40 @@ def open_loader(
 def _start_child() -> tuple[subprocess.Popen[bytes], FileIO]:
     """Start the other process; return it, and the file that its messages come from."""
     read, write = os.pipe()
+    results = FileIO(read)
     if hasattr(fcntl, "F_SETPIPE_SZ"):
         with contextlib.suppress(OSError):  # the user has used up what a user may have
             fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE)
-    home = str(Path(__file__).parents[1])  # where this package is, which need not be installed
-    known = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
+    program = str(Path(__file__).with_name("loader_child.py"))
     try:
         child = subprocess.Popen(
-            [sys.executable, "-m", "shards.loader_child", str(write)],
+            # -P: it must not import a pickle.py or a torch.py of the folder that it works in.
+            [sys.executable, "-P", program, str(write)],
             stdin=subprocess.PIPE,
             pass_fds=[write],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(known)},
             start_new_session=True,  # a Ctrl-C is for the process that trains
         )
+    except BaseException:
+        results.close()
+        raise
     finally:
         os.close(write)
-    return child, FileIO(read)
+    return child, results
 
 
-def _send_arguments(child: subprocess.Popen[bytes], arguments: object) -> None:
-    """Send what the loader is made of. The other process reads it before it imports anything."""
+def _pack_arguments(arguments: object) -> bytes:
+    """Pack what the loader is made of, with the folders that this process imports from.
+
+    The last one is where this package is, which need not be installed.
+    """
+    return pickle.dumps(([*sys.path, str(Path(__file__).parents[1])], pickle.dumps(arguments)))
+
+
+def _send_arguments(child: subprocess.Popen[bytes], arguments: bytes) -> None:
+    """Send the arguments. The other process reads them before it imports anything."""
     assert child.stdin is not None
-    content = pickle.dumps(arguments)
     with contextlib.suppress(BrokenPipeError):  # its end is told when a batch is asked for
-        child.stdin.write(LENGTH.pack(len(content)) + content)
+        child.stdin.write(arguments)
         child.stdin.flush()
 
 
