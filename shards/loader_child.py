@@ -44,7 +44,7 @@ def main(pipe: int) -> None:
     with suppress(BrokenPipeError):
         try:
             given, options = pickle.loads(content)
-            torch.set_num_threads(options["threads"])
+            torch.set_num_threads(max(1, options["threads"]))
             loader = TrainLoader(*given, **options, pin_memory=False, report=report)
             for batch in loader:
                 pixels = batch.views.permute(0, 1, 3, 4, 2)  # [V, B, S, S, 3], contiguous

@@ -138,8 +138,9 @@ class ProcessLoader:
             how = f"by signal {-status} ({_name_signal(-status)})"
         return (
             f"the process that loads the images ended {how}: when memory is short, the system ends "
-            "the largest process (free -h, and a lower --data.prefetch or --threads); "
-            "--data.own-process False loads in the training's process"
+            "the largest process, and free -h lists what is left; a lower --threads takes less, in "
+            "a training also a lower --data.prefetch, or --data.own-process False, which loads in "
+            "the training's process"
         )
 
 

@@ -86,7 +86,9 @@ def describe(batch: Batch) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "options", [{"micro": 2}, {"start": 3, "streams": range(1, 3), "threads": 3}], ids=str
+    "options",
+    [{"micro": 2, "threads": 0}, {"start": 3, "streams": range(1, 3), "threads": 3}],
+    ids=str,
 )
 def test_batches_are_those_of_a_loader_in_this_process(
     packed: Index, options: dict[str, Any]
@@ -151,8 +153,13 @@ def test_a_process_that_is_killed_is_told(packed: Index) -> None:
         loader._child.kill()
         with pytest.raises(
             ChildProcessError, match=r"by signal 9 \(SIGKILL\): when memory is short"
-        ):
+        ) as error:
             take(loader, 9)
+        # An evaluation that trains has --threads alone.
+        assert (
+            "a lower --threads takes less, in a training also a lower --data.prefetch, or"
+            in str(error.value)
+        )
 
 
 def test_a_process_that_cannot_start_is_told(
