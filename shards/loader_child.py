@@ -6,22 +6,26 @@ is given, and ends when its input does.
 
 import signal
 
-# The process that trains decides what a signal means. These come to every process of a job.
-for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-    signal.signal(_number, signal.SIG_IGN)
+if __name__ == "__main__":
+    # The process that trains decides what a signal means. These come to every process of a job.
+    for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(_number, signal.SIG_IGN)
 
-import os  # noqa: E402
-import pickle  # noqa: E402
-import struct  # noqa: E402
-import sys  # noqa: E402
-import threading  # noqa: E402
-import traceback  # noqa: E402
-from io import FileIO  # noqa: E402
+import os
+import pickle
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from io import FileIO
 
 
 def main(pipe: int) -> None:
     """Serve batches until nobody takes them any more."""
-    content = sys.stdin.buffer.read(*struct.unpack("<Q", sys.stdin.buffer.read(8)))
+    try:
+        sys.path[:], content = pickle.load(sys.stdin.buffer)
+    except (EOFError, pickle.UnpicklingError):  # the process that trains ended while it sent them
+        return
     threading.Thread(target=_end_with_input, daemon=True).start()
     # Only now, so that the process that trains need not wait until all of this is imported.
     import torch
@@ -37,21 +41,20 @@ def main(pipe: int) -> None:
         with lock:
             write_message(results, ("report", text))
 
-    try:
-        given, options = pickle.loads(content)
-        torch.set_num_threads(options["threads"])
-        loader = TrainLoader(*given, **options, pin_memory=False, report=report)
-        for batch in loader:
-            pixels = batch.views.permute(0, 1, 3, 4, 2)  # [V, B, S, S, 3], contiguous
-            small = batch.params.numpy(), batch.ids, batch.labels.numpy(), batch.crcs
-            head = (loader.undecodable, *small)
+    with suppress(BrokenPipeError):
+        try:
+            given, options = pickle.loads(content)
+            torch.set_num_threads(max(1, options["threads"]))
+            loader = TrainLoader(*given, **options, pin_memory=False, report=report)
+            for batch in loader:
+                pixels = batch.views.permute(0, 1, 3, 4, 2)  # [V, B, S, S, 3], contiguous
+                small = batch.params.numpy(), batch.ids, batch.labels.numpy(), batch.crcs
+                head = (loader.undecodable, *small)
+                with lock:
+                    write_message(results, ("batch", head), pixels.numpy().data.cast("B"))
+        except Exception as error:
             with lock:
-                write_message(results, ("batch", head), pixels.numpy().data.cast("B"))
-    except BrokenPipeError:
-        pass
-    except Exception as error:
-        with lock:
-            write_message(results, ("failed", _portable(error)))
+                write_message(results, ("failed", _portable(error)))
 
 
 def _end_with_input() -> None:

@@ -56,21 +56,18 @@ class ProcessLoader:
         processes: int = 1,
     ) -> None:
         """Start the processes. The other arguments are those of `TrainLoader`."""
-        self.order, self.streams, self.views, self._prefetch = (
-            order,
-            streams,
-            views,
-            config.prefetch,
-        )
-        self._micro, self._pin_memory, self._report = micro, pin_memory, report
+        self.order, self.streams, self.views = order, streams, views
+        self._prefetch, self._micro = config.prefetch, micro
+        self._pin_memory, self._report = pin_memory, report
         self._parts = [rank_streams(len(streams), i, processes) for i in range(processes)]
         self._undecodable = [0] * processes
         options = {"micro": micro, "start": start, "threads": threads}
-        started = [_start_child() for _ in self._parts]
-        for (child, _), part in zip(started, self._parts, strict=True):
-            given = order, streams[part.start : part.stop], views, config
-            _send_arguments(child, (given, options))
+        parts = [streams[part.start : part.stop] for part in self._parts]
+        packed = [_pack_arguments(((order, part, views, config), options)) for part in parts]
+        started = [_start_child() for _ in parts]
         self._children = [child for child, _ in started]
+        for child, arguments in zip(self._children, packed, strict=True):
+            _send_arguments(child, arguments)
         received: BaseNode[Batch | Exception] = IterableWrapper(
             self._receive([results for _, results in started])
         )
@@ -207,41 +204,59 @@ def _tell_end(child: subprocess.Popen[bytes]) -> str:
     status = child.wait()
     how = f"with exit status {status}"
     if status < 0:
-        how = f"by signal {-status} ({signal.Signals(-status).name})"
+        how = f"by signal {-status} ({_name_signal(-status)})"
     return (
         f"the process that loads the images ended {how}: when memory is short, the system ends "
-        "the largest process (free -h, and a lower --data.prefetch or --threads); "
-        "--data.own-process False loads in the training's process"
+        "the largest process, and free -h lists what is left; a lower --threads takes less, in "
+        "a training also a lower --data.prefetch, or --data.own-process False, which loads in "
+        "the training's process"
     )
+
+
+def _name_signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # Python names the first and the last signal of real time alone
+        return "a signal of real time"
 
 
 def _start_child() -> tuple[subprocess.Popen[bytes], FileIO]:
     """Start the other process; return it, and the file that its messages come from."""
     read, write = os.pipe()
+    results = FileIO(read)
     if hasattr(fcntl, "F_SETPIPE_SZ"):
         with contextlib.suppress(OSError):  # the user has used up what a user may have
             fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE)
-    home = str(Path(__file__).parents[1])  # where this package is, which need not be installed
-    known = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
+    program = str(Path(__file__).with_name("loader_child.py"))
     try:
         child = subprocess.Popen(
-            [sys.executable, "-m", "shards.loader_child", str(write)],
+            # -P: it must not import a pickle.py or a torch.py of the folder that it works in.
+            [sys.executable, "-P", program, str(write)],
             stdin=subprocess.PIPE,
             pass_fds=[write],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(known)},
             start_new_session=True,  # a Ctrl-C is for the process that trains
         )
+    except BaseException:
+        results.close()
+        raise
     finally:
         os.close(write)
-    return child, FileIO(read)
+    return child, results
 
 
-def _send_arguments(child: subprocess.Popen[bytes], arguments: object) -> None:
-    """Send what the loader is made of. The other process reads it before it imports anything."""
+def _pack_arguments(arguments: object) -> bytes:
+    """Pack what the loader is made of, with the folders that this process imports from.
+
+    The last one is where this package is, which need not be installed.
+    """
+    return pickle.dumps(([*sys.path, str(Path(__file__).parents[1])], pickle.dumps(arguments)))
+
+
+def _send_arguments(child: subprocess.Popen[bytes], arguments: bytes) -> None:
+    """Send the arguments. The other process reads them before it imports anything."""
     assert child.stdin is not None
-    content = pickle.dumps(arguments)
     with contextlib.suppress(BrokenPipeError):  # its end is told when a batch is asked for
-        child.stdin.write(LENGTH.pack(len(content)) + content)
+        child.stdin.write(arguments)
         child.stdin.flush()
 
 

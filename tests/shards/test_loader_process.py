@@ -1,5 +1,6 @@
 """A loader in a process of its own: the same batches, the same errors, and an end in any case."""
 
+import importlib
 import os
 import pickle
 import signal
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from shards.errors import InputError
 from shards.index import Index
 from shards.loader import Batch, DataConfig, TrainLoader
 from shards.loader_child import _portable
-from shards.loader_process import Loader, ProcessLoader, open_loader
+from shards.loader_process import Loader, ProcessLoader, _pack_arguments, open_loader
 from shards.order import Order
 from shards.views import ViewsConfig
 from tests.conftest import Files, PackFiles
@@ -87,7 +88,7 @@ def describe(batch: Batch) -> list[Any]:
 @pytest.mark.parametrize(
     ("options", "processes"),
     [
-        ({"micro": 2}, 1),
+        ({"micro": 2, "threads": 0}, 1),
         ({"start": 3, "streams": range(1, 3), "threads": 3}, 1),
         ({"micro": 2}, 3),
         ({"start": 3, "streams": range(1, 4)}, 2),
@@ -158,8 +159,13 @@ def test_a_process_that_is_killed_is_told(packed: Index, number: int) -> None:
         loader._children[number].kill()
         with pytest.raises(
             ChildProcessError, match=r"by signal 9 \(SIGKILL\): when memory is short"
-        ):
+        ) as error:
             take(loader, 999)  # some wait in the pipe
+        # An evaluation that trains has --threads alone.
+        assert (
+            "a lower --threads takes less, in a training also a lower --data.prefetch, or"
+            in str(error.value)
+        )
 
 
 def test_a_process_that_cannot_start_is_told(
@@ -171,6 +177,79 @@ def test_a_process_that_cannot_start_is_told(
         pytest.raises(ChildProcessError, match="with exit status 1"),
     ):
         next(loader)
+
+
+def test_the_end_by_a_signal_without_a_name_is_told(packed: Index) -> None:
+    with loading(ProcessLoader, Order(packed, SEED, 4, 16)) as loader:
+        assert isinstance(loader, ProcessLoader)
+        loader._children[0].send_signal(40)
+        with pytest.raises(ChildProcessError, match=r"by signal 40 \(a signal of real time\)"):
+            take(loader, 9)
+
+
+def test_no_module_comes_from_the_working_folder(
+    packed: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that trains may not look there either."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    for name in ("pickle", "torch", "shards"):
+        (folder / f"{name}.py").write_text("raise SystemExit('of the working folder')")
+    monkeypatch.chdir(folder)
+    with loading(ProcessLoader, Order(packed, SEED, 4, 16)) as loader:
+        next(loader)
+
+
+def test_modules_come_from_where_the_training_has_them(
+    packed: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PYTHONPATH need not name this package, nor a folder that was added since the start."""
+    (tmp_path / "added.py").write_text(
+        "from shards.views import ViewsConfig as Base\nclass Views(Base): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    views = importlib.import_module("added").Views(size=16)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    options: dict[str, Any] = {"micro": 1, "start": 0, "threads": 1, "pin_memory": False}
+    with closing(
+        ProcessLoader(
+            Order(packed, SEED, 4, 16),
+            range(4),
+            views,
+            DataConfig(train=packed.url),
+            **options,
+            report=ignore,
+        )
+    ) as loader:
+        assert next(loader).views.shape == (2, 16, 3, 16, 16)
+
+
+@pytest.mark.parametrize("sent", [0, 7, -1])
+def test_the_process_ends_without_a_word_when_its_arguments_do(sent: int) -> None:
+    """As when training is killed while it sends them."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "shards" / "loader_child.py", "1"],
+        input=_pack_arguments(None)[:sent],
+        capture_output=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_nothing_stays_when_the_process_cannot_be_started(
+    packed: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "missing"))
+    before = set(os.listdir("/proc/self/fd"))
+    with (
+        pytest.raises(FileNotFoundError, match="missing"),
+        loading(ProcessLoader, Order(packed, SEED, 4, 16)),
+    ):
+        pass
+    assert set(os.listdir("/proc/self/fd")) <= before
+
+
+def test_its_module_can_be_imported_without_effects() -> None:
+    assert signal.getsignal(signal.SIGUSR2) is not signal.SIG_IGN
 
 
 def test_signals_are_for_the_process_that_trains(packed: Index) -> None:
