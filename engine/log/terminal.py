@@ -41,6 +41,8 @@ class Terminal:
 
 def flush_output() -> None:
     """Write what is left for standard output, or drop it when it is a file on a full disk."""
+    if sys.stdout is None:  # it was closed before this program began
+        return
     try:
         sys.stdout.flush()
     except OSError as error:

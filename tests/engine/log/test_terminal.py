@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from engine.log.terminal import flush_output
 from tests.helpers.places import ROOT
 
 PROGRAM = """
@@ -31,3 +32,8 @@ def test_a_full_disk_below_standard_output() -> None:
             check=False,
         )
     assert (found.returncode, found.stderr) == (0, "done\n")
+
+
+def test_a_closed_output_has_nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    flush_output()
