@@ -40,8 +40,10 @@ def test_only_the_head_moves_at_its_rate(
     for strategy in ("ddp", "fsdp"):
         spread: Any = {"parallel": ParallelConfig(strategy, timeout=60), "size": 2}
         found = outcome(ranks, tiny_data, tmp_path / strategy, 40.0, **spread, **method)
+        # A bias before a norm has no gradient but rounding errors, which AdamW divides by their own
+        # size plus 1e-8. So they move it by up to about 1e-8, in another way on each machine.
         for name, value in own.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-8)
+            torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-7)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
