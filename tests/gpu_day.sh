@@ -9,8 +9,8 @@
 # the last part trains on CIFAR-10, and otherwise on drawn images of the same size. A second call
 # with the same OUT continues that training. GPU_DAY_FAST=1 runs every command on a CPU at a tiny
 # size, to see that they all run. PYTHON names the Python. PARTS names the only parts that shall run,
-# and the others stay in the file as they are. They are what `bench.py all` has, and more; that one
-# compiles the same networks several times.
+# and the others stay in the file as they are. They are what `bench.py all` has of a GPU, and more;
+# that one compiles the same networks several times.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,7 +27,6 @@ if [ -n "$fast" ]; then
     step="--batch 4 --steps 1 --rounds 1 --threads 1"
     half="$step --precision bf16" small="quickstart $step"
     checkpoint="--recipe recipes/quickstart.py --rounds 1 --starts 0"
-    order="--samples 100000 --shards 100 --batch 4096 --streams 512 --ranks 64 --walk 50 --rounds 1"
     views="--images 5 --batch 5 --size 32 --rounds 1 --threads 1"
     peers="--size 32 --batch 4 --steps 1 --rounds 1"
     most="--most 16 --threads 1"
@@ -36,18 +35,18 @@ if [ -n "$fast" ]; then
     profile+=" --profile 2:3" few="$step --batch 2"
     profile_small="$profile --data.streams 2"
     train="--batch.size 8 --threads 1 --no-compile --precision fp32 --data.streams 2 --steps 3"
-    train+=" --model.encoder.width 0.0625"
+    train+=" --model.encoder.width 0.0625" trials="quickstart 4 1 1"
 else
     step="--steps 20 --rounds 5"
     half="$step --precision bf16" small="cifar10 --precision bf16 --steps 40 --rounds 3"
-    checkpoint="--rounds 3 --starts 0" order="--rounds 3"
+    checkpoint="--rounds 3 --starts 0"
     views="--images 2000 --batch 100 --rounds 5"
     peers="--rounds 5"
     most=""
     photos=1024 drawn=50000 drawn_size=32
     profile="r50_256 --precision bf16 --steps 14 --profile 10:12"
     profile_small="cifar10 --steps 54 --profile 50:52" few="$half --batch 64 --compile --no-fresh"
-    train="--checkpoint.every 200"
+    train="--checkpoint.every 200" trials="cifar10 512 40 5"
 fi
 
 # part NAME SECONDS COMMAND...: run it, keep what it prints, and note how it ended.
@@ -94,17 +93,19 @@ bench() { # bench NAME SECONDS BENCH OPTIONS...
     if [ -z "$fast" ]; then bench step_compiled 150 step $half --compile --no-fresh; fi
     part profile 90 "$PYTHON" launch/train.py $profile --run "$OUT/profile" $big
     bench peers 120 peers $peers --no-fresh
-    bench step_eager 70 step $half --no-compile
     bench largest 70 largest $most
     bench views 50 input $views
     bench variants 50 variants $half --no-compile
     bench checkpoint 60 checkpoint $checkpoint
-    bench order 30 order $order
     # Few images for each GPU, and small ones, are a matter of the host that starts the kernels.
     bench step_few 90 step $few
     bench step_small 110 step --recipe $small --no-fresh
     part profile_small 60 "$PYTHON" launch/train.py $profile_small --run "$OUT/profile_small" \
         $little $plain
-    part cifar10 150 "$PYTHON" launch/train.py cifar10 $train --run "$OUT/cifar10" $little
+    trial="$PYTHON -m tests.helpers.gpu_trials"
+    part trials 40 $trial "$OUT/trials.rows.json" $trials
+    part trials_graphs 120 env TORCHINDUCTOR_CUDAGRAPHS=1 \
+        $trial "$OUT/trials_graphs.rows.json" $trials
+    part cifar10 90 "$PYTHON" launch/train.py cifar10 $train --run "$OUT/cifar10" $little
 }
 echo "$(date +%T) the figures are in $OUT/gpu_day.json"

@@ -13,8 +13,8 @@ from tests.helpers.gpu_day import note
 from tests.helpers.places import ROOT
 
 PARTS = {
-    *("draw", "tests", "step_eager", "profile", "largest", "views", "peers", "variants"),
-    *("checkpoint", "order", "step_few", "step_small", "profile_small", "cifar10"),
+    *("draw", "tests", "profile", "largest", "views", "peers", "variants", "checkpoint"),
+    *("step_few", "step_small", "profile_small", "trials", "trials_graphs", "cifar10"),
 }
 AT_ONCE = {"compile_r50", "compile_cifar10", "tests"}
 
