@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.method.compute_once import compute_once
 from shards.views import ColorOperation, Column
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB
@@ -232,6 +233,7 @@ def gaussian_blur(x: Tensor, sigma: Tensor, radius: int | None = None) -> Tensor
     sigma = sigma.clamp_min(0.01)[:, None]
     weights = torch.exp(-(offsets**2) / (2 * sigma**2))
     weights = weights / weights.sum(1, keepdim=True)  # [N, 2 radius + 1]
+    (weights,) = compute_once(weights)
 
     # The blur is a sum of shifted images, first vertically and then horizontally. This is faster
     # than matrix products or grouped convolutions, and autocast and TF32 do not round it.

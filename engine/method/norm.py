@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from engine.method.compute_once import compute_once
+
 
 class BatchNorm(nn.Module):
     """Batch norm of [V*B, C] or [V*B, C, H, W], with the V views stacked first.
@@ -116,7 +118,7 @@ class _SyncNorm(torch.autograd.Function):
         variance = (moments[1] / total - mean**2).clamp_min(0)
         scale = (variance + eps).rsqrt() * weight
         shift = (own_mean - mean) * scale + bias
-        scale, shift = _once(scale.to(centered.dtype), shift.to(centered.dtype))
+        scale, shift = compute_once(scale.to(centered.dtype), shift.to(centered.dtype))
         scale, shift = _like(scale, x), _like(shift, x)
         # Working in place saves memory. But when torch 2.11 compiles this, the backward pass loses
         # the gradient of an output that is not a new tensor: one that was changed in place, or one
@@ -143,7 +145,7 @@ class _SyncNorm(torch.autograd.Function):
         sums = torch.cat([dy.sum(_rows(x)), (dy * normalized).sum(_rows(x))], dim=1)  # [V, 2C]
         dbias, dweight = sums.sum(0).chunk(2)  # of this process's rows only, like every gradient
         dmean, dscale = (_sum(sums, ctx.group) / total).chunk(2, dim=1)  # [V, C]
-        dmean, dscale, slope = (_like(v, x) for v in _once(dmean, dscale, rstd * weight))
+        dmean, dscale, slope = (_like(v, x) for v in compute_once(dmean, dscale, rstd * weight))
         dx = normalized.mul_(-dscale).add_(dy).sub_(dmean).mul_(slope)
         return dx.to(x.dtype), dweight, dbias, None, None
 
@@ -172,18 +174,6 @@ def _rows(x: Tensor) -> list[int]:
 def _like(values: Tensor, x: Tensor) -> Tensor:
     """Reshape [V, C] or [C] to [V or 1, 1, C, ...], which broadcasts with x [V, B, C, ...]."""
     return values.reshape(-1, 1, values.shape[-1], *(1 for _ in x.shape[3:]))
-
-
-def _once(*values: Tensor) -> tuple[Tensor, ...]:
-    """Let a compiled graph compute the `values` [V, C] once, and not anew for every pixel.
-
-    Inductor puts what is cheap into the kernels that read it, and float64 is slow on most GPUs. It
-    writes to memory what `as_strided` reads.
-    """
-    if not torch.compiler.is_compiling():
-        return values
-    stacked = torch.stack(values)
-    return stacked.as_strided(stacked.shape, stacked.stride()).unbind()
 
 
 def _sum(values: Tensor, group: ProcessGroup | None) -> Tensor:

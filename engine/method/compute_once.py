@@ -1,0 +1,17 @@
+"""Keep a compiled graph from computing a few values anew for every pixel that they belong to."""
+
+import torch
+from torch import Tensor
+
+
+def compute_once(*values: Tensor) -> tuple[Tensor, ...]:
+    """Return the `values`, tensors of one shape, which a compiled graph then computes once.
+
+    Inductor puts what is cheap into the kernels that read it, which for one value of an image or a
+    channel means once for every pixel. Float64 is slow on most GPUs, and so are exponentials and
+    divisions. Inductor writes to memory what `as_strided` reads.
+    """
+    if not torch.compiler.is_compiling():
+        return values
+    stacked = torch.stack(values)
+    return stacked.as_strided(stacked.shape, stacked.stride()).unbind()
