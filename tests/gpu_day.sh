@@ -9,8 +9,7 @@
 # the last part trains on CIFAR-10, and otherwise on drawn images of the same size. A second call
 # with the same OUT continues that training. GPU_DAY_FAST=1 runs every command on a CPU at a tiny
 # size, to see that they all run. PYTHON names the Python. PARTS names the only parts that shall run,
-# and the others stay in the file as they are. They are what `bench.py all` has of a GPU, and more;
-# that one compiles the same networks several times.
+# and the others stay in the file as they are.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -35,7 +34,7 @@ if [ -n "$fast" ]; then
     profile+=" --profile 2:3" few="$step --batch 2"
     profile_small="$profile --data.streams 2"
     train="--batch.size 8 --threads 1 --no-compile --precision fp32 --data.streams 2 --steps 3"
-    train+=" --model.encoder.width 0.0625" trials="quickstart 4 1 1"
+    train+=" --model.encoder.width 0.0625" trials="quickstart 4 1 1" stem="2 32 1"
 else
     step="--steps 20 --rounds 5"
     half="$step --precision bf16" small="cifar10 --precision bf16 --steps 40 --rounds 3"
@@ -46,7 +45,7 @@ else
     photos=1024 drawn=50000 drawn_size=32
     profile="r50_256 --precision bf16 --steps 14 --profile 10:12"
     profile_small="cifar10 --steps 54 --profile 50:52" few="$half --batch 64 --compile --no-fresh"
-    train="--checkpoint.every 200" trials="cifar10 512 40 5"
+    train="--checkpoint.every 200" trials="cifar10 512 40 5" stem="128 224 5"
 fi
 
 # part NAME SECONDS COMMAND...: run it, keep what it prints, and note how it ended.
@@ -95,7 +94,6 @@ bench() { # bench NAME SECONDS BENCH OPTIONS...
     bench peers 120 peers $peers --no-fresh
     bench largest 70 largest $most
     bench views 50 input $views
-    bench variants 50 variants $half --no-compile
     bench checkpoint 60 checkpoint $checkpoint
     # Few images for each GPU, and small ones, are a matter of the host that starts the kernels.
     bench step_few 90 step $few
@@ -106,6 +104,7 @@ bench() { # bench NAME SECONDS BENCH OPTIONS...
     part trials 40 $trial "$OUT/trials.rows.json" $trials
     part trials_graphs 120 env TORCHINDUCTOR_CUDAGRAPHS=1 \
         $trial "$OUT/trials_graphs.rows.json" $trials
+    part stem 40 "$PYTHON" -m tests.helpers.gpu_stem "$OUT/stem.rows.json" $stem
     part cifar10 90 "$PYTHON" launch/train.py cifar10 $train --run "$OUT/cifar10" $little
 }
 echo "$(date +%T) the figures are in $OUT/gpu_day.json"
