@@ -1,18 +1,22 @@
 """What Inductor makes for a GPU, of functions at the sizes of ImageNet."""
 
 import re
+from typing import cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import ProcessGroup
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from engine.method.augment import augment
-from engine.method.norm import BatchNorm
+from engine.method.norm import BatchNorm, synchronize
 from engine.method.resnet import Bottleneck
 from engine.processes.compiling import compiled
 from shards.views import COLUMNS
-from tests.helpers.gpu_code import lower, trace
+from tests.helpers.gpu_code import Graph, lower, trace
 
 pytestmark = [
     pytest.mark.versions,
@@ -23,6 +27,7 @@ pytestmark = [
 ]
 
 ROWS = 16
+NORMS = 4  # of a bottleneck whose shortcut is a convolution
 
 
 @pytest.fixture(autouse=True)
@@ -51,11 +56,8 @@ def test_views_of_photos() -> None:
     assert [max_elements(kernel) for kernel in exponentials] == [ROWS]
 
 
-def test_a_bottleneck_computes_nothing_for_every_pixel_in_float64(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Most GPUs are 32 or 64 times slower in it."""
-    monkeypatch.setattr(BatchNorm, "forward", BatchNorm._normalize_views)  # as on a GPU
+def trace_bottleneck(processes: int) -> list[Graph]:
+    """Return the graphs of a bottleneck in bf16, whose norms add up over so many processes."""
 
     def forward(x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -64,12 +66,31 @@ def test_a_bottleneck_computes_nothing_for_every_pixel_in_float64(
 
     with FakeTensorMode():
         block = Bottleneck(256, 64, 2, False, views=2)
+        if processes > 1:
+            synchronize(block, cast(ProcessGroup, dist.group.WORLD))
         x = torch.empty(ROWS, 56, 56, 256, dtype=torch.bfloat16).permute(0, 3, 1, 2)
-        graphs = trace(forward, x.requires_grad_())
+        return trace(forward, x.requires_grad_())
+
+
+@pytest.mark.parametrize("processes", [1, 8])
+def test_a_bottleneck_computes_nothing_for_every_pixel_in_float64(
+    monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """Most GPUs are 32 or 64 times slower in it. Each norm's sums are sent once in a pass."""
+    monkeypatch.setattr(BatchNorm, "forward", BatchNorm._normalize_views)  # as on a GPU
+    if processes > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    try:
+        graphs = trace_bottleneck(processes)
+        codes = [lower(graph) for graph in graphs]
+    finally:
+        if processes > 1:
+            dist.destroy_process_group()
     assert [graph.kind for graph in graphs] == ["forward", "backward"]
-    for graph in graphs:
+    for code in codes:
+        assert code.count("all_reduce_.default(") == (NORMS if processes > 1 else 0)
         sizes = []
-        for kernel in kernels(lower(graph)):
+        for kernel in kernels(code):
             elements = max_elements(kernel)
             if elements > ROWS * 256:  # more than a value for each image and channel
                 sizes.append(elements)
