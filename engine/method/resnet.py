@@ -189,9 +189,9 @@ class ResNet(nn.Module):
         At width 1, the imagenet stem maps [N, 3, H, W] to [N, 64, H/4, W/4], and the cifar stem
         maps it to [N, 64, H, W].
         """
-        x = torch.relu(self.bn1(self.conv1(x)))  # [N, 64, H/2, W/2] with the imagenet stem
-        pooled: Tensor = self.maxpool(x)
-        return pooled
+        x = self.bn1(self.conv1(x))  # [N, 64, H/2, W/2] with the imagenet stem
+        # ReLU and the maximum may change places. Here it has a quarter of the pixels.
+        return torch.relu(self.maxpool(x))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)  # [N, C, h, w]

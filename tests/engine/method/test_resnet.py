@@ -1,9 +1,10 @@
+from collections.abc import Callable
 from typing import Literal
 
 import pytest
 import torch
 import torchvision
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
 from engine.method.initialization import initialize
 from engine.method.norm import RunningStatistics
@@ -38,6 +39,28 @@ def test_equals_torchvision(depth: Depth) -> None:
                 statistics.note()
             statistics.apply()
     torch.testing.assert_close(net.state_dict(), theirs.state_dict(), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stem_pools_before_its_relu_with_the_same_result(dtype: torch.dtype) -> None:
+    """Bit for bit, and where several pixels of a window are largest, or none is positive."""
+    net = build(ResNetConfig(18), views=2)
+    x = torch.randn(8, 3, 32, 32, generator=Generator().manual_seed(1))
+    inputs = [net.conv1.weight, net.bn1.weight, net.bn1.bias]
+
+    def relu_first(x: Tensor) -> Tensor:
+        return torch.max_pool2d(torch.relu(net.bn1(net.conv1(x))), 3, 2, padding=1)
+
+    def pass_through(stem: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = stem(x)
+        return [y, *torch.autograd.grad(y, inputs, y.detach().cos())]
+
+    ours, usual = pass_through(net.stem), pass_through(relu_first)
+    assert ours[0].dtype == dtype
+    assert (ours[0] == 0).any()
+    for found, expected in zip(ours, usual, strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
