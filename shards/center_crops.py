@@ -113,7 +113,7 @@ class CropReader:
                     rows = (ids[first:last] - first_id).tolist()
                 for start in range(0, len(rows), CHUNK):
                     yield _Chunk(block, first_id, rows[start : start + CHUNK])
-        except (InputError, OSError) as error:
+        except InputError as error:
             yield InputError(str(error))
 
     def _load(

@@ -134,7 +134,7 @@ class Index:
     def blocks(self, shard: int) -> Blocks:
         """Return the blocks of a shard. Read its sidecar if it has one that is not in memory.
 
-        Raises InputError when the sidecar is missing or does not match the index.
+        Raises InputError when the sidecar is missing, cannot be read, or does not match the index.
         """
         blocks = self.shards[shard].blocks
         return self._sidecar(shard) if blocks is None else blocks
@@ -241,6 +241,8 @@ def _read_sidecar(url: str, shards: list[Shard], shard: int) -> Blocks:
         blocks = check_blocks(_json(place), entry.samples, entry.bytes, "blocks")
     except FileNotFoundError:
         raise InputError(f"{files.redact(place)}: missing; {_REINDEX}") from None
+    except OSError as error:  # Its text names the sidecar.
+        raise InputError(str(error)) from None
     except InputError as error:
         raise InputError(f"{files.redact(place)}: is damaged: {error}; {_REINDEX}") from None
     if checksum(blocks) != entry.checksum:
