@@ -504,6 +504,30 @@ def test_evaluation_of_a_part(packed: Index) -> None:
     assert 20 <= count <= 40
 
 
+def test_a_later_evaluation_of_a_part_reads_the_sidecars_of_that_part(
+    packed: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large set, not all sidecars stay in memory, and there are thousands of them."""
+    monkeypatch.setattr(index_module, "INLINE_BLOCKS", 3)
+    monkeypatch.setattr(index_module, "KEPT_SIDECARS", 1)
+    packed.save()
+    found = index_module.load(packed.url, "data.train")
+    sidecars, read = list[bool](), files.read
+
+    def note(url: str, *span: int) -> bytes:
+        sidecars.append(url.endswith(".blocks.json"))
+        return read(url, *span)
+
+    monkeypatch.setattr(files, "read", note)
+    wanted = []
+    for most in (len(found.shards) + 1, 1):
+        sidecars.clear()
+        batches = CropReader(8, 0.875, 1, 0.0, ignore).read(found, limit=5)
+        wanted.append([number for batch in batches for number in batch.ids.tolist()])
+        assert sum(sidecars) <= most
+    assert wanted[0] == wanted[1]
+
+
 @pytest.mark.usefixtures("many_threads")
 def test_evaluation_leaves_bad_samples_out(
     pack_files: PackFiles, photos: Files, tmp_path: Path
