@@ -104,7 +104,7 @@ class CropReader:
         index, (first_part, parts) = reader.index, self.part
         ahead = LOCAL_AHEAD if files.is_local(index.folder) else REMOTE_AHEAD
         try:  # torchdata would make a traceback of an error that is raised here
-            places = _places(index, limit, ids)[first_part::parts]
+            places = index.places(_choose_blocks(index, limit, ids)[first_part::parts])
             for (shard, number), block in read_blocks(reader, places, ahead):
                 first_id = index.first_id(shard, number)
                 rows = list(range(len(block)))
@@ -113,7 +113,7 @@ class CropReader:
                     rows = (ids[first:last] - first_id).tolist()
                 for start in range(0, len(rows), CHUNK):
                     yield _Chunk(block, first_id, rows[start : start + CHUNK])
-        except (InputError, OSError) as error:
+        except InputError as error:
             yield InputError(str(error))
 
     def _load(
@@ -156,19 +156,19 @@ class CropReader:
         return torch.empty(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
 
 
-def _places(
+def _choose_blocks(
     index: Index, limit: int | None, ids: NDArray[np.int64] | None
-) -> list[tuple[int, int]]:
-    """List the (shard, block) of the blocks to read.
+) -> NDArray[np.int64]:
+    """Return the numbers of the blocks to read, counted in file order.
 
     `ids` keeps the blocks that hold one of these samples. `limit` keeps evenly spaced blocks with
-    about that many samples. Without them, all blocks are listed.
+    about that many samples. Without them, all blocks are read.
     """
-    places = index.places()
-    if ids is not None:
-        held = np.diff(np.searchsorted(ids, index.block_ends()), prepend=0)  # of `ids`
-        places = [place for place, n in zip(places, held.tolist(), strict=True) if n]
+    if ids is None:
+        numbers = np.arange(index.block_counts.sum())
+    else:
+        numbers = np.flatnonzero(np.diff(np.searchsorted(ids, index.block_ends()), prepend=0))
     if limit is None or limit >= index.samples:
-        return places
-    keep = max(1, round(len(places) * limit / index.samples))
-    return [places[i * len(places) // keep] for i in range(keep)]
+        return numbers
+    keep = max(1, round(len(numbers) * limit / index.samples))
+    return numbers[np.arange(keep) * len(numbers) // keep]

@@ -24,6 +24,7 @@ from shards.samples import Layout
 from shards.storage import files, misplaced, names
 from shards.storage.commands import spell_program
 from shards.tar import BLOCK
+from shards.threads import run_in_threads
 
 VERSION = 1
 NAME = "index.json"
@@ -33,6 +34,7 @@ INLINE_BLOCKS = 50_000  # If the data set has more blocks than this, they go to 
 # A process needs one or two sidecars for each of its streams. This many take 35 MB for shards of
 # 1 GB.
 KEPT_SIDECARS = 8192
+READERS = 16  # This many sidecars are read at once where all are needed.
 
 
 @dataclass
@@ -134,18 +136,30 @@ class Index:
     def blocks(self, shard: int) -> Blocks:
         """Return the blocks of a shard. Read its sidecar if it has one that is not in memory.
 
-        Raises InputError when the sidecar is missing or does not match the index.
+        Raises InputError when the sidecar is missing, cannot be read, or does not match the index.
         """
         blocks = self.shards[shard].blocks
         return self._sidecar(shard) if blocks is None else blocks
 
-    def places(self) -> list[tuple[int, int]]:
-        """List the (shard, block) of all blocks, in file order."""
-        return [(s, b) for s in range(len(self.shards)) for b in range(len(self.blocks(s)))]
+    @cached_property
+    def block_counts(self) -> NDArray[np.int64]:
+        """The number of blocks of each shard, [S]. The first use reads the sidecars, if any."""
+        shards = range(len(self.shards))
+        counts = run_in_threads(lambda shard: len(self.blocks(shard)), shards, READERS)
+        return np.array(counts, np.int64)
+
+    def places(self, numbers: NDArray[np.int64]) -> list[tuple[int, int]]:
+        """List the (shard, block) of the blocks with these numbers [n], counted in file order."""
+        ends = np.cumsum(self.block_counts)
+        shards = np.searchsorted(ends, numbers, side="right")
+        blocks = numbers - (ends - self.block_counts)[shards]
+        return list(zip(shards.tolist(), blocks.tolist(), strict=True))
 
     def block_ends(self) -> NDArray[np.int64]:
-        """Return where each of these blocks ends, [K]: the id after that of its last sample."""
-        return np.cumsum(np.concatenate([self.blocks(s)[:, 1] for s in range(len(self.shards))]))
+        """Return where each of all blocks ends, [K]: the id after that of its last sample."""
+        shards = range(len(self.shards))
+        samples = run_in_threads(lambda shard: self.blocks(shard)[:, 1], shards, READERS)
+        return np.cumsum(np.concatenate(samples))
 
     def find_shard(self, sample: int) -> int:
         """Return the number of the shard that holds a sample."""
@@ -241,6 +255,8 @@ def _read_sidecar(url: str, shards: list[Shard], shard: int) -> Blocks:
         blocks = check_blocks(_json(place), entry.samples, entry.bytes, "blocks")
     except FileNotFoundError:
         raise InputError(f"{files.redact(place)}: missing; {_REINDEX}") from None
+    except OSError as error:  # Its text names the sidecar.
+        raise InputError(str(error)) from None
     except InputError as error:
         raise InputError(f"{files.redact(place)}: is damaged: {error}; {_REINDEX}") from None
     if checksum(blocks) != entry.checksum:

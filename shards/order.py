@@ -117,14 +117,15 @@ class Order:
             shard = int(shards[i])
             shard_start = int(shard_ends[i]) - self.index.shards[shard].samples
             blocks, block_ends = self._block_order(epoch, shard)
-            j = int(np.searchsorted(block_ends, start - shard_start, side="right"))
-            for block, end in zip(blocks[j:].tolist(), block_ends[j:].tolist(), strict=True):
+            # Only the blocks that overlap are listed, because a shard may have 100,000 of them.
+            first = int(np.searchsorted(block_ends, start - shard_start, side="right"))
+            last = int(np.searchsorted(block_ends, stop - shard_start, side="left"))
+            near = slice(first, last + 1)
+            for block, end in zip(blocks[near].tolist(), block_ends[near].tolist(), strict=True):
                 block_start = shard_start + end - int(self.index.blocks(shard)[block, 1])
                 high = min(stop, shard_start + end)
                 yield shard, block, start - block_start, high - block_start
                 start = high
-                if start == stop:
-                    return
             i += 1
 
     def _shard_order(self, epoch: int) -> tuple[Ids, Ids]:

@@ -80,17 +80,17 @@ class ShardImages:
         return max(1, count_useful(most, self._index, pixels))
 
     @cached_property
-    def _blocks(self) -> tuple[list[tuple[int, int]], NDArray[np.int64]]:
-        """The (shard, block) of all blocks, and where each of them ends."""
-        return self._index.places(), self._index.block_ends()
+    def _ends(self) -> NDArray[np.int64]:
+        """Where each of all blocks ends."""
+        return self._index.block_ends()
 
     def read(self, start: int, stop: int) -> Iterator[Sample]:
         """Yield the samples with the numbers [start, stop), in this order."""
-        places, ends = self._blocks
-        low = int(np.searchsorted(ends, start, side="right"))
-        high = int(np.searchsorted(ends, stop, side="left")) + 1
+        low = int(np.searchsorted(self._ends, start, side="right"))
+        high = int(np.searchsorted(self._ends, stop, side="left")) + 1
+        places = self._index.places(np.arange(low, min(high, len(self._ends))))
         ahead = LOCAL_AHEAD if files.is_local(self._index.folder) else REMOTE_AHEAD
-        for place, block in read_blocks(self._reader, places[low:high], ahead):
+        for place, block in read_blocks(self._reader, places, ahead):
             first = self._index.first_id(*place)
             for row in range(max(0, start - first), min(len(block), stop - first)):
 

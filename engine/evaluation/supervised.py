@@ -110,6 +110,7 @@ def train(training: Training, batches: Batches, evaluation: Evaluation, save_eve
     Raises OSError when the state could not be saved, and InputError when the data is at fault.
     """
     world, url, total = evaluation.world, evaluation.url, training.total_steps
+    digest = evaluation.train.digest  # computed anew at each call, from all shards
     commit = checkpoint.latest(url, world, evaluation.terminal.report)
     if commit is not None:
         state = training.state()
@@ -135,7 +136,7 @@ def train(training: Training, batches: Batches, evaluation: Evaluation, save_eve
                 shown = now + loss
                 progress.name(shown)
             progress.advance()
-            step, digest = training.step, evaluation.train.digest
+            step = training.step
             # The last step is saved too, because the measurement that follows may fail.
             if stopping or step % save_every == 0 or step == total:
                 report = evaluation.terminal.report

@@ -90,9 +90,10 @@ class Journal:
         self.dropped: int = max((r["step"] for r in merged[len(records) :]), default=0)
         self._lines = {record["step"]: _line(record) for record in records}
         self._written: dict[int, frozenset[str]] = {}  # by step, the keys that this writer wrote
+        self._sets: dict[frozenset[str], frozenset[str]] = {}  # those sets, each of them once
         self._last = records[-1] if records else None
         self._pending: dict[int, bytes] = {}
-        self._lock = threading.Lock()  # guards the four above; no storage call runs under it
+        self._lock = threading.Lock()  # guards the five above; no storage call runs under it
         self._storing = threading.Lock()  # one thread at a time writes to storage
 
         # The last step in a local file; inf when nobody knows how the file ends.
@@ -142,7 +143,8 @@ class Journal:
         step = record["step"]
         with self._lock:
             known: Record = json.loads(self._lines.get(step, b"{}"))
-            self._written[step] = self._written.get(step, frozenset()) | record.keys()
+            keys = self._written.get(step, frozenset[str]()).union(record)
+            self._written[step] = self._sets.setdefault(keys, keys)  # a set is larger than a line
             record = known | record
             if self._last is None or step >= self._last["step"]:
                 self._last = record

@@ -37,9 +37,11 @@ from shards.documents import Natural, Sum32, build, shown
 from shards.errors import InputError
 from shards.fields import Operation
 from shards.storage import files, misplaced, names
+from shards.threads import run_in_threads
 
 FORMAT = 3
 COMMIT = "commit.json"
+LOOKS = 16  # commits that are looked for at once; a run may keep thousands of checkpoints
 
 
 @dataclass(frozen=True)
@@ -342,7 +344,9 @@ def committed_steps(run: str, until: int = MOST_STEPS) -> list[int]:
 
 def _committed(run: str, found: list[int], until: int) -> list[int]:
     asked = [step for step in found if step <= until]
-    return [step for step in asked if files.exists(files.join(step_url(run, step), COMMIT))]
+    commits = [files.join(step_url(run, step), COMMIT) for step in asked]
+    found_there = run_in_threads(files.exists, commits, LOOKS)
+    return [step for step, there in zip(asked, found_there, strict=True) if there]
 
 
 def tell_newest(run: str, until: int) -> str:

@@ -74,8 +74,8 @@ class Saver:
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         """End the thread.
 
-        After an InputError the last save is finished first. All processes raise that error, so
-        they can still finish it together.
+        After an InputError the last save is finished first. It works in threads, so the processes
+        can still finish it together, even where only one of them has raised the error.
         """
         try:
             if failure is not None and issubclass(failure, InputError):

@@ -59,7 +59,7 @@ def find_places(index: Index, part: tuple[int, int], report: Callable[[str], Non
         part: (i, n) Read only every n-th block, from the i-th on.
         report: Takes warnings about damaged shards.
     """
-    places = index.places()[part[0] :: part[1]]
+    places = index.places(np.arange(part[0], index.block_counts.sum(), part[1]))
     reader = BlockReader(index, report=report)
     found: list[tuple[int, int, int, int, int, str]] = []
     for (shard, number), block in read_blocks(reader, places, AHEAD):

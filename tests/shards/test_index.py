@@ -78,6 +78,15 @@ def test_few_sidecars_are_kept(packed: Index, monkeypatch: pytest.MonkeyPatch) -
         found.blocks(0)
 
 
+def test_blocks_have_numbers_in_file_order(packed: Index) -> None:
+    counts = [len(packed.blocks(shard)) for shard in range(len(packed.shards))]
+    every = [(shard, block) for shard, count in enumerate(counts) for block in range(count)]
+    assert packed.block_counts.tolist() == counts
+    assert packed.places(np.arange(len(every))) == every
+    assert packed.places(np.array([5, 0, len(every) - 1])) == [every[5], every[0], every[-1]]
+    assert packed.places(np.arange(0)) == []
+
+
 def test_no_index(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^data\.train .*no index\.json there; pack images"):
         index.load(str(tmp_path), "data.train")

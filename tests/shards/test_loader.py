@@ -29,6 +29,7 @@ from shards.order import Order, rank_streams
 from shards.orientation import make_exif
 from shards.reader import BlockReader
 from shards.samples import Block
+from shards.storage import files
 from shards.views import ViewsConfig, crop_box, draw_views
 from tests.conftest import Files, PackFiles, draw_photo
 
@@ -236,6 +237,27 @@ def test_sidecars_and_object_stores(
     with loading(Order(found, SEED, 4, 16)) as loader:
         for step in range(7):
             assert_equal(next(loader), reference.batch(step, range(4), 1), crcs=False)
+
+
+def test_a_store_that_does_not_answer_for_a_sidecar_is_one_line(
+    pack_files: PackFiles, photos: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "INLINE_BLOCKS", 3)
+    pack_files("memory://no-answer", photos)
+    found = index_module.load("memory://no-answer", "data.train")
+    place = f"memory://no-answer/{index_module.sidecar('shard-000001.tar')}"
+    text, read = f"{place}: gave up after 8 tries", files.read
+
+    def fail(url: str, *span: int) -> bytes:
+        if url == place:
+            raise OSError(text)
+        return read(url, *span)
+
+    monkeypatch.setattr(files, "read", fail)
+    assert failure(Order(found, SEED, 4, 16)) == text
+    with pytest.raises(InputError) as raised:
+        list(CropReader(32, 0.875, 2, 0.0, ignore).read(found))
+    assert str(raised.value) == text
 
 
 def failure(order: Order, threads: int = 2) -> str:
@@ -480,6 +502,30 @@ def test_evaluation_of_a_part(packed: Index) -> None:
     some = list(crops.read(packed, limit=30))
     count = sum(len(batch.labels) for batch in some)
     assert 20 <= count <= 40
+
+
+def test_a_later_evaluation_of_a_part_reads_the_sidecars_of_that_part(
+    packed: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large set, not all sidecars stay in memory, and there are thousands of them."""
+    monkeypatch.setattr(index_module, "INLINE_BLOCKS", 3)
+    monkeypatch.setattr(index_module, "KEPT_SIDECARS", 1)
+    packed.save()
+    found = index_module.load(packed.url, "data.train")
+    sidecars, read = list[bool](), files.read
+
+    def note(url: str, *span: int) -> bytes:
+        sidecars.append(url.endswith(".blocks.json"))
+        return read(url, *span)
+
+    monkeypatch.setattr(files, "read", note)
+    wanted = []
+    for most in (len(found.shards) + 1, 1):
+        sidecars.clear()
+        batches = CropReader(8, 0.875, 1, 0.0, ignore).read(found, limit=5)
+        wanted.append([number for batch in batches for number in batch.ids.tolist()])
+        assert sum(sidecars) <= most
+    assert wanted[0] == wanted[1]
 
 
 @pytest.mark.usefixtures("many_threads")

@@ -12,6 +12,7 @@ and a change of it is a new version of the index.
 import json
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,6 +164,24 @@ def test_batches_mix_distant_places() -> None:
     order = Order(make_index(BIG), 0, 8, 64)
     places = {(s.shard, s.block) for c in range(8) for s in order.batch_segments(2, c)}
     assert len(places) >= 6
+
+
+def test_a_batch_does_not_look_at_all_blocks_of_a_shard() -> None:
+    """One tar of 400 GB has 100,000 blocks. All streams of a batch come from it."""
+
+    class Listed(np.ndarray):
+        longest = 0
+
+        def tolist(self) -> Any:
+            Listed.longest = max(Listed.longest, len(self))
+            return super().tolist()
+
+    order = Order(make_index([[4] * 500]), 0, 4, 40)
+    blocks, ends = order._block_order(0, 0)
+    order._blocks[0, 0] = blocks.view(Listed), ends.view(Listed)
+    found = [order.batch_segments(step, 1) for step in range(5)]
+    assert sum(len(segment.rows) for step in found for segment in step) == 50
+    assert 3 <= Listed.longest <= 4  # 10 samples lie in so many blocks of 4
 
 
 def golden_order() -> dict[str, object]:

@@ -4,6 +4,7 @@ import itertools
 import json
 import secrets
 import threading
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -412,3 +413,18 @@ def test_flushes_grow_rare() -> None:
     assert files < 250
     assert pause(0) == pause(1) == 30
     assert max(wait for time, wait in at.items() if time < 3600) < 240
+
+
+def test_a_long_log_takes_little_more_memory_than_its_lines(tmp_path: Path) -> None:
+    """A million steps are 100,000 records, which one process keeps for days."""
+    figures = {f"figure_{number}": 0.1 for number in range(20)}
+    log = Journal(str(tmp_path), 0)
+    tracemalloc.start()
+    try:
+        for step in range(1, 1001):
+            log.write({"step": step} | figures)
+            log.flush()
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert held < 1.6 * (tmp_path / "metrics.jsonl").stat().st_size

@@ -90,6 +90,23 @@ def test_only_numbers_of_checkpoints_that_are_there_count(tmp_path: Path) -> Non
     assert find_best(str(tmp_path), "linear_top1", range(6)).step == -1
 
 
+def test_many_checkpoints_are_not_searched_for_each_record(tmp_path: Path) -> None:
+    compared = 0
+
+    class Step(int):
+        __hash__ = int.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return int.__eq__(self, other)
+
+    lines = [f'{{"step": {step}, "knn_top1": {step / 1000}}}\n' for step in range(400)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    assert find_best(str(tmp_path), "knn_top1", [Step(n) for n in range(0, 400, 4)]).step == 396
+    assert compared <= 400
+
+
 def test_no_key_ranks_nothing() -> None:
     best = Best("")
     best.note(3, {"knn_top1": 0.5})

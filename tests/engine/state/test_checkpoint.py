@@ -4,6 +4,7 @@ import json
 import pickle
 import zlib
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from engine.processes.world import World
 from engine.state import checkpoint, layout
 from shards.errors import InputError
+from shards.storage import files
 
 pytestmark = pytest.mark.versions
 
@@ -137,6 +139,21 @@ def test_prune_removes_what_a_kill_left_of_earlier_ones(tmp_path: Path) -> None:
         (Path(checkpoint.step_url(str(tmp_path), step)) / "commit.json").unlink()
     checkpoint.prune(str(tmp_path), 4, keep=2)
     assert checkpoint.steps(str(tmp_path)) == [3, 4]
+
+
+def test_commits_are_looked_for_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after another, 1,000 kept checkpoints in a bucket would take half a minute a save."""
+    for step in range(8):
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    together, exists = Barrier(4), files.exists
+
+    def look(url: str) -> bool:
+        together.wait(timeout=20)
+        return exists(url)
+
+    (tmp_path / "checkpoints" / "step_00000005" / "commit.json").touch()
+    monkeypatch.setattr(files, "exists", look)
+    assert checkpoint.committed_steps(str(tmp_path)) == [5]
 
 
 def test_steps_of_more_than_eight_digits_are_found_in_order(tmp_path: Path) -> None:
