@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchdata.nodes import BaseNode, IterableWrapper, Prefetcher
 
+from shards.corrupt import Faults
 from shards.decode_threads import count_processes
+from shards.errors import InputError
 from shards.loader import Batch, DataConfig, TrainLoader, allocate, estimate_block_memory
 from shards.order import Order, rank_streams
 from shards.views import ViewsConfig
@@ -31,6 +33,8 @@ from shards.views import ViewsConfig
 AHEAD = 1  # batches that wait in this process, beside those that wait in the other one
 LENGTH = struct.Struct("<Q")  # of what follows, in bytes
 PIPE = 2**20  # bytes that may wait between the processes, where the system allows it
+
+Small = tuple[NDArray[Any], ...]  # params, ids, labels and CRCs of a batch's rows
 
 
 class ProcessLoader:
@@ -60,7 +64,8 @@ class ProcessLoader:
         self._prefetch, self._micro = config.prefetch, micro
         self._pin_memory, self._report = pin_memory, report
         self._parts = [rank_streams(len(streams), i, processes) for i in range(processes)]
-        self._undecodable = [0] * processes
+        self._told: set[str] = set()
+        self._faults = Faults(order.index.samples, config.corrupt, report)
         options = {"micro": micro, "start": start, "threads": threads}
         parts = [streams[part.start : part.stop] for part in self._parts]
         packed = [_pack_arguments(((order, part, views, config), options)) for part in parts]
@@ -101,7 +106,7 @@ class ProcessLoader:
     @property
     def undecodable(self) -> int:
         """The number of samples that could not be decoded so far."""
-        return sum(self._undecodable)
+        return self._faults.count
 
     @property
     def block_memory(self) -> int:
@@ -130,16 +135,22 @@ class ProcessLoader:
         while True:
             kind, content = pickle.loads(_read_message(results))
             if kind == "report":
-                self._report(content)
+                if content not in self._told:  # all processes find that a cache's disk is full
+                    self._told.add(content)
+                    self._report(content)
             elif kind == "failed":
                 error: Exception = content
                 return error
+            elif kind == "undecodable":  # counted here, for what all processes find together
+                try:
+                    self._faults.record(*content)
+                except InputError as too_many:
+                    return too_many
             else:
-                self._undecodable[number], *small = content
-                self._fill(self._parts[number], results, batch, small)
+                self._fill(self._parts[number], results, batch, content)
                 return None
 
-    def _fill(self, part: range, results: FileIO, batch: Batch, small: list[NDArray[Any]]) -> None:
+    def _fill(self, part: range, results: FileIO, batch: Batch, small: Small) -> None:
         """Fill in the rows of some streams: the views from the file, and the rest from arrays.
 
         The file has the views in the order [V, M, streams, rows of a stream in a micro-batch].

@@ -128,6 +128,27 @@ def test_faults_of_the_data_are_told_and_counted(
     assert len(batches) == 6
 
 
+def test_two_processes_count_the_faults_of_the_data_together(
+    pack_files: PackFiles, photos: Files, tmp_path: Path
+) -> None:
+    """Each of them meets every image in some epoch."""
+    bad = dict.fromkeys(list(photos)[:12], b"no image at all, but text")
+    order = Order(pack_files(str(tmp_path / "bad"), photos | bad), SEED, 4, 16)
+    told: list[str] = []
+    options: dict[str, Any] = {"processes": 2, "report": told.append}
+    with loading(ProcessLoader, order, **options, corrupt=0.5) as loader:
+        take(loader, 30)  # 6 epochs
+        assert loader.undecodable == 12
+    assert len(told) == len(set(told)) == 12
+    told.clear()
+    with (
+        loading(ProcessLoader, order, **options) as loader,
+        pytest.raises(InputError, match=r"11 samples were left out.* allows \(10\)"),
+    ):
+        take(loader, 30)
+    assert len(told) == len(set(told)) == 10
+
+
 def test_a_missing_shard_is_the_same_error(packed: Index) -> None:
     Path(packed.shard_url(1)).unlink()
     errors = []
