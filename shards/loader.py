@@ -78,7 +78,8 @@ class DataConfig:
     the resolution are enlarged."""
     own_process: Operation[bool | None] = None
     """Load images in a process of its own, so that steps of the training do not wait for Python's
-    lock. By default that is done beside a GPU. With data.decode gpu it is never done."""
+    lock. By default that is done beside a GPU, unless data.train is a memory:// URL. With
+    data.decode gpu it is never done."""
     audit: Operation[bool] = False
     """Add a CRC of the decoded uint8 views to data_digest in the metrics."""
 

@@ -28,6 +28,7 @@ from shards.decode_threads import count_processes
 from shards.errors import InputError
 from shards.loader import Batch, DataConfig, TrainLoader, allocate, estimate_block_memory
 from shards.order import Order, rank_streams
+from shards.storage import files
 from shards.views import ViewsConfig
 
 AHEAD = 1  # batches that wait in this process, beside those that wait in the other one
@@ -113,14 +114,14 @@ class ProcessLoader:
         """Estimate of the most block bytes that the processes hold; see `TrainLoader`."""
         return estimate_block_memory(self.order.index, len(self.streams), self._prefetch)
 
-    def _receive(self, files: list[FileIO]) -> Iterator[Batch | Exception]:
+    def _receive(self, pipes: list[FileIO]) -> Iterator[Batch | Exception]:
         """Yield the batches, and what ends them as a value."""
         with contextlib.ExitStack() as stack:
-            for results in files:
+            for results in pipes:
                 stack.enter_context(results)
             while True:
                 batch = allocate(self.order.rows * len(self.streams), self.views, self._pin_memory)
-                for number, results in enumerate(files):
+                for number, results in enumerate(pipes):
                     try:
                         end = self._receive_part(number, results, batch)
                     except EOFError:
@@ -179,10 +180,23 @@ class ProcessLoader:
 Loader = TrainLoader | ProcessLoader
 
 
-def loads_apart(config: DataConfig, cuda: bool) -> bool:
-    """Return whether the loader works in a process of its own; `cuda` is where training works."""
+def loads_apart(config: DataConfig, url: str, cuda: bool) -> bool:
+    """Return whether the loader works in a process of its own.
+
+    Args:
+        url: Where the shards are.
+        cuda: Whether training works on a GPU.
+
+    Raises InputError when they are in the memory of this process, and it has to be another one.
+    """
+    here = url.startswith("memory://")
+    if config.own_process and here:
+        raise InputError(
+            f"data.own_process: {files.redact(url)} is in the memory of the training's process, "
+            "which no other one can read: leave --data.own-process out"
+        )
     apart = cuda if config.own_process is None else config.own_process
-    return apart and config.decode == "cpu"
+    return apart and not here and config.decode == "cpu"
 
 
 def open_loader(
@@ -199,12 +213,12 @@ def open_loader(
 ) -> Loader:
     """Open the loader of a training on `device`, in a process of its own where that is faster.
 
-    The arguments are those of `TrainLoader`.
+    The arguments are those of `TrainLoader`. Raises InputError as `loads_apart` does.
     """
     cuda = device.type == "cuda"
     options: dict[str, Any] = {"micro": micro, "start": start, "threads": threads}
     options |= {"pin_memory": cuda, "report": report}
-    if loads_apart(config, cuda):
+    if loads_apart(config, order.index.folder, cuda):
         pixels = len(views.views) * views.size**2
         processes = count_processes(threads, order.index, pixels, len(streams))
         return ProcessLoader(order, streams, views, config, **options, processes=processes)

@@ -125,7 +125,7 @@ def _memory(
     ):
         table.add_row(name, *(_gib(getattr(one, part)) for one in held))
     views = 2 * share.images[1] * 3 * recipe.views.size**2
-    apart = loads_apart(recipe.data, cuda=True)
+    apart = loads_apart(recipe.data, recipe.data.train, cuda=True)
     plain, again = costs
     table.add_row("a step's other tensors, at the peak", *(_gib(plain.peak) for _ in held))
     table.add_row("the same with --parallel.recompute", *(_gib(again.peak) for _ in held))

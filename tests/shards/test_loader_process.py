@@ -331,9 +331,9 @@ def test_who_loads_in_a_process_of_its_own(packed: Index, monkeypatch: pytest.Mo
     for kind in ("TrainLoader", "ProcessLoader"):
         monkeypatch.setattr(loader_process, kind, name(kind))
 
-    def choose(device: str, **fields: Any) -> object:
+    def choose(device: str, base: str = "", **fields: Any) -> object:
         return open_loader(
-            Order(packed, SEED, 4, 16),
+            Order(replace(packed, base=base), SEED, 4, 16),
             range(4),
             ViewsConfig(size=16),
             DataConfig(**fields),
@@ -349,6 +349,9 @@ def test_who_loads_in_a_process_of_its_own(packed: Index, monkeypatch: pytest.Mo
     assert choose("cpu", own_process=True) == ("ProcessLoader", False, 2)
     assert choose("cuda", own_process=False) == ("TrainLoader", True, None)
     assert choose("cuda", decode="gpu") == ("TrainLoader", True, None)
+    assert choose("cuda", base="memory://data") == ("TrainLoader", True, None)
+    with pytest.raises(InputError, match="own_process: memory://data is in the memory of the"):
+        choose("cpu", base="memory://data", own_process=True)
 
 
 def test_an_order_is_sent_without_what_it_keeps(packed: Index) -> None:
