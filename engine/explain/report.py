@@ -138,8 +138,9 @@ def _memory(
         + _explain_groups(options)
         + f"On the host, {_gib(memory.host_views(views, apart))} GiB of views wait for each "
         f"process, and {_gib(fakes.checkpoint)} GiB of a checkpoint are shared out.\n"
-        f"--parallel.strategy auto takes ddp where a device has more than {_gib(2 * held[0].state)}"
-        " GiB."
+        + ("One or two processes that load its images take about 0.5 GiB each.\n" if apart else "")
+        + "--parallel.strategy auto takes ddp where a device has more than "
+        f"{_gib(2 * held[0].state)} GiB."
     )
     return table
 
