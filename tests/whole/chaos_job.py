@@ -25,7 +25,7 @@ class Job:
         proxy: FaultProxy,
         folder: Path,
         machines: int,
-        apart: bool,
+        apart: bool = False,
     ) -> None:
         """Prepare the job. With `apart`, its loaders work in processes of their own, two each."""
         self.store, self.proxy, self.folder = store, proxy, folder
