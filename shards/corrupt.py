@@ -11,9 +11,11 @@ from shards.errors import InputError
 from shards.reader import BlockReader
 from shards.samples import Block
 
+Record = Callable[[int, str, DecodeError], None]  # of a bad sample: its id, its name, the reason
+
 
 class Faults:
-    """Counts the samples that this process can't decode, and reports each of them once.
+    """Counts the samples that can't be decoded, and reports each of them once.
 
     More than `limit` of them are an error.
     """
@@ -28,7 +30,7 @@ class Faults:
     def count(self) -> int:
         return len(self._seen)
 
-    def record(self, sample_id: int, name: str, reason: DecodeError) -> None:
+    def record(self, sample_id: int, name: str, reason: DecodeError | str) -> None:
         """Count and report a bad sample, unless it was counted before.
 
         Raises InputError once there are more than `limit` distinct ones.
@@ -47,16 +49,16 @@ class Faults:
 
 
 def decode_good(
-    reader: BlockReader, block: Block, row: int, first_id: int, faults: Faults
+    reader: BlockReader, block: Block, row: int, first_id: int, record: Record
 ) -> tuple[int, Tensor]:
     """Find the first sample that can be decoded, from `row` on, and return its row and image.
 
-    The search goes in file order and wraps around at the end of the block. The samples before it
-    are counted in `faults`.
+    The search goes in file order and wraps around at the end of the block.
 
     Args:
         row: Row of the block to start from.
         first_id: Id of the sample in the block's row 0.
+        record: Takes the samples before it.
 
     Raises InputError when there are too many faults, or when no sample of the block can be decoded.
     """
@@ -70,7 +72,7 @@ def decode_good(
             return candidate, reader.decode(block, candidate)
         except DecodeError as error:
             name = reader.name_sample(block, candidate, first_id)
-            faults.record(first_id + candidate, name, error)
+            record(first_id + candidate, name, error)
             reason = str(error)
     raise InputError(
         f"{reader.url_of(first_id)}: none of the {len(block)} samples of a block can be decoded, "

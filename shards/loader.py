@@ -18,7 +18,7 @@ from torch import Tensor
 from torchdata.nodes import BaseNode, Prefetcher
 
 from shards.cache import ShardCache
-from shards.corrupt import Faults, decode_good
+from shards.corrupt import Faults, Record, decode_good
 from shards.decode import Exif, PixelRules, crop_into, decode_together
 from shards.decode_threads import count_useful, map_in_threads
 from shards.device_crops import THREADS as DEVICE_THREADS
@@ -78,7 +78,8 @@ class DataConfig:
     the resolution are enlarged."""
     own_process: Operation[bool | None] = None
     """Load images in a process of its own, so that steps of the training do not wait for Python's
-    lock. By default that is done beside a GPU. With data.decode gpu it is never done."""
+    lock. By default that is done beside a GPU, unless data.train is a memory:// URL. With
+    data.decode gpu it is never done."""
     audit: Operation[bool] = False
     """Add a CRC of the decoded uint8 views to data_digest in the metrics."""
 
@@ -166,6 +167,7 @@ class TrainLoader:
         pin_memory: bool,
         report: Callable[[str], None],
         device: torch.device | None = None,
+        record: Record | None = None,
     ) -> None:
         """Build the pipeline.
 
@@ -175,6 +177,7 @@ class TrainLoader:
             threads: Number of threads that decode, at most; see `count_useful`.
             report: Takes warnings, each of one line.
             device: The GPU that decodes, when the config says so.
+            record: Takes the samples that cannot be decoded, when somebody else counts them.
         """
         self.order, self.streams, self.views, self.config = order, streams, views, config
         self.micro, self.start, self.pin_memory = micro, start, pin_memory
@@ -184,6 +187,7 @@ class TrainLoader:
             cache = ShardCache(order.index, config.cache, config.cache_gb, report)
         self.reader = BlockReader(order.index, cache, report, config.rules)
         self.faults = Faults(order.index.samples, config.corrupt, report)
+        self._record = self.faults.record if record is None else record
         self._device_crops: DeviceCrops | None = None
         if config.decode == "gpu":
             assert device is not None
@@ -325,7 +329,7 @@ class TrainLoader:
         """Decode an image, or its replacement, on the CPU; return its position with it."""
         batch, block, first_id = chunk.batch, piece.block, piece.first_id
         crops = chunk.crops[:, row]
-        found, image = decode_good(self.reader, block, position, first_id, self.faults)
+        found, image = decode_good(self.reader, block, position, first_id, self._record)
         if found != position:  # The replacement has its own id and parameters.
             batch.ids[row] = first_id + found
             ids = batch.ids[row : row + 1]

@@ -31,6 +31,7 @@ def main(pipe: int) -> None:
     import torch
 
     from shards.allocation import keep_freed_memory
+    from shards.decode import DecodeError
     from shards.loader import TrainLoader
     from shards.loader_process import write_message
 
@@ -41,17 +42,24 @@ def main(pipe: int) -> None:
         with lock:
             write_message(results, ("report", text))
 
+    told: set[int] = set()
+
+    def record(sample_id: int, name: str, reason: DecodeError) -> None:
+        with lock:
+            if sample_id not in told:
+                told.add(sample_id)
+                write_message(results, ("undecodable", (sample_id, name, str(reason))))
+
     with suppress(BrokenPipeError):
         try:
             given, options = pickle.loads(content)
             torch.set_num_threads(max(1, options["threads"]))
-            loader = TrainLoader(*given, **options, pin_memory=False, report=report)
+            loader = TrainLoader(*given, **options, pin_memory=False, report=report, record=record)
             for batch in loader:
                 pixels = batch.views.permute(0, 1, 3, 4, 2)  # [V, B, S, S, 3], contiguous
                 small = batch.params.numpy(), batch.ids, batch.labels.numpy(), batch.crcs
-                head = (loader.undecodable, *small)
                 with lock:
-                    write_message(results, ("batch", head), pixels.numpy().data.cast("B"))
+                    write_message(results, ("batch", small), pixels.numpy().data.cast("B"))
         except Exception as error:
             with lock:
                 write_message(results, ("failed", _portable(error)))

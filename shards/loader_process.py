@@ -23,14 +23,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchdata.nodes import BaseNode, IterableWrapper, Prefetcher
 
+from shards.corrupt import Faults
 from shards.decode_threads import count_processes
+from shards.errors import InputError
 from shards.loader import Batch, DataConfig, TrainLoader, allocate, estimate_block_memory
 from shards.order import Order, rank_streams
+from shards.storage import files
 from shards.views import ViewsConfig
 
 AHEAD = 1  # batches that wait in this process, beside those that wait in the other one
 LENGTH = struct.Struct("<Q")  # of what follows, in bytes
 PIPE = 2**20  # bytes that may wait between the processes, where the system allows it
+
+Small = tuple[NDArray[Any], ...]  # params, ids, labels and CRCs of a batch's rows
 
 
 class ProcessLoader:
@@ -60,7 +65,8 @@ class ProcessLoader:
         self._prefetch, self._micro = config.prefetch, micro
         self._pin_memory, self._report = pin_memory, report
         self._parts = [rank_streams(len(streams), i, processes) for i in range(processes)]
-        self._undecodable = [0] * processes
+        self._told: set[str] = set()
+        self._faults = Faults(order.index.samples, config.corrupt, report)
         options = {"micro": micro, "start": start, "threads": threads}
         parts = [streams[part.start : part.stop] for part in self._parts]
         packed = [_pack_arguments(((order, part, views, config), options)) for part in parts]
@@ -101,21 +107,21 @@ class ProcessLoader:
     @property
     def undecodable(self) -> int:
         """The number of samples that could not be decoded so far."""
-        return sum(self._undecodable)
+        return self._faults.count
 
     @property
     def block_memory(self) -> int:
         """Estimate of the most block bytes that the processes hold; see `TrainLoader`."""
         return estimate_block_memory(self.order.index, len(self.streams), self._prefetch)
 
-    def _receive(self, files: list[FileIO]) -> Iterator[Batch | Exception]:
+    def _receive(self, pipes: list[FileIO]) -> Iterator[Batch | Exception]:
         """Yield the batches, and what ends them as a value."""
         with contextlib.ExitStack() as stack:
-            for results in files:
+            for results in pipes:
                 stack.enter_context(results)
             while True:
                 batch = allocate(self.order.rows * len(self.streams), self.views, self._pin_memory)
-                for number, results in enumerate(files):
+                for number, results in enumerate(pipes):
                     try:
                         end = self._receive_part(number, results, batch)
                     except EOFError:
@@ -130,16 +136,22 @@ class ProcessLoader:
         while True:
             kind, content = pickle.loads(_read_message(results))
             if kind == "report":
-                self._report(content)
+                if content not in self._told:  # all processes find that a cache's disk is full
+                    self._told.add(content)
+                    self._report(content)
             elif kind == "failed":
                 error: Exception = content
                 return error
+            elif kind == "undecodable":  # counted here, for what all processes find together
+                try:
+                    self._faults.record(*content)
+                except InputError as too_many:
+                    return too_many
             else:
-                self._undecodable[number], *small = content
-                self._fill(self._parts[number], results, batch, small)
+                self._fill(self._parts[number], results, batch, content)
                 return None
 
-    def _fill(self, part: range, results: FileIO, batch: Batch, small: list[NDArray[Any]]) -> None:
+    def _fill(self, part: range, results: FileIO, batch: Batch, small: Small) -> None:
         """Fill in the rows of some streams: the views from the file, and the rest from arrays.
 
         The file has the views in the order [V, M, streams, rows of a stream in a micro-batch].
@@ -168,10 +180,23 @@ class ProcessLoader:
 Loader = TrainLoader | ProcessLoader
 
 
-def loads_apart(config: DataConfig, cuda: bool) -> bool:
-    """Return whether the loader works in a process of its own; `cuda` is where training works."""
+def loads_apart(config: DataConfig, url: str, cuda: bool) -> bool:
+    """Return whether the loader works in a process of its own.
+
+    Args:
+        url: Where the shards are.
+        cuda: Whether training works on a GPU.
+
+    Raises InputError when they are in the memory of this process, and it has to be another one.
+    """
+    here = url.startswith("memory://")
+    if config.own_process and here:
+        raise InputError(
+            f"data.own_process: {files.redact(url)} is in the memory of the training's process, "
+            "which no other one can read: leave --data.own-process out"
+        )
     apart = cuda if config.own_process is None else config.own_process
-    return apart and config.decode == "cpu"
+    return apart and not here and config.decode == "cpu"
 
 
 def open_loader(
@@ -188,12 +213,12 @@ def open_loader(
 ) -> Loader:
     """Open the loader of a training on `device`, in a process of its own where that is faster.
 
-    The arguments are those of `TrainLoader`.
+    The arguments are those of `TrainLoader`. Raises InputError as `loads_apart` does.
     """
     cuda = device.type == "cuda"
     options: dict[str, Any] = {"micro": micro, "start": start, "threads": threads}
     options |= {"pin_memory": cuda, "report": report}
-    if loads_apart(config, cuda):
+    if loads_apart(config, order.index.folder, cuda):
         pixels = len(views.views) * views.size**2
         processes = count_processes(threads, order.index, pixels, len(streams))
         return ProcessLoader(order, streams, views, config, **options, processes=processes)

@@ -125,7 +125,7 @@ def _memory(
     ):
         table.add_row(name, *(_gib(getattr(one, part)) for one in held))
     views = 2 * share.images[1] * 3 * recipe.views.size**2
-    apart = loads_apart(recipe.data, cuda=True)
+    apart = loads_apart(recipe.data, recipe.data.train, cuda=True)
     plain, again = costs
     table.add_row("a step's other tensors, at the peak", *(_gib(plain.peak) for _ in held))
     table.add_row("the same with --parallel.recompute", *(_gib(again.peak) for _ in held))
@@ -138,8 +138,9 @@ def _memory(
         + _explain_groups(options)
         + f"On the host, {_gib(memory.host_views(views, apart))} GiB of views wait for each "
         f"process, and {_gib(fakes.checkpoint)} GiB of a checkpoint are shared out.\n"
-        f"--parallel.strategy auto takes ddp where a device has more than {_gib(2 * held[0].state)}"
-        " GiB."
+        + ("One or two processes that load its images take about 0.5 GiB each.\n" if apart else "")
+        + "--parallel.strategy auto takes ddp where a device has more than "
+        f"{_gib(2 * held[0].state)} GiB."
     )
     return table
 

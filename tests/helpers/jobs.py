@@ -108,6 +108,15 @@ class Agent:
         """Return the process ids of the live workers."""
         return [pid for pid in children(self.process.pid) if "train.py" in command(pid)]
 
+    def loaders(self) -> list[int]:
+        """Return the process ids of the live processes that load images for the workers."""
+        return [
+            pid
+            for worker in self.workers()
+            for pid in children(worker)
+            if "loader_child.py" in command(pid)
+        ]
+
     def settings(self, name: str) -> dict[int, int]:
         """Return the value of a numeric environment variable for each live worker.
 

@@ -128,6 +128,27 @@ def test_faults_of_the_data_are_told_and_counted(
     assert len(batches) == 6
 
 
+def test_two_processes_count_the_faults_of_the_data_together(
+    pack_files: PackFiles, photos: Files, tmp_path: Path
+) -> None:
+    """Each of them meets every image in some epoch."""
+    bad = dict.fromkeys(list(photos)[:12], b"no image at all, but text")
+    order = Order(pack_files(str(tmp_path / "bad"), photos | bad), SEED, 4, 16)
+    told: list[str] = []
+    options: dict[str, Any] = {"processes": 2, "report": told.append}
+    with loading(ProcessLoader, order, **options, corrupt=0.5) as loader:
+        take(loader, 30)  # 6 epochs
+        assert loader.undecodable == 12
+    assert len(told) == len(set(told)) == 12
+    told.clear()
+    with (
+        loading(ProcessLoader, order, **options) as loader,
+        pytest.raises(InputError, match=r"11 samples were left out.* allows \(10\)"),
+    ):
+        take(loader, 30)
+    assert len(told) == len(set(told)) == 10
+
+
 def test_a_missing_shard_is_the_same_error(packed: Index) -> None:
     Path(packed.shard_url(1)).unlink()
     errors = []
@@ -310,9 +331,9 @@ def test_who_loads_in_a_process_of_its_own(packed: Index, monkeypatch: pytest.Mo
     for kind in ("TrainLoader", "ProcessLoader"):
         monkeypatch.setattr(loader_process, kind, name(kind))
 
-    def choose(device: str, **fields: Any) -> object:
+    def choose(device: str, base: str = "", **fields: Any) -> object:
         return open_loader(
-            Order(packed, SEED, 4, 16),
+            Order(replace(packed, base=base), SEED, 4, 16),
             range(4),
             ViewsConfig(size=16),
             DataConfig(**fields),
@@ -328,6 +349,9 @@ def test_who_loads_in_a_process_of_its_own(packed: Index, monkeypatch: pytest.Mo
     assert choose("cpu", own_process=True) == ("ProcessLoader", False, 2)
     assert choose("cuda", own_process=False) == ("TrainLoader", True, None)
     assert choose("cuda", decode="gpu") == ("TrainLoader", True, None)
+    assert choose("cuda", base="memory://data") == ("TrainLoader", True, None)
+    with pytest.raises(InputError, match="own_process: memory://data is in the memory of the"):
+        choose("cpu", base="memory://data", own_process=True)
 
 
 def test_an_order_is_sent_without_what_it_keeps(packed: Index) -> None:

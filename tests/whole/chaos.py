@@ -1,6 +1,7 @@
 """A training job on S3 that everything goes wrong for, beside the same job undisturbed.
 
     python -m tests.whole.chaos --faults 60 --seed 1            one machine of two processes
+    python -m tests.whole.chaos --faults 60 --own-process       loaders in processes of their own
     python -m tests.whole.chaos --faults 20 --machines 2        two machines, one comes and goes
     python -m tests.whole.chaos --hosts 3                       hosts of their own, see hosts.py
 
@@ -60,9 +61,16 @@ class Chaos(Job):
     """What can happen to a job."""
 
     def __init__(
-        self, store: ObjectStore, proxy: FaultProxy, folder: Path, machines: int, seed: int
+        self,
+        store: ObjectStore,
+        proxy: FaultProxy,
+        folder: Path,
+        *,
+        machines: int,
+        seed: int,
+        apart: bool,
     ) -> None:
-        super().__init__(store, proxy, folder, machines)
+        super().__init__(store, proxy, folder, machines, apart)
         self.random = random.Random(seed)
         self.faults: list[Fault] = []
 
@@ -82,6 +90,19 @@ class Chaos(Job):
 
     def kill_all(self) -> Outcome:
         return self._kill(lambda workers: workers)
+
+    def kill_loader(self) -> Outcome:
+        """A process that loads images for a worker is gone, as when memory is short."""
+        (agent,) = self.agents
+        until(agent.loaders)
+        attempt = self.attempt()
+        os.kill(self.random.choice(agent.loaders()), signal.SIGKILL)
+
+        def outcome() -> str:
+            told = "the process that loads the images ended by signal 9" in self.news()
+            return "told, restarted by torchrun" if told and self.attempt() > attempt else ""
+
+        return outcome
 
     def kill_in_save(self) -> Outcome:
         self._request("PUT .*/checkpoints/|POST .*/checkpoints/")
@@ -249,6 +270,7 @@ class Chaos(Job):
                 "SIGKILL in a save": self.kill_in_save,
             }
         return {
+            **({"SIGKILL of a loader": self.kill_loader} if self.apart else {}),
             "SIGKILL in start-up": self.kill_in_startup,  # after one in a step
             "SIGKILL in a save": self.kill_in_save,
             "SIGKILL in evaluation": self.kill_in_evaluation,
@@ -326,14 +348,16 @@ class Chaos(Job):
         return table(self.kinds(), self.faults, self.proxy.counts())
 
 
-def run(store: object_store.ObjectStore, faults: int, machines: int, seed: int) -> str:
+def run(
+    store: object_store.ObjectStore, faults: int, machines: int, seed: int, apart: bool = False
+) -> str:
     """One job and its twin; the table. Raises AssertionError when they are not the same run."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(mock.patch.dict(os.environ, store.environment()))
         fsspec.get_filesystem_class("s3").clear_instance_cache()
         proxy = stack.enter_context(FaultProxy(store.endpoint, seed, HARM))
-        chaos = Chaos(store, proxy, folder, machines, seed)
+        chaos = Chaos(store, proxy, folder, machines=machines, seed=seed, apart=apart)
         synthetic.write(f"{chaos.bucket}/data/train", tiny.SAMPLES, 32, seed=0)
         synthetic.write(f"{chaos.bucket}/data/val", 40, 32, seed=1)
         chaos.go(faults)
@@ -347,12 +371,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--machines", type=int, choices=(1, 2), default=1)
     parser.add_argument("--hosts", type=int, choices=range(2, 9), default=0, metavar="2..8")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--own-process", action="store_true", help="loaders work in processes of their own"
+    )
     args = parser.parse_args(arguments)
     if args.hosts:
         print(hosts.run(args.hosts))
         return
     with object_store.serve() as store:
-        print(run(store, args.faults, args.machines, args.seed))
+        print(run(store, args.faults, args.machines, args.seed, args.own_process))
 
 
 if __name__ == "__main__":

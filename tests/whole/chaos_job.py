@@ -25,8 +25,11 @@ class Job:
         proxy: FaultProxy,
         folder: Path,
         machines: int,
+        apart: bool = False,
     ) -> None:
+        """Prepare the job. With `apart`, its loaders work in processes of their own, two each."""
         self.store, self.proxy, self.folder = store, proxy, folder
+        self.apart = apart
         self.machines, self.precision = machines, "fp32" if machines == 1 else "fp64"
         self.bucket = store.bucket()
         self.run = f"{self.bucket}/run"
@@ -42,12 +45,13 @@ class Job:
             run,
             *("--steps", str(self.steps), "--checkpoint.every", str(EVERY)),
             *("--probe.every", str(MEASURED), "--precision", self.precision),
+            *(("--threads", "2") if self.apart else ()),
         )
 
     def start(self, number: int = 0, processes: int = 2) -> Agent:
         """Start a machine's torchrun; the first one is where they meet."""
         agent = Agent(
-            self.arguments(self.run),
+            [*self.arguments(self.run), *(("--data.own-process", "True") if self.apart else ())],
             self.folder / f"output{number}",
             processes=processes,
             nodes=f"1:{self.machines}",
@@ -90,6 +94,7 @@ class Job:
         return len(steps) - len(set(steps))
 
     def undisturbed(self) -> list[dict[str, Any]]:
+        """Return the log of the same job without faults, whose loaders work in its processes."""
         run = f"{self.bucket}/undisturbed"
         with closing(Ranks(2)) as ranks:
             assert ranks.run(train.main, self.arguments(run), size=2, seconds=600) == [0, 0]

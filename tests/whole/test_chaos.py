@@ -11,16 +11,17 @@ pytestmark = pytest.mark.versions
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("machines", "faults", "seed"),
+    ("machines", "faults", "seed", "apart"),
     [
-        pytest.param(1, 3, 3, id="one machine"),
-        pytest.param(2, 1, 2, id="two machines", marks=pytest.mark.slow),
+        pytest.param(1, 3, 3, False, id="one machine"),
+        pytest.param(1, 3, 1, True, id="loaders apart", marks=pytest.mark.slow),
+        pytest.param(2, 1, 2, False, id="two machines", marks=pytest.mark.slow),
     ],
 )
 def test_the_run_is_the_one_that_was_never_disturbed(
-    object_store: ObjectStore, machines: int, faults: int, seed: int
+    object_store: ObjectStore, machines: int, faults: int, seed: int, apart: bool
 ) -> None:
-    print(chaos.run(object_store, faults, machines, seed))
+    print(chaos.run(object_store, faults, machines, seed, apart))
 
 
 def test_what_is_lost_is_laid_to_the_fault_before_it() -> None:

@@ -123,3 +123,13 @@ def test_one_image_of_a_process(
     assert "images of a process 1" in re.sub(
         " +", " ", printed(dataclasses.replace(recipe, explain_processes=4), capsys)
     )
+
+
+def test_the_memory_of_loading_processes_is_told(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = "One or two processes that load its images take about 0.5 GiB each."
+    for own, expected in ((None, True), (False, False)):
+        data = dataclasses.replace(tiny_data, own_process=own)
+        text = " ".join(printed(tiny.recipe(data, tmp_path / "run"), capsys).split())
+        assert (told in text) == expected
