@@ -32,7 +32,10 @@ from shards.loader import DataConfig
 from shards.order import BatchConfig
 from tests.helpers import tiny
 
-pytestmark = pytest.mark.versions
+pytestmark = [
+    pytest.mark.versions,
+    pytest.mark.filterwarnings("ignore:CUDA is not available"),  # autocast's, which is then off
+]
 
 GPU = torch.device("cuda", 0)
 

@@ -42,8 +42,8 @@ def resnet18(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ResNet]:
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    largest = float(expected.abs().max())
-    torch.testing.assert_close(found.detach(), expected.detach(), rtol=0, atol=5e-5 * largest)
+    found, expected = found.detach(), expected.detach()
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-5 * float(expected.abs().max()))
 
 
 @torch.no_grad()
