@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from engine.method.augment import augment
 from engine.method.norm import BatchNorm, synchronize
-from engine.method.resnet import Bottleneck
+from engine.method.resnet import Bottleneck, ResNetConfig
 from engine.processes.compiling import compiled
 from shards.views import COLUMNS
 from tests.helpers.gpu_code import Graph, lower, trace
@@ -54,6 +54,23 @@ def test_views_of_photos() -> None:
     # A blur's weights are the same for all pixels of a row. Exponentials are slow.
     exponentials = [kernel for kernel in found if ".exp(" in kernel]
     assert [max_elements(kernel) for kernel in exponentials] == [ROWS]
+
+
+def test_a_stem_adds_up_the_gradient_of_its_pool_in_order() -> None:
+    """Atomic additions come in any order, and equal runs would differ."""
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return net.stem(x)
+
+    with FakeTensorMode():
+        net = ResNetConfig(18).build(2, 224)
+        graphs = trace(forward, torch.empty(ROWS, 224, 224, 3).permute(0, 3, 1, 2))
+    assert [graph.kind for graph in graphs] == ["forward", "backward"]
+    for graph in graphs:
+        code = lower(graph)
+        assert len(kernels(code)) > 5
+        assert "tl.atomic" not in code
 
 
 def trace_bottleneck(processes: int) -> list[Graph]:
