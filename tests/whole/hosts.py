@@ -166,9 +166,17 @@ class Hosts(Job):
         assert took <= TIMEOUT + ALLOWED
         return self._all_again(seen)
 
+    def _rests(self) -> bool:
+        """Return whether nobody writes to the run for half a second."""
+        before = self.proxy.requests(WRITES)
+        time.sleep(0.5)
+        return self.proxy.requests(WRITES) == before
+
     def freeze_host(self) -> str:
         """The first host stops for longer than the lease; another job goes on; the host wakes."""
         frozen, others = self.agents[0], self.agents[1:]
+        # A request that is under way is sent when the host wakes, which nobody could prevent.
+        until(self._rests)
         with self._holding(lambda: self._signal(frozen, signal.SIGSTOP), lambda: None):
             for agent in others:
                 agent.kill()
