@@ -27,6 +27,7 @@ from engine.method.norm import RunningStatistics
 from engine.method.precision import MOST_SKIPS, StepGuard, autocast, parameter_dtype
 from engine.method.schedule import learning_rate, tau
 from engine.processes import compiling, parallel
+from engine.processes.copies import Copies
 from engine.processes.world import World, set_timeout, share_of_cores
 from engine.recipe import Recipe, in_steps
 from engine.run import Run
@@ -71,6 +72,7 @@ class Trainer:
         self.recipe = recipe = in_steps(recipe, data.order.steps_per_epoch)
         self.world, self.data, self.run = world, data, run
         self.device, self.terminal = world.device, run.terminal
+        self.copies = Copies(world.device)
         self.threads = recipe.threads or share_of_cores()
         samples, batch = data.train.samples, recipe.batch.size
         self.total_steps = recipe.schedule.total_steps(samples, batch)
@@ -200,10 +202,7 @@ class Trainer:
         Returns:
             The views [V*b, 3, S, S], augmentation parameters [V*b, P] and labels [b] of each.
         """
-        views, params, labels = (
-            tensor.to(self.device, non_blocking=True)
-            for tensor in (batch.views, batch.params, batch.labels)
-        )
+        views, params, labels = self.copies.take(batch.views, batch.params, batch.labels)
         if self.recipe.precision == "fp64":
             views, params = views.double() / 255, params.double()
         micro = self.recipe.batch.micro

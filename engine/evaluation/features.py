@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from engine.method.augment import normalize
 from engine.method.precision import Precision, autocast, parameter_dtype
+from engine.processes.copies import Copies
 from engine.processes.world import World
 from shards.center_crops import EvalBatch
 from shards.errors import InputError
@@ -65,13 +66,12 @@ def extract(
         unlabeled: Include the samples that have no label.
         leave: Asked after each batch. When it returns True, the remaining batches are left out.
     """
-    parts: list[Features] = []
+    parts, copies = list[Features](), Copies(device)
     for batch in batches:
         wanted = (batch.labels >= 0) | unlabeled
         # The first batch is encoded even when it is empty, because it tells the features' length.
         if wanted.any() or not parts:
-            images = batch.images[wanted].to(device, non_blocking=True)
-            labels, ids = batch.labels[wanted].to(device), batch.ids[wanted].to(device)
+            images, labels, ids = copies.take(*(tensor[wanted] for tensor in batch))
             parts.append(Features(encode(images), labels, ids))
         if leave():
             break

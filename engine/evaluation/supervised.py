@@ -21,6 +21,7 @@ from engine.log.progress import show_progress
 from engine.method.augment import flip
 from engine.method.schedule import steps_of
 from engine.processes import world as processes
+from engine.processes.copies import Copies
 from engine.processes.parallel import ParallelConfig
 from engine.processes.preemption import Preemption
 from engine.processes.world import World
@@ -290,6 +291,7 @@ def load_crops(evaluation: Evaluation, index: Index, batch: int, seed: int, held
             f"give a multiple of {STREAMS}"
         )
     order, rules = Order(index, seed, streams, batch), evaluation.rules
+    copies = Copies(device)
 
     def batches(start: int) -> Generator[Examples, None, None]:
         loader = open_loader(
@@ -305,12 +307,10 @@ def load_crops(evaluation: Evaluation, index: Index, batch: int, seed: int, held
         )
         with closing(loader):
             for rows in loader:
-                views, params = (
-                    tensor[0].to(device, non_blocking=True) for tensor in (rows.views, rows.params)
-                )
                 labels = mask_held_out(rows.labels, rows.ids, held)
                 known = int((labels >= 0).sum())
-                yield Examples(flip(views, params), labels.to(device), known)
+                views, params, labels = copies.take(rows.views[0], rows.params[0], labels)
+                yield Examples(flip(views, params), labels, known)
 
     return batches
 

@@ -1,11 +1,11 @@
-"""Try on a GPU what is not built yet: batches that are copied ahead of a step, and CUDA graphs.
+"""Try on a GPU what no GPU has run: batches that are copied beside steps, and CUDA graphs.
 
     [TORCHINDUCTOR_CUDAGRAPHS=1] python -m tests.helpers.gpu_trials OUT RECIPE BATCH STEPS ROUNDS
 
 With that variable, Inductor starts the kernels of each region as one graph. A step whose batch is
-on the GPU already is beside one that copies its batch first, which is what copies beside the step
-before could gain at most. The time in which the host starts a step's kernels is beside the time of
-the whole step: where both are equal, the host decides the speed.
+on the GPU already is beside one whose batch is copied beside the step before: what is between them
+is what the copies still cost. The time in which the host starts a step's kernels is beside the time
+of the whole step: where both are equal, the host decides the speed.
 """
 
 import os

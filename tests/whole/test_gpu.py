@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from engine.method.adamw import AdamWConfig
@@ -25,6 +25,7 @@ from engine.method.sgd import SGDConfig
 from engine.method.torch_optimizer import TorchOptimizerConfig
 from engine.method.torch_options import ELEMENTWISE
 from engine.processes import compiling, world
+from engine.processes.copies import Copies
 from engine.processes.parallel import ParallelConfig
 from engine.state.saver import Saver
 from shards import device_crops
@@ -228,6 +229,32 @@ def test_a_step_never_waits_for_the_device(
             trainer.train_step(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_batch_is_copied_while_kernels_run() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    copies, kernels = Copies(device), torch.cuda.current_stream(device)
+    batch = torch.ones(1 << 24, dtype=torch.uint8, pin_memory=True)
+    for length in (1_000_000, 1_000_000_000):  # the first round prepares the memory
+        torch.cuda.synchronize()
+        torch.cuda._sleep(length)
+        (there,) = copies.take(batch)
+        assert copies.stream is not None
+        copies.stream.synchronize()
+    assert not kernels.query()  # it is still in its sleep
+    assert there.sum() == 1 << 24
+
+
+def test_a_copy_never_harms_the_batch_before() -> None:
+    """The memory of a batch is given to the next one when the last kernel has read it."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    copies, sums = Copies(device), list[Tensor]()
+    for number in range(20):
+        (there,) = copies.take(torch.full((1 << 20,), number, pin_memory=True))
+        torch.cuda._sleep(10_000_000)
+        sums.append(there.sum())
+        del there
+    assert [value.item() >> 20 for value in sums] == list(range(20))
 
 
 # Decoding ----------------------------------------------------------------------------------
