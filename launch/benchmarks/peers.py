@@ -1,20 +1,21 @@
 """Measure this project beside lightly's BYOL and beside kornia's augmentations."""
 
 import itertools
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.method.augment import MEAN, STD
 from engine.method.byol import BYOLConfig
 from engine.method.resnet import ResNetConfig
 from engine.processes import world
 from engine.recipe import Recipe, load
+from launch.benchmarks.apart import Work, apart
 from launch.benchmarks.input import read_contents
 from launch.benchmarks.lightly_byol import REMEDY, LightlyBYOL, check_optimizer, load_views
 from launch.benchmarks.measuring import (
@@ -40,7 +41,7 @@ ROWS = {  # the sides that a peer has, with the one of ours beside it and the na
     "kornia": {"kornia: views": ("augmentation", "views on the device")},
 }
 
-Work = dict[str, Callable[[], Cost]]
+DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
 def bench_peers(
@@ -63,8 +64,9 @@ def bench_peers(
     which lightly has its own of. lightly is used as its example of BYOL uses it, and with its
     BYOLTransform in a DataLoader on the same JPEGs, end to end. Like in its examples for CIFAR-10,
     it does not blur views of 32 pixels or less. kornia gets the same uint8 crops as our
-    augmentation, and makes the same operations of them. A peer that is not installed has a row that
-    says so.
+    augmentation, and makes the same operations of them. Each peer runs in a process of its own,
+    with the settings of PyTorch and of the C library that its users have. A peer that is not
+    installed has a row that says so.
 
     Args:
         recipe: Recipe file whose networks, heads, views and optimizer (LARS or AdamW) are used. By
@@ -103,18 +105,21 @@ def bench_peers(
     with TemporaryDirectory() as folder, empty_caches(compile and fresh):
         trainer, data = prepare(config, folder)
         sides = Sides(trainer, data, steps)
-        contents = read_contents(trainer.data.order, 1)
         missing: dict[str, str] = {}
         work = {name: sides.work()[name] for name in ("ours", "training", "augmentation")}
-        for peer, make in (
-            ("lightly", partial(_lightly, sides, contents)),
-            ("kornia", partial(_kornia, sides, config.views)),
-        ):
-            try:
-                work |= make()
-            except ImportError as error:
-                missing[peer] = f"{peer} is not installed ({error}): {REMEDY}"
-        costs = alternate(work, rounds)
+        contents = read_contents(trainer.data.order, 1)
+        views = sides.view1.cpu(), sides.view2.cpu()
+        rates = trainer.peak_lr, trainer.recipe.schedule.base_tau
+        with ExitStack() as processes:
+            for peer, build, arguments in (
+                ("lightly", _lightly, (trainer.recipe, views, contents, rates, steps)),
+                ("kornia", _kornia, (config.views, data.views, steps)),
+            ):
+                try:
+                    work |= processes.enter_context(apart(build, *arguments, threads=threads))
+                except ImportError as error:
+                    missing[peer] = f"{peer} is not installed ({error}): {REMEDY}"
+            costs = alternate(work, rounds)
     world.leave()
     title = [
         f"peers: {config.model.encoder.describe()}, {size} px, batch {batch}, {precision}, ours "
@@ -145,36 +150,44 @@ def _rows(costs: dict[str, list[Cost]], missing: dict[str, str]) -> list[Row]:
     return rows
 
 
-def _lightly(sides: Sides, contents: list[bytes]) -> Work:
-    """Build lightly's sides: a step on our augmented images, and training from image files."""
-    trainer, steps, batch = sides.trainer, sides.steps, sides.batch
-    recipe = trainer.recipe
-    byol = LightlyBYOL(recipe, trainer.device)
-    rates = trainer.peak_lr, recipe.schedule.base_tau
+def _lightly(
+    recipe: Recipe,
+    views: tuple[Tensor, Tensor],
+    contents: list[bytes],
+    rates: tuple[float, float],
+    steps: int,
+) -> Work:
+    """Build lightly's sides: a step on our augmented images, and training from image files.
+
+    Args:
+        views: [B, 3, S, S] each.
+        contents: Image files in memory.
+        rates: The learning rate and tau of a step.
+    """
+    batch, workers = recipe.batch.size, recipe.threads or 1
+    view1, view2 = (view.to(DEVICE) for view in views)
+    byol = LightlyBYOL(recipe, DEVICE)
 
     def step() -> Cost:
-        work = partial(byol.step, sides.view1, sides.view2, *rates)
+        work = partial(byol.step, view1, view2, *rates)
         return measure(lambda: repeat(work, steps), steps * batch)
 
     def train() -> Cost:
         order: Any = itertools.cycle(range(len(contents)))
-        batches = load_views(contents, order, recipe, trainer.device, trainer.threads)
+        batches = load_views(contents, order, recipe, DEVICE, workers)
         repeat(lambda: byol.step(*next(batches), *rates), 2)  # workers start, and fill their queue
         return measure(
             lambda: repeat(lambda: byol.step(*next(batches), *rates), steps), steps * batch
         )
 
-    byol.step(sides.view1, sides.view2, *rates)  # the first step makes buffers
+    byol.step(view1, view2, *rates)  # the first step makes buffers
     return {"lightly: step": step, "lightly: training": train}
 
 
-def _kornia(sides: Sides, views: ViewsConfig) -> Work:
-    """Build kornia's side, which makes both views of the uint8 crops that ours gets."""
-    first, second = (
-        _kornia_view(view, views.size).to(sides.trainer.device) for view in views.views
-    )
-    crops1, crops2 = sides.data.views  # [B, 3, S, S] each
-    steps = sides.steps
+def _kornia(views: ViewsConfig, crops: Tensor, steps: int) -> Work:
+    """Build kornia's side, which makes both views of the uint8 crops [V, B, 3, S, S] of ours."""
+    first, second = (_kornia_view(view, views.size).to(DEVICE) for view in views.views)
+    crops1, crops2 = crops.to(DEVICE)
 
     def make() -> None:
         first(crops1.float() / 255)
@@ -182,7 +195,7 @@ def _kornia(sides: Sides, views: ViewsConfig) -> Work:
 
     make()
     return {
-        "kornia: views": lambda: measure(lambda: repeat(make, steps), steps * sides.batch),
+        "kornia: views": lambda: measure(lambda: repeat(make, steps), steps * len(crops1)),
     }
 
 

@@ -254,7 +254,7 @@ def test_a_copy_never_harms_the_batch_before() -> None:
         torch.cuda._sleep(10_000_000)
         sums.append(there.sum())
         del there
-    assert [value.item() >> 20 for value in sums] == list(range(20))
+    assert [int(value) >> 20 for value in sums] == list(range(20))
 
 
 # Decoding ----------------------------------------------------------------------------------

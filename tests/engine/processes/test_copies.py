@@ -1,7 +1,7 @@
 """Batches are copied in a stream of their own, which kernels wait for; test_gpu.py has the rest."""
 
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
