@@ -27,12 +27,12 @@ spin while they wait for each other. Memory and the workers' CPU time are read f
 import sys
 from collections.abc import Callable
 
-from launch import interrupts
+from launch import imports
 from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
-    interrupts.end_plainly()
+    imports.begin()
     check_requirements()
     prepare_output()
 
@@ -94,5 +94,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    interrupts.restore()
+    imports.end()
     sys.exit(main(sys.argv[1:]))

@@ -9,13 +9,13 @@ import sys
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from launch import interrupts
+from launch import imports
 from launch.loading import say_loading
 from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
-    interrupts.end_plainly()
+    imports.begin()
     say_loading()
     check_requirements()
     prepare_output()
@@ -136,5 +136,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    interrupts.restore()
+    imports.end()
     sys.exit(main(sys.argv[1:]))

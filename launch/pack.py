@@ -12,13 +12,13 @@ import sys
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
-from launch import interrupts
+from launch import imports
 from launch.loading import say_loading
 from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
-    interrupts.end_plainly()
+    imports.begin()
     say_loading()
     check_requirements()
     prepare_output()
@@ -252,7 +252,7 @@ def _index(
 
 
 if __name__ == "__main__":
-    interrupts.restore()
+    imports.end()
     join_help_lines(main, sys.argv)
     try:
         with plain_errors():

@@ -8,13 +8,13 @@ import os
 import sys
 from typing import Any
 
-from launch import interrupts
+from launch import imports
 from launch.loading import say_loading
 from launch.plain_output import prepare_output
 from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
-    interrupts.end_plainly()
+    imports.begin()
     say_loading()
     check_requirements()
     prepare_output()
@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    interrupts.restore()
+    imports.end()
     status = main(sys.argv[1:])
     flush_output()
     if status:

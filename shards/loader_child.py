@@ -4,6 +4,7 @@ It reads the loader's arguments from its standard input, writes batches to the p
 is given, and ends when its input does.
 """
 
+import gc
 import signal
 
 if __name__ == "__main__":
@@ -27,7 +28,9 @@ def main(pipe: int) -> None:
     except (EOFError, pickle.UnpicklingError):  # the process that trains ended while it sent them
         return
     threading.Thread(target=_end_with_input, daemon=True).start()
-    # Only now, so that the process that trains need not wait until all of this is imported.
+    # Only now, so that the process that trains need not wait until all of this is imported. The
+    # garbage collector would take a sixth of that time, and find nothing.
+    gc.disable()
     import torch
 
     from shards.allocation import keep_freed_memory
@@ -35,6 +38,8 @@ def main(pipe: int) -> None:
     from shards.loader import TrainLoader
     from shards.loader_process import write_message
 
+    gc.freeze()
+    gc.enable()
     keep_freed_memory()
     results, lock = FileIO(pipe, "wb"), threading.Lock()
 
