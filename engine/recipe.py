@@ -303,8 +303,9 @@ def load_file(path: str | Path) -> RecipeFile:
 
 
 def _checked(found: object, path: str, fault: str) -> Recipe:
-    if not isinstance(found, Recipe):
-        raise InputError(f"{path}: {fault} engine.recipe.Recipe")
+    if type(found) is not Recipe:
+        derived = " itself, but one of a class derived from it" * isinstance(found, Recipe)
+        raise InputError(f"{path}: {fault} engine.recipe.Recipe{derived}")
     try:
         check_types(found)
     except InputError as error:

@@ -51,8 +51,8 @@ def _fits(hint: Any, value: Any) -> bool:
             return False
         wanted = given[:1] * len(value) if given[-1] is ... else given
         return len(value) == len(wanted) and all(map(_fits, wanted, value))
-    if dataclasses.is_dataclass(hint):
-        return isinstance(value, hint)  # type: ignore[arg-type]
+    if dataclasses.is_dataclass(hint):  # recipe.json and the command line know this class alone
+        return type(value) is hint
     if hint in (int, float, bool):  # True is no number, and a whole number is a number
         number = type(value) is int or isinstance(value, float)  # also numpy's float64
         return type(value) is hint or (hint is float and number)
@@ -86,7 +86,9 @@ def _given(hint: Any, value: Any) -> str:
             + f": write {value.__name__}()" * dataclasses.is_dataclass(value)
         )
     if dataclasses.is_dataclass(value):
-        return type(value).__name__
+        kinds = [one for one in (hint, *get_args(hint)) if isinstance(one, type)]
+        base = next((one.__name__ for one in kinds if isinstance(value, one)), "")
+        return type(value).__name__ + f", which is derived from it: write {base}(...)" * bool(base)
     tries: list[Any] = []
     if isinstance(value, list):
         tries = [tuple(value)]

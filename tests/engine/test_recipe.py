@@ -181,6 +181,10 @@ def test_bad_input_is_one_clear_line(arguments: list[str], text: str) -> None:
     [
         ("x = 1", "defines no `recipe`"),
         ("recipe = 3", "defines no `recipe`"),
+        (
+            "from engine.recipe import Recipe\nclass Mine(Recipe): ...\nrecipe = Mine()",
+            "Recipe itself, but one of a class derived from it",
+        ),
         ("a = 1\nimport nothing_here", "line 2: ModuleNotFoundError"),
         ("recipe = (", "line 1: SyntaxError"),
         ("import sys\nsys.exit()", "line 2: SystemExit"),

@@ -26,6 +26,11 @@ class Other:
 
 
 @dataclass(frozen=True)
+class Derived(Inner):
+    """What a run's recipe.json and the command line could not describe."""
+
+
+@dataclass(frozen=True)
 class Config:
     text: Operation[str] = ""
     some: Operation[Annotated[int | None, Interval(ge=1)]] = None
@@ -68,6 +73,14 @@ def wrong(kind: Any, **values: Any) -> Any:
         ({"many": "ab"}, "many takes a tuple of values, each a text, not 'ab'"),
         ({"inner": 256}, "inner takes an Inner, not 256"),
         ({"inner": Other()}, "inner takes an Inner, not Other"),
+        (
+            {"inner": Derived()},
+            "inner takes an Inner, not Derived, which is derived from it: write ",
+        ),
+        (
+            {"either": Derived()},
+            "either takes an Inner or an Other, not Derived, which is derived from it: write ",
+        ),
         ({"inner": Inner}, "inner takes an Inner, not the class Inner: write Inner()"),
         (
             {"inner": wrong(Inner, number="256")},
