@@ -62,6 +62,10 @@ def on_a_gpu(recipe: Recipe, patch: pytest.MonkeyPatch) -> Iterator[Trainer]:
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**36)
     )
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for name in ("Stream", "current_stream"):  # streams are the driver's
+        patch.setattr(torch.cuda, name, lambda _: SimpleNamespace(wait_stream=nothing))
+    patch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    patch.setattr(Tensor, "record_stream", nothing)
     patch.setattr(Tensor, "backward", backward)
     for name in ("_fused_sgd_", "_amp_update_scale_"):  # they have no form for fake tensors
         patch.setattr(torch, name, nothing)
