@@ -3,8 +3,9 @@
     python launch/pack.py IMAGES OUT               a folder of images -> shards and their index
     python launch/pack.py --index-only TARS        tars in the WebDataset format -> an index
     python launch/pack.py TARS OUT                 tars of any kind -> shards in random order
+    python launch/pack.py PARQUETS OUT             parquet files of the Hugging Face Hub -> shards
 
-IMAGES, TARS and OUT are folders on a disk or in any object store (s3://, gs://, ...).
+IMAGES, TARS, PARQUETS and OUT are folders on a disk or in any object store (s3://, gs://, ...).
 """
 
 import math
@@ -75,15 +76,15 @@ def main(
 
     A folder of images is packed in random order. Its first folders name the classes. A flat folder
     has no classes. When the first folders are splits such as train and val, each is packed to a
-    folder of that name under OUT. The images of tars are packed anew in the same way. A table says
-    what was taken and what was left out. A packing that was stopped continues with the same
-    command.
+    folder of that name under OUT. The images of tars and of parquet files are packed anew in the
+    same way. A table says what was taken and what was left out. A packing that was stopped
+    continues with the same command.
 
     Args:
         paths: URL of a folder of images (jpg, png, webp, gif, bmp, tif and others) or of a folder
-            of tars, then the URL of the folder to write. Tars may also be given one by one, or by a
-            brace pattern such as "s3://bucket/shard-{000000..000146}.tar". With --index-only, give
-            tars alone.
+            of tars or parquet files, then the URL of the folder to write. Tars and parquet files
+            may also be given one by one, or by a brace pattern such as
+            "s3://bucket/shard-{000000..000146}.tar". With --index-only, give tars alone.
         shard_mb: Approximate size of a shard in MB.
         seed: Seed of the random order.
         threads: Number of shards written at a time. This takes threads x shard size x 2 of memory.
@@ -92,12 +93,13 @@ def main(
         follow_links: Also pack files outside of SOURCE that links in it lead to.
         index_only: Read the headers of tars and write index.json next to them.
         out: With --index-only: the folder for index.json, when it can't stand next to the tars.
-        classes: File with the names of the classes, one a line. Only for tars.
+        classes: File with the names of the classes, one a line. Only for tars and parquet files.
         classes_from: What gives the class of an image in a tar: its label, the name of its tar, or
             the folder that it lies in. The last two need OUT.
-        image: The field of a sample that holds its image, such as input.jpg. Only for tars.
-        label: The field of a sample that holds its label, such as txt, or json:KEY for a value in a
-            JSON field. Only for tars.
+        image: The field of a sample in a tar that holds its image, such as input.jpg, or the column
+            of a parquet file.
+        label: The field of a sample in a tar that holds its label, such as txt, or json:KEY for a
+            value in a JSON field, or the column of a parquet file.
         dotted: The dots in the names of files in tars belong to the names, except the last one.
         skip_damaged: Leave out tars that are damaged or missing.
         max_pixels: Images of more pixels are named, and not decoded.
@@ -191,7 +193,7 @@ def _repack(
 ) -> None:
     """Pack the images of tars anew."""
     with TemporaryDirectory() as scratch:
-        with console.status("reading the headers of the tars"):
+        with console.status("reading what the tars hold"):
             found = find_packed_images(
                 tars,
                 layout=layout,

@@ -10,14 +10,14 @@ from shards.making.left_out import Reasons, explain, leave_out
 from shards.making.pack import Image, ImageSet
 from shards.storage import files, local_files, misplaced
 from shards.storage.commands import spell_program
-from shards.tar import is_tar
+from shards.tar import is_parquet, is_tar
 
 EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jfif", "avif"),
     *("jpe", "dib", "pbm", "pnm", "pfm", "jp2", "j2k", "qoi", "tga"),
 )
 
-ARCHIVES = ("zip", "parquet", "7z", "rar", "gz")
+ARCHIVES = ("zip", "7z", "rar", "gz")
 PATTERN_HINT = " (a * or ? is part of a name: name the folder, or let the shell expand it)"
 
 # The names that people give to splits, in small letters and without what `_DECORATION` matches.
@@ -97,9 +97,11 @@ def find_all_images(
     found, left_out, _, tars = _list_images(source, follow_links, name, follower)
     place = files.redact(source)
     if not found:
+        plain = all(is_tar(tar) for tar in tars)
+        how = ("--index-only", source) if plain else (source, "OUT")
         raise InputError(
-            f"{name} {place}: holds tars, such as {min(tars)}: index them first, by "
-            f"`{spell_program('pack.py', '--index-only', source)}`"
+            f"{name} {place}: holds {'tars' if plain else 'packed files'}, such as {min(tars)}: "
+            f"{'index' if plain else 'pack'} them first, by `{spell_program('pack.py', *how)}`"
         )
     splits: dict[str, str] = {}
     with contextlib.suppress(InputError):  # Here, splits may stand among other folders.
@@ -163,6 +165,8 @@ def is_junk(path: str) -> bool:
 def _hint(source: str, left_out: Reasons) -> str:
     """Return the end of a message that no images are in `source`: what is there instead."""
     suffix = misplaced.last_name(source).rpartition(".")[2].lower()
+    if is_tar(source, compressed=True):
+        return f"; pack it first, by `{spell_program('pack.py', source, 'OUT')}`"
     if suffix in ARCHIVES:
         return "; extract them to a folder, and give that"
     if suffix in (*EXTENSIONS, "json"):
@@ -208,10 +212,11 @@ def _doubts(classes: list[str], sets: list[ImageSet], tars: list[str]) -> list[s
     """Warn of tars, of classes that are probably no classes, and of those without images."""
     doubts = []
     if tars:
-        are = f"{len(tars):,} files, such as {min(tars)}, are tars"
-        are = f"{min(tars)} is a tar" if len(tars) == 1 else are
+        kinds = "parquet file" if all(map(is_parquet, tars)) else "tar"
+        are = f"{len(tars):,} files, such as {min(tars)}, are {kinds}s"
+        are = f"{min(tars)} is a {kinds}" if len(tars) == 1 else are
         doubts.append(
-            f"{are}, whose images are not taken: give the tars themselves as SOURCE to pack those"
+            f"{are}, whose images are not taken: give the {kinds}s as SOURCE to pack those"
         )
     if len(classes) == 1:
         doubts.append(f"there is one class only, {classes[0]}: is SOURCE one folder too high?")

@@ -1,17 +1,19 @@
 """Find the images in tars that others made, to pack them anew in random order.
 
 What an index cannot do with tars where they are is done here: links inside a tar are followed,
-fields that stand apart come together, tars inside of tars and compressed tars are read, and the
-class may be the tar or the folder of an image.
+fields that stand apart come together, tars inside of tars, compressed tars and parquet files are
+read, and the class may be the tar or the folder of an image.
 """
 
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from threading import Event
 from typing import BinaryIO, Literal, NamedTuple, cast
 
 from shards.errors import InputError
+from shards.making import parquet
 from shards.making.image_folders import EXTENSIONS, PATTERN_HINT, split_name
 from shards.making.labels import number_labels
 from shards.making.left_out import Reasons, explain, leave_out, merge, tell_each
@@ -20,7 +22,7 @@ from shards.making.scan import NOT_THERE
 from shards.making.scan_tar import NO_FIELD, explain_absence, read_label, until
 from shards.making.survey import ReadImage
 from shards.making.tars import Tars, check_is_file
-from shards.making.unpack import is_compressed, unpack
+from shards.making.unpack import PARQUET_MARK, find_compression, naming_temporary, unpack
 from shards.samples import IMAGE_FIELDS, Layout, Sample, Span, group_samples, match_name
 from shards.storage import files
 from shards.storage.range_file import RangeFile
@@ -32,6 +34,7 @@ ClassesFrom = Literal["labels", "tars", "folders"]
 
 _MOST_LINKS = 8  # A chain of more links than this is taken for a loop.
 _MOST_TARS = 8  # Tars inside of so many tars are not read.
+_NUMBERED = re.compile(r"-\d+-of-\d+(-[0-9a-f]+)?$")  # train-00000-of-00014, as on the Hub
 
 
 _LINK = "samples whose image is no plain file, or a link that leads to none in the tar"
@@ -58,6 +61,14 @@ class _Found(NamedTuple):
     label: str  # the text of its label or the name of its class, "" when there is none
 
 
+class _Listed(NamedTuple):
+    """What a tar holds."""
+
+    images: list[_Found]
+    classes: list[str]  # what its labels' numbers stand for, where it says so
+    left_out: Reasons
+
+
 def find_packed_images(
     tars: Tars,
     *,
@@ -74,29 +85,35 @@ def find_packed_images(
     Raises InputError when there are none, and when tars are damaged unless `skip_damaged`.
 
     Args:
+        layout: How members make samples. In parquet files its fields are columns.
         classes_from: What gives an image's class: its label, the name of its tar, or the last
             folder in its path.
         classes: Names of the classes, or None.
-        scratch: A local folder, into which compressed tars are unpacked.
+        scratch: A local folder, into which compressed tars and parquet files are unpacked.
         report: Takes a line for each tar that is unpacked or damaged.
     """
     left_out, stop = dict(tars.left_out), Event()
 
-    def list_tar(number: int) -> tuple[list[_Found], Reasons] | str:
-        name, reasons = tars.names[number], Reasons()
-        url = files.join(tars.folder, name)
+    def list_tar(number: int) -> _Listed | str:
+        name, reasons, names = tars.names[number], Reasons(), list[str]()
+        url, path, own = files.join(tars.folder, name), f"{scratch}/{number}.tar", layout
         shown = files.redact(url)
         try:
             check_is_file(url)
             with open_skim(url) as file:
-                packed = is_compressed(file)
-            if packed:
+                kind = find_compression(file)
+            if kind:
                 report(f"unpacking {shown} to {scratch}")
-                unpack(url, f"{scratch}/{number}.tar", stop)
-                url = f"{scratch}/{number}.tar"
+                with naming_temporary(url, scratch):
+                    if kind == PARQUET_MARK:
+                        names = parquet.unpack(url, path, layout, reasons, name, stop)
+                        own = Layout()
+                    else:
+                        unpack(url, path, stop)
+                url = path
             with open_skim(url) as file:
-                found = _list_images(file, url, name, layout, classes_from, reasons, stop)
-                return list(found), reasons
+                found = _list_images(file, url, name, own, classes_from, reasons, stop)
+                return _Listed(list(found), names, reasons)
         except FileNotFoundError:
             return f"{shown}: {NOT_THERE}{PATTERN_HINT * bool(set(name) & set('*?'))}"
         except TarError as error:
@@ -114,13 +131,27 @@ def find_packed_images(
         )
     if damaged:
         leave_out(left_out, "damaged or missing tars", damaged[0], len(damaged))
-    found: list[_Found] = []
-    for result in results:
-        if not isinstance(result, str):
-            found += result[0]
-            merge(left_out, result[1])
-    found.sort()
-    return _prepare(found, classes_from, classes, left_out, f"SOURCE {files.redact(tars.folder)}")
+    listed = [found for found in results if not isinstance(found, str)]
+    for one in listed:
+        merge(left_out, one.left_out)
+    place = f"SOURCE {files.redact(tars.folder)}"
+    if classes is None and classes_from == "labels":
+        classes = _agree([one.classes for one in listed if one.images], place)
+    found = sorted(image for one in listed for image in one.images)
+    return _prepare(found, classes_from, classes, left_out, place)
+
+
+def _agree(names: list[list[str]], place: str) -> list[str] | None:
+    """Return the names of the classes that all files agree on; None when they give none.
+
+    Raises InputError when two files give other ones.
+    """
+    if odd := [one for one in names if one != names[0]]:
+        raise InputError(
+            f"{place}: its files have other classes than each other ({len(names[0]):,} and "
+            f"{len(odd[0]):,} names): pack those of one data set, or give the names by --classes"
+        )
+    return (names[0] or None) if names else None
 
 
 def _prepare(
@@ -156,13 +187,18 @@ def _part(images: list[Image], classes: list[str], place: str) -> list[ImageSet]
     for image in images:
         splits.setdefault(_split(image.path), []).append(image)
     if len(splits) - ("" in splits) < 2:
-        return [ImageSet("", images, classes)]
+        return [_make_set("", images, classes)]
     if others := splits.get(""):
         raise InputError(
             f"{place}: holds images of {' and '.join(name for name in splits if name)}, but also "
             f"{others[0].path}: extract the tars, and pack each split alone"
         )
-    return [ImageSet(name, part, classes) for name, part in splits.items()]
+    return [_make_set(name, part, classes) for name, part in splits.items()]
+
+
+def _make_set(name: str, images: list[Image], classes: list[str]) -> ImageSet:
+    """Make a data set, which has no classes when none of its images has a label."""
+    return ImageSet(name, images, classes if any(image.label >= 0 for image in images) else [])
 
 
 def _split(path: str) -> str:
@@ -172,9 +208,10 @@ def _split(path: str) -> str:
 
 
 def _without_suffix(tar: str) -> str:
+    """Return what is left of a tar's name without its suffix, and its number among several."""
     for suffix in (".tar", *COMPRESSED):
         if tar.lower().endswith(suffix):
-            return tar[: -len(suffix)]
+            return _NUMBERED.sub("", tar[: -len(suffix)])
     return tar
 
 

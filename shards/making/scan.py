@@ -22,7 +22,7 @@ from shards.making.left_out import Reasons, explain, leave_out, merge, tell_each
 from shards.making.scan_tar import Scan, scan_tar
 from shards.making.tars import Tars, check_is_file, same_place
 from shards.making.undecodable import find_fault
-from shards.making.unpack import is_compressed
+from shards.making.unpack import find_compression
 from shards.samples import FieldTwice, Layout
 from shards.storage import files, names
 from shards.storage.redaction import user_info
@@ -222,7 +222,7 @@ def _scan(file: BinaryIO, name: str, layout: Layout, starts: "array[int]", stop:
         return scan_tar(file, name, layout, starts, stop)
     except TarError as error:
         file.seek(0)
-        if is_compressed(file):
+        if find_compression(file):
             raise TarError(f"it is compressed, and {_REPACKS} it") from None
         file.seek(0)
         fault = find_fault(file.read(BLOCK))

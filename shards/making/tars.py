@@ -14,7 +14,7 @@ from shards.errors import InputError
 from shards.making.image_folders import SPLITS, is_junk, split_name
 from shards.making.left_out import Reasons, explain, leave_out, merge
 from shards.storage import files, local_files, misplaced
-from shards.tar import COMPRESSED, TarError, is_tar
+from shards.tar import COMPRESSED, TarError, is_parquet, is_tar
 
 MOST_TARS = 1_000_000  # A pattern that names more is a slip.
 OWN_FOLDERS = (".index/", ".pack/")  # Indexing and packing keep here what is unfinished.
@@ -38,7 +38,7 @@ def find_tars(sources: list[str], *, compressed: bool = False) -> Tars:
     several splits, which would become one data set.
 
     Args:
-        compressed: Also take compressed tars.
+        compressed: Also take compressed tars and parquet files.
     """
     urls: list[str] = []
     left_out: Reasons = {}
@@ -165,7 +165,7 @@ def check_suffix(source: str) -> None:
             f"SOURCE {files.redact(source)}: is compressed, so no parts of it can be read: repack "
             "it with `python launch/pack.py SOURCE OUT`"
         )
-    if name.endswith((".zip", ".parquet", ".7z", ".rar")):
+    if name.endswith((".zip", ".7z", ".rar")):
         kind = name.rpartition(".")[2]
         raise InputError(
             f"SOURCE {files.redact(source)}: a {kind} file is not read: extract its images to a "
@@ -194,7 +194,8 @@ def _walk(source: str, left_out: Reasons, compressed: bool) -> list[str]:
         elif is_tar(name, compressed=compressed):
             found.append(path)
         elif is_tar(name, compressed=True):
-            reason = "compressed tars, which `python launch/pack.py SOURCE OUT` repacks"
+            kinds = "parquet files" if is_parquet(name) else "compressed tars"
+            reason = f"{kinds}, which `python launch/pack.py SOURCE OUT` repacks"
             leave_out(left_out, reason, path)
         elif name != index.NAME and not name.endswith(".blocks.json"):
             _, dot, extension = name.rpartition(".")
@@ -205,9 +206,9 @@ def _walk(source: str, left_out: Reasons, compressed: bool) -> list[str]:
 
 
 def _check_splits(source: str, found: list[str]) -> None:
-    """Raise InputError when the names of folders or tars are those of several splits."""
+    """Raise InputError when the folders of tars are those of several splits."""
     place = f"SOURCE {files.redact(source)}"
-    folders = {path.partition("/")[0] for path in found if "/" in path}
+    folders = {path.partition("/")[0] for path in found if "/" in path and not is_parquet(path)}
     if len(splits := sorted(name for name in folders if split_name(name))) > 1:
         raise InputError(f"{place}: holds {' and '.join(splits)}: index each alone")
 
@@ -215,7 +216,7 @@ def _check_splits(source: str, found: list[str]) -> None:
 def _check_names(urls: list[str], sources: list[str]) -> None:
     """Raise InputError when the tars are called like several splits."""
     kinds: dict[str, str] = {}
-    for name in sorted(url.rpartition("/")[2] for url in urls):
+    for name in sorted(url.rpartition("/")[2] for url in urls if not is_parquet(url)):
         words = re.split("[^A-Za-z]+", name.partition(".")[0])
         if len(splits := {split for word in words if (split := split_name(word))}) == 1:
             kinds.setdefault(splits.pop(), name)

@@ -1,11 +1,13 @@
-"""Unpack compressed tars, of which no parts can be read."""
+"""Unpack compressed tars, of which no parts can be read.
+
+Parquet files are unpacked too, by shards/making/parquet.py.
+"""
 
 import bz2
 import contextlib
 import gzip
 import importlib
 import lzma
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from threading import Event
@@ -21,31 +23,39 @@ _OPENERS: dict[bytes, Callable[[BinaryIO], Any]] = {
     b"\xfd7zXZ\0": lzma.open,
 }
 _ZSTD = b"\x28\xb5\x2f\xfd"
+PARQUET_MARK = b"PAR1"
 
 
-def is_compressed(file: BinaryIO) -> bool:
-    """Return whether a file's first bytes are those of a compressed one, whatever its name is."""
-    start = file.read(len(max((*_OPENERS, _ZSTD), key=len)))
-    return start.startswith((*_OPENERS, _ZSTD))
+def find_compression(file: BinaryIO) -> bytes:
+    """Return the first bytes by which a compressed file is known, whatever its name is, or b""."""
+    marks = (*_OPENERS, _ZSTD, PARQUET_MARK)
+    start = file.read(len(max(marks, key=len)))
+    return next((mark for mark in marks if start.startswith(mark)), b"")
+
+
+@contextlib.contextmanager
+def naming_temporary(url: str, folder: str) -> Iterator[None]:
+    """Turn an error of a full disk, to which `url` is unpacked, into an InputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in space.FULL:
+            raise
+        raise InputError(
+            f"SOURCE {files.redact(url)}: there is no room to unpack it to {folder}: set TMPDIR to "
+            "a folder with more room"
+        ) from None
 
 
 def unpack(url: str, path: str, stop: Event) -> None:
     """Unpack a compressed tar to a local file, but end early when `stop` is set.
 
-    Raises FileNotFoundError, TarError when the content is damaged, and InputError when this Python
-    cannot unpack it or when the disk is full.
+    Raises FileNotFoundError, TarError when the content is damaged, InputError when this Python
+    cannot unpack it, and OSError when the disk is full.
     """
     with files.open_reader(url) as file, _open(file, url) as plain, open(path, "wb") as out:
         while not stop.is_set() and (piece := _read_piece(plain, url)):
-            try:
-                out.write(piece)
-            except OSError as error:
-                if error.errno not in space.FULL:
-                    raise
-                raise InputError(
-                    f"SOURCE {files.redact(url)}: there is no room to unpack it to "
-                    f"{os.path.dirname(path)}: set TMPDIR to a folder with more room"
-                ) from None
+            out.write(piece)
 
 
 def _read_piece(plain: Any, url: str) -> bytes:
