@@ -3,9 +3,10 @@
 from contextlib import closing
 from typing import Any
 
+from engine.divergence import check_finite, check_skips
 from engine.evaluation.during_training import Stopped
 from engine.log.journal import FAILED
-from engine.log.metrics import MetricsLog
+from engine.log.metrics import BASELINES, MetricsLog
 from engine.log.patience import try_for
 from engine.measuring import Meter
 from engine.method.precision import parameter_dtype, slow_on
@@ -71,18 +72,18 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> tuple[b
             output = meter.take_step(batch)
             step = trainer.step
             log.advance()
-            trainer.check_skips(output, saver.wait)
-            trainer.settle(step - first)
+            check_skips(trainer, output, saver.wait)
+            trainer.finish_start(step - first)
             stopping = preemption.agreed()
 
             evaluation_due = recipe.probe.due(step, trainer.total_steps)
             if evaluation_due or step == first + 1:
-                log.pictures(trainer.pictures(output), step)
+                log.pictures(meter.pictures(output), step)
             if meter.logs(step):
                 trainer.run.check()
                 record = meter.read(output, batch)
                 if evaluation_due and not stopping:
-                    trainer.check_finite(output, saver.wait)
+                    check_finite(trainer, output, saver.wait)
                     found = _evaluate(trainer, preemption)
                     record, stopping = record | found, not found
                     best.note(step, {} if trainer.skipped() else found)
@@ -92,7 +93,7 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> tuple[b
                 meter.restart()
             due = recipe.checkpoint.due(step) or step == best.step
             if stopping or step == stop or (due and not trainer.skipped()):
-                trainer.check_finite(output, saver.wait)
+                check_finite(trainer, output, saver.wait)
                 _save(trainer, saver, log)
                 meter.restart()
             del batch, output  # else the next step could not use the memory of this one's images
@@ -137,7 +138,12 @@ def _log_baseline(trainer: Trainer, log: MetricsLog) -> None:
     """Measure what an encoder has to beat, at the start of the run, as the record of step 0."""
     if trainer.step or trainer.world.on_main(lambda: log.baseline):
         return
-    if found := trainer.measure_baseline():
+    if trainer.probe is None or not trainer.recipe.probe.baseline:
+        return
+    start = "knn_untrained" if trainer.run.origin.weights is None else "knn_start"
+    if found := trainer.probe.measure_baseline(start):
+        for key in ("knn_pixels", start):
+            trainer.terminal.say(f"kNN of {BASELINES[key]}: {found[key]:.1%}")
         log.write({"step": 0, "epoch": 0} | found)
 
 

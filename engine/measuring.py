@@ -9,10 +9,12 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from engine.log.figures import StepSums, data_digest
 from engine.log.journal import Record
 from engine.log.profiling import StepProfiler, parse_steps
 from engine.log.ranks import RankTimes
 from engine.log.timer import Timer
+from engine.method.byol import VIEWS
 from engine.method.durations import parse
 from engine.method.flops import count_flops, find_peak
 from engine.method.update_norms import UpdateNorms
@@ -37,10 +39,12 @@ class Meter:
         self._timer = Timer()
 
     def __enter__(self) -> "Meter":
+        self._preparing.watch()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Write and show what has been gathered, unless training has failed."""
+        self._preparing.leave()
         if kind is not None:
             self._profiler.cancel()
             return
@@ -77,10 +81,15 @@ class Meter:
     def read(self, output: StepOutput, batch: Batch) -> Record:
         """Return the record of the last step. All processes call it together."""
         trainer = self._trainer
-        record = trainer.measure(output, batch) | self._norms.read() | self._read_speeds()
+        record = describe_step(trainer, output, batch) | self._norms.read() | self._read_speeds()
         if self._ranks.steps >= parse(trainer.recipe.log.ranks_every)[0]:
             self.show_ranks()
         return record
+
+    def pictures(self, output: StepOutput) -> Tensor:
+        """Return both views [V, n, 3, S, S] of the first images, as the network saw them."""
+        both: Tensor = output.images.unflatten(0, (VIEWS, -1))
+        return both[:, : self._trainer.recipe.log.pictures]
 
     def _read_speeds(self) -> Record:
         trainer, timer = self._trainer, self._timer
@@ -124,7 +133,7 @@ class _Preparing:
     """
 
     def __init__(self, trainer: Trainer) -> None:
-        self._augment, trainer.augment = trainer.augment, self._augment_timed
+        self._trainer, self._augment = trainer, trainer.augment
         self._cuda = trainer.device.type == "cuda"
         if self._cuda:
             self._marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -133,6 +142,14 @@ class _Preparing:
 
     def restart(self) -> None:
         self._seconds = 0.0
+
+    def watch(self) -> None:
+        """Look on whenever the trainer augments images."""
+        self._trainer.augment = self._augment_timed
+
+    def leave(self) -> None:
+        """Give the trainer back what it had."""
+        self._trainer.augment = self._augment
 
     def begin(self) -> None:
         """Note that a step begins."""
@@ -154,6 +171,35 @@ class _Preparing:
             if self._cuda:
                 self._marks[1].record()
         return images
+
+
+def describe_step(trainer: Trainer, output: StepOutput, batch: Batch) -> Record:
+    """Return a step's log record without its speed; it is the same on every process.
+
+    All processes call it together.
+    """
+    losses = output.loss, output.head_loss
+    own = StepSums.of(*losses, output.features, output.projections, output.images)
+    sums = StepSums(trainer.world.all_reduce(own.values), output.features.shape[1])
+    digest = trainer.world.all_reduce(data_digest(batch.ids, batch.crcs)).item()
+    record: Record = {
+        "step": trainer.step,
+        "epoch": trainer.step // trainer.data.order.steps_per_epoch,
+        "loss": sums.loss,
+        "lr": output.lr,
+        "tau": output.tau,
+        "feature_std": sums.feature_std,
+        "projection_std": sums.projection_std,
+        "view_std": sums.view_std,
+        "view_correlation": sums.view_correlation,
+        "data_digest": f"{digest % 2**64:016x}",
+        "skipped": int(trainer.guard.skipped),
+    }
+    if trainer.guard.scale is not None:
+        record["loss_scale"] = trainer.guard.scale.item()
+    if trainer.classes:
+        record["head_loss"] = sums.head_loss if output.labeled else None
+    return record
 
 
 def find_device_peak(trainer: Trainer) -> float | None:

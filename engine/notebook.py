@@ -10,8 +10,10 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from engine.data import open_data
+from engine.divergence import check_skips
 from engine.evaluation.features import encoding
 from engine.log.terminal import Terminal
+from engine.measuring import describe_step
 from engine.method.augment import denormalize
 from engine.method.byol import VIEWS
 from engine.method.local_shards import whole
@@ -82,8 +84,8 @@ class Session:
                 self._broken = f"step {self._place + 1} ended part way by {type(error).__name__}"
                 raise
             self._batch, self._place = None, trainer.step
-        trainer.check_skips(output)
-        return trainer.measure(output, batch)
+        check_skips(trainer, output)
+        return describe_step(trainer, output, batch)
 
     def views(self, count: int = 8) -> Tensor:
         """Return both views of images of the next batch as one picture [3, H, W] of uint8.

@@ -15,17 +15,14 @@ from engine.beginning import begin
 from engine.data import Data, open_own_probe_sets, train_batches
 from engine.evaluation.during_training import Probe
 from engine.evaluation.probe_sets import ProbeSets
-from engine.log.figures import StepSums, data_digest
-from engine.log.metrics import BASELINES
-from engine.method import byol
+from engine.method import byol, schedule
 from engine.method.augment import augment
 from engine.method.average import PART, Average
 from engine.method.byol import byol_loss, update_target
 from engine.method.head import count_labels, head_loss, set_apart, set_rates
-from engine.method.local_shards import foreach_norms, local, not_finite, whole_norms
+from engine.method.local_shards import local
 from engine.method.norm import RunningStatistics
-from engine.method.precision import MOST_SKIPS, StepGuard, autocast, parameter_dtype
-from engine.method.schedule import learning_rate, tau
+from engine.method.precision import StepGuard, autocast, parameter_dtype
 from engine.processes import compiling, parallel
 from engine.processes.copies import Copies
 from engine.processes.world import World, set_timeout, share_of_cores
@@ -33,12 +30,9 @@ from engine.recipe import Recipe, in_steps
 from engine.run import Run
 from engine.state import checkpoint
 from engine.state.branch import without
-from shards.allocation import give_back_memory
-from shards.errors import InputError
+from shards.center_crops import CropReader
 from shards.loader import Batch
 from shards.loader_process import Loader
-
-Settle = Callable[[], object] | None
 
 
 class StepOutput(NamedTuple):
@@ -94,7 +88,8 @@ class Trainer:
         if recipe.probe.head_lr is not None and self.online.classifier is not None:
             self.peak_head_lr = recipe.schedule.peak_lr(batch, recipe.probe.head_lr)
             set_apart(self.optimizer, self.online.classifier)
-        self.moved, self.towards = byol.pair_parameters(self.target, self.online)
+        pairs = byol.pair_parameters(self.target, self.online)
+        self.target_parameters, self.online_parameters = pairs
         self.statistics = RunningStatistics([self.online, self.target])
         self.average = Average(recipe.average, self.online.encoder, self.update_target)
         self.guard = StepGuard(recipe.precision, self.device, batch, world.size)
@@ -149,11 +144,7 @@ class Trainer:
         paper. A step with a gradient that is not finite changes only what the guard keeps, and
         counts like any other.
         """
-        stages = (self.warmup_steps, self.total_steps, self.ramp, self.recipe.schedule.lr_decay)
-        lr, head_lr = (
-            learning_rate(self.step, peak, *stages) for peak in (self.peak_lr, self.peak_head_lr)
-        )
-        rate = tau(self.step, self.recipe.schedule.base_tau, self.total_steps, self.tau_power)
+        lr, head_lr, tau = self._rates()
         parts = self._micro_batches(batch)
         share = len(batch.ids) / self.recipe.batch.size / len(parts)  # of the global batch
         labeled = self._count_labels(parts)
@@ -165,9 +156,9 @@ class Trainer:
                 with autocast(self.recipe.precision, self.device):
                     with torch.no_grad():  # first, while no activations are kept
                         projection = self.target(images)  # [V*b, D]
-                    online = self.parallel.online(images)
-                byol_term = byol_loss(online.prediction, projection).mean() * share
-                head_term = head_loss(online.logits, labels, labeled)
+                    output = self.parallel.online(images)
+                byol_term = byol_loss(output.prediction, projection).mean() * share
+                head_term = head_loss(output.logits, labels, labeled)
                 self.guard.scale_loss(byol_term + head_term).backward()
             self.statistics.note()
             loss = loss + byol_term.detach()
@@ -177,13 +168,24 @@ class Trainer:
         divisor = self.guard.divisor(self.online.parameters())
         skip = self.optimizer.step(divisor, self.recipe.clip)  # [] 1 when gradients are not finite
         self.optimizer.zero_grad()
-        follow = (1 - rate) * (1 - skip).to(parameter_dtype(self.recipe.precision))
-        self.update_target(local(self.moved), local(self.towards), follow)
+        fraction = (1 - tau) * (1 - skip).to(parameter_dtype(self.recipe.precision))
+        self.update_target(local(self.target_parameters), local(self.online_parameters), fraction)
         self.statistics.apply(skip)
         self.average.follow(skip)
         self.guard.update(skip)
         self.step += 1  # a skipped step takes its place in the schedule too
-        return StepOutput(loss, head_total, labeled, online.features, projection, images, lr, rate)
+        return StepOutput(loss, head_total, labeled, output.features, projection, images, lr, tau)
+
+    def _rates(self) -> tuple[float, float, float]:
+        """Return the learning rates of the networks and of the online head, and tau."""
+        options, total = self.recipe.schedule, self.total_steps
+        lr, head_lr = (
+            schedule.learning_rate(
+                self.step, peak, self.warmup_steps, total, self.ramp, options.lr_decay
+            )
+            for peak in (self.peak_lr, self.peak_head_lr)
+        )
+        return lr, head_lr, schedule.tau(self.step, options.base_tau, total, self.tau_power)
 
     def _count_labels(self, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """Count the labeled rows of the global batch, [] on the device; 0 without a head.
@@ -228,19 +230,17 @@ class Trainer:
         recipe = self.recipe
         if sets is None:
             return None
-        return Probe(
-            recipe.probe,
-            self.online,
-            recipe.model.encoder,
-            sets,
-            self.world,
-            size=recipe.views.size,
-            precision=recipe.precision,
-            threads=self.threads,
-            corrupt=recipe.data.corrupt,
-            rules=recipe.data.rules,
-            report=self.terminal.report,
+        crops = CropReader(
+            recipe.views.size,
+            recipe.probe.crop,
+            self.threads,
+            recipe.data.corrupt,
+            self.terminal.report,
+            (self.world.rank, self.world.size),
+            recipe.data.rules,
         )
+        encoder = recipe.model.encoder
+        return Probe(recipe.probe, self.online, encoder, sets, self.world, crops, recipe.precision)
 
     @property
     def last_step(self) -> int:
@@ -248,7 +248,7 @@ class Trainer:
         steps = self.recipe.steps
         return self.total_steps if steps is None else min(steps, self.total_steps)
 
-    def settle(self, taken: int) -> None:
+    def finish_start(self, taken: int) -> None:
         """Shorten the timeout after the first step, and save compiled artefacts after the second.
 
         `taken` is the number of steps since this process started.
@@ -258,98 +258,12 @@ class Trainer:
         if taken == 2 and self.compile and self.recipe.compile_artefacts:
             self.artefacts.save(self.terminal.say)
 
-    def measure_baseline(self) -> dict[str, float]:
-        """Measure and report the kNN accuracies before the first step of the run.
-
-        Returns:
-            The accuracies by their keys in the log, with that of a guess; nothing when the recipe
-            asks for none or the run has begun.
-        """
-        if self.probe is None or not self.recipe.probe.baseline or self.step:
-            return {}
-        if not self.probe.sets.knn:  # a line says why
-            return {}
-        start = "knn_untrained" if self.run.origin.weights is None else "knn_start"
-        found = {
-            "knn_pixels": self.probe.measure_pixels(),
-            start: self.probe.evaluate()["knn_top1"],
-        }
-        give_back_memory()  # pixels are longer vectors than features: no later step needs as much
-        for key, accuracy in found.items():
-            self.terminal.say(f"kNN of {BASELINES[key]}: {accuracy:.1%}")
-        return found | {"knn_chance": 1 / len(self.probe.train.classes)}
-
-    # Reports about a step --------------------------------------------------------------------
-
-    def measure(self, output: StepOutput, batch: Batch) -> dict[str, Any]:
-        """Return the step's log record without its speed; it is the same on every process.
-
-        All processes call it together.
-        """
-        losses, vectors = output[:2], (output.features, output.projections)
-        own = StepSums.of(*losses, *vectors, output.images)
-        sums = StepSums(self.world.all_reduce(own.values), output.features.shape[1])
-        digest = self.world.all_reduce(data_digest(batch.ids, batch.crcs)).item()
-        record: dict[str, Any] = {
-            "step": self.step,
-            "epoch": self.step // self.data.order.steps_per_epoch,
-            "loss": sums.loss,
-            "lr": output.lr,
-            "tau": output.tau,
-            "feature_std": sums.feature_std,
-            "projection_std": sums.projection_std,
-            "view_std": sums.view_std,
-            "view_correlation": sums.view_correlation,
-            "data_digest": f"{digest % 2**64:016x}",
-            "skipped": int(self.guard.skipped),
-        }
-        if self.guard.scale is not None:
-            record["loss_scale"] = self.guard.scale.item()
-        if self.classes:
-            record["head_loss"] = sums.head_loss if output.labeled else None
-        return record
-
-    def pictures(self, output: StepOutput) -> Tensor:
-        """Return both views [V, n, 3, S, S] of the first images, as the network saw them."""
-        both: Tensor = output.images.unflatten(0, (2, -1))
-        return both[:, : self.recipe.log.pictures]
-
     def skipped(self) -> bool:
         """Return whether the last step was skipped; the host waits for it.
 
         Such a step is not saved, so that a row of them does not displace the checkpoints before it.
         """
         return self.guard.in_a_row > 0
-
-    def check_skips(self, output: StepOutput, settle: Settle = None) -> None:
-        """Raise InputError when too many steps in a row were skipped; see `check_finite`."""
-        if self.guard.count_skips() >= MOST_SKIPS:
-            raise self._diverged(output, settle)
-
-    def check_finite(self, output: StepOutput, settle: Settle = None) -> None:
-        """Raise InputError when a weight is not finite.
-
-        It is called before an evaluation and before a save, because the checkpoints of a diverged
-        run must not displace good ones. All processes call it together. `settle` waits for a save
-        that is under way, so that the message can name it.
-        """
-        norms = foreach_norms(local(self.online.parameters()))
-        if not_finite(whole_norms(norms, self.parallel.shard_group)):
-            raise self._diverged(output, settle)
-
-    def _diverged(self, output: StepOutput, settle: Settle) -> InputError:
-        if settle is not None:
-            settle()
-        scale = "" if self.guard.scale is None else f", loss scale {self.guard.scale.item():g}"
-        loss = self.world.all_reduce(output.loss.double().cpu()).item()
-        good = self.step - max(self.guard.in_a_row, 1)  # the last step that was not skipped
-        return InputError(
-            f"training has diverged: gradients or weights are not finite at step {self.step} "
-            f"(loss {loss:g}, learning rate {output.lr:g}{scale}); "
-            f"{self.world.on_main(lambda: checkpoint.tell_newest(self.run.url, good))}: start a "
-            "new run with a lower --schedule.base-lr"
-            + (" or --precision bf16" if self.recipe.precision == "fp16" else "")
-        )
 
     # Saved state ----------------------------------------------------------------------------
 

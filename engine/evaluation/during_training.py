@@ -34,7 +34,6 @@ from engine.method.precision import Precision, parameter_dtype
 from engine.processes.world import World
 from shards.allocation import give_back_memory
 from shards.center_crops import CropReader
-from shards.decode import PixelRules
 from shards.errors import InputError
 from shards.fields import Operation
 from shards.index import Index
@@ -108,34 +107,21 @@ class Probe:
         encoder: BackboneConfig,
         sets: ProbeSets,
         world: World,
-        *,
-        size: int,
+        crops: CropReader,
         precision: Precision,
-        threads: int,
-        corrupt: float,
-        rules: PixelRules,
-        report: Callable[[str], None],
     ) -> None:
-        """Prepare the readers and the probe's encoder.
-
-        Args:
-            size: Side of the network's input, in pixels.
-            corrupt: Fraction of the images that may be undecodable.
-            rules: How image files become pixels.
-            report: Takes warnings about the data.
-        """
-        self.config, self.online, self.sets, self.size = config, online, sets, size
+        """Prepare the probe's encoder, for images that `crops` reads."""
+        self.config, self.online, self.sets, self.crops = config, online, sets, crops
         self.train, self.val = sets.train, sets.val
-        self.world, self.precision, self._report = world, precision, report
+        self.world, self.precision = world, precision
         self.failures = 0
         """The number of evaluations that have failed."""
         self.step = 0
         """The step of the newest evaluation that succeeded. 0 stands for none after training."""
         self._examples: list[Example] = []  # of the newest evaluation
         self._kinds: set[str] = set()  # of failures that were reported
-        part = world.rank, world.size
-        self.crops = CropReader(size, config.crop, threads, corrupt, report, part, rules)
-        self.encoder = encoder.build(VIEWS, size).to(world.device, parameter_dtype(precision))
+        network = encoder.build(VIEWS, crops.size)
+        self.encoder = network.to(world.device, parameter_dtype(precision))
         self.encoder.eval()
 
     def check_val(self) -> None:
@@ -166,7 +152,7 @@ class Probe:
         kind = re.sub(r"\S*/\S*|\d+", "", reason)  # without its places and numbers
         if self.world.main and kind not in self._kinds:
             self._kinds.add(kind)
-            self._report(
+            self.crops.report(
                 f"an evaluation failed: {reason}; training goes on, and metrics.jsonl has "
                 f"{FAILED} at each step where this happens"
             )
@@ -200,6 +186,19 @@ class Probe:
         # It may choose a checkpoint, and the libraries of two machines may round it otherwise.
         found["feature_rank"] = self.world.on_main(lambda: effective_rank(some).item())
         return found
+
+    def measure_baseline(self, start: str) -> dict[str, float]:
+        """Measure what training has to beat: kNN on raw pixels, on the encoder now, and a guess.
+
+        Returns:
+            The accuracies by their keys in the log, where `start` is that of the encoder. There are
+            none when kNN cannot be measured, which `sets.notes` explains.
+        """
+        if not self.sets.knn:
+            return {}
+        pixels, now = self.measure_pixels(), self.evaluate()["knn_top1"]
+        give_back_memory()  # pixels are longer vectors than features: no later step needs as much
+        return {"knn_pixels": pixels, start: now, "knn_chance": 1 / len(self.train.classes)}
 
     def measure_pixels(self) -> float:
         """Measure kNN on the pixels themselves. This is the figure that an encoder has to beat.
@@ -243,7 +242,7 @@ class Probe:
         """
         if not pixels:
             self._take_weights()
-        network: nn.Module = Pixels(self.size) if pixels else self.encoder
+        network: nn.Module = Pixels(self.crops.size) if pixels else self.encoder
         encode = encoding(network, self.precision, self.world.device)
         found, fault = None, ""
         try:

@@ -16,6 +16,7 @@ from engine.data import Data
 from engine.log import journal
 from engine.log.figures import data_digest
 from engine.log.terminal import Terminal
+from engine.measuring import describe_step
 from engine.processes.world import World
 from engine.recipe import Recipe
 from engine.replay import sheets
@@ -65,9 +66,8 @@ def replay(recipe: Recipe, step: int, world: World, data: Data, terminal: Termin
     skipped = int(trainer.guard.skipped)
     with Watch(trainer, batch) as watch:
         output = trainer.train_step(batch)
-    trainer.step = step
     skipped = int(trainer.guard.skipped) - skipped
-    record = trainer.measure(output, batch)
+    record = describe_step(trainer, output, batch)
     record.pop("data_digest")
     record |= sum_norms(watch.layers)
     summary: dict[str, Any] = {"step": step, "weights": weights.text, "exact": weights.exact}
@@ -108,9 +108,7 @@ def approach(trainer: Trainer, step: int) -> tuple[Weights, Batch]:
         trainer.step = step - 1  # the batch and the rates of the step, with older weights
     with closing(trainer.batches()) as batches:
         while trainer.step < step - 1:
-            now = trainer.step
             trainer.train_step(next(batches))
-            trainer.step = now + 1
         batch = next(batches)
     text = f"of {origin}"
     if near:
