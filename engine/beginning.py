@@ -29,27 +29,28 @@ class Beginning(NamedTuple):
     commit: Commit | None  # the state to load
     left_out: tuple[str, ...]  # parts of the state that are not loaded
     weights: StartWeights | None
+    origin: Origin  # how the run began, for its recipe.json and its checkpoints
     ramp: Ramp  # of the learning rate
     text: str  # one line for the user; "" when nothing is to be said
 
 
 def begin(recipe: Recipe, world: World, run: Run, train: Index) -> Beginning:
-    """Decide how this job begins, and complete `run.origin`.
+    """Decide how this job begins.
 
     All processes call it together, before the networks are built.
 
     Raises InputError when the weights or the branch do not fit the recipe, and when the run began
     from others.
     """
-    start, classes = run.start, len(train.classes)
+    start, classes, began = run.start, len(train.classes), run.origin
     step, weights, text = 0, None, ""
     left_out: tuple[str, ...] = ()
     if run.branches and start is not None:
         found = _branch(recipe, world, start, train)
-        run.origin = replace(start.origin, branched_from=found.point)
+        began = replace(start.origin, branched_from=found.point)
         step, left_out, text = found.point.step_here, found.left_out, found.text
     elif start is not None:
-        _check_weights(recipe, world, run, run.origin, classes)
+        _check_weights(recipe, world, run, began, classes)
         step = start.step
         text = f"resumed at step {step} from {files.redact(start.url)}"
     else:
@@ -60,12 +61,12 @@ def begin(recipe: Recipe, world: World, run: Run, train: Index) -> Beginning:
                 recipe.model, classes, recipe.views.size, world, run.terminal.report
             )
             text = weights.report
-            run.origin = Origin(weights=weights.source)
+            began = Origin(weights=weights.source)
             if run.recorded is not None and run.recorded.weights is not None:
                 _check_digest(recipe, run, run.recorded.weights.digest, weights)
-    run.origin = replace(run.origin, samples=train.samples)
-    ramp = _ramp(recipe, run.origin, train.samples)
-    return Beginning(step, start, left_out, weights, ramp, text)
+    began = replace(began, samples=train.samples)
+    ramp = _ramp(recipe, began, train.samples)
+    return Beginning(step, start, left_out, weights, began, ramp, text)
 
 
 def _branch(recipe: Recipe, world: World, parent: Commit, train: Index) -> Branch:

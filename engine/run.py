@@ -36,18 +36,19 @@ class Run:
         terminal: Terminal,
         found: Found | None,
         held: lease.Lease | None = None,
+        source: dict[str, Any] | None = None,
     ) -> None:
         """Open the run that a job holds by the lease `held`.
 
-        It is None on all processes except the first, and where nobody holds the run.
+        It is None on all processes except the first, and where nobody holds the run. `source` is
+        what recipe.json says of the recipe file.
         """
         self.url, self.terminal = recipe.run, terminal
         found = found or Found(None, False, None)
         self.start, self.branches, self.recorded = found
         self.origin = Origin() if found.commit is None else found.commit.origin
-        """How the run began. engine/beginning.py completes it before anything is written."""
-        self.source: dict[str, Any] = {}
-        """What recipe.json says of the recipe file. launch/train.py sets it."""
+        """How the run began. The trainer completes it before anything is written."""
+        self.source = source or {}
         self._recipe, self._digest, self._world, self._held = recipe, index_digest, world, held
         self._facts: dict[str, Any] | None = None  # in recipe.json, once this start has written it
 
@@ -181,8 +182,16 @@ class Run:
 
 
 @contextmanager
-def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -> Iterator[Run]:
+def claim(
+    recipe: Recipe,
+    index_digest: str,
+    world: World,
+    terminal: Terminal,
+    source: dict[str, Any] | None = None,
+) -> Iterator[Run]:
     """Hold the run directory for this job, so that no other job trains there meanwhile.
+
+    Its recipe.json keeps `source`, which describes the recipe file.
 
     All processes call it together. With `debug_step` nothing is held, because all that is written
     then is RUN/debug_step, which is removed again.
@@ -204,7 +213,7 @@ def claim(recipe: Recipe, index_digest: str, world: World, terminal: Terminal) -
         held = claimed[0] if claimed else None
         check_same_folder(recipe.run, held, world)
         found = find_checkpoint(recipe, index_digest, world, terminal.report)
-        yield Run(recipe, index_digest, world, terminal, found, held)
+        yield Run(recipe, index_digest, world, terminal, found, held, source)
         refused = False
     finally:
         for one in claimed:

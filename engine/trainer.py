@@ -76,7 +76,7 @@ class Trainer:
 
         self.classes = len(data.train.classes)
         beginning = begin(recipe, world, run, data.train)
-        self.ramp = beginning.ramp
+        run.origin, self.ramp = beginning.origin, beginning.ramp
         probe_sets = open_own_probe_sets(recipe, data, world, self.threads, self.terminal.say)
         size = recipe.views.size
         self.online, self.target = byol.build(recipe.model, self.classes, recipe.seed, size)

@@ -67,8 +67,7 @@ def train(recipe: Recipe, source: dict[str, Any] | None = None) -> bool:
         if recipe.replay is not None:
             replay(recipe, recipe.replay, world, data, terminal)
             return True
-        with claim(recipe, data.train.digest, world, terminal) as run:
-            run.source = source or {}
+        with claim(recipe, data.train.digest, world, terminal, source) as run:
             try:
                 trainer = Trainer(recipe, world, data, run)
                 if recipe.debug_step:
