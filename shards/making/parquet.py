@@ -22,6 +22,7 @@ from shards.tar import TarError
 
 _LABELS = ("label", "labels", "class", "cls", "target", "category")  # columns that hold labels
 _ROWS = 64  # are read at a time
+_BUFFER = 1 << 22  # bytes of a column that are read at a time, however long it is
 _NO_IMAGE = "rows without an image"
 _PATH_ALONE = "rows whose image is the path of a file, and not its content"
 
@@ -59,7 +60,7 @@ def unpack(
         ) from None
     with files.open_reader(url) as file, tarfile.open(path, "w") as tar:
         try:
-            table = ParquetFile(file)
+            table = ParquetFile(file, buffer_size=_BUFFER)
             columns = _choose_columns(table.schema_arrow, layout, place)
             for key, row in enumerate(_read_rows(table, columns)):
                 if stop.is_set():
