@@ -27,7 +27,7 @@ from shards.samples import IMAGE_FIELDS, Layout, Sample, Span, group_samples, ma
 from shards.storage import files
 from shards.storage.range_file import RangeFile
 from shards.storage.skim import open_skim
-from shards.tar import COMPRESSED, Member, TarError, is_tar, read_members
+from shards.tar import COMPRESSED, Member, TarError, is_parquet, is_tar, read_members
 from shards.threads import run_in_threads
 
 ClassesFrom = Literal["labels", "tars", "folders"]
@@ -106,6 +106,11 @@ def find_packed_images(
                 report(f"unpacking {shown} to {scratch}")
                 with naming_temporary(url, scratch):
                     if kind == PARQUET_MARK:
+                        if classes_from == "folders":
+                            raise InputError(
+                                f"SOURCE {shown}: --classes-from folders: a parquet file has no "
+                                "folders: leave it out, or name the column by --label"
+                            )
                         names = parquet.unpack(url, path, layout, reasons, name, stop)
                         own = Layout()
                     else:
@@ -176,7 +181,9 @@ def _prepare(
     warnings = list(labels.warnings)
     if missing := sum(number < 0 for number in numbers):
         hint = "; the folders may name the classes (--classes-from folders)"
-        hint = hint * (missing == len(numbers) and all(f.path.count("/") > 1 for f in found))
+        folders = [f.path.rpartition("/")[0] for f in found]
+        nested = all("/" in folder and not is_parquet(folder) for folder in folders)
+        hint *= missing == len(numbers) and nested and classes_from != "folders"
         warnings.append(f"{missing:,} of {len(numbers):,} samples have no label{hint}")
     return Repacking(_part(images, labels.classes, place), read, left_out, warnings)
 

@@ -126,6 +126,7 @@ def test_rows_that_hold_paths_alone(tmp_path: Path) -> None:
         "rows without an image": 1,
     }
     assert labels(found) == {"": [-1]}
+    assert found.warnings == ["1 of 1 samples have no label"]
 
 
 def test_columns_that_the_user_names(tmp_path: Path) -> None:
@@ -163,6 +164,8 @@ def test_files_that_cannot_be_packed(tmp_path: Path) -> None:
     text = {"text": (pyarrow.string(), ["a"])}
     with pytest.raises(InputError, match="no column holds images: it has text"):
         find(tmp_path, write(tmp_path / "text.parquet", text))
+    with pytest.raises(InputError, match="a parquet file has no folders: leave it out"):
+        find(tmp_path, tmp_path / "text.parquet", classes_from="folders")
     two = {"a": (IMAGE, [None]), "b": (IMAGE, [None])}
     with pytest.raises(InputError, match="a, b could be meant: name one by --image"):
         find(tmp_path, write(tmp_path / "two.parquet", two))
