@@ -28,13 +28,9 @@ import sys
 from collections.abc import Callable
 
 from launch import imports
-from launch.plain_output import prepare_output
-from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     imports.begin()
-    check_requirements()
-    prepare_output()
 
 import tyro
 

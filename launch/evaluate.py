@@ -17,15 +17,9 @@ from typing import Annotated, Any
 from annotated_types import Interval
 
 from launch import imports
-from launch.loading import say_loading
-from launch.plain_output import prepare_output
-from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     imports.begin()
-    say_loading()
-    check_requirements()
-    prepare_output()
 
 import tyro
 

@@ -10,15 +10,9 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from launch import imports
-from launch.loading import say_loading
-from launch.plain_output import prepare_output
-from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     imports.begin()
-    say_loading()
-    check_requirements()
-    prepare_output()
 
 import torch
 import tyro

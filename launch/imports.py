@@ -14,12 +14,23 @@ import signal
 import sys
 from types import FrameType
 
+from launch.loading import say_loading
+from launch.plain_output import prepare_output
+from launch.requirements import check_requirements
+
 
 def begin() -> None:
-    """Have Ctrl-C end the process with status 130, and turn the garbage collector off."""
+    """Have Ctrl-C end the process with status 130, and turn the garbage collector off.
+
+    Say that imports take a while, end the process when a package is missing or too old, and let
+    standard output take any text.
+    """
     gc.disable()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup and others ignore it
         signal.signal(signal.SIGINT, _end)
+    say_loading()
+    check_requirements()
+    prepare_output()
 
 
 def end() -> None:

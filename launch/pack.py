@@ -14,15 +14,9 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 from launch import imports
-from launch.loading import say_loading
-from launch.plain_output import prepare_output
-from launch.requirements import check_requirements
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     imports.begin()
-    say_loading()
-    check_requirements()
-    prepare_output()
 
 import tyro
 from annotated_types import Interval

@@ -1,12 +1,16 @@
 """What is printed before the imports, which take seconds."""
 
+import gc
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from launch import imports
 from launch.loading import say_loading
 from tests.helpers.places import ROOT
 
@@ -40,7 +44,17 @@ def test_one_line_where_a_person_watches(
 def test_it_comes_before_the_imports(name: str) -> None:
     text = (ROOT / "launch" / f"{name}.py").read_text()
     heavy = "\nimport tyro" if name == "pack" else "\nfrom engine"
-    assert text.index("    say_loading()") < text.index(heavy)
+    assert text.index("    imports.begin()") < text.index(heavy)
+
+
+def test_it_is_part_of_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    for name in ("say_loading", "check_requirements", "prepare_output"):
+        monkeypatch.setattr(imports, name, partial(begun.append, name))
+    imports.begin()
+    gc.enable()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert begun == ["say_loading", "check_requirements", "prepare_output"]
 
 
 @pytest.mark.parametrize(
