@@ -3,132 +3,142 @@
 import difflib
 import re
 from dataclasses import fields
+from typing import NamedTuple
 
 from engine.method.encoders import ENCODERS
 from engine.recipe import Recipe, optimizers
 from launch.optimizer_hints import explain_option
 from shards.fields import flatten
 
-# Names that other programs have, and the fields that do the same here. The first one that the
-# recipe has is proposed. What follows is said too.
-FIELDS: dict[str, tuple[list[str], str]] = {
-    "lr base-lr learning-rate base-learning-rate blr optimizer.lr": (
+
+class Meant(NamedTuple):
+    """What is meant by a name that other programs have."""
+
+    fields: list[str]  # the fields that do the same here
+    text: str = ""  # what is to be known about them
+    both: bool = False  # Propose all of them, and not only the first one that the recipe has.
+
+
+# By names of other programs.
+FIELDS: dict[str, Meant] = {
+    "lr base-lr learning-rate base-learning-rate blr optimizer.lr": Meant(
         ["schedule.base-lr"],
         "it is the peak at batch size 256, and goes in proportion to the batch",
     ),
-    "epoch max-epochs num-epochs n-epochs total-epochs": (["schedule.epochs"], ""),
-    "max-steps num-steps iterations iters max-iters": (
+    "epoch max-epochs num-epochs n-epochs total-epochs": Meant(["schedule.epochs"]),
+    "max-steps num-steps iterations iters max-iters": Meant(
         ["steps"],
         "it stops this process, and --schedule.epochs is the length of the schedule",
     ),
-    "batch batch-size bs batchsize global-batch-size train-batch-size b": (
+    "batch batch-size bs batchsize global-batch-size train-batch-size b": Meant(
         ["batch.size"],
         "it counts the images of all processes together",
     ),
-    "accumulate accumulation accumulate-grad-batches gradient-accumulation-steps micro-batch": (
+    "accumulate accumulation accumulate-grad-batches gradient-accumulation-steps "
+    "micro-batch": Meant(
         ["batch.micro"],
         "it is the number of parts of a batch",
     ),
-    "init init-from pretrained weights load load-from load-weights start start-from finetune": (
+    "init init-from pretrained weights load load-from load-weights start start-from "
+    "finetune": Meant(
         ["model.start"],
         "it is the URL of the weights that training starts from",
     ),
-    "branch fork": (["checkpoint.branch"], ""),
-    "initialization weight-init weight-initialization init-method": (
+    "branch fork": Meant(["checkpoint.branch"]),
+    "initialization weight-init weight-initialization init-method": Meant(
         ["model.initialization"],
         "it is official, xavier_uniform, kaiming_normal and so on",
     ),
-    "polyak polyak-ema model-ema swa average": (
+    "polyak polyak-ema model-ema swa average": Meant(
         ["average.rate"],
         "--network average evaluates and exports it; the target's own rate is --schedule.base-tau",
     ),
-    "patience early-stopping early-stop stop-early": (
+    "patience early-stopping early-stop stop-early": Meant(
         ["early-stop.key", "early-stop.patience"],
         "the first names a figure of the log, and the second counts its measurements",
+        both=True,
     ),
-    "visdom visdom-url visdom-port visdom-server": (
+    "visdom visdom-url visdom-port visdom-server": Meant(
         ["log.visdom"],
         "it is a URL with the port, such as http://localhost:8097",
     ),
-    "wandb wandb-project wandb-entity": (["log.wandb"], ""),
-    "dali gpu-decode decode-gpu": (["data.decode"], "it is cpu or gpu"),
-    "checkpoint ckpt checkpoint-path ckpt-path resume-path": (
+    "wandb wandb-project wandb-entity": Meant(["log.wandb"]),
+    "dali gpu-decode decode-gpu": Meant(["data.decode"], "it is cpu or gpu"),
+    "checkpoint ckpt checkpoint-path ckpt-path resume-path": Meant(
         ["checkpoint.resume"],
         "it starts a new run from another run's state, and the same command continues a run",
     ),
-    "workers workers-per-replica num-workers n-workers data-workers j jobs num-threads": (
+    "workers workers-per-replica num-workers n-workers data-workers j jobs num-threads": Meant(
         ["threads"],
         "threads of each process do what worker processes do elsewhere",
     ),
-    "wd weight-decay decay": (["optimizer.weight-decay"], ""),
-    "beta betas beta1 beta2": (["optimizer.betas"], ""),
-    "nesterov": (["optimizer.nesterov", "optimizer.options"], ""),
-    "clip": (
+    "wd weight-decay decay": Meant(["optimizer.weight-decay"]),
+    "beta betas beta1 beta2": Meant(["optimizer.betas"]),
+    "nesterov": Meant(["optimizer.nesterov", "optimizer.options"]),
+    "clip": Meant(
         ["clip.value", "clip.norm"],
         "the first bounds each element of the gradient, the second all of it together",
+        both=True,
     ),
-    "clip-grad grad-clip clip-grad-norm max-grad-norm gradient-clip-val max-norm": (
+    "clip-grad grad-clip clip-grad-norm max-grad-norm gradient-clip-val max-norm": Meant(
         ["clip.norm"],
         "it bounds the gradient of all parameters together",
     ),
-    "clip-grad-value gradient-clip-value": (["clip.value"], ""),
-    "scheduler lr-update-schedule lr-scheduler lr-schedule lr-policy": (
+    "clip-grad-value gradient-clip-value": Meant(["clip.value"]),
+    "scheduler lr-update-schedule lr-scheduler lr-schedule lr-policy": Meant(
         ["schedule.lr-decay"],
         "it is cosine or none",
     ),
-    "arch architecture depth backbone encoder network net model.backbone.type": (
+    "arch architecture depth backbone encoder network net model.backbone.type": Meant(
         ["model.encoder.depth", "model.encoder.name"],
-        "",
     ),
-    "width width-multiplier": (["model.encoder.width"], ""),
-    "proj-dim projection-dim projection-size out-dim output-dim dim": (["model.projection"], ""),
-    "hidden-dim head-latent-size hidden-size mlp-dim projection-hidden-size": (
+    "width width-multiplier": Meant(["model.encoder.width"]),
+    "proj-dim projection-dim projection-size out-dim output-dim dim": Meant(["model.projection"]),
+    "hidden-dim head-latent-size hidden-size mlp-dim projection-hidden-size": Meant(
         ["model.hidden"],
-        "",
     ),
     "output out output-dir out-dir log-dir logdir run-dir save-dir exp-dir rundir dir name "
-    "uid model-dir time-stamp ckpt-prefix": (
+    "uid model-dir time-stamp ckpt-prefix": Meant(
         ["run-url"],
         "it is the URL of the run's directory",
     ),
-    "data dataset data-dir data-path root train train-dir train-list image-dir images": (
+    "data dataset data-dir data-path root train train-dir train-list image-dir images": Meant(
         ["data.train"],
         "it is a folder of shards, which launch/pack.py writes",
     ),
-    "val val-dir val-list valid validation test eval-data val-data": (["data.val"], ""),
-    "amp fp16 half bf16 mixed-precision dtype fp32 autocast opt-level": (
+    "val val-dir val-list valid validation test eval-data val-data": Meant(["data.val"]),
+    "amp fp16 half bf16 mixed-precision dtype fp32 autocast opt-level": Meant(
         ["precision"],
         "it is fp32, bf16 or fp16",
     ),
     "image-size image-size-override img-size imsize crop-size resolution input-size size-crops "
-    "resize-size": (
+    "resize-size": Meant(
         ["views.size"],
-        "",
     ),
-    "crop crop-scale min-scale scale": (["views.area"], ""),
+    "crop crop-scale min-scale scale": Meant(["views.area"]),
     "tau base-decay base-momentum ema ema-decay ema-momentum momentum moving-average-decay m "
-    "target-decay": (
+    "target-decay": Meant(
         ["schedule.base-tau"],
         "it is the target's averaging rate, and that of the optimizer is --optimizer.momentum",
     ),
-    "warmup warmup-epochs warm-up warmup-steps warmup-iters": (
+    "warmup warmup-epochs warm-up warmup-steps warmup-iters": Meant(
         ["schedule.warmup"],
         "it takes steps, such as 300, or epochs, such as '10 epochs'",
     ),
-    "schedule.warmup-epochs": (
+    "schedule.warmup-epochs": Meant(
         ["schedule.warmup"],
         "it takes epochs with their unit, such as '10 epochs', because a bare number counts steps",
     ),
-    "eval-every eval-interval eval-freq val-every evaluate-every": (["probe.every"], ""),
-    "save-every save-interval save-freq save-epoch checkpoint-every": (
+    "eval-every eval-interval eval-freq val-every evaluate-every": Meant(["probe.every"]),
+    "save-every save-interval save-freq save-epoch checkpoint-every": Meant(
         ["checkpoint.every"],
         "it takes steps, such as 500, or epochs, such as '1 epoch'",
     ),
-    "log-every log-interval print-freq log-freq log-step": (["log.every"], ""),
-    "knn knn-k k": (["probe.neighbours"], ""),
-    "random-seed manual-seed": (["seed"], ""),
-    "strategy ddp fsdp distributed": (["parallel.strategy"], "it is auto, ddp, fsdp or hsdp"),
-    "debug dry-run fast-dev-run": (["debug-step"], ""),
+    "log-every log-interval print-freq log-freq log-step": Meant(["log.every"]),
+    "knn knn-k k": Meant(["probe.neighbours"]),
+    "random-seed manual-seed": Meant(["seed"]),
+    "strategy ddp fsdp distributed": Meant(["parallel.strategy"], "it is auto, ddp, fsdp or hsdp"),
+    "debug dry-run fast-dev-run": Meant(["debug-step"]),
 }
 
 # What is no field at all.
@@ -216,14 +226,14 @@ def _look_up(name: str, recipe: Recipe, known: list[str]) -> str:
     for names, text in ADVICE.items():
         if name in names.split():
             return text
-    for names, (targets, text) in FIELDS.items():
-        there = [target for target in targets if target in known]
-        if name in names.split() and not there:
-            return next(filter(None, (explain_option(one, recipe) for one in targets)), "")
-        if name in names.split():
-            several = there if text.startswith("the first") else there[:1]
-            meant = " or ".join(f"--{one}" for one in several)
-            return f"did you mean {meant}?" + f" ({text})" * bool(text)
+    for names, meant in FIELDS.items():
+        if name not in names.split():
+            continue
+        there = [field for field in meant.fields if field in known]
+        if not there:
+            return next(filter(None, (explain_option(one, recipe) for one in meant.fields)), "")
+        proposed = " or ".join(f"--{one}" for one in (there if meant.both else there[:1]))
+        return f"did you mean {proposed}?" + f" ({meant.text})" * bool(meant.text)
     return ""
 
 

@@ -19,10 +19,10 @@ LARS = str(RECIPES / "imagenette.py")
 def test_every_hint_leads_somewhere() -> None:
     known = fields_of_all_recipes()
     assert {"schedule.base-lr", "optimizer.betas", "optimizer.trust-coefficient"} <= known
-    for names, (targets, _) in FIELDS.items():
-        assert [target for target in targets if target in known], names
+    for names, meant in FIELDS.items():
+        assert [field for field in meant.fields if field in known], names
         assert not set(names.split()) & known, names
-    named = {target for targets, _ in FIELDS.values() for target in targets}
+    named = {field for meant in FIELDS.values() for field in meant.fields}
     assert named <= known
     advised = {
         name for text in ADVICE.values() for name in re.findall(r"--([a-z]+(?:\.[a-z0-9]+)+)", text)
