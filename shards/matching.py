@@ -20,6 +20,21 @@ def check_same_classes(
         )
 
 
+def compare_images(
+    train: Index, val: Index, names: tuple[str, str] = ("data.train", "data.val")
+) -> str:
+    """Return a warning when two data sets have the same images; else "".
+
+    `names` are the fields that gave them.
+    """
+    if train.content != val.content:
+        return ""
+    return (
+        f"{names[0]} and {names[1]} are the same images, so each one finds itself and figures are "
+        "too high: give two sets of other images"
+    )
+
+
 def compare_windows(
     train: Index, val: Index, names: tuple[str, str] = ("data.train", "data.val")
 ) -> str:

@@ -10,7 +10,7 @@ from shards.digest import digest
 from shards.errors import InputError
 from shards.index import Index
 from shards.making.convert import PixelOptions
-from shards.matching import check_same_classes, compare_windows
+from shards.matching import check_same_classes, compare_images, compare_windows
 from shards.storage import files
 
 _FIELDS = ("probe.train", "probe.val")
@@ -73,6 +73,8 @@ def open_probe_sets(
         return ProbeSets(bank, queries or bank, fields, knn=False, head=False, notes=tuple(notes))
     assert queries is not None
     _check_classes(bank, queries, fields)
+    if doubt := compare_images(bank, queries, fields):
+        notes.append(doubt)
     head = queries.classes == train.classes
     if train.classes and not head:
         notes.append(f"{fields[1]} has other classes than data.train: no online_top1")

@@ -72,6 +72,30 @@ def open_sets(
     return found["data.train"], found["data.val"]
 
 
+def is_own(source: Source, train: Index, val: Index, *, labels: bool) -> bool:
+    """Return whether two sets are those that a run is measured on, even if they were moved.
+
+    They are data.train and data.val, or where data.val is not set or lacks the labels that are
+    needed, probe.train and probe.val. Without either, no set is the run's own.
+    """
+
+    def load(name: str, find: Callable[[], str]) -> Index | None:
+        if not source.fields.get(name):
+            return None
+        try:
+            return indexes.load(find(), name)
+        except (InputError, OSError):
+            return Index("", [])  # What is not there any more equals nothing.
+
+    queries = load("data.val", lambda: source.data_url("data.val"))
+    trained_on = train.digest == source.data_digest
+    if queries is None or (labels and not queries.classes):
+        queries = load("probe.val", lambda: _find_probe(source, "probe.val")) or queries
+        bank = load("probe.train", lambda: _find_probe(source, "probe.train"))
+        trained_on = trained_on if bank is None else train.content == bank.content
+    return trained_on and queries is not None and queries.content == val.content
+
+
 def find_val(source: Source, report: Callable[[str], None]) -> str:
     """Return the URL of the run's data.val, or of its probe.val where that is not set.
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass, replace
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import PurePosixPath
 from typing import Annotated, Any
@@ -22,7 +21,7 @@ from engine.encoder.source import EncoderConfig, open_encoder
 from engine.evaluation.features import Features, encoding, extract
 from engine.evaluation.given_sets import GivenSet
 from engine.evaluation.results import Result, read_result, show
-from engine.evaluation.run_sets import Name, check_classes, open_sets, packing_options
+from engine.evaluation.run_sets import Name, check_classes, is_own, open_sets, packing_options
 from engine.log import journal
 from engine.log.curves import name_curve
 from engine.log.events import EventLog
@@ -33,14 +32,13 @@ from engine.processes.identity import agent_identity
 from engine.processes.world import World, share_of_cores
 from engine.state import lease
 from engine.state.layout import CHECKPOINTS, EVALUATIONS, RESULT, refuse_links
-from shards import index as indexes
 from shards.center_crops import CropReader, EvalBatch
 from shards.decode import DEFAULT_RULES
 from shards.digest import digest
 from shards.errors import InputError
 from shards.fields import UnitInterval
 from shards.index import Index
-from shards.matching import compare_windows
+from shards.matching import compare_images, compare_windows
 from shards.storage import files
 
 PACKED = "packed"  # the folder of what was packed, beside the results
@@ -121,8 +119,18 @@ class Evaluation:
         )
         if labels:
             check_classes(self.train, self.val)
-        if doubt := compare_windows(self.train, self.val):
-            self.terminal.say(doubt)
+        self._own_data = world.on_main(
+            lambda: (
+                not (given and self.source.run)
+                or is_own(self.source, self.train, self.val, labels=labels)
+            )
+        )
+        for doubt in (
+            compare_windows(self.train, self.val),
+            compare_images(self.train, self.val) if labels else "",
+        ):
+            if doubt:
+                self.terminal.say(doubt)
         self.crops = CropReader(
             self.source.size,
             self.source.crop,
@@ -281,23 +289,6 @@ class Evaluation:
         """Return the URL of tensorboard's files. Those of other data than the run's lie apart."""
         apart = f"on_{self.val.digest[:6]}"
         return self.home if self._own_data else files.join(self.home, apart)
-
-    @cached_property
-    def _own_data(self) -> bool:
-        """Whether the data are the run's own, even if they were moved.
-
-        It is also true when there is nothing to compare with: for a third-party checkpoint file,
-        and for a run without data.val.
-        """
-        if not (self._given and self.source.run and self.source.fields.get("data.val")):
-            return True
-        if self.train.digest != self.source.data_digest:
-            return False
-        try:
-            theirs = self.source.data_url("data.val")
-            return indexes.load(theirs, "data.val").content == self.val.content
-        except (InputError, OSError):
-            return False
 
     def _folder(self) -> str:
         source = self.source

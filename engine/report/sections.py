@@ -230,12 +230,19 @@ def write_evaluations(run: RunFacts) -> Html:
             "" if one.step is None else f"{one.step:,}",
             one.network,
             join(*(tag("div", breakable(k), f" {v:.2%}") for k, v in _first_metrics(one))),
+            _measured_on(one),
             _show_settings(one.settings),
         ]
         for one in run.evaluations
     ]
-    head = ["protocol", "step", "network", "figures", "settings"]
-    return make_table(head, rows, numbers=[1], long=[3, 4])
+    head = ["protocol", "step", "network", "figures", "measured on", "settings"]
+    return make_table(head, rows, numbers=[1], long=[3, 4, 5])
+
+
+def _measured_on(one: EvaluationFacts) -> str:
+    """Return the URL of the images that an evaluation measured; "" where it does not say."""
+    val = one.data.get("val")
+    return files.redact(str(val.get("url", ""))) if isinstance(val, dict) else ""
 
 
 def _first_metrics(one: EvaluationFacts) -> list[tuple[str, float]]:

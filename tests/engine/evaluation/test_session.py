@@ -9,6 +9,7 @@ import fsspec
 import pytest
 from PIL import Image
 
+from engine.evaluation.during_training import ProbeConfig
 from engine.evaluation.session import Evaluation
 from engine.log import journal
 from engine.state import lease
@@ -17,6 +18,7 @@ from shards import index
 from shards.loader import DataConfig
 from shards.storage import files
 from tests.helpers import tiny
+from tests.helpers.labels import draw_some
 from tests.helpers.training import train
 from tests.launch.test_evaluate import result
 
@@ -28,6 +30,12 @@ def run(tiny_data: DataConfig, tmp_path: Path) -> str:
     url = str(tmp_path / "run")
     assert train(tiny.recipe(tiny_data, url, steps=2, probe=tiny.NO_PROBE))
     return url
+
+
+@pytest.fixture
+def unlabeled(tmp_path: Path) -> DataConfig:
+    draw_some(tmp_path / "unlabeled", tiny.SAMPLES, lambda _: False)
+    return DataConfig(train=f"{tmp_path}/unlabeled", streams=4)
 
 
 def test_results_do_not_leave_the_run(
@@ -131,6 +139,38 @@ def test_other_data_have_another_name(run: str, tmp_path: Path, tiny_data: DataC
         Path(copy, path.name).write_bytes(path.read_bytes())
     assert evaluate.main(["knn", run, *KNN, "--data.val", copy]) == 0
     assert "knn_k5_t0.07_top1" in journal.read(run)[-1]
+
+
+def test_a_run_of_unlabeled_images_owns_its_probe_sets(
+    unlabeled: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other images must not take the place of figures on those that a run is measured on."""
+    labeled, other = make_set(tmp_path / "labeled"), make_set(tmp_path / "other", moved=2)
+    run, key = str(tmp_path / "run"), "knn_k1_t0.07_top1"
+    probe = ProbeConfig(every=1, train=labeled, val=other, neighbours=2)
+    assert train(tiny.recipe(unlabeled, run, steps=1, probe=probe))
+    knn = ["knn", run, "--k", "1", "--threads", "1"]
+    assert evaluate.main(knn) == 0
+    own = journal.read(run)[-1][key]
+    assert evaluate.main([*knn, "--data.train", other, "--data.val", labeled]) == 0
+    assert evaluate.main([*knn, "--data.train", labeled, "--data.val", labeled]) == 0
+    assert "are the same images, so each one finds itself" in capsys.readouterr().out
+    digest = index.load(labeled, "data.val").digest[:6]
+    last = journal.read(run)[-1]
+    assert last[f"{key}_on_{digest}"] == 1  # themselves
+    assert last[key] == own
+    assert own < 1
+    assert evaluate.main([*knn, "--data.train", labeled, "--data.val", other]) == 0
+    assert "measured before" in capsys.readouterr().out  # they are the run's own, however given
+
+
+def test_a_run_without_any_labels_owns_none(unlabeled: DataConfig, tmp_path: Path) -> None:
+    labeled = make_set(tmp_path / "labeled")
+    run = str(tmp_path / "run")
+    assert train(tiny.recipe(unlabeled, run, steps=1, probe=tiny.NO_PROBE))
+    given = ["--data.train", labeled, "--data.val", labeled]
+    assert evaluate.main(["knn", run, "--k", "1", "--threads", "1", *given]) == 0
+    assert all("top1" not in name or "_on_" in name for name in journal.read(run)[-1])
 
 
 def make_set(folder: Path, moved: int = 0) -> str:
