@@ -89,7 +89,8 @@ def main(
         out: With --index-only: the folder for index.json, when it can't stand next to the tars.
         classes: File with the names of the classes, one a line. Only for tars and parquet files.
         classes_from: What gives the class of an image in a tar: its label, the name of its tar, or
-            the folder that it lies in. The last two need OUT.
+            the folder that it lies in. none packs images of any kind without classes. All but
+            labels need OUT.
         image: The field of a sample in a tar that holds its image, such as input.jpg, or the column
             of a parquet file.
         label: The field of a sample in a tar that holds its label, such as txt, or json:KEY for a
@@ -130,9 +131,10 @@ def main(
         paths[-1], int(shard_mb * MB), seed, threads, overwrite, strict, options, window_percentiles
     )
     sources = list(paths[:-1])
-    plain = layout == Layout() and not classes and classes_from == "labels"
+    labels = classes_from != "none"
+    plain = layout == Layout() and not classes and classes_from in ("labels", "none")
     folder = plain and len(sources) == 1 and not is_tar(sources[0], compressed=True)
-    if not (folder and _pack_folder(sources[0], follow_links, packing)):
+    if not (folder and _pack_folder(sources[0], follow_links, labels, packing)):
         names = read_class_names(classes) if classes else None
         tars = find_tars(sources, compressed=True)
         check_apart(tars, paths[-1])
@@ -160,11 +162,11 @@ def _check_out(url: str) -> None:
         )
 
 
-def _pack_folder(source: str, follow_links: bool, packing: Packing) -> bool:
+def _pack_folder(source: str, follow_links: bool, labels: bool, packing: Packing) -> bool:
     """Pack the images of a folder. Return False, and do nothing, if it holds tars instead."""
     check_suffix(source)
     with console.status(Text(f"listing {files.redact(source)}")):
-        found = find_images(source, follow_links=follow_links)
+        found = find_images(source, follow_links=follow_links, labels=labels)
     if not found.sets:
         return False
 

@@ -43,7 +43,11 @@ class Found(NamedTuple):
 
 
 def find_images(
-    source: str, *, follow_links: bool = False, follower: str = "--follow-links"
+    source: str,
+    *,
+    follow_links: bool = False,
+    follower: str = "--follow-links",
+    labels: bool = True,
 ) -> Found:
     """Find the data sets in a folder of images.
 
@@ -56,6 +60,7 @@ def find_images(
     Args:
         follow_links: Also take files outside of the folder that links in it lead to.
         follower: What the user can give to have such links followed, for messages.
+        labels: Whether folders name classes. Without labels they may still be splits.
 
     Raises InputError when there is neither, when several splits stand among other folders, and when
     two folders are the same split.
@@ -67,16 +72,17 @@ def find_images(
     splits = _find_splits(found, place)
     # An empty folder counts as if there were a file in it.
     paths = [*(path for path, _ in found), *(f"{path}/." for path in empty)]
-    if not splits:
-        sets = [_image_set("", "", found, _class_names(paths, ""))]
-        doubts = _doubts(sets[0].classes, sets, tars)
-        return Found(sets, left_out, doubts + _tell_nested(found, [""], len(sets[0].classes)))
-    classes = sorted({name for folder in splits for name in _class_names(paths, folder)})
-    sets = [_image_set(name, folder, found, classes) for folder, name in splits.items()]
+    folders = splits or {"": ""}
+    classes = sorted({name for folder in folders for name in _class_names(paths, folder)})
+    sets = [_image_set(name, folder, found, classes) for folder, name in folders.items()]
     for path, _ in found:
-        if path.split("/", 1)[0] not in splits:
+        if splits and path.split("/", 1)[0] not in splits:
             leave_out(left_out, f"images outside of {', '.join(splits)}", path)
-    doubts = _doubts(classes, sets, tars) + _tell_nested(found, list(splits), len(classes))
+    if not labels:
+        sets = [_without_labels(part) for part in sets]
+    if not any(part.classes for part in sets):
+        classes = []
+    doubts = _doubts(classes, sets, tars) + _tell_nested(found, list(folders), len(classes))
     return Found(sets, left_out, doubts)
 
 
@@ -223,12 +229,22 @@ def _doubts(classes: list[str], sets: list[ImageSet], tars: list[str]) -> list[s
     elif splits := [name for name in classes if split_name(name)]:
         doubts.append(f"{' and '.join(splits)} became a class, but the name is that of a split")
     for part in sets:
+        doubts += _tell_unlabeled(part)
         used = {image.label for image in part.images}
         if part.classes and (bare := [name for i, name in enumerate(classes) if i not in used]):
             more = f" and {len(bare) - 3:,} more" if len(bare) > 3 else ""
             where = f" in {part.name}" if part.name else ""
             doubts.append(f"classes without an image{where}: {', '.join(bare[:3])}{more}")
     return doubts
+
+
+def _tell_unlabeled(part: ImageSet) -> list[str]:
+    """Say that some images of a set with classes have none; nothing when all have one."""
+    bare = [image.path for image in part.images if image.label < 0]
+    if not bare or not part.classes:
+        return []
+    lie = "1 image lies" if len(bare) == 1 else f"{len(bare):,} images lie"
+    return [f"{lie} in no folder of a class, such as {bare[0]}: no label"]
 
 
 def _tell_nested(found: list[tuple[str, int]], splits: list[str], classes: int) -> list[str]:
@@ -239,7 +255,7 @@ def _tell_nested(found: list[tuple[str, int]], splits: list[str], classes: int) 
             name = _class_name(path, split)
             if name and "/" in path[len(split) :].lstrip("/").partition("/")[2]:
                 nested.append((path, name))
-    if not nested or classes == 1:
+    if not nested or classes < 2:
         return []  # That there is one class only was said.
     path, name = nested[0]
     number = "1 image lies" if len(nested) == 1 else f"{len(nested):,} images lie"
@@ -260,6 +276,10 @@ def _class_name(path: str, split: str) -> str | None:
         return None
     folder, _, rest = path[len(split) :].lstrip("/").partition("/")
     return os.fsencode(folder).decode(errors="backslashreplace") if rest else ""
+
+
+def _without_labels(part: ImageSet) -> ImageSet:
+    return ImageSet(part.name, [image._replace(label=-1) for image in part.images], [])
 
 
 def _image_set(

@@ -30,7 +30,7 @@ from shards.storage.skim import open_skim
 from shards.tar import COMPRESSED, Member, TarError, is_parquet, is_tar, read_members
 from shards.threads import run_in_threads
 
-ClassesFrom = Literal["labels", "tars", "folders"]
+ClassesFrom = Literal["labels", "tars", "folders", "none"]
 
 _MOST_LINKS = 8  # A chain of more links than this is taken for a loop.
 _MOST_TARS = 8  # Tars inside of so many tars are not read.
@@ -86,8 +86,8 @@ def find_packed_images(
 
     Args:
         layout: How members make samples. In parquet files its fields are columns.
-        classes_from: What gives an image's class: its label, the name of its tar, or the last
-            folder in its path.
+        classes_from: What gives an image's class: its label, the name of its tar, the last folder
+            in its path, or nothing.
         classes: Names of the classes, or None.
         scratch: A local folder, into which compressed tars and parquet files are unpacked.
         report: Takes a line for each tar that is unpacked or damaged.
@@ -179,7 +179,8 @@ def _prepare(
     numbers = labels.numbers.tolist()
     images = [Image(f.path, f.size, number) for f, number in zip(found, numbers, strict=True)]
     warnings = list(labels.warnings)
-    if missing := sum(number < 0 for number in numbers):
+    missing = sum(number < 0 for number in numbers)
+    if missing and classes_from != "none":
         hint = "; the folders may name the classes (--classes-from folders)"
         folders = [f.path.rpartition("/")[0] for f in found]
         nested = all("/" in folder and not is_parquet(folder) for folder in folders)
@@ -322,7 +323,9 @@ def _read_class(
     classes_from: ClassesFrom,
     left_out: Reasons,
 ) -> str:
-    """Return the text of a sample's label, or the name of its class."""
+    """Return the text of a sample's label, or the name of its class; "" for none."""
+    if classes_from == "none":
+        return ""
     if classes_from == "tars":
         return _without_suffix(tar.rpartition("/")[2])
     if classes_from == "folders":

@@ -57,6 +57,7 @@ def write_run(folder: Path, text: str = "", **more: Any) -> str:
     result.mkdir(parents=True)
     document = {"protocol": f"linear{text}", "network": f"online{text}", "step": 50}
     document |= {"metrics": {f"linear_top1{text}": 0.625}, "settings": {f"lr{text}": [text, 0.1]}}
+    document["data"] = {"val": {"url": f"data/held{text}"}}
     (result / "result.json").write_text(json.dumps(document))
     (result / "neighbours.png").write_bytes(encode_png(np.zeros((40, 90, 3), np.uint8)))
     events = EventLog(str(folder), 0)
@@ -89,6 +90,7 @@ def test_the_page_has_everything(tmp_path: Path) -> None:
             "2026-01-02",
         ),
         *("Fields", "All", "Images per second", "Time spent waiting for data", "Other figures"),
+        *("measured on", "data/held"),
     ):
         assert text.lower() in page.text.lower(), text
     pictures = [value for tag, name, value in page.attributes if (tag, name) == ("img", "src")]

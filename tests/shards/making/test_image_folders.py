@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from launch import pack as pack_command
 from shards import index
 from shards.errors import InputError
 from shards.making.image_folders import find_images
 from shards.making.left_out import LeftOut
 from shards.making.pack import plan_shards, write_shards
 from shards.storage import files
+from tests.helpers.tars import write_tar
+from tests.shards.test_dimensions import encode
 
 
 def write_files(folder: Path, names: list[str]) -> Path:
@@ -201,3 +204,44 @@ def test_folders_below_a_class_are_told(tmp_path: Path) -> None:
     assert told == (
         "1 image lies in folders below that of a class, such as val/bee/x/1.jpg, whose class is bee"
     )
+
+
+def test_folders_that_name_no_classes(tmp_path: Path) -> None:
+    """With labels, images at the top have none, which is told. Without, nobody has one."""
+    photos = ["2019/Monday/1.jpg", "2020/2.jpg", "3.jpg", "4.jpg"]
+    source = str(write_files(tmp_path / "in", photos))
+    found = find_images(source)
+    assert found.sets[0].classes == ["2019", "2020"]
+    assert found.warnings[0] == "2 images lie in no folder of a class, such as 3.jpg: no label"
+    (part,), left_out, warnings = find_images(source, labels=False)
+    assert [image.path for image in part.images] == sorted(photos)
+    assert {image.label for image in part.images} == {-1}
+    assert (part.classes, left_out, warnings) == ([], {}, [])
+    splits = str(
+        write_files(tmp_path / "splits", [f"{a}/{b}/1.jpg" for a in ("train", "val") for b in "xy"])
+    )
+    assert [(s.name, s.classes) for s in find_images(splits, labels=False).sets] == [
+        ("train", []),
+        ("val", []),
+    ]
+
+
+def test_an_empty_folder_beside_a_flat_set_is_no_class(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "in", ["1.jpg", "2.jpg"])
+    (source / "empty").mkdir()
+    (part,), _, warnings = find_images(str(source))
+    assert (part.classes, warnings) == ([], [])
+
+
+@pytest.mark.parametrize("tars", [False, True])
+def test_the_command_packs_without_classes(tmp_path: Path, tars: bool) -> None:
+    jpeg = encode(8, 8, "JPEG")
+    if tars:
+        write_tar(tmp_path / "in" / "0.tar", {"a/1.jpg": jpeg, "a/1.cls": b"3", "b/2.jpg": jpeg})
+    else:
+        for name in ("a", "b"):
+            (tmp_path / "in" / name).mkdir(parents=True)
+            (tmp_path / "in" / name / "1.jpg").write_bytes(jpeg)
+    pack_command.main((f"{tmp_path}/in", f"{tmp_path}/out"), classes_from="none")
+    packed = index.load(f"{tmp_path}/out", "OUT")
+    assert (packed.samples, packed.classes) == (2, [])
