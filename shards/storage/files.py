@@ -10,7 +10,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, BinaryIO, cast
 
@@ -32,6 +31,7 @@ from shards.storage.retries import WrongLength, retry
 from shards.storage.s3 import is_s3 as is_s3
 from shards.storage.s3 import open_s3
 from shards.storage.space import naming_space
+from shards.threads import run_in_threads
 
 READ_BLOCK = 4 << 20  # `open_reader` asks an object store for this many bytes at a time.
 PART = 16 << 20  # Large objects are sent and copied in parts of this many bytes.
@@ -334,8 +334,7 @@ def remove(url: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             retry(url, lambda: filesystem.rm_file(name))
 
-    with ThreadPoolExecutor(DELETIONS, thread_name_prefix="remove") as threads:
-        list(threads.map(delete, found))
+    run_in_threads(delete, found, DELETIONS)
     if is_s3(url):  # Some servers keep empty folders. On other servers this does nothing.
         slashes = ((name, i) for name in found for i in range(len(path), len(name)))
         folders = {name[: i + 1] for name, i in slashes if name[i] == "/"}
