@@ -1,5 +1,6 @@
 """Say whether a job trains a run, and whether the run has reached its end."""
 
+from engine.log.time_spans import show_span
 from engine.state import lease
 
 
@@ -28,15 +29,5 @@ def tell_state(
     if sight.dead:
         return "dead"
     if sight.silent is not None and sight.silent > 3 * sight.period:
-        return f"silent for {show_duration(sight.silent)}"
+        return f"silent for {show_span(sight.silent)}"
     return "starts" if empty else "trains"
-
-
-def show_duration(seconds: float) -> str:
-    """Write a time in its two largest units."""
-    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
-    if minutes < 1:
-        return f"{int(seconds)} s"
-    if hours < 1:
-        return f"{minutes} min"
-    return f"{hours} h {minutes % 60} min" if days < 1 else f"{days} d {hours % 24} h"
