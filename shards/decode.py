@@ -5,7 +5,7 @@ This code runs in threads: the decoders and torch's resize release the GIL.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from shards.orientation import image_orientation, turn
 from shards.png import SIGNATURE, decode_png, undo_scaling
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
-AnyDecoded = TypeVar("AnyDecoded", bound="Decoded")
+Rest = TypeVar("Rest")  # what a caller has to know of an image, beside its pixels
 Exif = Literal["ignore", "apply"]
 
 BYTES_AT_ONCE = 100_000  # Images of up to about so many bytes are decoded before they are cut.
@@ -140,24 +140,18 @@ def crop_into(out: Tensor, image: Tensor, box: Box) -> None:
     _bicubic(crop, (size, size), False, out=out)
 
 
-class Decoded(Protocol):
-    """Whatever holds a decoded image."""
-
-    @property
-    def pixels(self) -> Tensor:
-        """The image [3, H, W], uint8."""
-
-
-def decode_together(images: Iterable[AnyDecoded]) -> Iterator[list[AnyDecoded]]:
-    """Yield decoded images in groups: small ones together, and large ones one by one.
+def decode_together(
+    images: Iterable[tuple[Tensor, Rest]],
+) -> Iterator[list[tuple[Tensor, Rest]]]:
+    """Yield decoded images [3, H, W] in groups: small ones together, and large ones one by one.
 
     In a loop of its own, a decoder finds its code and its tables still in the processor's cache.
     """
-    group: list[AnyDecoded] = []
+    group: list[tuple[Tensor, Rest]] = []
     size = 0
     for image in images:
         group.append(image)
-        size += image.pixels.numel()
+        size += image[0].numel()
         if size > BYTES_AT_ONCE:
             yield group
             group, size = [], 0
