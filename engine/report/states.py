@@ -20,7 +20,7 @@ def tell_state(
 
     Raises OSError and InputError when it cannot be read who holds the run.
     """
-    sight = None if left else lease.look(url)
+    sight = None if left else lease.describe_holder(url)
     if empty and (sight is None or sight.released or sight.dead):
         return "began nothing"
     if sight is None or sight.released:

@@ -85,7 +85,7 @@ class Lease:
 
     @property
     def sign(self) -> tuple[int, str, str]:
-        """Return what `shows` looks for, the number and the owner of this lease, and its host."""
+        """Return this lease's number and owner, which `holds_number` looks for, and its host."""
         return self._record.number, self._record.owner, self._record.host
 
     def check(self) -> None:
@@ -235,8 +235,8 @@ class Sight(NamedTuple):
     period: float  # seconds between two beats
 
 
-def look(run: str) -> Sight | None:
-    """Look who holds the run, without waiting. It is None when nobody ever has. Raises OSError."""
+def describe_holder(run: str) -> Sight | None:
+    """Describe who holds the run, without waiting; None when nobody ever has. Raises OSError."""
     newest = _newest(run)
     if newest is None:
         return None
@@ -247,7 +247,7 @@ def look(run: str) -> Sight | None:
     return Sight(newest.host, newest.released, newest.is_dead(), silent, newest.period)
 
 
-def shows(run: str, number: int, owner: str) -> bool:
+def holds_number(run: str, number: int, owner: str) -> bool:
     """Return whether the lease of that number is in the run, and is the owner's. Raises OSError."""
     try:
         there = parse_json(files.read(_url(run, number)))
