@@ -6,6 +6,7 @@ third-party checkpoint file of a network of torchvision. OUT is the URL of a fol
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -32,8 +33,6 @@ from shards.errors import InputError, printable
 from shards.fields import check_range
 from shards.index import Index
 from shards.storage import files
-
-_terminal = Terminal(main=True)
 
 
 @dataclass(frozen=True)
@@ -75,28 +74,27 @@ class Export:
             raise InputError("an export is one process: python launch/export.py CHECKPOINT OUT")
         head = read_head(self.head) if self.head else None
         torch.set_num_threads(self.threads or share_of_cores())
-        alone = World(0, 1, 1, torch.device("cpu"))
-        _terminal.say(f"opening {files.redact(self.checkpoint_url)}")
-        source, encoder = open_encoder(self.checkpoint_url, self.encoder, alone, _terminal.say)
+        alone, say = World(0, 1, 1, torch.device("cpu")), Terminal(main=True).say
+        say(f"opening {files.redact(self.checkpoint_url)}")
+        source, encoder = open_encoder(self.checkpoint_url, self.encoder, alone, say)
         if isinstance(encoder, Pixels):
             raise InputError("--network pixels is no encoder: there is nothing to export")
-        _terminal.say(source.report)
-        images = card.sample_images(source, self._open_val(source), _terminal.say)
+        say(source.report)
+        images = card.sample_images(source, self._open_val(source, say), say)
         classes = head.classes if head else None
         if head:
             encoder = attach(encoder, head, source, self.head)
-        say = _terminal.say
         card.write(source, encoder.eval(), self.format, self.out, images, say, classes)
 
-    def _open_val(self, source: Source) -> Index | None:
+    def _open_val(self, source: Source, say: Callable[[str], None]) -> Index | None:
         if self.data.val:
             return indexes.load(self.data.val, "data.val")
         try:
-            if url := find_val(source, _terminal.say):
+            if url := find_val(source, say):
                 return indexes.load(url, "data.val")
         except (InputError, OSError) as error:
-            _terminal.say(str(error))
-        _terminal.say("compared on random images only: give --data.val URL for real ones")
+            say(str(error))
+        say("compared on random images only: give --data.val URL for real ones")
         return None
 
 

@@ -23,7 +23,7 @@ from annotated_types import Interval
 from rich.text import Text
 
 from launch.help_texts import join_help_lines
-from launch.packing import MB, Bar, Packing, console, note, summarize, warn
+from launch.packing import MB, Bar, Packing, note, open_console, summarize, warn
 from launch.plain_errors import plain_errors
 from shards.dimensions import MOST_PIXELS
 from shards.errors import InputError, printable
@@ -165,7 +165,7 @@ def _check_out(url: str) -> None:
 def _pack_folder(source: str, follow_links: bool, labels: bool, packing: Packing) -> bool:
     """Pack the images of a folder. Return False, and do nothing, if it holds tars instead."""
     check_suffix(source)
-    with console.status(Text(f"listing {files.redact(source)}")):
+    with open_console().status(Text(f"listing {files.redact(source)}")):
         found = find_images(source, follow_links=follow_links, labels=labels)
     if not found.sets:
         return False
@@ -189,7 +189,7 @@ def _repack(
 ) -> None:
     """Pack the images of tars anew."""
     with TemporaryDirectory() as scratch:
-        with console.status("reading what the tars hold"):
+        with open_console().status("reading what the tars hold"):
             found = find_packed_images(
                 tars,
                 layout=layout,

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from threading import Lock
 
 from rich.console import Console
@@ -21,7 +22,11 @@ from shards.storage.commands import quote
 MB = 1_000_000
 _SINGULAR = {"samples": "sample", "classes": "class", "shards": "shard"}
 
-console = Console(stderr=True, markup=False, emoji=False)
+
+@cache
+def open_console() -> Console:
+    """Return the console on stderr, which is one, so that lines go above a bar that is shown."""
+    return Console(stderr=True, markup=False, emoji=False)
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Packing:
         self, sets: list[pack.ImageSet], read: ReadImage, place: str
     ) -> PixelOptions:
         """Find the window of the images of all sets that have more than 8 bits, if any have."""
-        with console.status("looking for images of more than 8 bits"):
+        with open_console().status("looking for images of more than 8 bits"):
             window = choose_window(
                 [image for images in sets for image in images.images],
                 read,
@@ -101,7 +106,7 @@ class Bar:
         speed = () if size is None else (TransferSpeedColumn(), TimeRemainingColumn())
         done = TextColumn("{task.fields[done]}" + of, markup=False)
         self._progress = Progress(
-            TextColumn(name, markup=False), BarColumn(), done, *speed, console=console
+            TextColumn(name, markup=False), BarColumn(), done, *speed, console=open_console()
         )
         self._task = self._progress.add_task(name, total=size, done=0)
 
@@ -130,7 +135,7 @@ def summarize(name: str, index: Index, note: str) -> None:
 
 
 def note(text: str) -> None:
-    console.print(printable(text), soft_wrap=True)
+    open_console().print(printable(text), soft_wrap=True)
 
 
 def warn(text: str) -> None:

@@ -10,13 +10,13 @@ from rich.table import Table
 
 from engine.log.health import ADVICE, HEALTHY
 from engine.log.terminal import Terminal
+from engine.log.time_spans import show_span
 from engine.processes import world
 from engine.recipe import operation_names
 from engine.report.curves import show_number
 from engine.report.page import name_runs
 from engine.report.recipes import differing_fields
 from engine.report.report import write_report
-from engine.report.states import show_duration
 from engine.report.survey import RunSummary, survey_runs
 from shards.errors import printable
 from shards.storage import files
@@ -92,7 +92,7 @@ def _make_table(runs: list[RunSummary], names: list[str]) -> Table:
     for run, name in zip(runs, names, strict=True):
         figures = [_show_figure(key, run.figures.get(key)) + _show_place(run, key) for key in shown]
         health = _cut(str(run.figures.get("health") or "-"), _LONGEST_HEALTH)
-        age = "" if run.age is None else f"{show_duration(run.age)} ago"
+        age = "" if run.age is None else f"{show_span(run.age)} ago"
         cells = (_show_step(run), run.state, health, age, *figures)
         table.add_row(name, *map(printable, cells))
     return table

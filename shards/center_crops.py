@@ -46,11 +46,6 @@ class _Chunk(NamedTuple):
     rows: list[int]
 
 
-class _Decoded(NamedTuple):
-    row: int  # of the block
-    pixels: Tensor  # [3, H, W] uint8
-
-
 @dataclass(frozen=True)
 class CropReader:
     """Reads data sets for evaluation. Each image's central square is resized to one size.
@@ -135,17 +130,19 @@ class CropReader:
         """Cut the crops of a chunk into `out`, one after another, and return their rows."""
         rows: list[int] = []
         for group in decode_together(self._decode(reader, faults, chunk)):
-            for row, image in group:
+            for image, row in group:
                 box = center_box(image.shape[1], image.shape[2], self.fraction)
                 crop_into(out[len(rows) : len(rows) + 1], image, box)
                 rows.append(row)
         return rows
 
-    def _decode(self, reader: BlockReader, faults: Faults, chunk: _Chunk) -> Iterator[_Decoded]:
-        """Yield the images of a chunk that can be decoded, and count the others."""
+    def _decode(
+        self, reader: BlockReader, faults: Faults, chunk: _Chunk
+    ) -> Iterator[tuple[Tensor, int]]:
+        """Yield the images of a chunk that can be decoded, with their rows; count the others."""
         for row in chunk.rows:
             try:
-                yield _Decoded(row, reader.decode(chunk.block, row))
+                yield reader.decode(chunk.block, row), row
             except DecodeError as error:
                 name = reader.name_sample(chunk.block, row, chunk.first_id)
                 faults.record(chunk.first_id + row, name, error)

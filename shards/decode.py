@@ -5,7 +5,7 @@ This code runs in threads: the decoders and torch's resize release the GIL.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,10 +15,11 @@ from torchvision.io import ImageReadMode
 
 from shards.dimensions import MOST_PIXELS, image_size, is_animated
 from shards.orientation import image_orientation, turn
-from shards.png import SIGNATURE, decode_png, undo_scaling
+from shards.png import decode_png, undo_scaling
+from shards.signatures import JPEG, PNG
 
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
-AnyDecoded = TypeVar("AnyDecoded", bound="Decoded")
+Rest = TypeVar("Rest")  # what a caller has to know of an image, beside its pixels
 Exif = Literal["ignore", "apply"]
 
 BYTES_AT_ONCE = 100_000  # Images of up to about so many bytes are decoded before they are cut.
@@ -26,7 +27,6 @@ BYTES_AT_ONCE = 100_000  # Images of up to about so many bytes are decoded befor
 # torchvision's function of this name takes half as long again, to warn and to log each time.
 _decode_image: Callable[..., Tensor] = torch.ops.image.decode_image
 _RGB = ImageReadMode.RGB.value
-_JPEG = b"\xff\xd8"
 # F.interpolate takes no `out`, so this is the function that it calls.
 _bicubic: Callable[..., Tensor] = torch._C._nn.upsample_bicubic2d
 
@@ -58,9 +58,9 @@ def decode(content: bytearray, offset: int, size: int, rules: PixelRules = DEFAU
         raise DecodeError("empty")
     encoded = memoryview(content)[offset : offset + size]
     _check_size(encoded, rules.max_pixels)
-    if encoded[:2] != _JPEG and is_animated(encoded):
+    if encoded[:3] != JPEG and is_animated(encoded):
         raise DecodeError("animated WebP: launch/pack.py SOURCE OUT takes its first frame")
-    if encoded[:8] == SIGNATURE:
+    if encoded[:8] == PNG:
         image = _decode_png(encoded)
     else:
         buffer = torch.frombuffer(content, dtype=torch.uint8, count=size, offset=offset)
@@ -140,24 +140,18 @@ def crop_into(out: Tensor, image: Tensor, box: Box) -> None:
     _bicubic(crop, (size, size), False, out=out)
 
 
-class Decoded(Protocol):
-    """Whatever holds a decoded image."""
-
-    @property
-    def pixels(self) -> Tensor:
-        """The image [3, H, W], uint8."""
-
-
-def decode_together(images: Iterable[AnyDecoded]) -> Iterator[list[AnyDecoded]]:
-    """Yield decoded images in groups: small ones together, and large ones one by one.
+def decode_together(
+    images: Iterable[tuple[Tensor, Rest]],
+) -> Iterator[list[tuple[Tensor, Rest]]]:
+    """Yield decoded images [3, H, W] in groups: small ones together, and large ones one by one.
 
     In a loop of its own, a decoder finds its code and its tables still in the processor's cache.
     """
-    group: list[AnyDecoded] = []
+    group: list[tuple[Tensor, Rest]] = []
     size = 0
     for image in images:
         group.append(image)
-        size += image.pixels.numel()
+        size += image[0].numel()
         if size > BYTES_AT_ONCE:
             yield group
             group, size = [], 0

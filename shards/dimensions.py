@@ -2,10 +2,11 @@
 
 import struct
 
+from shards.signatures import JPEG, PNG, is_webp
+
 # Above this bound Pillow suspects a decompression bomb. It is 268 MB of pixels in RGB.
 MOST_PIXELS = 89_478_485
 
-_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # These are JPEG's "start of frame" markers.
 ALONE = {0x01, *range(0xD0, 0xD8)}  # No segment follows these JPEG markers.
 _IMAGE_OR_END = {0xD9, 0xDA}
@@ -22,12 +23,12 @@ def image_size(content: bytes | bytearray | memoryview) -> Size | None:
     Return None for other or damaged bytes.
     """
     start = bytes(content[:30]).ljust(30, b"\0")  # The smallest WebP images are shorter.
-    if start.startswith(_JPEG):
+    if start.startswith(JPEG):
         return _jpeg_size(content)
-    if start.startswith(_PNG):
+    if start.startswith(PNG):
         width, height = _PNG_SIZE.unpack_from(start, 16)
         return (width, height) if start[12:16] == b"IHDR" else None
-    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+    if is_webp(start):
         return _webp_size(start)
     return None
 
@@ -35,7 +36,7 @@ def image_size(content: bytes | bytearray | memoryview) -> Size | None:
 def is_animated(content: bytes | bytearray | memoryview) -> bool:
     """Return whether the header of a WebP announces an animation."""
     start = bytes(content[:21])
-    is_extended = start[:4] == b"RIFF" and start[8:16] == b"WEBPVP8X" and len(start) == 21
+    is_extended = is_webp(start) and start[12:16] == b"VP8X" and len(start) == 21
     return is_extended and bool(start[20] & 2)
 
 

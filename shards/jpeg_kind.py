@@ -7,10 +7,11 @@ one exception is an image that stands in for a damaged one: then the CPU decodes
 from typing import NamedTuple
 
 from shards.dimensions import ALONE, FRAMES, image_size
+from shards.signatures import JPEG
 
 _HUFFMAN_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended and progressive, without arithmetic code
 _ADOBE = 0xEE
-_START, _END = b"\xff\xd8", b"\xff\xd9"
+_END = b"\xff\xd9"
 
 
 class Frame(NamedTuple):
@@ -28,7 +29,7 @@ def suits_gpu(content: memoryview, most_pixels: int) -> bool:
     It has 8 bits, is gray or YCbCr, and ends where a JPEG has to end: a GPU's decoder may take what
     is cut short for good.
     """
-    if content[:2] != _START or content[-2:] != _END:
+    if content[:3] != JPEG or content[-2:] != _END:
         return False
     width, height = image_size(content) or (0, 0)
     frame = _read_frame(content)

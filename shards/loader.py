@@ -119,14 +119,6 @@ class Chunk(NamedTuple):
     last: bool  # True for the last chunk of a batch
 
 
-class Decoded(NamedTuple):
-    """An image whose views are still to be cut."""
-
-    row: int  # of the batch
-    pixels: Tensor  # [3, H, W] uint8
-    crops: NDArray[np.float64]  # [V, 4] uniforms for `crop_box`
-
-
 def allocate(rows: int, views: ViewsConfig, pin_memory: bool) -> Batch:
     """Return a batch of so many rows that is still to be filled in; only the CRCs are zeros."""
     size, count = views.size, len(views.views)
@@ -296,22 +288,27 @@ class TrainLoader:
     def _fill(self, chunk: Chunk) -> None:
         """Fill in the views, the labels and, if they are wanted, the CRCs of a chunk's rows."""
         for group in decode_together(self._decode_rows(chunk)):
-            for row, image, crops in group:
+            for image, (row, crops) in group:
                 _, height, width = image.shape
                 for rows, uniforms in zip(chunk.rows, crops, strict=True):
                     crop_into(rows[row], image, crop_box(uniforms, height, width, self.views))
         if self.config.audit:
             self._audit(chunk)
 
-    def _decode_rows(self, chunk: Chunk) -> Iterator[Decoded]:
-        """Yield the images of a chunk that the CPU has to cut, and fill in the labels of all."""
+    def _decode_rows(
+        self, chunk: Chunk
+    ) -> Iterator[tuple[Tensor, tuple[int, NDArray[np.float64]]]]:
+        """Yield the images of a chunk that the CPU has to cut, and fill in the labels of all.
+
+        With each come its row in the batch and its uniforms for `crop_box` [V, 4].
+        """
         labels = chunk.batch.labels.numpy()
         for piece in chunk.pieces:
             cut = self._cut_on_device(chunk, piece)
             for row, position in enumerate(piece.positions, piece.start):
                 if row not in cut:
-                    position, image = self._decode_row(chunk, piece, row, position)
-                    yield image
+                    position, image, crops = self._decode_row(chunk, piece, row, position)
+                    yield image, (row, crops)
                 labels[row] = piece.block.label(position)
 
     def _cut_on_device(self, chunk: Chunk, piece: Piece) -> set[int]:
@@ -325,8 +322,8 @@ class TrainLoader:
 
     def _decode_row(
         self, chunk: Chunk, piece: Piece, row: int, position: int
-    ) -> tuple[int, Decoded]:
-        """Decode an image, or its replacement, on the CPU; return its position with it."""
+    ) -> tuple[int, Tensor, NDArray[np.float64]]:
+        """Decode an image, or its replacement; return its position, its pixels and uniforms."""
         batch, block, first_id = chunk.batch, piece.block, piece.first_id
         crops = chunk.crops[:, row]
         found, image = decode_good(self.reader, block, position, first_id, self._record)
@@ -338,7 +335,7 @@ class TrainLoader:
             crops = draws.crop[:, 0]
         elif self._device_crops is not None:
             self._device_crops.tell(self.reader.name_sample(block, position, first_id))
-        return found, Decoded(row, image, crops)
+        return found, image, crops
 
     def _audit(self, chunk: Chunk) -> None:
         """Fill in the CRCs of a chunk's rows."""

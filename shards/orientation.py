@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Literal
 
 from PIL.Image import Exif
 
+from shards.signatures import JPEG, PNG, is_webp
+
 if TYPE_CHECKING:  # torch takes seconds to import, and the help pages need none
     from torch import Tensor
 
@@ -53,11 +55,11 @@ def turn(image: "Tensor", orientation: int) -> "Tensor":
 def _find_exif(content: Bytes) -> Iterator[Bytes]:
     """Yield the EXIF data of an encoded image. Decoders take the first ones."""
     start = bytes(content[:12])
-    if start.startswith(b"\xff\xd8"):
+    if start.startswith(JPEG):
         return _find_in_jpeg(content)
-    if start.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _find_in_chunks(content, 8, b"eXIf", png=True)
-    if start[:4] == b"RIFF" and start[8:] == b"WEBP":
+    if start.startswith(PNG):
+        return _find_in_chunks(content, len(PNG), b"eXIf", png=True)
+    if is_webp(start):
         return _find_in_chunks(content, 12, b"EXIF", png=False)
     return iter(())
 

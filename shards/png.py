@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
+from shards.signatures import PNG
+
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 _GRAY, _GRAY_WITH_ALPHA = 0, 4  # color types of PNG
 
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _OTHER_HALF = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 
 Bytes = bytes | bytearray | memoryview
@@ -56,7 +57,7 @@ def decode_png(content: Bytes) -> NDArray[Any]:
 
 def _keep_pixels(content: Bytes) -> bytes:
     """Return a PNG without the chunks that do not change its pixels."""
-    position, kept = len(SIGNATURE), [SIGNATURE]
+    position, kept = len(PNG), [PNG]
     while position + 8 <= len(content):
         stop = position + 12 + int.from_bytes(bytes(content[position : position + 4]), "big")
         if bytes(content[position + 4 : position + 8]) in _PIXEL_CHUNKS:

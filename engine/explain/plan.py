@@ -1,7 +1,6 @@
 """Find how a batch is shared out, and at which steps and dates a run passes its landmarks."""
 
 import math
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from statistics import median
@@ -113,9 +112,9 @@ def count_due(every: Fraction, total: int) -> int:
     return int(total / every) + (total % every >= 1)
 
 
-def date_of(seconds: float, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> str:
+def date_of(seconds: float) -> str:
     """Return the date, in UTC, that is so many seconds from now."""
     try:
-        return f"{now() + timedelta(seconds=seconds):%Y-%m-%d %H:%M}"
+        return f"{datetime.now(UTC) + timedelta(seconds=seconds):%Y-%m-%d %H:%M}"
     except OverflowError:
         return "after the year 9999"

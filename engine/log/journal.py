@@ -19,14 +19,15 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 from shards.storage import files, local_files
+from shards.threads import run_in_threads
 
 JSONL = "metrics.jsonl"
 PARTS = "metrics"
+_REQUESTS = 8  # at once, because each takes a while
 
 # The keys of a record that hold a text, and that others look for.
 STOPPED_EARLY = "stopped_early"  # why the training ended at that step
@@ -250,8 +251,7 @@ class Journal:
                 files.write(url, b"")
                 self._emptied.add(name)
 
-        with ThreadPoolExecutor(8) as threads:
-            list(threads.map(drop, names))
+        run_in_threads(drop, names, _REQUESTS)
         for text in dict.fromkeys(told):
             self._report(text)
         self._loose = 0
@@ -292,8 +292,7 @@ def _parts(run: str) -> list[str]:
 def _read_parts(run: str, names: Iterable[str]) -> dict[str, bytes]:
     names = list(names)
     urls = [files.join(run, PARTS, name) for name in names]
-    with ThreadPoolExecutor(8) as threads:  # each request takes a while
-        return dict(zip(names, threads.map(_read_if_there, urls), strict=True))
+    return dict(zip(names, run_in_threads(_read_if_there, urls, _REQUESTS), strict=True))
 
 
 def _read_if_there(url: str) -> bytes:

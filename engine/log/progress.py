@@ -8,6 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bars
 
 from engine.log.terminal import Terminal
+from engine.log.time_spans import show_span
 from shards.errors import printable
 
 FIRST, SECONDS = 2.0, 20.0  # Without a terminal, the first line comes then, and others after it.
@@ -39,10 +40,9 @@ class Progress:
             self._terminal.say(f"{self._name}: {done}, {self.left()} left")
 
     def left(self) -> str:
-        """Return the estimated time that is left, such as 3m05s."""
+        """Return the estimated time that is left, in words."""
         made = max(1, self._done - self._start)
-        seconds = (time.monotonic() - self._begun) * (self._total - self._done) / made
-        return f"{int(seconds) // 60:,}m{int(seconds) % 60:02}s"
+        return show_span((time.monotonic() - self._begun) * (self._total - self._done) / made)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from statistics import median
 from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
+from engine.log.time_spans import show_span
+
 RECENT = 25  # logged steps, or evaluations, whose median counts
 
 
@@ -49,14 +51,9 @@ class Remaining:
         return left * (self._pace() + max(0.0, extra) * self._evaluated / self._seen)
 
     def text(self, step: int) -> str:
-        """Return the time that is left in words, such as 3m05s, or "" while nothing is known."""
+        """Return the time that is left in words, or "" while nothing is known."""
         seconds = self.seconds(step)
-        if seconds is None:
-            return ""
-        minutes = int(seconds) // 60
-        if minutes >= 60:
-            return f"{minutes // 60}h{minutes % 60:02}m"
-        return f"{minutes}m{int(seconds) % 60:02}s"
+        return "" if seconds is None else show_span(seconds)
 
     def _pace(self) -> float:
         return median(self._steps) if self._steps else 0.0

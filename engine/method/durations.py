@@ -17,9 +17,17 @@ from shards.fields import Rule
 
 Duration = Annotated[int | str, tyro.conf.arg(metavar="STEPS|EPOCHS")]
 
-_NUMBER = r"\d{1,30}(?:\.\d{1,30})?|\.\d{1,30}|\d{1,30}/\d{1,30}"
+LARGEST = 10**15  # steps or epochs
+DIGITS = 30  # after the point; a fraction has no larger denominator than they stand for
+
+_NUMBER = r"\d+(?:\.\d+)?|\.\d+|\d+/\d+"
 _TEXT = re.compile(rf"\s*({_NUMBER})\s*(steps?|epochs?)?\s*", re.IGNORECASE | re.ASCII)
+_LONGEST = 100  # characters of a text, more than what `_written` makes of any duration has
 EXAMPLES = "300, '1 epoch' or '0.5 epochs'"
+
+
+class _OutOfBoundsError(ValueError):
+    """A duration that is too long, or too finely divided, which the message says."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,8 @@ class Lasting(Rule):
             raise InputError(f"{name} must be at least {int(self.positive)}, not {shown(value)}")
         try:
             number, _ = parse(value)
+        except _OutOfBoundsError as error:
+            raise InputError(f"{name} {error}, not {shown(value)}") from None
         except ValueError:
             given = shown(value)
             raise InputError(
@@ -44,9 +54,12 @@ class Lasting(Rule):
 
 
 def parse(duration: int | str) -> tuple[Fraction, Literal["step", "epoch"]]:
-    """Return the number and the unit of a duration. Raises ValueError when it is none."""
+    """Return the number and the unit of a duration. Raises ValueError when it is none.
+
+    A duration has at most LARGEST steps or epochs, and at most DIGITS digits after the point.
+    """
     if type(duration) is int and duration >= 0:
-        return Fraction(duration), "step"
+        return _bounded(Fraction(duration)), "step"
     if not isinstance(duration, str):
         raise ValueError(duration)
     return _parse_text(duration)
@@ -54,14 +67,22 @@ def parse(duration: int | str) -> tuple[Fraction, Literal["step", "epoch"]]:
 
 @lru_cache(64)
 def _parse_text(duration: str) -> tuple[Fraction, Literal["step", "epoch"]]:
-    found = _TEXT.fullmatch(duration)
+    found = _TEXT.fullmatch(duration) if len(duration) <= _LONGEST else None
     if found is None:
         raise ValueError(duration)
     try:
-        number = Fraction(found[1])
+        number = _bounded(Fraction(found[1]))
     except ZeroDivisionError:
         raise ValueError(duration) from None
     return number, "epoch" if (found[2] or "").lower().startswith("epoch") else "step"
+
+
+def _bounded(number: Fraction) -> Fraction:
+    if number > LARGEST:
+        raise _OutOfBoundsError(f"must be at most {LARGEST:,}")
+    if number.denominator > 10**DIGITS:
+        raise _OutOfBoundsError(f"takes at most {DIGITS} digits after the point")
+    return number
 
 
 def simplify(config: Any, name: str) -> None:
@@ -78,9 +99,13 @@ def simplify(config: Any, name: str) -> None:
 
 
 def to_steps(duration: int | str, steps_per_epoch: int) -> int | str:
-    """Return the same duration in steps; a part of an epoch may be a fraction, as "7/2 steps"."""
+    """Return the same duration in steps; a part of an epoch may be a fraction, as "7/2 steps".
+
+    LARGEST steps stand for more than that, because no run gets there.
+    """
     number, unit = parse(duration)
-    return _written(number * (steps_per_epoch if unit == "epoch" else 1), "step")
+    steps = number * (steps_per_epoch if unit == "epoch" else 1)
+    return _written(min(steps, Fraction(LARGEST)), "step")
 
 
 def is_due(every: int | str, step: int) -> bool:

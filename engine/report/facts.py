@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -20,8 +19,10 @@ from shards.errors import InputError
 from shards.storage import files, local_files
 from shards.storage.commands import spell_program
 from shards.storage.entries import Entry, list_entries
+from shards.threads import run_in_threads
 
 MOST_EVALUATIONS = 100
+_REQUESTS = 8  # at once
 _SMALLEST, _LARGEST = 1e-99, 1e99  # of the numbers that a chart can show
 MOST_BYTES = 20_000_000  # of a result or of a sheet
 
@@ -224,14 +225,15 @@ def list_evaluations(url: str) -> list[tuple[str, Entry]]:
     """List the results and sheets below RUN/evaluations with their folders, newest step first."""
     home = files.join(url, layout.EVALUATIONS)
     steps = [entry.name for entry in list_entries(home) if entry.is_folder]
-    with ThreadPoolExecutor(8, thread_name_prefix="report") as threads:
 
-        def list_below(folders: list[str]) -> list[tuple[str, Entry]]:
-            listed = threads.map(lambda folder: list_entries(files.join(home, folder)), folders)
-            return [(f, entry) for f, found in zip(folders, listed, strict=True) for entry in found]
+    def list_below(folders: list[str]) -> list[tuple[str, Entry]]:
+        listed = run_in_threads(
+            lambda folder: list_entries(files.join(home, folder)), folders, _REQUESTS
+        )
+        return [(f, entry) for f, found in zip(folders, listed, strict=True) for entry in found]
 
-        folders = [f"{step}/{entry.name}" for step, entry in list_below(steps) if entry.is_folder]
-        found = list_below(sorted(folders, reverse=True))
+    folders = [f"{step}/{entry.name}" for step, entry in list_below(steps) if entry.is_folder]
+    found = list_below(sorted(folders, reverse=True))
     return [
         (folder, entry) for folder, entry in found if entry.name in (layout.RESULT, layout.SHEET)
     ]
@@ -243,9 +245,9 @@ def _read_evaluations(run: RunFacts) -> list[tuple[str, Entry]]:
     results = [(folder, entry) for folder, entry in there if entry.name == layout.RESULT]
     if len(results) > MOST_EVALUATIONS:
         run.faults.append(f"{len(results) - MOST_EVALUATIONS} older evaluations are left out")
-    with ThreadPoolExecutor(8, thread_name_prefix="report") as threads:
-        read = threads.map(lambda one: _read_result(run, home, *one), results[:MOST_EVALUATIONS])
-        run.evaluations = [one for one in read if one is not None]
+    taken = results[:MOST_EVALUATIONS]
+    read = run_in_threads(lambda one: _read_result(run, home, *one), taken, _REQUESTS)
+    run.evaluations = [one for one in read if one is not None]
     sheets = [(place, entry) for place, entry in there if entry.name == layout.SHEET]
     return [(f"{layout.EVALUATIONS}/{place}/{layout.SHEET}", entry) for place, entry in sheets]
 

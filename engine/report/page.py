@@ -19,7 +19,7 @@ _REST = 500_000  # of them are for what is no section
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def make_page(runs: Sequence[RunFacts], made: datetime | None = None) -> bytes:
+def make_page(runs: Sequence[RunFacts]) -> bytes:
     """Make the report of the first run, in which the others are compared with it."""
     names = name_runs([run.url for run in runs])
     own = runs[0]
@@ -45,7 +45,7 @@ def make_page(runs: Sequence[RunFacts], made: datetime | None = None) -> bytes:
         *[tag("p", _compared(run, name), class_="soft") for run, name in _others(runs, names)],
     ]
     main = tag("main", *head, sections.write_tiles(own), tag("nav", *links), *body)
-    return _wrap(names[0], main, made or datetime.now(UTC))
+    return _wrap(names[0], main)
 
 
 def _bounded(parts: dict[str, Html]) -> dict[str, Html]:
@@ -67,10 +67,10 @@ def _compared(run: RunFacts, name: str) -> Html:
     return join("compared with ", tag("b", name), ": ", tag("code", files.redact(run.url)), faults)
 
 
-def _wrap(title: str, main: Html, made: datetime) -> bytes:
+def _wrap(title: str, main: Html) -> bytes:
     size = len(main.encode())
     note = (
-        f"Made on {made:%Y-%m-%d at %H:%M} UTC from the run's own files. The page has "
+        f"Made on {datetime.now(UTC):%Y-%m-%d at %H:%M} UTC from the run's own files. The page has "
         f"{size / 1e6:.1f} MB. It loads nothing and runs nothing. A long curve is the mean "
         "of each column of pixels, before the range from its smallest to its largest value."
     )

@@ -6,7 +6,8 @@ import io
 from PIL import Image
 
 from engine.report.html import Html, tag
-from shards.png import SIGNATURE, decode_png
+from shards.png import decode_png
+from shards.signatures import PNG
 
 WIDEST, TALLEST = 1600, 3200  # pixels of a picture on the page
 MOST_PIXELS = 50_000_000  # of a picture that is read
@@ -18,7 +19,7 @@ def embed(content: bytes, description: str) -> Html:
 
     Raises ValueError when it is none, or has too many pixels.
     """
-    if content[: len(SIGNATURE)] != SIGNATURE or len(content) < 33:
+    if content[: len(PNG)] != PNG or len(content) < 33:
         raise ValueError("it is no PNG")
     width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
     if not 0 < width * height <= MOST_PIXELS:

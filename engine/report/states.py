@@ -1,5 +1,6 @@
 """Say whether a job trains a run, and whether the run has reached its end."""
 
+from engine.log.time_spans import show_span
 from engine.state import lease
 
 
@@ -19,7 +20,7 @@ def tell_state(
 
     Raises OSError and InputError when it cannot be read who holds the run.
     """
-    sight = None if left else lease.look(url)
+    sight = None if left else lease.describe_holder(url)
     if empty and (sight is None or sight.released or sight.dead):
         return "began nothing"
     if sight is None or sight.released:
@@ -28,15 +29,5 @@ def tell_state(
     if sight.dead:
         return "dead"
     if sight.silent is not None and sight.silent > 3 * sight.period:
-        return f"silent for {show_duration(sight.silent)}"
+        return f"silent for {show_span(sight.silent)}"
     return "starts" if empty else "trains"
-
-
-def show_duration(seconds: float) -> str:
-    """Write a time in its two largest units."""
-    minutes, hours, days = int(seconds // 60), int(seconds // 3600), int(seconds // 86400)
-    if minutes < 1:
-        return f"{int(seconds)} s"
-    if hours < 1:
-        return f"{minutes} min"
-    return f"{hours} h {minutes % 60} min" if days < 1 else f"{days} d {hours % 24} h"

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from engine.state import checkpoint, layout, origin
 from shards.errors import InputError
 from shards.storage import files
 from shards.storage.entries import Entry, list_entries
+from shards.threads import run_in_threads
 
 MOST_FOLDERS = 10_000  # that are listed in the search for runs
 TAIL = 1 << 20  # bytes at the end of a long log that are read for its newest figures
@@ -60,9 +60,8 @@ def survey_runs(url: str, depth: int) -> Survey:
     if not url.strip():
         raise InputError("URL is empty: give the folder that your runs lie in")
     notes: list[str] = []
-    with ThreadPoolExecutor(THREADS, thread_name_prefix="runs") as threads:
-        found = list(_find(url.rstrip("/") or url, depth, threads, notes))
-        runs = list(threads.map(lambda place: _summarize(*place), found))
+    found = list(_find(url.rstrip("/") or url, depth, notes))
+    runs = run_in_threads(lambda place: _summarize(*place), found, THREADS)
     if not runs:
         more = "".join(f"; {note}" for note in notes)
         raise InputError(
@@ -72,9 +71,7 @@ def survey_runs(url: str, depth: int) -> Survey:
     return Survey(sorted(runs, key=lambda run: run.url), notes)
 
 
-def _find(
-    url: str, depth: int, threads: ThreadPoolExecutor, notes: list[str]
-) -> Iterator[tuple[str, list[Entry]]]:
+def _find(url: str, depth: int, notes: list[str]) -> Iterator[tuple[str, list[Entry]]]:
     """Yield the URL of each run, and what lies in it, level by level.
 
     A run may lie in another run's folder, beside the other's own files.
@@ -86,7 +83,7 @@ def _find(
             level = level[: MOST_FOLDERS - looked]
         looked += len(level)
         following = []
-        for place, entries in zip(level, threads.map(_list, level), strict=True):
+        for place, entries in zip(level, run_in_threads(_list, level, THREADS), strict=True):
             if isinstance(entries, OSError):
                 if place == url:
                     raise entries

@@ -2,7 +2,7 @@
 
 The lease is the file RUN/lease/00000001.json, later 00000002.json and so on. Only the file with the
 highest number counts. The job that created it holds the run; when several try, only one succeeds,
-but for stores without exclusive create (`files.create`), where the others notice at the next beat.
+but for stores without exclusive create (`exclusive.py`), where the others notice at the next beat.
 The holder shows that it is alive by rewriting the file with a rising `beat`. When another job finds
 the file unchanged for two periods, it takes the holder for dead and creates the next number. A
 holder that sees a number above its own has lost the run. A released lease stays until there is a
@@ -31,7 +31,7 @@ from engine.state import layout
 from engine.state.layout import LEASE, NAMES
 from shards.documents import Natural, build, parse_json
 from shards.errors import InputError
-from shards.storage import files, local_files
+from shards.storage import exclusive, files, local_files
 from shards.storage.entries import list_entries
 
 PERIOD = 10.0  # seconds between two beats
@@ -85,7 +85,7 @@ class Lease:
 
     @property
     def sign(self) -> tuple[int, str, str]:
-        """Return what `shows` looks for, the number and the owner of this lease, and its host."""
+        """Return this lease's number and owner, which `holds_number` looks for, and its host."""
         return self._record.number, self._record.owner, self._record.host
 
     def check(self) -> None:
@@ -131,7 +131,7 @@ class Lease:
         """Create the file and start the beats. Return False when another job was faster."""
         # Creating it also succeeds if another job has used and removed this number meanwhile. Then
         # there is a higher number, which `_look` finds.
-        if not files.create(_url(self._run, self._record.number), self._record.content()):
+        if not exclusive.create(_url(self._run, self._record.number), self._record.content()):
             return False
         self._look()
         if not self.lost:
@@ -196,9 +196,9 @@ def acquire(run: str, agents: Sequence[str], period: float, report: Callable[[st
 
     Raises InputError when another job holds it, and OSError when the store has no exclusive create.
     """
-    if not files.is_local(run) and not files.is_exclusive():
+    if not files.is_local(run) and not exclusive.is_exclusive():
         report(
-            f"{files.redact(run)} is held without exclusive create ({files.EXCLUSIVE}=no): two "
+            f"{files.redact(run)} is held without exclusive create ({exclusive.EXCLUSIVE}=no): two "
             f"jobs that start at the same moment may both train there for up to {period:g} s, "
             "until one notices the other and ends"
         )
@@ -235,8 +235,8 @@ class Sight(NamedTuple):
     period: float  # seconds between two beats
 
 
-def look(run: str) -> Sight | None:
-    """Look who holds the run, without waiting. It is None when nobody ever has. Raises OSError."""
+def describe_holder(run: str) -> Sight | None:
+    """Describe who holds the run, without waiting; None when nobody ever has. Raises OSError."""
     newest = _newest(run)
     if newest is None:
         return None
@@ -247,7 +247,7 @@ def look(run: str) -> Sight | None:
     return Sight(newest.host, newest.released, newest.is_dead(), silent, newest.period)
 
 
-def shows(run: str, number: int, owner: str) -> bool:
+def holds_number(run: str, number: int, owner: str) -> bool:
     """Return whether the lease of that number is in the run, and is the owner's. Raises OSError."""
     try:
         there = parse_json(files.read(_url(run, number)))

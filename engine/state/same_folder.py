@@ -33,7 +33,7 @@ def check_same_folder(run: str, held: Lease | None, world: World) -> None:
 
     def look() -> None:
         end = time.monotonic() + PATIENCE
-        while owner and not lease.shows(run, number, owner):
+        while owner and not lease.holds_number(run, number, owner):
             if time.monotonic() > end:
                 raise InputError(
                     f"run {files.redact(run)}: rank {world.rank} on {socket.gethostname()} does "

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator
 from functools import cache
 from statistics import median
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,11 +23,6 @@ from shards.views import ViewsConfig, crop_box, draw_views
 THREADS = 1, 2, 4, 16  # decode threads of the process, one after the other
 TINY = 8  # side of images in pixels whose decoding and cropping cost next to nothing
 TINY_IMAGES = 1000
-
-
-class _Decoded(NamedTuple):
-    pixels: Tensor  # [3, H, W] uint8
-    boxes: list[Box]  # of its views
 
 
 Work = list[tuple[bytearray, list[Box]]]  # encoded images, each with the boxes of its views
@@ -71,7 +65,7 @@ def measure_limit(work: Work, size: int) -> Cost:
 
 @torch.inference_mode()
 def _decode_and_crop(work: Work, row: Tensor) -> None:
-    images = (_Decoded(decode(content, 0, len(content)), boxes) for content, boxes in work)
+    images = ((decode(content, 0, len(content)), boxes) for content, boxes in work)
     for group in decode_together(images):
         for image, boxes in group:
             for box in boxes:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable
 from typing import Literal
 
+from shards.signatures import JPEG_2000, PNG, TIFF
+
 # Reads the bytes [start, stop) of a file, or fewer where the file ends before.
 Read = Callable[[int, int], bytes]
 
@@ -19,15 +21,15 @@ _BITS_PER_SAMPLE = 258  # TIFF's number for it
 def find_bit_depth(read: Read) -> int:
     """Return the bits per channel that the header announces; 8 when it announces none."""
     start = read(0, _HEAD)
-    if start.startswith(b"\x89PNG\r\n\x1a\n"):
+    if start.startswith(PNG):
         return start[24] if len(start) > 24 else 8
-    if start[:4] in (b"II*\0", b"II+\0", b"MM\0*", b"MM\0+"):
+    if start.startswith(TIFF):
         return _tiff_depth(start, read)
     if found := PNM_HEADER.match(start):
         return int(found[4][:9]).bit_length()
     if start[:3] in (b"PF\n", b"Pf\n"):
         return 32
-    if start.startswith(b"\xff\x4f\xff\x51"):  # a JPEG 2000 without a container
+    if start.startswith(JPEG_2000):
         return (start[42] & 0x7F) + 1 if len(start) > 42 else 8
     if start[4:8] == b"jP  " and 0 < (place := start.find(b"ihdr")) < len(start) - 14:
         return (start[place + 14] & 0x7F) + 1

@@ -34,6 +34,16 @@ _JUNK = {"@eadir", "__macosx", "#recycle", "$recycle.bin", "lost+found"}
 _JUNK_FILES = "hidden files and files of file managers"
 
 
+class _Listing(NamedTuple):
+    """What lies in a folder."""
+
+    images: list[tuple[str, int]]  # their paths and sizes
+    left_out: Reasons
+    empty: list[str]  # folders
+    tars: list[str]
+    links: list[str]  # to folders of the folder itself
+
+
 class Found(NamedTuple):
     """The data sets in a folder of images."""
 
@@ -65,13 +75,14 @@ def find_images(
     Raises InputError when there is neither, when several splits stand among other folders, and when
     two folders are the same split.
     """
-    found, left_out, empty, tars = _list_images(source, follow_links, "SOURCE", follower)
+    listing = _list_images(source, follow_links, "SOURCE", follower)
+    found, left_out = listing.images, listing.left_out
     if not found:
         return Found([], left_out, [])
     place = files.redact(source)
     splits = _find_splits(found, place)
     # An empty folder counts as if there were a file in it.
-    paths = [*(path for path, _ in found), *(f"{path}/." for path in empty)]
+    paths = [*(path for path, _ in found), *(f"{path}/." for path in listing.empty)]
     folders = splits or {"": ""}
     classes = sorted({name for folder in folders for name in _class_names(paths, folder)})
     sets = [_image_set(name, folder, found, classes) for folder, name in folders.items()]
@@ -82,7 +93,7 @@ def find_images(
         sets = [_without_labels(part) for part in sets]
     if not any(part.classes for part in sets):
         classes = []
-    doubts = _doubts(classes, sets, tars) + _tell_nested(found, list(folders), len(classes))
+    doubts = _doubts(classes, sets, listing) + _tell_nested(found, list(folders), len(classes))
     return Found(sets, left_out, doubts)
 
 
@@ -100,7 +111,7 @@ def find_all_images(
 
     Raises InputError when there are no images.
     """
-    found, left_out, _, tars = _list_images(source, follow_links, name, follower)
+    found, left_out, _, tars, _ = _list_images(source, follow_links, name, follower)
     place = files.redact(source)
     if not found:
         plain = all(is_tar(tar) for tar in tars)
@@ -124,20 +135,16 @@ def find_all_images(
     return Found([ImageSet("", images, classes)], left_out, [])
 
 
-def _list_images(
-    source: str, follow_links: bool, name: str, follower: str
-) -> tuple[list[tuple[str, int]], Reasons, list[str], list[str]]:
-    """List a folder: the images with their sizes, what is left out, empty folders, and tars.
-
-    Raises InputError when there is neither an image nor a tar.
-    """
-    found: list[tuple[str, int]] = []
-    left_out: Reasons = {}
-    empty: list[str] = []
-    tars: list[str] = []
+def _list_images(source: str, follow_links: bool, name: str, follower: str) -> _Listing:
+    """List a folder. Raises InputError when there is neither an image nor a tar."""
+    listing = _Listing([], {}, [], [], [])
+    found, left_out, empty, tars, links = listing
 
     def note(reason: str, path: str) -> None:
-        if is_junk(path):
+        if reason == local_files.TWICE:
+            if not is_junk(path):
+                links.append(path)
+        elif is_junk(path):
             leave_out(left_out, _JUNK_FILES, path)
         elif reason == local_files.EMPTY:
             empty.append(path)
@@ -160,7 +167,7 @@ def _list_images(
     if not found and not tars:
         raise InputError(f"{name} {place}: no images there{_hint(source, left_out)}")
     found.sort()
-    return found, left_out, empty, tars
+    return listing
 
 
 def is_junk(path: str) -> bool:
@@ -214,15 +221,22 @@ def split_name(folder: str) -> str | None:
     return _SPLITS.get(_DECORATION.sub("", folder.lower()))
 
 
-def _doubts(classes: list[str], sets: list[ImageSet], tars: list[str]) -> list[str]:
-    """Warn of tars, of classes that are probably no classes, and of those without images."""
+def _doubts(classes: list[str], sets: list[ImageSet], listing: _Listing) -> list[str]:
+    """Warn of tars and links, of classes that are probably none, and of those without images."""
     doubts = []
-    if tars:
+    if tars := listing.tars:
         kinds = "parquet file" if all(map(is_parquet, tars)) else "tar"
         are = f"{len(tars):,} files, such as {min(tars)}, are {kinds}s"
         are = f"{min(tars)} is a {kinds}" if len(tars) == 1 else are
         doubts.append(
             f"{are}, whose images are not taken: give the {kinds}s as SOURCE to pack those"
+        )
+    if links := listing.links:
+        lead = f"{len(links):,} links lead to folders"
+        lead = "1 link leads to a folder" if len(links) == 1 else lead
+        doubts.append(
+            f"{lead} of SOURCE itself, such as {min(links)}: images that are taken there too are "
+            "taken twice"
         )
     if len(classes) == 1:
         doubts.append(f"there is one class only, {classes[0]}: is SOURCE one folder too high?")

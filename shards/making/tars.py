@@ -182,7 +182,7 @@ def _walk(source: str, left_out: Reasons, compressed: bool) -> list[str]:
     found = []
 
     def note(reason: str, path: str) -> None:
-        if reason != local_files.EMPTY:
+        if reason not in (local_files.EMPTY, local_files.TWICE):
             leave_out(left_out, reason, path)
 
     for path, _ in files.walk(source, leave_out=note):

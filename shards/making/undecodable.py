@@ -1,6 +1,7 @@
 """Say what a file holds that cannot be decoded."""
 
 from shards.dimensions import image_size
+from shards.signatures import JPEG, JPEG_2000, PNG, TIFF, is_webp
 
 # The first bytes of what people find in place of an image.
 _KINDS = (
@@ -11,14 +12,14 @@ _KINDS = (
     (b"{", "JSON"),
 )
 _FORMATS = (
-    (b"\xff\xd8\xff", "JPEG"),
-    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (JPEG, "JPEG"),
+    (PNG, "PNG"),
     (b"GIF8", "GIF"),
     (b"BM", "BMP"),
-    *((start, "TIFF") for start in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+    *((start, "TIFF") for start in TIFF),
     *((start, "PNM") for start in (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"PF", b"Pf")),
     (b"qoif", "QOI"),
-    (b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (JPEG_2000, "JPEG 2000"),
     (b"\0\0\0\x0cjP", "JPEG 2000"),
 )
 
@@ -46,6 +47,6 @@ def name_format(content: bytes) -> str:
     """Name the format that a file's first bytes belong to; "image" when they are not known."""
     if content[4:12] in (b"ftypavif", b"ftypavis"):
         return "AVIF"
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+    if is_webp(content):
         return "WebP"
     return next((name for start, name in _FORMATS if content.startswith(start)), "image")

@@ -8,9 +8,7 @@ import contextlib
 import io
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, BinaryIO, cast
 
@@ -19,11 +17,7 @@ import fsspec
 from shards.documents import parse_json
 from shards.errors import InputError
 from shards.storage import local_files, names
-from shards.storage.failures import (
-    is_beyond_end,
-    is_refused_condition,
-    is_refused_listing,
-)
+from shards.storage.failures import is_beyond_end, is_refused_listing
 from shards.storage.local_files import is_local as is_local
 from shards.storage.range_file import RangeFile
 from shards.storage.redaction import SLIP, has_query
@@ -32,13 +26,12 @@ from shards.storage.retries import WrongLength, retry
 from shards.storage.s3 import is_s3 as is_s3
 from shards.storage.s3 import open_s3
 from shards.storage.space import naming_space
+from shards.threads import run_in_threads
 
 READ_BLOCK = 4 << 20  # `open_reader` asks an object store for this many bytes at a time.
 PART = 16 << 20  # Large objects are sent and copied in parts of this many bytes.
 ONE_PUT = 5 << 30  # S3 takes no more bytes than these in one request.
 SECONDS = 60.0  # One try of a read may take this long, and one second more for each MB.
-EXCLUSIVE = "BYOL_EXCLUSIVE_CREATE"  # A variable for stores without exclusive create.
-SETTLE = 1.0  # Seconds after which a store without it is asked whose object is there.
 DELETIONS = 32  # This many objects are deleted at once.
 
 
@@ -188,70 +181,6 @@ def write(url: str, content: bytes) -> None:
     retry(url, lambda: filesystem.pipe_file(path, content, **options))
 
 
-def create(url: str, content: bytes) -> bool:
-    """Write an object that does not exist yet. Return False, and write nothing, if it exists.
-
-    When several callers try at once, one succeeds. Every caller's `content` must be different:
-    when an answer gets lost, the content shows whether this call wrote the object. Where
-    `is_exclusive` is False, the last of them succeeds, if they are less than SETTLE seconds apart.
-
-    Raises OSError when a store refuses or ignores the condition, which is noticed by a second try.
-    """
-    filesystem, path = client(url)
-    if not is_local(url) and not is_exclusive():
-        return _create_and_look(url, content)
-
-    def put() -> bool:
-        if is_local(url):
-            local_files.create(path, content)
-            return True
-        try:
-            filesystem.pipe_file(path, content, mode="create")
-        except Exception as error:
-            if is_refused_condition(error):
-                return False
-            raise
-        return True
-
-    try:
-        taken = retry(url, put)
-    except FileExistsError:
-        return read(url) == content
-    if is_local(url):
-        return True
-    if taken:
-        try:
-            retry(url, put)
-        except FileExistsError:
-            return True
-        with contextlib.suppress(OSError):  # The user must see the error below.
-            remove(url)
-    raise OSError(
-        f"{redact(url)}: the store {'ignores' if taken else 'refuses'} exclusive create "
-        f"(If-None-Match): take one that honors it, or set {EXCLUSIVE}=no, and never start two "
-        "jobs for one run at the same moment"
-    )
-
-
-def _create_and_look(url: str, content: bytes) -> bool:
-    if exists(url):
-        return False
-    write(url, content)
-    time.sleep(SETTLE)
-    return read(url) == content
-
-
-def is_exclusive() -> bool:
-    """Return whether `create` relies on the store's exclusive create.
-
-    Raises InputError when the variable EXCLUSIVE says neither yes nor no.
-    """
-    value = os.environ.get(EXCLUSIVE, "yes")
-    if value not in ("yes", "no"):
-        raise InputError(f"{EXCLUSIVE} must be yes or no, not {value!r}")
-    return value == "yes"
-
-
 def exists(url: str) -> bool:
     """Return whether there is such an object, or such a folder as far as folders may be listed."""
     filesystem, path = client(url)
@@ -334,8 +263,7 @@ def remove(url: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             retry(url, lambda: filesystem.rm_file(name))
 
-    with ThreadPoolExecutor(DELETIONS, thread_name_prefix="remove") as threads:
-        list(threads.map(delete, found))
+    run_in_threads(delete, found, DELETIONS)
     if is_s3(url):  # Some servers keep empty folders. On other servers this does nothing.
         slashes = ((name, i) for name in found for i in range(len(path), len(name)))
         folders = {name[: i + 1] for name, i in slashes if name[i] == "/"}

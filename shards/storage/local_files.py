@@ -19,6 +19,7 @@ from shards.storage.space import naming_space
 
 EMPTY = "empty folders"
 OUTSIDE = "links to files outside of the folder"
+TWICE = "links to folders inside of the folder"
 
 
 def is_local(url: str) -> bool:
@@ -125,29 +126,36 @@ def walk(
 ) -> Iterator[tuple[str, int]]:
     """Yield (path relative to the folder, size in bytes) of all files below a folder.
 
+    A link inside of the folder counts as what it leads to, so a file may come under several paths.
     The order is arbitrary. Raises InputError for a folder that may not be read.
 
     Args:
         follow_links: Also take files and folders outside of the folder that links in it lead to.
-        leave_out: Is called with the reason and the path of what is no file to take, and with
-            EMPTY and the path of an empty folder. The reason is OUTSIDE for a link that would be
-            taken if links were followed.
+        leave_out: Is called with the reason and the path of what is no file to take, with EMPTY and
+            the path of an empty folder, and with TWICE and the path of a link to a folder whose
+            files are taken by this path too. The reason is OUTSIDE for a link that would be taken
+            if links were followed.
     """
     root = os.path.realpath(path)
-    # A folder to read: its path, its path relative to the root, its real path.
-    folders = [(path, "", root)]
+    # A folder to read: its path, its path relative to the root, its real path, and the real paths
+    # of the folders that the links on the way to it lie in.
+    folders: list[tuple[str, str, str, tuple[str, ...]]] = [(path, "", root, ())]
     while folders:
-        folder, below, real = folders.pop()
+        folder, below, real, way = folders.pop()
         entries = _list(folder)
         if not entries and below:
             leave_out(EMPTY, below.rstrip("/"))
         for entry in entries:
-            name = below + entry.name
-            target = os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
-            if entry.is_symlink() and (fault := _find_fault(target, root, real, follow_links)):
+            name, linked = below + entry.name, entry.is_symlink()
+            target = os.path.realpath(entry.path) if linked else os.path.join(real, entry.name)
+            if linked and any(_is_in(one, target) for one in (*way, real)):
+                leave_out("links to a folder that they lie in", name)
+            elif linked and (fault := _find_fault(target, root, follow_links)):
                 leave_out(fault, name)
             elif entry.is_dir():
-                folders.append((entry.path, f"{name}/", target))
+                if linked and _is_in(target, root):
+                    leave_out(TWICE, name)
+                folders.append((entry.path, f"{name}/", target, (*way, real) if linked else way))
             elif entry.is_file():
                 yield name, entry.stat().st_size
             else:
@@ -163,15 +171,18 @@ def _list(folder: str) -> list[os.DirEntry[str]]:
         return []
 
 
-def _find_fault(target: str, root: str, real: str, follow_links: bool) -> str:
-    """Return why a link to `target` in the folder `real` is not followed; "" when it is."""
+def _find_fault(target: str, root: str, follow_links: bool) -> str:
+    """Return why a link to `target` is not followed; "" when it is."""
     if not os.path.exists(target):
         return "links that lead nowhere"
-    if f"{real}/".startswith(f"{target}/"):
-        return "links to a folder that they lie in"
-    if not follow_links and not target.startswith(f"{root}/"):
+    if not follow_links and not _is_in(target, root):
         return OUTSIDE
     return ""
+
+
+def _is_in(path: str, folder: str) -> bool:
+    """Return whether a real path is that of a folder, or of what lies in it."""
+    return f"{path}/".startswith(f"{folder.rstrip('/')}/")
 
 
 def _raise_unreadable(error: OSError) -> None:
@@ -210,14 +221,14 @@ def lies_below(path: str, folder: str) -> bool:
 
     The last name of `path` may be a link, because a link is removed and not what it leads to.
     """
-    parent, home = os.path.realpath(os.path.dirname(path.rstrip("/"))), os.path.realpath(folder)
-    return path == folder or f"{parent}/".startswith(f"{home.rstrip('/')}/")
+    parent = os.path.realpath(os.path.dirname(path.rstrip("/")))
+    return path == folder or _is_in(parent, os.path.realpath(folder))
 
 
 def link_out(path: str, folder: str) -> str:
     """Return where `path` leads to if it is a link out of the folder, or ""."""
     target = os.path.realpath(path)
-    inside = f"{target}/".startswith(f"{os.path.realpath(folder).rstrip('/')}/")
+    inside = _is_in(target, os.path.realpath(folder))
     return target if os.path.islink(path) and not inside else ""
 
 

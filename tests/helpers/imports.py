@@ -16,7 +16,7 @@ PACKAGES = ("shards", "engine", "recipes", "launch")
 # The floors, from the bottom to the top. A module may import from lower floors and from its own
 # room. Rooms on the same floor may not import each other.
 LAYERS: list[tuple[str, ...]] = [
-    ("shards.errors",),
+    ("shards.errors", "shards.threads"),
     ("shards.fields", "shards.philox"),
     ("shards.documents",),
     ("shards.storage",),

@@ -20,6 +20,7 @@ from shards.order import BatchConfig, Order
 from shards.views import ViewsConfig
 from tests.conftest import Files, PackFiles
 from tests.helpers import tiny
+from tests.helpers.clocks import stop_clock
 from tests.helpers.fault_proxy import FaultProxy
 from tests.helpers.training import finish, training
 
@@ -90,11 +91,11 @@ def test_where_the_speed_comes_from() -> None:
     assert plan.find_speed(None, [{"step": 1}, {"step": 2, "images_per_second": None}], 8) is None
 
 
-def test_dates() -> None:
-    now = datetime(2026, 3, 1, 22, 30, tzinfo=UTC)
-    assert plan.date_of(2 * 3600, lambda: now) == "2026-03-02 00:30"
-    assert plan.date_of(1e15, lambda: now) == "after the year 9999"
-    assert plan.date_of(math.inf, lambda: now) == "after the year 9999"
+def test_dates(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_clock(monkeypatch, plan, datetime(2026, 3, 1, 22, 30, tzinfo=UTC))
+    assert plan.date_of(2 * 3600) == "2026-03-02 00:30"
+    assert plan.date_of(1e15) == "after the year 9999"
+    assert plan.date_of(math.inf) == "after the year 9999"
 
 
 def test_a_process_gets_its_streams() -> None:

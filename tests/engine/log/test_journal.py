@@ -6,7 +6,6 @@ import secrets
 import threading
 import tracemalloc
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +284,7 @@ def test_read_while_the_writer_goes_on(memory: str, monkeypatch: pytest.MonkeyPa
             return read_object(url)
 
         monkeypatch.setattr(files, "read", read_later)
-        monkeypatch.setattr(journal, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))
+        monkeypatch.setattr(journal, "_REQUESTS", 1)
         found = read(run)
         monkeypatch.setattr(files, "read", read_object)
         assert found[:3] == records(1, 2, 3)

@@ -45,9 +45,9 @@ def test_lines_come_after_2_and_then_every_20_seconds(
             if clock.now == 130:
                 shown.name("lr 0.3, epoch 12 of 80")
     assert capsys.readouterr().out.splitlines() == [
-        "features: 140 of 1,000, 0m43s left",
-        "features: 540 of 1,000, 0m23s left",
-        "lr 0.3, epoch 12 of 80: 940 of 1,000, 0m03s left",
+        "features: 140 of 1,000, 43 s left",
+        "features: 540 of 1,000, 23 s left",
+        "lr 0.3, epoch 12 of 80: 940 of 1,000, 3 s left",
     ]
 
 

@@ -66,10 +66,10 @@ def test_the_text_is_short(clock: Clock) -> None:
     clock.now += 9.0
     shown.note(10, evaluated=False)
     assert [shown.text(step) for step in (0, 1000, 1401, 4815, 5000, 6000)] == [
-        *("1h23m", "1h06m", "59m59s", "3m05s", "0m00s", "0m00s")
+        *("1 h 23 min", "1 h 6 min", "59 min 59 s", "3 min 5 s", "0 s", "0 s")
     ]
     bars = Progress(TimeLeftColumn(shown), console=Console(width=99))
     bars.add_task("train", total=5000, completed=4815)
     with bars.console.capture() as captured:
         bars.console.print(bars.make_tasks_table(bars.tasks))
-    assert captured.get().strip() == "left 3m05s"
+    assert captured.get().strip() == "left 3 min 5 s"

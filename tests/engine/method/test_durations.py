@@ -59,6 +59,46 @@ def test_the_same_duration_is_written_in_one_way() -> None:
     assert ScheduleConfig(warmup=third).warmup == third
 
 
+@pytest.mark.parametrize(
+    "text", [f"0.{'3' * 30} epochs", f"{10**15 - 1}.{'7' * 30} epochs", "1/3 epochs"]
+)
+def test_what_is_written_for_a_duration_can_be_read(text: str) -> None:
+    Lasting().check("schedule.warmup", text)
+    written = ScheduleConfig(warmup=text).warmup
+    assert parse(written) == (Fraction(text.split()[0]), "epoch")
+    assert ScheduleConfig(warmup=written).warmup == written
+    every = to_steps(written, 5004)
+    assert LogConfig(every=every).every == every
+    assert not is_due(every, 1)
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ("100000000000000000000000000001/7 epochs", "must be at most 1,000,000,000,000,000, not"),
+        (10**16, "must be at most 1,000,000,000,000,000, not"),
+        (f"{10**15}.5 steps", "must be at most 1,000,000,000,000,000, not"),
+        (f"0.{'3' * 31} epochs", "takes at most 30 digits after the point, not"),
+        (f"1/{10**30 + 1} epochs", "takes at most 30 digits after the point, not"),
+        ("9" * 99, "must be at most 1,000,000,000,000,000, not"),
+        ("9" * 10**6, "takes a number of steps or of epochs, "),
+    ],
+)
+def test_a_duration_that_is_too_long_or_too_fine_is_told(value: int | str, fault: str) -> None:
+    with pytest.raises(InputError, match=rf"^log\.every {fault}") as error:
+        Lasting().check("log.every", value)
+    assert len(str(error.value)) < 300
+    assert LogConfig(every=value).every == value  # the recipe's check reports it
+    with pytest.raises(ValueError, match=r"."):
+        to_steps(value, 5004)
+
+
+def test_a_duration_of_more_steps_than_can_be_given_is_read_too() -> None:
+    every = to_steps(f"{10**15} epochs", 5004)
+    assert every == 10**15
+    assert not is_due(every, 10**9)
+
+
 @pytest.mark.parametrize("steps_per_epoch", [1, 6, 7, 313])
 @pytest.mark.parametrize("number", [Fraction(1, 10), Fraction(1, 3), Fraction(1, 2), 1, 2, 20])
 def test_what_happens_by_epochs_hits_their_ends(number: Fraction, steps_per_epoch: int) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from engine.log.curves import VIEWS
 from engine.log.events import EventLog
+from engine.report import page as page_module
 from engine.report.facts import RunFacts, collect
 from engine.report.html import tag
 from engine.report.page import MOST_BYTES, make_page, name_runs
@@ -18,6 +19,7 @@ from engine.report.views import find_views
 from shards.errors import InputError
 from shards.png import decode_png, encode_png
 from tests.helpers import leases
+from tests.helpers.clocks import stop_clock
 from tests.helpers.web_pages import WebPage, read_page
 
 TAGS = {
@@ -71,12 +73,13 @@ def write_run(folder: Path, text: str = "", **more: Any) -> str:
 
 
 def page_of(*urls: str) -> WebPage:
-    content = make_page([collect(url) for url in urls], datetime(2026, 1, 2, 3, 4, tzinfo=UTC))
+    content = make_page([collect(url) for url in urls])
     assert len(content) < MOST_BYTES
     return read_page(content)
 
 
-def test_the_page_has_everything(tmp_path: Path) -> None:
+def test_the_page_has_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_clock(monkeypatch, page_module, datetime(2026, 1, 2, 3, 4, tzinfo=UTC))
     page = page_of(write_run(tmp_path / "mine"))
     assert page.tags <= TAGS
     for text in (
@@ -87,7 +90,7 @@ def test_the_page_has_everything(tmp_path: Path) -> None:
             "branched from parent , step 7, as step 3 of",
             "order goes on",
             "seed",
-            "2026-01-02",
+            "Made on 2026-01-02 at 03:04 UTC",
         ),
         *("Fields", "All", "Images per second", "Time spent waiting for data", "Other figures"),
         *("measured on", "data/held"),

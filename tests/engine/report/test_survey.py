@@ -12,7 +12,6 @@ import pytest
 
 from engine.processes.identity import identity
 from engine.report import survey
-from engine.report.states import show_duration
 from engine.report.survey import RunSummary, survey_runs
 from launch import evaluate
 from shards.errors import InputError
@@ -238,13 +237,6 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
     write_run(f"{tmp_path}/a")
     (tmp_path / "loop").symlink_to(tmp_path)
     assert "a" in found(str(tmp_path), 8)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (119, "1 min"), (3660, "1 h 1 min"), (90_000, "1 d 1 h")]
-)
-def test_durations_are_short(seconds: float, text: str) -> None:
-    assert show_duration(seconds) == text
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from engine.processes.identity import agent_identity
 from engine.state import lease as lease_module
 from engine.state.lease import acquire
 from shards.errors import InputError
-from shards.storage import files
+from shards.storage import exclusive, files
 from tests.engine.processes.test_identity import identity_of_the_dead
 from tests.helpers.leases import PERIOD, Clock, Jobs, leave, numbers, read, url
 from tests.helpers.processes import FORKED
@@ -200,14 +200,14 @@ def test_a_number_that_was_used_and_removed_wins_nothing(
     run: str, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between a look and a create, others may have come, gone and been followed."""
-    create = files.create
+    create = exclusive.create
 
     def create_late(url: str, content: bytes) -> bool:
         leave(run, 3, host="near")
         return create(url, content)
 
     leave(run, 1, released=True)
-    monkeypatch.setattr(files, "create", create_late)
+    monkeypatch.setattr(exclusive, "create", create_late)
     with pytest.raises(InputError, match="in use by another job on near"):
         jobs.acquire(run, "b")
     assert read(run, 3)["owner"] == "owner 3"

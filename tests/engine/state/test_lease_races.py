@@ -11,7 +11,7 @@ import pytest
 from engine.processes.identity import agent_identity
 from engine.state.lease import Lease, acquire
 from shards.errors import InputError
-from shards.storage import files
+from shards.storage import exclusive
 from tests.helpers.leases import PERIOD, leave, numbers, read
 from tests.helpers.ranks import Ranks
 
@@ -26,7 +26,7 @@ STATES: dict[str, Callable[[str], None]] = {
 def test_one_of_many_wins(store: str, state: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All have looked, and watched, before the first one creates its own."""
     STATES[state](store)
-    barrier, create = threading.Barrier(8, timeout=60), files.create
+    barrier, create = threading.Barrier(8, timeout=60), exclusive.create
 
     def create_together(url: str, content: bytes) -> bool:
         barrier.wait()
@@ -37,7 +37,7 @@ def test_one_of_many_wins(store: str, state: str, monkeypatch: pytest.MonkeyPatc
             return [acquire(store, [name], PERIOD, lambda _: None)]
         return []
 
-    monkeypatch.setattr(files, "create", create_together)
+    monkeypatch.setattr(exclusive, "create", create_together)
     with ThreadPoolExecutor(8) as pool:
         won = [lease for wins in pool.map(attempt, "abcdefgh") for lease in wins]
     # In memory, exclusive create is not quite so: there who was overwritten finds itself lost.

@@ -133,6 +133,47 @@ def test_links_and_what_is_no_file(tmp_path: Path) -> None:
     assert left_out["pipes, sockets and devices"].number == 2
 
 
+@pytest.mark.parametrize("follow_links", [False, True])
+def test_links_in_a_circle_end(tmp_path: Path, follow_links: bool) -> None:
+    source = write_files(tmp_path / "in", ["a/1.jpg", "b/2.jpg"])
+    (source / "a" / "l1").symlink_to("../b")
+    (source / "b" / "l2").symlink_to("../a")
+    sets, left_out, _ = find_images(str(source), follow_links=follow_links)
+    paths = ["a/1.jpg", "a/l1/2.jpg", "b/2.jpg", "b/l2/1.jpg"]
+    assert [image.path for image in sets[0].images] == paths
+    assert set(left_out) == {"links to a folder that they lie in"}
+    assert left_out["links to a folder that they lie in"].number == 2
+
+
+def test_links_out_of_the_source_and_back_end(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "in", ["a/1.jpg"])
+    out = write_files(tmp_path / "out", ["2.jpg", "deep/3.jpg"])
+    (source / "a" / "there").symlink_to(out)
+    (out / "deep" / "back").symlink_to(source)
+    (out / "deep" / "top").symlink_to("/")
+    sets, left_out, _ = find_images(str(source), follow_links=True)
+    paths = ["a/1.jpg", "a/there/2.jpg", "a/there/deep/3.jpg"]
+    assert [image.path for image in sets[0].images] == paths
+    assert set(left_out) == {"links to a folder that they lie in"}
+    assert left_out["links to a folder that they lie in"].number == 2
+
+
+def test_links_to_folders_of_the_source_are_taken_and_told(tmp_path: Path) -> None:
+    source = write_files(tmp_path / "in", ["a/1.jpg", "b/2.jpg"])
+    (source / "a" / "l1").symlink_to("../b")
+    sets, left_out, warnings = find_images(str(source))
+    assert [image.path for image in sets[0].images] == ["a/1.jpg", "a/l1/2.jpg", "b/2.jpg"]
+    assert left_out == {}
+    assert warnings[0] == (
+        "1 link leads to a folder of SOURCE itself, such as a/l1: images that are taken there too "
+        "are taken twice"
+    )
+    (source / ".store").symlink_to("b")
+    (source / "c").symlink_to("b")
+    _, _, warnings = find_images(str(source))
+    assert warnings[0].startswith("2 links lead to folders of SOURCE itself, such as a/l1: ")
+
+
 def test_a_source_that_is_a_link(tmp_path: Path) -> None:
     write_files(tmp_path / "photos", ["a/1.jpg", "b/2.jpg"])
     (tmp_path / "in").symlink_to("photos")

@@ -25,7 +25,7 @@ from launch import pack as pack_command
 from shards.errors import InputError
 from shards.loader import DataConfig
 from shards.making import pack
-from shards.storage import files, upload
+from shards.storage import exclusive, files, upload
 from tests.conftest import PackFiles, draw_photo
 from tests.helpers import tiny
 from tests.helpers.object_store import ObjectStore
@@ -126,8 +126,8 @@ def _write(url: str, content: bytes) -> None:
 
 
 def _create(url: str, content: bytes) -> None:
-    assert files.create(url, content)
-    assert not files.create(url, b"another's")
+    assert exclusive.create(url, content)
+    assert not exclusive.create(url, b"another's")
 
 
 def _stream(url: str, content: bytes) -> None:

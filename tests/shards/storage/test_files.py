@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from shards.errors import InputError
-from shards.storage import files, retries
+from shards.storage import exclusive, files, retries
 from tests.helpers.fault_proxy import FaultProxy
 from tests.helpers.object_store import lead_to
 
@@ -207,7 +207,7 @@ def test_files_have_the_mode_that_the_user_set(tmp_path: Path, umask: int) -> No
     before = os.umask(umask)
     try:
         files.write(f"{tmp_path}/new/written", b"1")
-        assert files.create(f"{tmp_path}/new/created", b"1")
+        assert exclusive.create(f"{tmp_path}/new/created", b"1")
         files.write("memory://mode", b"12")
         files.download("memory://mode", 2, f"{tmp_path}/new/downloaded")
     finally:
@@ -246,7 +246,7 @@ def test_nothing_is_left_when_a_write_fails(
     with pytest.raises(OSError, match=r"file: .*No space left"):
         files.write(f"{tmp_path}/file", b"after")
     with pytest.raises(OSError, match=r"other: .*No space left"):
-        files.create(f"{tmp_path}/other", b"after")
+        exclusive.create(f"{tmp_path}/other", b"after")
     monkeypatch.undo()
     monkeypatch.setattr(retries, "ATTEMPTS", 1)
     with pytest.raises(FileNotFoundError):

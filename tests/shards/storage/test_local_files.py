@@ -16,7 +16,7 @@ from launch import pack as pack_command
 from shards.errors import InputError
 from shards.loader import DataConfig
 from shards.making.image_folders import find_images
-from shards.storage import files, local_files, retries, upload
+from shards.storage import exclusive, files, local_files, retries, upload
 from tests.conftest import draw_photo
 from tests.helpers import tiny
 from tests.helpers.training import finish, open_trainer
@@ -44,8 +44,8 @@ def test_created_without_hard_links(
     monkeypatch.setattr(os, "link", refuse(number))
     monkeypatch.setattr(retries, "pause", lambda _: pytest.fail("it was tried again"))
     path = tmp_path / "folder" / "1.json"
-    assert files.create(str(path), b"first")
-    assert not files.create(str(path), b"second")
+    assert exclusive.create(str(path), b"first")
+    assert not exclusive.create(str(path), b"second")
     assert path.read_bytes() == b"first"
     assert list(path.parent.iterdir()) == [path]
 
@@ -58,7 +58,7 @@ def test_one_of_many_wins_without_hard_links(
     for number in range(10):
         path = str(tmp_path / f"{number}.json")
         with ThreadPoolExecutor(8) as threads:
-            won = list(threads.map(lambda content, p=path: files.create(p, content), contents))
+            won = list(threads.map(lambda content, p=path: exclusive.create(p, content), contents))
         assert won.count(True) == 1
         assert files.read(path) == contents[won.index(True)]
 
@@ -69,7 +69,7 @@ def test_what_no_other_way_would_help_is_told(
 ) -> None:
     monkeypatch.setattr(os, "link", refuse(number))
     with pytest.raises(OSError, match=os.strerror(number)):
-        files.create(str(tmp_path / "file"), b"content")
+        exclusive.create(str(tmp_path / "file"), b"content")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -80,7 +80,7 @@ def test_a_full_disk_leaves_no_part_of_a_created_file(
     path = tmp_path / "file"
     monkeypatch.setattr(local_files, "_fill", refuse(errno.ENOSPC))
     with pytest.raises(OSError, match="No space left"):
-        files.create(str(path), b"content")
+        exclusive.create(str(path), b"content")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -99,7 +99,7 @@ def test_a_full_disk_that_is_told_at_the_close_leaves_none_either(
 
     monkeypatch.setattr(os, "link", without_links)
     with pytest.raises(OSError, match="No space left"):
-        files.create(str(tmp_path / "file"), b"content")
+        exclusive.create(str(tmp_path / "file"), b"content")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -216,7 +216,7 @@ def upload_to(url: str) -> None:
 WAYS = (
     files.read,
     lambda url: files.write(url, b"a"),
-    lambda url: files.create(url, b"a"),
+    lambda url: exclusive.create(url, b"a"),
     upload_to,
 )
 

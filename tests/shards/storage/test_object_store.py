@@ -14,7 +14,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from shards.storage import files
+from shards.storage import exclusive, files
 from tests.helpers import fault_proxy
 from tests.helpers import object_store as object_store_module
 from tests.helpers.fault_proxy import FaultProxy
@@ -42,11 +42,11 @@ def test_create_has_one_winner(s3: str) -> None:
     url = f"{s3}/flag"
     contents = [f"run {i}".encode() for i in range(4)]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        created = list(pool.map(lambda content: files.create(url, content), contents))
+        created = list(pool.map(lambda content: exclusive.create(url, content), contents))
     assert sorted(created) == [False, False, False, True]
     winner = contents[created.index(True)]
     assert files.read(url) == winner
-    assert files.create(url, winner)  # as after a lost answer
+    assert exclusive.create(url, winner)  # as after a lost answer
     assert files.read(url) == winner
 
 

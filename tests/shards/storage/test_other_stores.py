@@ -13,7 +13,7 @@ from engine.state.checkpoint import CheckpointConfig
 from launch import evaluate, export
 from shards.errors import InputError
 from shards.loader import DataConfig
-from shards.storage import files, retries, s3, upload
+from shards.storage import exclusive, files, retries, s3, upload
 from tests.engine.state.test_checkpoint import ALONE
 from tests.helpers import tiny
 from tests.helpers.fault_proxy import FaultProxy, Quirk
@@ -41,7 +41,7 @@ def stream(url: str, size: int = 11 << 20) -> None:
 WAYS: dict[str, Callable[[str], Any]] = {
     "write": lambda url: files.write(url, b"1"),
     "stream": stream,
-    "create": lambda url: files.create(url, b"1"),
+    "create": lambda url: exclusive.create(url, b"1"),
     "read": files.read,
     "range": lambda url: files.read(url, 0, 1),
     "size": files.size,
@@ -191,9 +191,9 @@ def test_without_exclusive_create(
     assert not files.exists(f"{s3}/object")
 
     monkeypatch.setenv("BYOL_EXCLUSIVE_CREATE", "no")
-    monkeypatch.setattr(files, "SETTLE", 0.0)
-    assert files.create(f"{s3}/object", b"1")
-    assert not files.create(f"{s3}/object", b"2")
+    monkeypatch.setattr(exclusive, "SETTLE", 0.0)
+    assert exclusive.create(f"{s3}/object", b"1")
+    assert not exclusive.create(f"{s3}/object", b"2")
     assert files.read(f"{s3}/object") == b"1"
     told: list[str] = []
     held = lease.acquire(f"{s3}/run", ["me"], 9, told.append)
@@ -211,7 +211,7 @@ def test_a_race_without_exclusive_create_has_one_winner(
     monkeypatch.setenv("BYOL_EXCLUSIVE_CREATE", "no")
     other = iter([lambda: files.write(f"{s3}/object", b"another's")])
     monkeypatch.setattr(time, "sleep", lambda _: next(other)())
-    assert not files.create(f"{s3}/object", b"mine")
+    assert not exclusive.create(f"{s3}/object", b"mine")
 
 
 def test_the_variable_is_checked(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

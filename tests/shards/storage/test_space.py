@@ -15,7 +15,7 @@ import pytest
 
 from engine.log.events import EventLog
 from engine.log.journal import Journal
-from shards.storage import files, local_files, upload
+from shards.storage import exclusive, files, local_files, upload
 from shards.storage.space import format_size, is_full, naming_space
 from tests.helpers.small_disk import small_disk
 
@@ -27,7 +27,7 @@ def write(folder: str) -> None:
 
 
 def create(folder: str) -> None:
-    files.create(f"{folder}/object", bytes(SIZE))
+    exclusive.create(f"{folder}/object", bytes(SIZE))
 
 
 def download(folder: str) -> None:
