@@ -99,7 +99,7 @@ class Evaluation:
         files.check(out, "--out")
         files.check_folder(out or EVALUATIONS, "--out")
         named: dict[Name, str] = {"data.train": data.train, "data.val": data.val}
-        given = {n: GivenSet(url, n, world, labels=labels) for n, url in named.items() if url}
+        self._given = {n: GivenSet(url, n, world, labels=labels) for n, url in named.items() if url}
         self.source, self.network = open_encoder(checkpoint_url, encoder, world, self.terminal.say)
         self.rules = self.source.rules
         if data.max_pixels is not None:
@@ -108,29 +108,7 @@ class Evaluation:
         if self.run:
             refuse_links(self.run, (EVALUATIONS,), "give --out for the results")
         self.home = out or (files.join(self.run, EVALUATIONS) if self.run else EVALUATIONS)
-        self._given = given
-        self.train, self.val = open_sets(
-            given,
-            self.source,
-            world,
-            labels=labels,
-            open_given=self._open_given,
-            report=self.terminal.say,
-        )
-        if labels:
-            check_classes(self.train, self.val)
-        self._own_data = world.on_main(
-            lambda: (
-                not (given and self.source.run)
-                or is_own(self.source, self.train, self.val, labels=labels)
-            )
-        )
-        for doubt in (
-            compare_windows(self.train, self.val),
-            compare_images(self.train, self.val) if labels else "",
-        ):
-            if doubt:
-                self.terminal.say(doubt)
+        self.train, self.val = self._open_sets(labels)
         self.crops = CropReader(
             self.source.size,
             self.source.crop,
@@ -150,6 +128,26 @@ class Evaluation:
     @property
     def classes(self) -> int:
         return len(self.train.classes)
+
+    def _open_sets(self, labels: bool) -> tuple[Index, Index]:
+        """Open the sets to learn from and to measure, and say what is doubtful about them."""
+        train, val = open_sets(
+            self._given,
+            self.source,
+            self.world,
+            labels=labels,
+            open_given=self._open_given,
+            report=self.terminal.say,
+        )
+        if labels:
+            check_classes(train, val)
+        doubts = compare_windows(train, val), compare_images(train, val) if labels else ""
+        for doubt in filter(None, doubts):
+            self.terminal.say(doubt)
+        self._own_data = not (self._given and self.source.run) or self.world.on_main(
+            lambda: is_own(self.source, train, val, labels=labels)
+        )
+        return train, val
 
     def _open_given(self, given: GivenSet) -> Index:
         """Open a set that the command line names. A folder is packed beside the results."""

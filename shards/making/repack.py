@@ -95,34 +95,15 @@ def find_packed_images(
     left_out, stop = dict(tars.left_out), Event()
 
     def list_tar(number: int) -> _Listed | str:
-        name, reasons, names = tars.names[number], Reasons(), list[str]()
-        url, path, own = files.join(tars.folder, name), f"{scratch}/{number}.tar", layout
-        shown = files.redact(url)
+        name = tars.names[number]
+        url, path = files.join(tars.folder, name), f"{scratch}/{number}.tar"
         try:
             check_is_file(url)
-            with open_skim(url) as file:
-                kind = find_compression(file)
-            if kind:
-                report(f"unpacking {shown} to {scratch}")
-                with naming_temporary(url, scratch):
-                    if kind == PARQUET_MARK:
-                        if classes_from == "folders":
-                            raise InputError(
-                                f"SOURCE {shown}: --classes-from folders: a parquet file has no "
-                                "folders: leave it out, or name the column by --label"
-                            )
-                        names = parquet.unpack(url, path, layout, reasons, name, stop)
-                        own = Layout()
-                    else:
-                        unpack(url, path, stop)
-                url = path
-            with open_skim(url) as file:
-                found = _list_images(file, url, name, own, classes_from, reasons, stop)
-                return _Listed(list(found), names, reasons)
+            return _list_tar(url, name, path, layout, classes_from, report, stop)
         except FileNotFoundError:
-            return f"{shown}: {NOT_THERE}{PATTERN_HINT * bool(set(name) & set('*?'))}"
+            return f"{files.redact(url)}: {NOT_THERE}{PATTERN_HINT * bool(set(name) & set('*?'))}"
         except TarError as error:
-            return f"{shown}: damaged: {error}"
+            return f"{files.redact(url)}: damaged: {error}"
 
     results = run_in_threads(list_tar, range(len(tars.names)), threads, stop)
     damaged = [found for found in results if isinstance(found, str)]
@@ -144,6 +125,42 @@ def find_packed_images(
         classes = _agree([one.classes for one in listed if one.images], place)
     found = sorted(image for one in listed for image in one.images)
     return _prepare(found, classes_from, classes, left_out, place)
+
+
+def _list_tar(
+    url: str,
+    name: str,
+    path: str,
+    layout: Layout,
+    classes_from: ClassesFrom,
+    report: Callable[[str], None],
+    stop: Event,
+) -> _Listed:
+    """List the images of a tar, after it was unpacked to `path` where no parts of it can be read.
+
+    Raises FileNotFoundError, TarError when it is damaged, and InputError when it cannot be
+    unpacked.
+    """
+    reasons, classes = Reasons(), list[str]()
+    with open_skim(url) as file:
+        kind = find_compression(file)
+    if kind:
+        report(f"unpacking {files.redact(url)} to {posixpath.dirname(path)}")
+        with naming_temporary(url, posixpath.dirname(path)):
+            if kind == PARQUET_MARK:
+                if classes_from == "folders":
+                    raise InputError(
+                        f"SOURCE {files.redact(url)}: --classes-from folders: a parquet file has "
+                        "no folders: leave it out, or name the column by --label"
+                    )
+                classes = parquet.unpack(url, path, layout, reasons, name, stop)
+                layout = Layout()
+            else:
+                unpack(url, path, stop)
+        url = path
+    with open_skim(url) as file:
+        found = _list_images(file, url, name, layout, classes_from, reasons, stop)
+        return _Listed(list(found), classes, reasons)
 
 
 def _agree(names: list[list[str]], place: str) -> list[str] | None:
