@@ -65,7 +65,7 @@ class Packing:
                 advance=bar.advance,
                 report=warn,
             )
-        for line in contents.list_conversions():
+        for line in (*contents.list_conversions(), *contents.list_turned()):
             note(line)
         for line in contents.list_faults(len(plan.images)):
             warn(line)

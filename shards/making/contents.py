@@ -8,6 +8,7 @@ from shards.making.convert import PixelOptions, convert, packed_extension
 from shards.making.left_out import Reasons, leave_out
 from shards.making.pack import Image
 from shards.making.pictures import UnusableError
+from shards.orientation import image_orientation
 
 
 class Contents:
@@ -17,6 +18,7 @@ class Contents:
         self._bad: Reasons = {}
         self._converted: Reasons = {}  # by what was done
         self._large = (0, "")  # pixels and path of the largest image
+        self._turned = (0, "")  # number and path of images whose EXIF data say how to turn them
         self._options, self._lock = options, Lock()  # several threads convert
 
     def convert(self, image: Image, content: bytes) -> tuple[str, bytes]:
@@ -28,7 +30,10 @@ class Contents:
                 leave_out(self._bad, str(error), image.path)
             return packed_extension(image.path, content), content
         width, height = image_size(content) or (0, 0)
+        turned = image_orientation(content) != 1
         with self._lock:
+            if turned:
+                self._turned = (self._turned[0] + 1, self._turned[1] or image.path)
             self._large = max(self._large, (width * height, image.path))
             if done:
                 leave_out(self._converted, done, image.path)
@@ -38,6 +43,16 @@ class Contents:
         """Yield one line for each thing that was done to images."""
         for done, some in sorted(self._converted.items()):
             yield f"converted: {some.number:,} {done}, such as {some.example}"
+
+    def list_turned(self) -> Iterator[str]:
+        """Yield a line when some images are to be turned, which training does only if told to."""
+        number, path = self._turned
+        if number:
+            are = "image is" if number == 1 else "images are"
+            yield (
+                f"{number:,} {are} stored turned, such as {path}: --data.exif apply turns them "
+                "upright by their EXIF data, in training and evaluations"
+            )
 
     def list_faults(self, total: int) -> Iterator[str]:
         """Yield one line for each fault of the `total` images, and one for too large an image.

@@ -11,7 +11,9 @@ from PIL import ImageOps
 
 from shards.decode import DecodeError, PixelRules, decode
 from shards.errors import InputError
+from shards.making.contents import Contents
 from shards.making.convert import Converted, PixelOptions, convert
+from shards.making.pack import Image
 from shards.making.pictures import UnusableError
 from shards.orientation import make_exif
 from tests.conftest import draw_photo
@@ -181,3 +183,13 @@ def test_the_pixel_limit(form: str) -> None:
     with pytest.raises(UnusableError, match="more than 599 pixels: raise --max-pixels, and data"):
         convert("a.jpg", content, PixelOptions(max_pixels=599))
     convert("a.jpg", draw_photo(0, 9, 9), PixelOptions(max_pixels=599))
+
+
+def test_images_that_are_stored_turned_are_counted() -> None:
+    contents = Contents(PixelOptions())
+    for number, orientation in enumerate((1, 6, 3)):
+        exif = encode(30, 20, "JPEG", exif=make_exif(orientation))
+        contents.convert(Image(f"{number}.jpg", len(exif), -1), exif)
+    (line,) = contents.list_turned()
+    assert line.startswith("2 images are stored turned, such as 1.jpg: --data.exif apply")
+    assert not list(Contents(PixelOptions()).list_turned())
