@@ -35,6 +35,7 @@ from engine.evaluation.session import Evaluation, EvaluationDataConfig
 from engine.log.terminal import flush_output
 from engine.processes import world
 from engine.processes.failures import report_failure
+from engine.processes.launcher import rank
 from launch.feature_command import Features
 from launch.help_texts import join_help_lines
 from launch.plain_errors import plain_errors
@@ -205,7 +206,7 @@ def main(arguments: list[str]) -> int:
         parse(arguments).run()
         world.leave()
     except KeyboardInterrupt:
-        if world.rank() == 0:
+        if rank() == 0:
             print("interrupted: the same command goes on from what is saved", file=sys.stderr)
         return 130
     except Exception as error:

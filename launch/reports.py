@@ -11,7 +11,7 @@ from rich.table import Table
 from engine.log.health import ADVICE, HEALTHY
 from engine.log.terminal import Terminal
 from engine.log.time_spans import show_span
-from engine.processes import world
+from engine.processes.launcher import rank
 from engine.recipe import operation_names
 from engine.report.curves import show_number
 from engine.report.page import name_runs
@@ -40,7 +40,7 @@ class Report:
     """URL of the file to write. By default it is RUN/report.html."""
 
     def run(self) -> None:
-        if world.rank() == 0:
+        if rank() == 0:
             url = write_report(self.run_url, self.compare, self.out)
             Terminal(True).say(f"report  {files.redact(url)}")
 
@@ -57,7 +57,7 @@ class Runs:
     """List all fields that differ, also those that do not change the method, such as threads."""
 
     def run(self) -> None:
-        if world.rank() == 0:
+        if rank() == 0:
             show_runs(self.url, self.depth, self.all_fields)
 
 

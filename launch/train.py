@@ -25,8 +25,9 @@ from engine.fit import fit
 from engine.log.terminal import Terminal, flush_output
 from engine.log.tracking import check_trackers
 from engine.processes.failures import report_failure
+from engine.processes.launcher import rank
 from engine.processes.preemption import Preemption
-from engine.processes.world import enter, rank
+from engine.processes.world import enter
 from engine.recipe import Recipe
 from engine.replay.check import check_replay
 from engine.replay.report import replay

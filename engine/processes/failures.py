@@ -10,7 +10,8 @@ from tempfile import gettempdir
 
 import torch.distributed as dist
 
-from engine.processes.world import rank, read_variable, shared_store
+from engine.processes.launcher import rank
+from engine.processes.world import shared_store
 from shards.errors import InputError, printable
 from shards.storage.space import FULL, format_size
 
@@ -25,7 +26,7 @@ def report_failure(error: BaseException) -> None:
     """
     known = isinstance(error, InputError | OSError)
     if not dist.is_initialized():
-        if read_variable("LOCAL_RANK", 0) != 0 and known:
+        if os.environ.get("LOCAL_RANK", "0") != "0" and known:
             # Most likely all processes found the error, before they connected. Then the first
             # process of the machine prints it and ends, and torchrun ends the others. A process
             # that is still alive after this wait is the only one that failed, so it prints it.

@@ -16,12 +16,13 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch._C._distributed_c10d import Store
 from torch.distributed import ProcessGroup
-from torch.distributed.rendezvous import rendezvous
 
+from engine.processes import launcher
 from engine.processes.alike import check_devices
 from engine.processes.cores import available_cores
+from engine.processes.launcher import read_variable
 from shards.allocation import keep_freed_memory
 from shards.errors import InputError
 from shards.fields import differences
@@ -172,11 +173,6 @@ def _place(error: InputError | OSError, place: str) -> InputError | OSError:
     return placed
 
 
-def rank() -> int:
-    """Return this process's rank; it works before anything is set up."""
-    return read_variable("RANK", 0)
-
-
 @contextmanager
 def enter(threads: int | None, distributed: bool) -> Iterator[World]:
     """Join the processes of a run, as `join` does, and leave them at the end."""
@@ -192,9 +188,10 @@ def join(threads: int | None, distributed: bool) -> World:
         threads: Threads of torch on the CPU. None shares the usable cores out.
         distributed: Make a process group even for a single process.
 
-    Raises InputError when this machine has fewer GPUs than processes, and when some processes have
-    a GPU and others have none.
+    Raises InputError when the launcher's variables contradict each other, when this machine has
+    fewer GPUs than processes, and when some processes have a GPU and others have none.
     """
+    launcher.check_variables()
     size, local_size = read_variable("WORLD_SIZE", 1), read_variable("LOCAL_WORLD_SIZE", 1)
     local_rank = read_variable("LOCAL_RANK", 0)
     torch.set_num_threads(threads or share_of_cores())
@@ -211,18 +208,20 @@ def join(threads: int | None, distributed: bool) -> World:
         torch.backends.cudnn.deterministic = True
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    world = World(rank(), size, local_size, device)
+    world = World(launcher.rank(), size, local_size, device)
     if (size > 1 or distributed) and not dist.is_initialized():
-        store = _store(world)
-        check_devices(store, device, size)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=store,
-            rank=world.rank,
-            world_size=size,
-            timeout=timedelta(seconds=START_TIMEOUT),
-            device_id=device if device.type == "cuda" else None,
-        )
+        timeout = timedelta(seconds=START_TIMEOUT)
+        with launcher.telling_long_waits():
+            store = launcher.connect(timeout)
+            check_devices(store, device, size)
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=world.rank,
+                world_size=size,
+                timeout=timeout,
+                device_id=device if device.type == "cuda" else None,
+            )
     return world
 
 
@@ -240,19 +239,6 @@ def find_unused_gpu(device: torch.device) -> str:
         "driver runs here: going on on the CPU (nvidia-smi tells which CUDA the driver knows, and "
         "a container has to be given the GPU)"
     )
-
-
-def _store(world: World) -> Store:
-    """Create the store at the launcher's address; a single process without one gets its own."""
-    if "MASTER_ADDR" not in os.environ:
-        return HashStore()
-    timeout = timedelta(seconds=START_TIMEOUT)
-    store: Store = next(rendezvous("env://", world.rank, world.size, timeout=timeout))[0]
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return store  # the first process hosts it
-    # torchrun keeps one store over its restarts. A process must not find the keys that an earlier
-    # attempt left there, such as the addresses of its processes.
-    return PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def leave() -> None:
@@ -301,7 +287,3 @@ def waiting_for_hours() -> Iterator[None]:
 def shared_store() -> Store:
     """Return the store through which the processes of this attempt connected."""
     return dist.distributed_c10d._get_default_store()
-
-
-def read_variable(name: str, default: int) -> int:
-    return int(os.environ.get(name, default))

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from engine.processes.world import rank
+from engine.processes.launcher import rank
 from launch.benchmarks.machine import Head
 from launch.benchmarks.measuring import Cost
 from shards.errors import InputError

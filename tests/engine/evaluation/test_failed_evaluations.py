@@ -14,8 +14,8 @@ import torch
 
 from engine.log.journal import FAILED
 from engine.log.metrics import TIMINGS
+from engine.processes.launcher import rank
 from engine.processes.parallel import ParallelConfig
-from engine.processes.world import rank
 from engine.recipe import Recipe
 from shards import index as indexes
 from shards.errors import InputError

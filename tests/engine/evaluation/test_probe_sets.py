@@ -14,8 +14,8 @@ from engine.debug import debug_step
 from engine.evaluation import during_training
 from engine.evaluation.during_training import ProbeConfig
 from engine.log.figures import effective_rank
+from engine.processes.launcher import rank
 from engine.processes.parallel import ParallelConfig
-from engine.processes.world import rank
 from engine.recipe import Recipe
 from launch import evaluate
 from shards.errors import InputError

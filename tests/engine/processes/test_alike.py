@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from socket import gethostname
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from engine.processes import alike
-from engine.processes.world import World, _store
+from engine.processes.launcher import connect
 from engine.recipe import Recipe
 from shards.errors import InputError
 from shards.loader import DataConfig
@@ -23,7 +24,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 def meet(devices: list[torch.device]) -> str:
     """On a rank: compare the devices, and return what is wrong with them."""
     rank, size = int(os.environ["RANK"]), len(devices)
-    store, told = _store(World(rank, size, size, CPU)), ""
+    store, told = connect(timedelta(seconds=60)), ""
     try:
         alike.check_devices(store, devices[rank], size)
     except InputError as error:
