@@ -275,7 +275,7 @@ def _read_commit(url: str) -> Commit:
         document = files.read_json(files.join(url, COMMIT))
     except FileNotFoundError:
         raise InputError(f"{place}: not committed, its save was cut off or still goes on") from None
-    except ValueError as error:
+    except (ValueError, IsADirectoryError, NotADirectoryError) as error:
         raise InputError(f"{place}: {COMMIT} is damaged, no JSON: {error}") from None
     there = document.get("format", FORMAT) if isinstance(document, dict) else FORMAT
     if there != FORMAT:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import zlib
 from pathlib import Path
 from threading import Barrier
@@ -56,7 +57,7 @@ def test_without_commit_there_is_no_checkpoint(tmp_path: Path) -> None:
         checkpoint.find(str(tmp_path), ALONE, reports.append)
 
 
-@pytest.mark.parametrize("damage", ["bit", "cut", "gone", "commit", "seed"])
+@pytest.mark.parametrize("damage", ["bit", "cut", "gone", "commit", "seed", "folder", "file"])
 def test_damage_is_named_and_the_one_before_taken(tmp_path: Path, damage: str) -> None:
     save(tmp_path, 3)
     newest = Path(save(tmp_path, 4).url)
@@ -70,6 +71,12 @@ def test_damage_is_named_and_the_one_before_taken(tmp_path: Path, damage: str) -
         file.unlink()
     elif damage == "commit":
         (newest / "commit.json").write_text('{"step": 4')
+    elif damage == "folder":
+        (newest / "commit.json").unlink()
+        (newest / "commit.json").mkdir()
+    elif damage == "file":
+        shutil.rmtree(newest)
+        newest.write_text("")
     else:  # still JSON, and of another run
         commit_json = newest / "commit.json"
         commit_json.write_text(commit_json.read_text().replace('"seed": 0', '"seed": 1'))
