@@ -1,5 +1,6 @@
 """The training loop around the step: logging, evaluations, checkpoints and stopping early."""
 
+import math
 from contextlib import closing
 from typing import Any
 
@@ -9,6 +10,7 @@ from engine.log.journal import FAILED
 from engine.log.metrics import BASELINES, MetricsLog
 from engine.log.patience import try_for
 from engine.measuring import Meter
+from engine.method.durations import parse
 from engine.method.precision import parameter_dtype, slow_on
 from engine.processes.preemption import Preemption
 from engine.processes.world import World, find_unused_gpu
@@ -38,6 +40,7 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
     if first < stop or run.recorded is None:  # RUN has the recipe of the last start with steps
         run.write_recipe(trainer.total_steps)
     with run.open_log(first, stop, trainer.total_steps) as log:
+        _tell_gap(trainer, log)
         _log_baseline(trainer, log)
         stopping, early = _train(trainer, preemption, log)
     if stopping:
@@ -132,6 +135,15 @@ def _greet(trainer: Trainer, block_memory: int) -> None:
         trainer.terminal.say(doubt)
     if trainer.compile and trainer.step < trainer.last_step:
         trainer.terminal.say("torch.compile works in the first step, which can take minutes")
+
+
+def _tell_gap(trainer: Trainer, log: MetricsLog) -> None:
+    """Say when the log of a run that goes on has lost lines, on the first process."""
+    run, every = trainer.run, math.ceil(parse(trainer.recipe.log.every)[0])
+    if not trainer.world.main or run.branches or trainer.recipe.checkpoint.resume:
+        return
+    point = run.origin.branched_from
+    log.tell_gap(0 if point is None else point.step_here, every)
 
 
 def _log_baseline(trainer: Trainer, log: MetricsLog) -> None:

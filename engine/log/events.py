@@ -14,11 +14,13 @@ import io
 import os
 import re
 import socket
+import struct
 import threading
 import time
 from typing import NamedTuple
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -29,6 +31,9 @@ from shards.errors import printable
 from shards.png import encode_png
 from shards.storage import files, local_files
 from shards.storage.space import naming_space
+
+_HEAD = struct.Struct("<Q")  # the length of an event, which stands before it
+_AROUND = 16  # bytes of an event's record beside the event: its length and two checksums of 4
 
 
 class EventLog:
@@ -46,7 +51,8 @@ class EventLog:
         """
         self._folder, self._local = folder, files.is_local(folder)
         names = [name for name in files.list_names(folder) if ".tfevents." in name]
-        self.reached = _reached(names[-1], start) if names and start is not None else 0
+        newest = files.join(folder, names[-1]) if names else ""
+        self.reached = _reached(newest, start) if newest and start is not None else 0
         """The last step whose scalars were added, by this process or an earlier one."""
         self._files = len(names)
         # A restart's files must sort after all earlier ones, but the clocks of machines differ.
@@ -169,8 +175,32 @@ class _Noted(NamedTuple):
 
 def _reached(newest: str, start: int) -> int:
     """Return the last step, at most `start`, whose scalars are in the files up to `newest`."""
-    part = re.search(r"-(\d{8,18})\.byol$", newest)
-    return min(int(part[1]), start) if part else start  # a growing file has all steps
+    if part := re.search(r"-(\d{8,18})\.byol$", newest):
+        return min(int(part[1]), start)
+    return min(_last_step(files.local_path(newest)), start) if files.is_local(newest) else start
+
+
+def _last_step(path: str) -> int:
+    """Return the step of the last whole event in a local file, of which a crash may cut the end.
+
+    It is 0 when there is none.
+    """
+    place, length = 0, 0  # of the last whole event
+    with open(path, "rb") as file:
+        size, start = os.fstat(file.fileno()).st_size, 0
+        while len(head := file.read(_HEAD.size)) == _HEAD.size:
+            end = start + _AROUND + _HEAD.unpack(head)[0]
+            if end > size:
+                break
+            place, length, start = start + _AROUND - 4, end - start - _AROUND, end
+            file.seek(end)
+        file.seek(place)
+        try:
+            last = Event.FromString(file.read(length))
+        except DecodeError:
+            return 0
+    picture = any(value.HasField("image") for value in last.summary.value)
+    return int(last.step) - picture  # A picture stands before the scalars of its step.
 
 
 def _framed(event: Event) -> bytes:

@@ -11,6 +11,7 @@ An evaluation of a checkpoint adds its results to a step of the log from another
 a part too (`add`), even on a local disk.
 """
 
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from shards.threads import run_in_threads
 JSONL = "metrics.jsonl"
 PARTS = "metrics"
 _REQUESTS = 8  # at once, because each takes a while
+_NEWEST = 20  # lines that tell how many steps lie between two
 
 # The keys of a record that hold a text, and that others look for.
 STOPPED_EARLY = "stopped_early"  # why the training ended at that step
@@ -114,6 +116,16 @@ class Journal:
     def last(self) -> Record | None:
         """Return the newest record."""
         return self._last
+
+    def find_gap(self, begin: int, start: int, every: int) -> tuple[int, int] | None:
+        """Return the first and the last step of which lines are missing; None when none are.
+
+        A run that began at step `begin` continues from `start`. So many steps have no line between
+        two that have one: `every`, or the most that lie between two of the newest lines.
+        """
+        known = [begin, *self._lines][-_NEWEST:]
+        pause = max([every, *(later - step for step, later in itertools.pairwise(known))])
+        return (known[-1] + 1, start) if start > known[-1] + pause else None
 
     @property
     def due(self) -> bool:

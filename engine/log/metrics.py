@@ -157,6 +157,14 @@ class MetricsLog:
         """Return all records, of which earlier processes may have logged some."""
         return self._journal.after(-1)
 
+    def tell_gap(self, begin: int, every: int) -> None:
+        """Say which lines an earlier process logged and are not there; see `Journal.find_gap`."""
+        if gap := self._journal.find_gap(begin, self._start, every):
+            self._say(
+                f"{files.redact(self._run)}: metrics.jsonl has lost its lines of steps {gap[0]:,} "
+                f"to {gap[1]:,}: training goes on, and curves and what is chosen by them lack these"
+            )
+
     def find_newest(self, key: str) -> Newest | None:
         """Return the newest value of a figure, which an earlier process may have logged."""
         for record in reversed(self.records):

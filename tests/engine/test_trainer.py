@@ -132,6 +132,26 @@ def test_a_killed_run_repeats_what_was_not_saved(
     assert comparable(tmp_path) == comparable(whole_run)
 
 
+@pytest.mark.parametrize("cut", ["half", "all"])
+def test_lines_that_the_log_has_lost_are_told(
+    whole_run: Path,
+    tiny_data: DataConfig,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    cut: str,
+) -> None:
+    train(tiny.recipe(tiny_data, tmp_path, steps=8))
+    log = tmp_path / "metrics.jsonl"
+    kept = log.read_text().splitlines(keepends=True)[:3] if cut == "half" else []
+    log.write_text("".join(kept))
+    train(tiny.recipe(tiny_data, tmp_path))
+    lost = "has lost its lines of steps"
+    assert f"metrics.jsonl {lost} {len(kept) + 1} to 8: " in capsys.readouterr().out
+    assert comparable(tmp_path)[len(kept) :] == comparable(whole_run)[8:]
+    train(tiny.recipe(tiny_data, tmp_path))
+    assert lost not in capsys.readouterr().out
+
+
 def test_damaged_checkpoint_is_reported_and_the_one_before_taken(
     whole_run: Path, tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

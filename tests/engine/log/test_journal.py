@@ -70,6 +70,27 @@ def test_killed_and_opened_again(run: str) -> None:
     assert not parts(run)
 
 
+def test_lost_lines_are_found(run: str) -> None:
+    log = Journal(run, 0)
+    for step in (0, 1, 10, 20, 30):
+        log.write(record(step))
+    for start, every, gap in (
+        (30, 10, None),
+        (39, 10, None),  # the next line would be that of step 40
+        (40, 10, None),
+        (41, 10, (31, 41)),
+        (41, 20, None),  # there is a line every 20 steps now
+        (40, 1, None),  # and now at each step, from the next one on
+        (90, 10, (31, 90)),
+    ):
+        assert log.find_gap(0, start, every) == gap, (start, every)
+    empty = Journal(f"{run}/other", 0)
+    assert empty.find_gap(0, 0, 10) is None
+    assert empty.find_gap(0, 10, 10) is None
+    assert empty.find_gap(0, 50, 10) == (1, 50)
+    assert empty.find_gap(45, 50, 10) is None  # a branch that began there
+
+
 def test_of_a_run_without_a_line(run: str) -> None:
     assert read(run) == []
     log = Journal(run, 0)

@@ -14,7 +14,6 @@ from engine.log.tracker_ids import TRACKERS
 from engine.log.trackers import Description, Point
 from engine.log.tracking import check_trackers
 from engine.log.wandb_tracker import WandbTracker
-from engine.trainer import Trainer
 from shards.errors import InputError
 from tests.helpers import tiny
 from tests.helpers.training import train
@@ -45,7 +44,7 @@ def test_a_run_and_its_continuation(
     recipe = tiny.recipe(data, run, steps=6, log=LogConfig(every=1, wandb="team/byol"))
     train(recipe)
     train(replace(recipe, steps=8))
-    monkeypatch.setattr(Trainer, "check_skips", fail)
+    monkeypatch.setattr("engine.fit.check_skips", fail)
     with pytest.raises(InputError):
         train(replace(recipe, steps=9))
 

@@ -238,8 +238,10 @@ def test_a_run_that_ended_below_its_untrained_encoder_says_so(
     stop = EarlyStopConfig("grad_norm", patience=1, least=1e9)  # after the second one that counts
     baseline = {"knn_pixels": 0.4, "knn_untrained": 0.9, "knn_chance": 0.1}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "measure_baseline", lambda _: baseline)
-        train_with(recipe(tiny_data, tmp_path, stop))
+        patch.setattr(Probe, "measure_baseline", lambda *_: baseline)
+        probed = recipe(tiny_data, tmp_path, stop)
+        probe = dataclasses.replace(probed.probe, baseline=True)
+        train_with(dataclasses.replace(probed, probe=probe))
     told = " ".join(capsys.readouterr().out.split())
     assert STOPPED_EARLY in lines(tmp_path)[-1]
     assert lines(tmp_path)[-1]["health"] == "not learning"
