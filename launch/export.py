@@ -20,6 +20,7 @@ from annotated_types import Interval
 
 from engine.encoder import card
 from engine.encoder.classifier import attach, read_head
+from engine.encoder.earlier import Folder
 from engine.encoder.export import Format
 from engine.encoder.source import EncoderConfig, Pixels, Source, open_encoder
 from engine.evaluation.run_sets import find_val
@@ -52,12 +53,14 @@ class Export:
     checkpoint_url: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """URL of a run, of one of its checkpoints, or of a third-party checkpoint file."""
     out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
-    """URL of the folder that is written to."""
+    """URL of the folder that is written to. Files of the same weights in other formats stay."""
     format: tuple[Format, ...] = ("safetensors", "state-dict", "torchscript", "torch-export")
     """Formats that are written. onnx needs pip install 'byol-engine[onnx]'."""
     head: str = ""
     """URL of the head.safetensors of a linear evaluation, or of the model.safetensors of a
     fine-tuning. The classifier is then written, which is the encoder with this head."""
+    overwrite: bool = False
+    """Replace the export of other weights that OUT holds."""
     threads: Annotated[int | None, Interval(ge=1, le=1024)] = None
     """Threads of torch. By default they are the cores that the job may use."""
     encoder: Annotated[EncoderConfig, tyro.conf.arg(name="")] = field(default_factory=EncoderConfig)
@@ -86,7 +89,8 @@ class Export:
         if head:
             encoder = attach(encoder, head, source, self.head)
         say = _terminal.say
-        card.write(source, encoder.eval(), self.format, self.out, images, say, classes)
+        folder = Folder(self.out, self.overwrite)
+        card.write(source, encoder.eval(), self.format, folder, images, say, classes)
 
     def _open_val(self, source: Source) -> Index | None:
         if self.data.val:

@@ -72,7 +72,9 @@ def test_timm_has_all_named_depths() -> None:
 
 
 @torch.no_grad()
-def test_a_head_makes_a_classifier(resnet18: tuple[str, ResNet], tmp_path: Path) -> None:
+def test_a_head_makes_a_classifier(
+    resnet18: tuple[str, ResNet], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every format gives the logits, and timm has the names of the classes."""
     timm = pytest.importorskip("timm")
     url, encoder = resnet18
@@ -81,7 +83,9 @@ def test_a_head_makes_a_classifier(resnet18: tuple[str, ResNet], tmp_path: Path)
     head, out = ["--head", f"{tmp_path}/head.safetensors"], tmp_path / "out"
     assert export.main([url, str(out), "--size", "64", "--format", "safetensors"]) == 0
     more = ["--format", "safetensors", "torchscript", "torch-export"]
-    assert export.main([url, str(out), "--size", "64", *head, *more]) == 0
+    assert export.main([url, str(out), "--size", "64", *head, *more]) == 1
+    assert "other weights (without a head): choose" in capsys.readouterr().err
+    assert export.main([url, str(out), "--size", "64", *head, *more, "--overwrite"]) == 0
     files = [
         "card.json",
         "classifier.pt2",
