@@ -108,7 +108,7 @@ def check_kinds(run: str) -> None:
             place = files.redact(files.join(run, name) if name else f"run {run}")
             raise InputError(
                 f"{place}: is {kinds[0]}, and a run has {kinds[1]} there: move it away, or give "
-                "another --run"
+                "another --run-url"
             )
 
 
