@@ -41,6 +41,7 @@ from launch.plain_errors import plain_errors
 from launch.reports import Report, Runs
 from shards.errors import InputError
 from shards.fields import as_flag, check_bounds
+from shards.storage.local_files import proposing
 
 _Flat = tyro.conf.arg(name="")  # its fields become options without a prefix
 _FLAT_PREFIXES = r"^((options|protocol|subset|encoder)\.)*"
@@ -144,7 +145,8 @@ class Neighbours:
 
     def run(self) -> None:
         evaluation = self.options.open("neighbours", self.protocol.settings(), labels=False)
-        neighbours.draw(evaluation, self.protocol)
+        with evaluation.hold_folder():  # before the features are computed
+            neighbours.draw(evaluation, self.protocol)
 
 
 def _measure(evaluation: Evaluation, measure: Callable[[], Result | None]) -> None:
@@ -200,9 +202,22 @@ def parse(arguments: list[str]) -> Protocol:
     return given
 
 
+def _remedy(given: Protocol) -> str:
+    """Return what helps where results may not be written."""
+    if isinstance(given, Features):
+        return "choose another OUT"
+    if isinstance(given, Runs):
+        return ""  # It writes nothing.
+    out = given.out if isinstance(given, Report) else given.options.out
+    what = "file" if isinstance(given, Report) else "folder"
+    return "give another --out" if out else f"give --out, a {what} elsewhere"
+
+
 def main(arguments: list[str]) -> int:
     try:
-        parse(arguments).run()
+        given = parse(arguments)
+        with proposing(_remedy(given)):
+            given.run()
         world.leave()
     except KeyboardInterrupt:
         if world.rank() == 0:

@@ -33,6 +33,7 @@ from shards.errors import InputError, printable
 from shards.fields import check_range
 from shards.index import Index
 from shards.storage import files
+from shards.storage.local_files import proposing
 
 _terminal = Terminal(main=True)
 
@@ -123,7 +124,9 @@ def parse(arguments: list[str]) -> Export:
 
 def main(arguments: list[str]) -> int:
     try:
-        parse(arguments).run()
+        given = parse(arguments)
+        with proposing("choose another OUT", given.out):
+            given.run()
     except (InputError, OSError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1

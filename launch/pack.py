@@ -38,6 +38,7 @@ from shards.making.tars import Tars, check_apart, check_suffix, find_tars
 from shards.making.window import check_window
 from shards.samples import Layout
 from shards.storage import files, misplaced
+from shards.storage.local_files import proposing
 from shards.tar import is_tar
 
 
@@ -243,7 +244,8 @@ def _index(
                 advance=bar.advance,
             )
         _tell({"samples taken": indexed.made.samples}, indexed.left_out, indexed.warnings, strict)
-    scan.save(indexed, warn)
+    with proposing("give another --out" if out else "give --out, a folder elsewhere", place):
+        scan.save(indexed, warn)
     summarize("", indexed.made, "")
 
 
