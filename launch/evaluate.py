@@ -37,7 +37,7 @@ from engine.processes import world
 from engine.processes.failures import report_failure
 from launch.feature_command import Features
 from launch.help_texts import join_help_lines
-from launch.plain_errors import plain_errors
+from launch.plain_errors import list_options, plain_errors, propose
 from launch.reports import Report, Runs
 from shards.errors import InputError
 from shards.fields import as_flag, check_bounds
@@ -178,9 +178,12 @@ def parse(arguments: list[str]) -> Protocol:
     """
     chosen = _PROTOCOLS.get(arguments[0]) if arguments else None
     if chosen is None and not {"-h", "--help"} & set(arguments[:1]):
+        near = propose(arguments[0], list(_PROTOCOLS)) if arguments else ""
         raise InputError(
-            "usage: launch/evaluate.py PROTOCOL CHECKPOINT [--option value ...]; PROTOCOL is one "
-            f"of {', '.join(_PROTOCOLS)}, and PROTOCOL --help lists its options"
+            f"unknown PROTOCOL {arguments[0]!r}: {near}"
+            if near
+            else "usage: launch/evaluate.py PROTOCOL CHECKPOINT [--option value ...]; PROTOCOL is "
+            f"one of {', '.join(_PROTOCOLS)}, and PROTOCOL --help lists its options"
         )
     if chosen is None:
         print(__doc__, "\nPROTOCOL, each with its own --help:", sep="")
@@ -189,7 +192,7 @@ def parse(arguments: list[str]) -> Protocol:
         sys.exit(0)
     join_help_lines(chosen, arguments)
     try:
-        with plain_errors():
+        with plain_errors(arguments[1:], lambda: list_options(chosen)):
             given: Protocol = tyro.cli(
                 chosen, prog=f"evaluate.py {arguments[0]}", args=arguments[1:]
             )

@@ -27,7 +27,7 @@ from engine.evaluation.run_sets import find_val
 from engine.log.terminal import Terminal
 from engine.processes.world import World, share_of_cores
 from launch.help_texts import join_help_lines
-from launch.plain_errors import plain_errors
+from launch.plain_errors import list_options, plain_errors
 from shards import index as indexes
 from shards.errors import InputError, printable
 from shards.fields import check_range
@@ -112,7 +112,7 @@ def parse(arguments: list[str]) -> Export:
     """
     join_help_lines(Export, arguments)
     try:
-        with plain_errors():
+        with plain_errors(arguments, lambda: list_options(Export)):
             given = tyro.cli(Export, prog="export.py", args=arguments)
         check_range("--threads", given.threads, Interval(ge=1, le=1024))
         return given

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from launch.help_texts import join_help_lines
 from launch.packing import MB, Bar, Packing, console, note, summarize, warn
-from launch.plain_errors import plain_errors
+from launch.plain_errors import list_options, plain_errors
 from shards.dimensions import MOST_PIXELS
 from shards.errors import InputError, printable
 from shards.fields import check_range
@@ -253,12 +253,9 @@ if __name__ == "__main__":
     imports.end()
     join_help_lines(main, sys.argv)
     try:
-        with plain_errors():
-            tyro.cli(
-                main,
-                prog="python launch/pack.py",
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
+        config = (tyro.conf.FlagCreatePairsOff,)
+        with plain_errors(sys.argv[1:], lambda: list_options(main, config)):
+            tyro.cli(main, prog="python launch/pack.py", config=config)
     except (InputError, OSError) as error:
         sys.exit(f"error: {printable(str(error))}")
     except KeyboardInterrupt:
