@@ -8,6 +8,7 @@ from engine.processes.world import World
 from engine.state import checkpoint, layout
 from engine.state.best import check_key, find_bests
 from engine.state.checkpoint import Commit
+from engine.state.nearby import hint
 from shards.errors import InputError
 from shards.storage import files
 
@@ -31,10 +32,10 @@ def find_kind(url: str, name: str = "CHECKPOINT") -> Literal["folder", "file"]:
     if not files.exists(url):
         raise InputError(
             f"{name} {files.redact(url)}: nothing there; give the URL of a run, of one of "
-            f"its checkpoints, or of a checkpoint file{checkpoint.hint(url)}"
+            f"its checkpoints, or of a checkpoint file{hint(url)}"
         )
     if url.endswith((".json", ".jsonl", ".distcp")):
-        raise InputError(f"{name} {files.redact(url)}: is no checkpoint{checkpoint.hint(url)}")
+        raise InputError(f"{name} {files.redact(url)}: is no checkpoint{hint(url)}")
     return "file"
 
 

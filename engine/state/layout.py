@@ -30,6 +30,7 @@ from shards.storage import files, local_files
 
 RECIPE = "recipe.json"
 CHECKPOINTS = "checkpoints"
+COMMIT = "commit.json"  # in the folder of a checkpoint
 LEASE = "lease"
 COMPILE = "compile"
 EVALUATIONS = "evaluations"

@@ -171,6 +171,12 @@ def test_mistakes_are_one_line(
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith("error: --head ")
         assert text in line
+    (tmp_path / "linear").mkdir()
+    save_file({}, tmp_path / "linear" / "head.safetensors")
+    for folder in ("linear", ""):
+        assert export.main([url, f"{tmp_path}/out", "--head", str(tmp_path / folder)]) == 1
+        told = f"is a folder: give {tmp_path}/linear/head.safetensors\n"
+        assert capsys.readouterr().err.endswith(told)
     assert export.main([url, f"{tmp_path}/out", "--threads", "0"]) == 1
     assert "--threads must be from 1" in capsys.readouterr().err
     with pytest.raises(InputError, match="names no bucket"):
