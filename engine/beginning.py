@@ -139,7 +139,7 @@ def _check_given(recipe: Recipe, run: Run, there: Origin) -> None:
     mend = f"give --{FIELD} {known.url}" if known else f"leave --{FIELD} out"
     raise InputError(
         f"{FIELD} {given or 'is not given'}: run {files.redact(run.url)} began {began}: {mend}, or "
-        "give another --run"
+        "give another --run-url"
     )
 
 
@@ -148,5 +148,5 @@ def _check_digest(recipe: Recipe, run: Run, there: str, weights: StartWeights) -
         raise InputError(
             f"{FIELD} {files.redact(recipe.model.start)}: these are not the weights that run "
             f"{files.redact(run.url)} began with (digest there {there}, here "
-            f"{weights.source.digest}): give those, or another --run"
+            f"{weights.source.digest}): give those, or another --run-url"
         )

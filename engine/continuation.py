@@ -40,7 +40,7 @@ def find_checkpoint(
     resume, branch = recipe.checkpoint.resume, recipe.checkpoint.branch
     recorded = world.on_main(lambda: _read_origin(recipe.run))
     commit = checkpoint.latest(recipe.run, world, report, before)
-    remedy = "give another --run"
+    remedy = "give another --run-url"
     known = recorded if commit is None else commit.origin
     if known is not None:
         _check_branch(recipe, known, begun=commit is not None)
@@ -80,9 +80,9 @@ def _find_parent(
     try:
         commit = checkpoint.verify(url, world)
     except InputError as error:
-        raise InputError(f"{error}; {mend}: give another --run") from None
+        raise InputError(f"{error}; {mend}: give another --run-url") from None
     if commit.digest != point.digest:
-        raise InputError(f"{point.url}: has been written anew; {mend}: give another --run")
+        raise InputError(f"{point.url}: has been written anew; {mend}: give another --run-url")
     return commit
 
 
@@ -98,17 +98,17 @@ def _check_branch(recipe: Recipe, known: Origin, begun: bool) -> None:
     if given and point is None:
         raise InputError(
             f"checkpoint.branch {files.redact(given)}: run {run} has begun without it: give "
-            "another --run, where the branch goes"
+            "another --run-url, where the branch goes"
         )
     if given and point is not None and not origin.names_same(given, point.url):
         raise InputError(
             f"checkpoint.branch {files.redact(given)}: run {run} branched from {point.url}: give "
-            "that, or another --run for another branch"
+            "that, or another --run-url for another branch"
         )
     if point is not None and not (given or begun or recipe.checkpoint.resume):
         raise InputError(
             f"run {run} branched from {point.url} and has no checkpoint yet: give "
-            f"--checkpoint.branch {commands.quote(point.url)}, or another --run"
+            f"--checkpoint.branch {commands.quote(point.url)}, or another --run-url"
         )
 
 
@@ -154,7 +154,7 @@ def _refuse_other(
     url: str,
     method: dict[str, Any],
     digest_there: str | None,
-    remedy: str = "give another --run",
+    remedy: str = "give another --run-url",
 ) -> None:
     """Raise InputError, listing the differences, unless `url` belongs to this recipe and data.
 
@@ -171,5 +171,5 @@ def _refuse_other(
         raise InputError(
             f"{place} is of another recipe or data set ({'; '.join(found)}): "
             f"set these back, or {remedy}, or go on from its state with these changes in a new "
-            f"run, by another --run and --checkpoint.branch {commands.quote(url)}"
+            f"run, by another --run-url and --checkpoint.branch {commands.quote(url)}"
         )

@@ -151,13 +151,13 @@ class Recipe:
                 f"schedule.warmup must be at most schedule.epochs {self.schedule.epochs:g}, not "
                 f"{self.schedule.warmup}: give a shorter --schedule.warmup"
             )
-        for name, what in (
-            ("run", "directory to write to (under torchrun: --run-url)"),
-            ("data.train", "folder of shards"),
+        for name, option, what in (
+            ("run", "run-url", "directory to write to"),
+            ("data.train", "data.train", "folder of shards"),
         ):
             needed = name == "run" or not (self.explain and self.explain_images)
             if needed and not attrgetter(name)(self).strip():
-                raise InputError(f"{name} is not set: give --{name} URL, the {what}")
+                raise InputError(f"{name} is not set: give --{option} URL, the {what}")
         places = ("run", "data.train", "data.val", "data.cache", "probe.train", "probe.val")
         beginnings = ("checkpoint.resume", "checkpoint.branch", "model.start")
         for name in (*places, *beginnings, "compile_folder"):
@@ -206,7 +206,7 @@ class Recipe:
         if branch and origin.names_same(self.run, origin.home(branch)):
             raise InputError(
                 f"checkpoint.branch {files.redact(branch)}: is of the run itself: give another "
-                "--run, where the branch goes"
+                "--run-url, where the branch goes"
             )
         if self.model.start_prefix is not None and not start:
             raise InputError("model.start_prefix is for model.start: give --model.start URL too")

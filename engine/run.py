@@ -240,7 +240,7 @@ def open_run(
 
 def _check(recipe: Recipe, index_digest: str, terminal: Terminal) -> None:
     """Raise InputError when parts of RUN lie elsewhere, or are of another kind, recipe or data."""
-    layout.refuse_links(recipe.run, layout.NAMES, "give --run where the whole run shall lie")
+    layout.refuse_links(recipe.run, layout.NAMES, "give --run-url where the whole run shall lie")
     layout.check_kinds(recipe.run)
     check_recipe(recipe, index_digest, terminal.report)
 

@@ -48,7 +48,7 @@ from launch.benchmarks.roofline import bench_roofline
 from launch.benchmarks.step import bench_step
 from launch.benchmarks.variants import bench_largest, bench_variants
 from launch.help_texts import join_help_lines
-from launch.plain_errors import plain_errors
+from launch.plain_errors import list_options, plain_errors
 from shards.errors import InputError
 
 BENCHES: dict[str, Callable[..., Report | None]] = {
@@ -70,7 +70,8 @@ def main(arguments: list[str]) -> int:
     for bench in BENCHES.values():
         join_help_lines(bench, arguments)
     try:
-        with plain_errors():
+        chosen = BENCHES.get(arguments[0]) if arguments else None
+        with plain_errors(arguments, lambda: list_options(chosen) if chosen else list(BENCHES)):
             head = read_head()
             report = tyro.extras.subcommand_cli_from_dict(
                 BENCHES,

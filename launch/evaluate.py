@@ -38,10 +38,11 @@ from engine.processes.failures import report_failure
 from engine.processes.launcher import rank
 from launch.feature_command import Features
 from launch.help_texts import join_help_lines
-from launch.plain_errors import plain_errors
+from launch.plain_errors import list_options, plain_errors, propose
 from launch.reports import Report, Runs
 from shards.errors import InputError
 from shards.fields import as_flag, check_bounds
+from shards.storage.local_files import proposing
 
 _Flat = tyro.conf.arg(name="")  # its fields become options without a prefix
 _FLAT_PREFIXES = r"^((options|protocol|subset|encoder)\.)*"
@@ -145,7 +146,8 @@ class Neighbours:
 
     def run(self) -> None:
         evaluation = self.options.open("neighbours", self.protocol.settings(), labels=False)
-        neighbours.draw(evaluation, self.protocol)
+        with evaluation.hold_folder():  # before the features are computed
+            neighbours.draw(evaluation, self.protocol)
 
 
 def _measure(evaluation: Evaluation, measure: Callable[[], Result | None]) -> None:
@@ -177,9 +179,12 @@ def parse(arguments: list[str]) -> Protocol:
     """
     chosen = _PROTOCOLS.get(arguments[0]) if arguments else None
     if chosen is None and not {"-h", "--help"} & set(arguments[:1]):
+        near = propose(arguments[0], list(_PROTOCOLS)) if arguments else ""
         raise InputError(
-            "usage: launch/evaluate.py PROTOCOL CHECKPOINT [--option value ...]; PROTOCOL is one "
-            f"of {', '.join(_PROTOCOLS)}, and PROTOCOL --help lists its options"
+            f"unknown PROTOCOL {arguments[0]!r}: {near}"
+            if near
+            else "usage: launch/evaluate.py PROTOCOL CHECKPOINT [--option value ...]; PROTOCOL is "
+            f"one of {', '.join(_PROTOCOLS)}, and PROTOCOL --help lists its options"
         )
     if chosen is None:
         print(__doc__, "\nPROTOCOL, each with its own --help:", sep="")
@@ -188,7 +193,7 @@ def parse(arguments: list[str]) -> Protocol:
         sys.exit(0)
     join_help_lines(chosen, arguments)
     try:
-        with plain_errors():
+        with plain_errors(arguments[1:], lambda: list_options(chosen)):
             given: Protocol = tyro.cli(
                 chosen, prog=f"evaluate.py {arguments[0]}", args=arguments[1:]
             )
@@ -201,9 +206,22 @@ def parse(arguments: list[str]) -> Protocol:
     return given
 
 
+def _remedy(given: Protocol) -> str:
+    """Return what helps where results may not be written."""
+    if isinstance(given, Features):
+        return "choose another OUT"
+    if isinstance(given, Runs):
+        return ""  # It writes nothing.
+    out = given.out if isinstance(given, Report) else given.options.out
+    what = "file" if isinstance(given, Report) else "folder"
+    return "give another --out" if out else f"give --out, a {what} elsewhere"
+
+
 def main(arguments: list[str]) -> int:
     try:
-        parse(arguments).run()
+        given = parse(arguments)
+        with proposing(_remedy(given)):
+            given.run()
         world.leave()
     except KeyboardInterrupt:
         if rank() == 0:

@@ -21,18 +21,20 @@ from annotated_types import Interval
 
 from engine.encoder import card
 from engine.encoder.classifier import attach, read_head
+from engine.encoder.earlier import Folder
 from engine.encoder.export import Format
 from engine.encoder.source import EncoderConfig, Pixels, Source, open_encoder
 from engine.evaluation.run_sets import find_val
 from engine.log.terminal import Terminal
 from engine.processes.world import World, share_of_cores
 from launch.help_texts import join_help_lines
-from launch.plain_errors import plain_errors
+from launch.plain_errors import list_options, plain_errors
 from shards import index as indexes
 from shards.errors import InputError, printable
 from shards.fields import check_range
 from shards.index import Index
 from shards.storage import files
+from shards.storage.local_files import proposing
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,14 @@ class Export:
     checkpoint_url: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """URL of a run, of one of its checkpoints, or of a third-party checkpoint file."""
     out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
-    """URL of the folder that is written to."""
+    """URL of the folder that is written to. Files of the same weights in other formats stay."""
     format: tuple[Format, ...] = ("safetensors", "state-dict", "torchscript", "torch-export")
     """Formats that are written. onnx needs pip install 'byol-engine[onnx]'."""
     head: str = ""
     """URL of the head.safetensors of a linear evaluation, or of the model.safetensors of a
     fine-tuning. The classifier is then written, which is the encoder with this head."""
+    overwrite: bool = False
+    """Replace the export of other weights that OUT holds."""
     threads: Annotated[int | None, Interval(ge=1, le=1024)] = None
     """Threads of torch. By default they are the cores that the job may use."""
     encoder: Annotated[EncoderConfig, tyro.conf.arg(name="")] = field(default_factory=EncoderConfig)
@@ -84,7 +88,8 @@ class Export:
         classes = head.classes if head else None
         if head:
             encoder = attach(encoder, head, source, self.head)
-        card.write(source, encoder.eval(), self.format, self.out, images, say, classes)
+        folder = Folder(self.out, self.overwrite)
+        card.write(source, encoder.eval(), self.format, folder, images, say, classes)
 
     def _open_val(self, source: Source, say: Callable[[str], None]) -> Index | None:
         if self.data.val:
@@ -105,7 +110,7 @@ def parse(arguments: list[str]) -> Export:
     """
     join_help_lines(Export, arguments)
     try:
-        with plain_errors():
+        with plain_errors(arguments, lambda: list_options(Export)):
             given = tyro.cli(Export, prog="export.py", args=arguments)
         check_range("--threads", given.threads, Interval(ge=1, le=1024))
         return given
@@ -117,7 +122,9 @@ def parse(arguments: list[str]) -> Export:
 
 def main(arguments: list[str]) -> int:
     try:
-        parse(arguments).run()
+        given = parse(arguments)
+        with proposing("choose another OUT", given.out):
+            given.run()
     except (InputError, OSError) as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from launch.help_texts import join_help_lines
 from launch.packing import MB, Bar, Packing, note, open_console, summarize, warn
-from launch.plain_errors import plain_errors
+from launch.plain_errors import list_options, plain_errors
 from shards.dimensions import MOST_PIXELS
 from shards.errors import InputError, printable
 from shards.fields import check_range
@@ -38,6 +38,7 @@ from shards.making.tars import Tars, check_apart, check_suffix, find_tars
 from shards.making.window import check_window
 from shards.samples import Layout
 from shards.storage import files, misplaced
+from shards.storage.local_files import proposing
 from shards.tar import is_tar
 
 
@@ -245,7 +246,8 @@ def _index(
                 advance=bar.advance,
             )
         _tell({"samples taken": indexed.made.samples}, indexed.left_out, indexed.warnings, strict)
-    scan.save(indexed, warn)
+    with proposing("give another --out" if out else "give --out, a folder elsewhere", place):
+        scan.save(indexed, warn)
     summarize("", indexed.made, "")
 
 
@@ -253,12 +255,9 @@ if __name__ == "__main__":
     imports.end()
     join_help_lines(main, sys.argv)
     try:
-        with plain_errors():
-            tyro.cli(
-                main,
-                prog="python launch/pack.py",
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
+        config = (tyro.conf.FlagCreatePairsOff,)
+        with plain_errors(sys.argv[1:], lambda: list_options(main, config)):
+            tyro.cli(main, prog="python launch/pack.py", config=config)
     except (InputError, OSError) as error:
         sys.exit(f"error: {printable(str(error))}")
     except KeyboardInterrupt:

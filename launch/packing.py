@@ -18,6 +18,7 @@ from shards.making.convert import PixelOptions
 from shards.making.survey import ReadImage, choose_window
 from shards.storage import files
 from shards.storage.commands import quote
+from shards.storage.local_files import proposing
 
 MB = 1_000_000
 _SINGULAR = {"samples": "sample", "classes": "class", "shards": "shard"}
@@ -45,7 +46,8 @@ class Packing:
     def write(self, sets: list[pack.ImageSet], read: ReadImage, place: str) -> None:
         """Pack data sets, each to a folder of its name."""
         options = self.options
-        with _quiet_pillow():
+        mend = f"choose another OUT than {files.redact(self.url)}"
+        with _quiet_pillow(), proposing(mend, self.url):
             if options.window is None:
                 options = self._choose_window(sets, read, place)
             for images in sets:

@@ -34,6 +34,7 @@ from engine.replay.report import replay
 from engine.run import claim
 from engine.trainer import Trainer
 from launch.command_line import parse_start
+from shards.storage.local_files import proposing
 
 # An exit status other than 0 makes torchrun start the processes again, without those that left.
 START_AGAIN = 75
@@ -76,7 +77,9 @@ def train(recipe: Recipe, source: dict[str, Any] | None = None) -> bool:
 
 def main(arguments: list[str]) -> int:
     try:
-        ended = train(*parse_start(arguments))
+        start = parse_start(arguments)
+        with proposing("give another --run-url", start.recipe.run):
+            ended = train(*start)
     except KeyboardInterrupt as interrupt:
         if rank() == 0:
             next_start = str(interrupt) or "begins again"

@@ -6,8 +6,9 @@ from typing import Literal, TypeVar
 
 from engine.processes.world import World
 from engine.state import checkpoint, layout
-from engine.state.best import check_key, find_best
+from engine.state.best import check_key, find_bests
 from engine.state.checkpoint import Commit
+from engine.state.nearby import hint
 from shards.errors import InputError
 from shards.storage import files
 
@@ -31,10 +32,10 @@ def find_kind(url: str, name: str = "CHECKPOINT") -> Literal["folder", "file"]:
     if not files.exists(url):
         raise InputError(
             f"{name} {files.redact(url)}: nothing there; give the URL of a run, of one of "
-            f"its checkpoints, or of a checkpoint file{checkpoint.hint(url)}"
+            f"its checkpoints, or of a checkpoint file{hint(url)}"
         )
     if url.endswith((".json", ".jsonl", ".distcp")):
-        raise InputError(f"{name} {files.redact(url)}: is no checkpoint{checkpoint.hint(url)}")
+        raise InputError(f"{name} {files.redact(url)}: is no checkpoint{hint(url)}")
     return "file"
 
 
@@ -52,20 +53,34 @@ def find_commit(url: str, which: str, world: World, report: Callable[[str], None
     """
     if which == "latest":
         return checkpoint.find(url, world, report, "CHECKPOINT")
-    find = partial(_best_url, url) if which == "best" else partial(_step_url, url, int(which))
+    best = partial(_best_url, url, report)
+    find = best if which == "best" else partial(_step_url, url, int(which))
     return checkpoint.verify(world.on_main(find), world)
 
 
-def _best_url(run: str) -> str:
-    """Return the URL of a run's best checkpoint. Raises InputError when the log tells of none."""
+def _best_url(run: str, report: Callable[[str], None]) -> str:
+    """Return the URL of a run's best checkpoint, and report a better step that has none.
+
+    Raises InputError when the log tells of no checkpoint.
+    """
+    place = files.redact(run)
     key = layout.read_recipe(run).get("checkpoint.keep_best") or "knn_top1"
     check_key(str(key), f"{files.redact(files.join(run, layout.RECIPE))}: checkpoint.keep_best")
     there = checkpoint.committed_steps(run)
-    best = find_best(run, key, there)
+    best, ever = find_bests(run, key, there)
     if best.step < 0:
+        missing = f"no best checkpoint, because the log has no {key} of any"
+        if ever.step >= 0:
+            missing = f"no checkpoint of step {ever.step}, which has the largest {key} of the log"
         raise InputError(
-            f"CHECKPOINT {files.redact(run)}: no best checkpoint, because the log has no {key} of "
-            f"any; give --checkpoint latest, or one of the steps: {_list_steps(there)}"
+            f"CHECKPOINT {place}: {missing}; give --checkpoint latest, or one of the steps: "
+            f"{_list_steps(there)}"
+        )
+    if ever.value > best.value:
+        report(
+            f"{place}: {key} is largest at step {ever.step} ({ever.shown}), whose checkpoint is "
+            f"not kept; taking that of step {best.step} ({best.shown}). --checkpoint.keep-best "
+            f"{key} of a training keeps the best one"
         )
     return checkpoint.step_url(run, best.step)
 

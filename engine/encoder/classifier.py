@@ -15,6 +15,9 @@ from engine.method.torchvision_encoder import TorchvisionConfig, TorchvisionEnco
 from shards.documents import check, parse_json
 from shards.errors import InputError
 from shards.storage import files
+from shards.storage.misplaced import find_near
+
+_HEADS = ("head.safetensors", "model.safetensors")  # in the folder of an evaluation's results
 
 
 class Classifier(ResNet):
@@ -91,6 +94,11 @@ def read_head(url: str) -> Head:
     """Read a linear classifier. Raises InputError when the file has none or is damaged."""
     place = f"--head {files.redact(url)}"
     files.check(url, "--head")
+    if there := files.list_names(url):
+        near = next((files.join(url, one) for one in _HEADS if one in there), "")
+        near = near or next((files.join(one, _HEADS[0]) for one in find_near(url, _HEADS[0])), "")
+        advice = f"give {files.redact(near)}" if near else f"give the {_HEADS[0]} of an evaluation"
+        raise InputError(f"{place}: is a folder: {advice}")
     try:
         tensors = read_tensors(url)
         facts = _read_metadata(files.read(url))

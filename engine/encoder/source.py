@@ -56,8 +56,9 @@ class EncoderConfig:
     """Choose the network of a checkpoint, and the images that it gets."""
 
     checkpoint: str = "latest"
-    """Which checkpoint of a run is taken: latest, best, or the number of its step. best is where
-    the log has the largest value of the run's checkpoint.keep_best, by default of knn_top1."""
+    """Which checkpoint of a run is taken: latest, best, or the number of its step. best is the one
+    that is kept where the log has the largest value of the run's checkpoint.keep_best, by default
+    of knn_top1."""
     network: Literal["online", "target", "average", "untrained", "pixels"] = "online"
     """The network that is taken: online or target, or average, the online one's average over the
     steps, which runs with average.rate have. For comparison, untrained is the run's encoder as its

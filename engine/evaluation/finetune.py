@@ -27,7 +27,7 @@ from engine.encoder.classifier import save_head
 from engine.encoder.hub import CONFIG, describe_network
 from engine.encoder.source import Pixels
 from engine.evaluation.features import Accuracy, forward, measure_accuracy
-from engine.evaluation.results import Result, Row, show_chosen
+from engine.evaluation.results import Result, Row, list_metrics, show_chosen
 from engine.evaluation.session import Evaluation
 from engine.evaluation.supervised import (
     Examples,
@@ -108,9 +108,9 @@ def evaluate(evaluation: Evaluation, config: FinetuneConfig, split: Split) -> Re
     for (lr, epochs), score in zip(training.choices, scores, strict=True):
         shown = score if score >= 0 else "diverged"
         row: Row = {"lr": f"{lr:g}", "epochs": f"{epochs:g}", "held-out top-1": shown}
-        table.append(row | show_chosen(found, len(table) == scores.index(max(scores))))
-    metrics = {evaluation.name("top1"): found.top1, evaluation.name("top5"): found.top5}
-    return Result(metrics, table)
+        chosen = len(table) == scores.index(max(scores))
+        table.append(row | show_chosen(found, chosen, evaluation.classes))
+    return Result(list_metrics(found, evaluation.classes, evaluation.name), table)
 
 
 def _write(evaluation: Evaluation, model: "Classifier") -> None:

@@ -15,7 +15,7 @@ from annotated_types import Interval, MinLen
 from torch import Tensor
 
 from engine.evaluation.features import Features, measure_accuracy
-from engine.evaluation.results import Result, Row
+from engine.evaluation.results import Result, Row, show_accuracy
 from engine.evaluation.session import Evaluation
 from engine.processes.world import World
 from shards.errors import InputError
@@ -192,12 +192,18 @@ def evaluate(evaluation: Evaluation, config: KNNConfig) -> Result:
     queries = evaluation.extract(evaluation.val)
     bank = evaluation.extract(evaluation.train)
     found = find_nearest(bank, queries.features, max(config.k), evaluation.world)
+    images = found.ids.shape[1]  # at most max(config.k), and fewer where the bank has fewer
+    if large := [k for k in dict.fromkeys(config.k) if k > images]:
+        evaluation.terminal.say(
+            f"--k {' '.join(map(str, large))}: limited to {images:,}, which are all images of "
+            "data.train with a label"
+        )
     metrics, table = {}, list[Row]()
     for k in config.k:
         for temperature in config.temperature:
             scores = vote(found, k, temperature, evaluation.classes)
             here = measure_accuracy(scores, queries.labels, evaluation.world, "data.val")
             row: Row = {"k": k, "temperature": f"{temperature:g}"}
-            table.append(row | {"top-1": here.top1, "top-5": here.top5})
+            table.append(row | show_accuracy(here, evaluation.classes))
             metrics[evaluation.name(f"k{k}_t{temperature:g}_top1")] = here.top1
     return Result(metrics, table)

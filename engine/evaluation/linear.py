@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from engine.encoder.classifier import name_weights, save_head
 from engine.evaluation.features import Accuracy, Features, measure_accuracy
-from engine.evaluation.results import Result, Row, show_chosen
+from engine.evaluation.results import Result, Row, list_metrics, show_chosen
 from engine.evaluation.session import Evaluation
 from engine.evaluation.supervised import (
     Batches,
@@ -104,12 +104,11 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
     table: list[Row] = []
     for number, (lr, there) in enumerate(zip(config.lr, chosen_on, strict=True)):
         row: Row = {"lr": f"{lr:g}", "held-out top-1": there.top1}
-        table.append(row | show_chosen(found, number == best))
+        table.append(row | show_chosen(found, number == best, evaluation.classes))
     kind = "fast_" if config.fast else ""
-    metrics = {
-        evaluation.name(f"{kind}top1"): found.top1,
-        evaluation.name(f"{kind}top5"): found.top5,
-    }
+    metrics = list_metrics(
+        found, evaluation.classes, lambda figure: evaluation.name(f"{kind}{figure}")
+    )
     return Result(metrics, table)
 
 

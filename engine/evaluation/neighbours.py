@@ -59,6 +59,11 @@ def draw(evaluation: Evaluation, config: NeighboursConfig) -> None:
     near = find_nearest(bank, asked.features, config.neighbours, world)
     if not world.main:
         return
+    if near.ids.shape[1] < config.neighbours:
+        evaluation.terminal.say(
+            f"--neighbours {config.neighbours}: limited to {near.ids.shape[1]:,}, which are all "
+            "images that are searched"
+        )
     examples, crops = list_examples(asked, near, config.neighbours), evaluation.crops
     images = read_images(crops, evaluation.train, near.ids.flatten().tolist(), SIDE)
     queries = read_images(crops, val, asked.ids.tolist(), SIDE)

@@ -15,6 +15,8 @@ from shards.storage import files
 
 Row = dict[str, str | int | float]
 
+ALWAYS_HIT = 5  # With so many classes or fewer, top-5 is 100% whatever the encoder is.
+
 
 @dataclass(frozen=True)
 class Result:
@@ -24,9 +26,22 @@ class Result:
     table: Annotated[list[Row], MinLen(1)]  # to print; its accuracies are fractions
 
 
-def show_chosen(found: Accuracy, chosen: bool) -> Row:
+def show_accuracy(found: Accuracy, classes: int) -> Row:
+    """Return a row's accuracies on data.val. Every label is among the best five of five classes."""
+    top5: Row = {"top-5": found.top5} if classes > ALWAYS_HIT else {}
+    return {"top-1": found.top1, **top5}
+
+
+def show_chosen(found: Accuracy, chosen: bool, classes: int) -> Row:
     """Return a row's accuracies on data.val, which are empty unless the row was chosen."""
-    return {"top-1": found.top1, "top-5": found.top5} if chosen else {"top-1": "", "top-5": ""}
+    shown = show_accuracy(found, classes)
+    return shown if chosen else dict.fromkeys(shown, "")
+
+
+def list_metrics(found: Accuracy, classes: int, name: Callable[[str], str]) -> dict[str, float]:
+    """Return the same accuracies by their names in the metrics, which `name` makes."""
+    top5 = {name("top5"): found.top5} if classes > ALWAYS_HIT else {}
+    return {name("top1"): found.top1} | top5
 
 
 def show(result: Result, console: Console) -> None:

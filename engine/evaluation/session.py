@@ -40,6 +40,7 @@ from shards.fields import UnitInterval
 from shards.index import Index
 from shards.matching import compare_images, compare_windows
 from shards.storage import files
+from shards.storage.local_files import NotWritable
 
 PACKED = "packed"  # the folder of what was packed, beside the results
 
@@ -257,6 +258,8 @@ class Evaluation:
                 raise InputError(
                     f"{place}: another job is at this evaluation: wait for it, or give --out"
                 ) from None
+            except NotWritable:  # The command proposes --out wherever that is raised.
+                raise
             except PermissionError as error:
                 raise PermissionError(f"{error}; or give --out, a folder elsewhere") from None
 

@@ -52,7 +52,7 @@ class StepProfiler:
             self._terminal.say(
                 f"profile {steps[0]}:{steps[-1]}: nothing is profiled, because step {last:,} was "
                 "the last one: give a larger --steps or, for a run that is finished, profile a new "
-                "run with another --run and --checkpoint.resume CHECKPOINT of an earlier step"
+                "run with another --run-url and --checkpoint.resume CHECKPOINT of an earlier step"
             )
         elif steps and not range(max(first, steps[0]), min(last, steps[-1]) + 1):
             self._terminal.say(

@@ -22,7 +22,7 @@ def check_replay(recipe: Recipe, step: int, world: World, terminal: Terminal) ->
         if not fields:
             raise InputError(
                 f"replay {step}: there is no run at {place}: give the run's own command, with its "
-                "--run, and --replay"
+                "--run-url, and --replay"
             )
         check_recipe(recipe, None, terminal.report)
         point = origin.of_fields(fields).branched_from

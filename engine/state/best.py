@@ -62,8 +62,12 @@ class Best:
         return gain > 0 and (gain >= self._least or math.isclose(gain, self._least))
 
     def __str__(self) -> str:
-        shown = f"{self.value:.1%}" if "_top" in self.key else f"{self.value:.4g}"
-        return f"{self.key} {shown}"
+        return f"{self.key} {self.shown}"
+
+    @property
+    def shown(self) -> str:
+        """Return the value as people read it."""
+        return f"{self.value:.1%}" if "_top" in self.key else f"{self.value:.4g}"
 
 
 def find_best(run: str, key: str, steps: Collection[int]) -> Best:
@@ -71,8 +75,14 @@ def find_best(run: str, key: str, steps: Collection[int]) -> Best:
 
     Raises OSError when the log cannot be read.
     """
-    best, wanted = Best(key), set(steps)  # 1,000 steps and 100,000 records are not unusual
+    return find_bests(run, key, steps)[0]
+
+
+def find_bests(run: str, key: str, steps: Collection[int]) -> tuple[Best, Best]:
+    """Return the best of the checkpoints of `steps`, as above, and the best of all records."""
+    best, ever, wanted = Best(key), Best(key), set(steps)  # 100,000 records are not unusual
     for record in journal.read(run) if key and steps else []:
+        ever.note(record["step"], record)
         if record["step"] in wanted:
             best.note(record["step"], record)
-    return best
+    return best, ever

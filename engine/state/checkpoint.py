@@ -30,17 +30,18 @@ from engine.processes.world import World
 from engine.state import dcp_metadata
 from engine.state.best import find_best
 from engine.state.dcp_files import Reader, Sums, Writer, verify_file
-from engine.state.layout import CHECKPOINTS, MOST_STEPS, RECIPE, STEP
+from engine.state.layout import CHECKPOINTS, MOST_STEPS, STEP
+from engine.state.layout import COMMIT as COMMIT
+from engine.state.nearby import tell_missing
 from engine.state.origin import Origin
 from shards.digest import digest
 from shards.documents import Natural, Sum32, build, shown
 from shards.errors import InputError
 from shards.fields import Operation
-from shards.storage import files, misplaced, names
+from shards.storage import files, names
 from shards.threads import run_in_threads
 
 FORMAT = 3
-COMMIT = "commit.json"
 LOOKS = 16  # commits that are looked for at once; a run may keep thousands of checkpoints
 
 
@@ -239,14 +240,9 @@ def find(
             f"{name} {error}; without that, give the URL of one checkpoint, such as {example}"
         ) from None
     if found is None:
-        raise InputError(f"{name} {files.redact(url)}: no committed checkpoint there{hint(url)}")
+        missing = tell_missing(url, takes_files=not name.startswith("checkpoint."))
+        raise InputError(f"{name} {files.redact(url)}: {missing}")
     return found
-
-
-def hint(url: str) -> str:
-    """Return the end of a message that no checkpoint is at `url`, which says where one is near."""
-    near = misplaced.find_near(url, COMMIT)[-1:] or misplaced.find_near(url, RECIPE)
-    return f"; give {files.redact(near[0])}" if near else ""
 
 
 def verify(url: str, world: World) -> Commit:

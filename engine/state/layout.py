@@ -30,6 +30,7 @@ from shards.storage import files, local_files
 
 RECIPE = "recipe.json"
 CHECKPOINTS = "checkpoints"
+COMMIT = "commit.json"  # in the folder of a checkpoint
 LEASE = "lease"
 COMPILE = "compile"
 EVALUATIONS = "evaluations"
@@ -108,7 +109,7 @@ def check_kinds(run: str) -> None:
             place = files.redact(files.join(run, name) if name else f"run {run}")
             raise InputError(
                 f"{place}: is {kinds[0]}, and a run has {kinds[1]} there: move it away, or give "
-                "another --run"
+                "another --run-url"
             )
 
 

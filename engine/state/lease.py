@@ -103,7 +103,7 @@ class Lease:
             raise InputError(
                 f"{files.redact(self._run)} was taken over by another job ({self._taker}) while "
                 "this one did not answer: stop that job before this one is started again, "
-                "or give another --run"
+                "or give another --run-url"
             )
 
     def confirm(self) -> None:
@@ -291,7 +291,7 @@ def _in_use(run: str, holder: _Record | None) -> InputError:
     host = holder.host if holder else _Record.host
     return InputError(
         f"{files.redact(run)} is in use by another job on {host} (its lease changes): "
-        "stop that job, or give another --run"
+        "stop that job, or give another --run-url"
     )
 
 

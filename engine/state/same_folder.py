@@ -46,5 +46,7 @@ def check_same_folder(run: str, held: Lease | None, world: World) -> None:
 
 def _remedy(run: str) -> str:
     if files.is_local(run):
-        return "give a --run that is the same folder for all machines, such as one of a bucket"
-    return "give all machines the same --run, and the same store (AWS_ENDPOINT_URL, for instance)"
+        return "give a --run-url that is the same folder for all machines, such as one of a bucket"
+    return (
+        "give all machines the same --run-url, and the same store (AWS_ENDPOINT_URL, for instance)"
+    )

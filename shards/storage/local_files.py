@@ -20,6 +20,17 @@ from shards.storage.space import naming_space
 EMPTY = "empty folders"
 OUTSIDE = "links to files outside of the folder"
 TWICE = "links to folders inside of the folder"
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+class NotWritable(PermissionError):
+    """A place on a local disk may not be written to. The text names the folder and the reason."""
+
+    def __init__(self, text: str, path: str = "", number: int = errno.EACCES) -> None:
+        """Hold the text, the path of what was to be written, and the number of the error."""
+        super().__init__(text)
+        self.path = path
+        self.errno = number  # by which others tell a disk's errors from a store's
 
 
 def is_local(url: str) -> bool:
@@ -41,6 +52,30 @@ def make_folder_of(path: str) -> None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:  # `create` must not see the first one
         raise tell_obstacle(error) from None
+    except OSError as error:  # In /proc, no folder can be made, and the error is that of none.
+        raise _tell_denial(error, path, _DENIED | {errno.ENOENT}) from None
+
+
+@contextlib.contextmanager
+def _naming_denial(path: str) -> Iterator[None]:
+    """Raise NotWritable where the block, which opens a file, may not write to its place."""
+    try:
+        yield
+    except OSError as error:
+        raise _tell_denial(error, path, _DENIED) from None
+
+
+def _tell_denial(error: OSError, path: str, denied: set[int]) -> OSError:
+    """Return NotWritable, which names a folder that is there, or else `error` itself."""
+    if error.errno not in denied:
+        return error
+    place = os.path.abspath(path)
+    if error.errno == errno.EROFS or not os.path.isfile(place):
+        place = os.path.dirname(place)
+        while not os.path.isdir(place):
+            place = os.path.dirname(place)
+    text = f"{place}: may not be written to ({os.strerror(error.errno)})"
+    return NotWritable(text, os.path.abspath(path), error.errno)
 
 
 def tell_obstacle(error: OSError) -> OSError:
@@ -62,12 +97,28 @@ def new_file(path: str) -> Iterator[tuple[BinaryIO, str]]:
     """
     make_folder_of(path)
     name = f"{path}.{secrets.token_hex(6)}.partial"
+    with _naming_denial(path):
+        file = open(name, "xb")  # noqa: SIM115 - it is closed below, and only opening it is denied
     try:
-        with open(name, "xb") as file:
+        with file:
             yield file, name
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+@contextlib.contextmanager
+def proposing(remedy: str, below: str = "") -> Iterator[None]:
+    """Add what mends it to a NotWritable of the block, if its path lies below the URL `below`."""
+    try:
+        yield
+    except NotWritable as error:
+        plain = below.removeprefix("file://").removeprefix("local://")
+        folder = os.path.abspath(os.path.expanduser(plain)).rstrip("/")
+        number = error.errno or errno.EACCES
+        if not remedy or (plain and not f"{error.path}/".startswith(f"{folder}/")):
+            raise
+        raise NotWritable(f"{error}: {remedy}", error.path, number) from None
 
 
 def write(path: str, content: bytes) -> None:
@@ -80,8 +131,11 @@ def write(path: str, content: bytes) -> None:
 
 def append(path: str, content: bytes) -> None:
     """Append to a file, which is created if it is missing. Raises OSError that names the file."""
-    with naming_space(path, lambda: len(content), path), open(path, "ab") as file:
-        file.write(content)
+    with naming_space(path, lambda: len(content), path):
+        with _naming_denial(path):
+            file = open(path, "ab")  # noqa: SIM115 - only an error of opening it is a denial
+        with file:
+            file.write(content)
 
 
 def create(path: str, content: bytes) -> None:
@@ -104,7 +158,8 @@ def create(path: str, content: bytes) -> None:
 
 
 def _create_without_links(path: str, content: bytes) -> None:
-    file = open(path, "xb")  # noqa: SIM115 - some file systems report a full disk at the close
+    with _naming_denial(path):
+        file = open(path, "xb")  # noqa: SIM115 - some file systems report a full disk at the close
     try:
         with file:
             _fill(file, content)

@@ -280,7 +280,7 @@ def test_what_a_branch_cannot_change_is_refused(tiny_data: DataConfig, tmp_path:
         with pytest.raises(InputError, match=text):
             train(recipe(tiny_data, run, checkpoint=branch(there), **changes))
         assert not (run / "recipe.json").exists()
-    with pytest.raises(InputError, match=r"another --run and --checkpoint.branch"):
+    with pytest.raises(InputError, match=r"another --run-url and --checkpoint.branch"):
         train(recipe(tiny_data, there, 6))
     schedule = ScheduleConfig(rewarm="1 epoch")
     with pytest.raises(InputError, match=r"give --checkpoint.branch URL too"):
@@ -305,7 +305,7 @@ def test_a_run_has_one_beginning(tiny_data: DataConfig, tmp_path: Path) -> None:
         run / "checkpoints" / "step_00000004",
         tmp_path / "x" / ".." / "run",
     ):
-        with pytest.raises(InputError, match="is of the run itself: give another --run"):
+        with pytest.raises(InputError, match="is of the run itself: give another --run-url"):
             dataclasses.replace(given, checkpoint=branch(url)).check()
     train(recipe(tiny_data, there, steps=2))
     train(recipe(tiny_data, run, steps=1))
@@ -332,7 +332,7 @@ def test_a_start_cut_off_keeps_to_its_place_in_the_parent(
     assert [line["step"] for line in lines(run)] == [2, 3]
     shutil.rmtree(run / "checkpoints")
     shutil.rmtree(there / "checkpoints" / "step_00000002")
-    with pytest.raises(InputError, match=r"has no checkpoint yet: give another --run"):
+    with pytest.raises(InputError, match=r"has no checkpoint yet: give another --run-url"):
         train(config)
 
 

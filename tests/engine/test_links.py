@@ -39,7 +39,7 @@ def test_a_run_whose_parts_are_links_is_refused(
     other.mkdir()
     (run / name).symlink_to(other / name)
     recipe = tiny.recipe(tiny_data, run, steps=1)
-    text = f"^{run}/{name} is a link to {other}/{name}, out of the run: .* or give --run where"
+    text = f"^{run}/{name} is a link to {other}/{name}, out of the run: .* or give --run-url where"
     with pytest.raises(InputError, match=text), claim(recipe, "digest", ALONE, Terminal(True)):
         pass
     assert not list(other.iterdir())

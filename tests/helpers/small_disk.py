@@ -22,6 +22,11 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def forbid_writing(folder: Path) -> None:
+    """Make the disk at `folder` read-only."""
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+
+
 def resize(folder: Path, kilobytes: int) -> None:
     """Give the disk at `folder` another size."""
     options = f"remount,size={kilobytes}k"

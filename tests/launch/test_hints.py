@@ -1,13 +1,16 @@
 """What --lr and other names of other programs mean here."""
 
+import ast
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from engine.method.torch_optimizer import TorchOptimizerConfig
 from launch.hints import ADVICE, FIELDS, hint
 from shards.errors import InputError
+from tests.helpers.imports import modules
 from tests.helpers.places import RECIPES
 from tests.helpers.recipes import fields_of_all_recipes, parse_recipe
 from tests.test_ancestors import TABLES
@@ -125,3 +128,19 @@ def test_the_ancestors_options_agree_with_the_cookbook(title: str) -> None:
             assert not targets or targets & told or "recipe file sets" in text, (option, text)
             assert targets or not text.startswith("did you mean") or option == "distributed", text
             assert text != "--help lists the fields", option
+
+
+@pytest.mark.parametrize("path", modules().values(), ids=modules().keys())
+def test_messages_write_run_url(path: Path) -> None:
+    """Because torchrun refuses --run, which it takes for an abbreviation of its own --run-path."""
+    tree = ast.parse(path.read_text())
+    docs = {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Constant) or not isinstance(node.value, str) or node in docs:
+            continue
+        # One of our own commands gives it alone.
+        assert node.value == "--run" or not re.search(r"--run(?![\w-])", node.value), node.lineno

@@ -1,13 +1,18 @@
 """Each mistake in a command line is one line that names the argument."""
 
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import pytest
 import tyro
 
-from launch.plain_errors import plain_errors
+from launch import bench, evaluate, export
+from launch.plain_errors import list_options, plain_errors
 from shards.errors import InputError
+from tests.helpers.places import ROOT
 
 Capture = pytest.CaptureFixture[str]
 
@@ -73,3 +78,61 @@ def test_help_still_prints_and_exits(capsys: Capture) -> None:
         tyro.cli(Command, args=["--help"])
     assert not stop.value.code
     assert "SOURCE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("a --sise 3", "unknown option '--sise': did you mean --size?"),
+        ("a --Size 3", "unknown option '--Size': did you mean --size?"),
+        ("a --sise=3", "unknown option '--sise=3': did you mean --size?"),
+        ("a --xyz 3", "unknown option '--xyz': --help lists what can be given"),
+        ("--sise a", "unknown option '--sise': did you mean --size?"),
+        ("--size 1", "missing: SOURCE; --help says what each argument is"),
+        ("a --rates 1 x", r"--rates takes \[FLOAT \[FLOAT ...\]\]: .*'x'.*"),
+    ],
+)
+def test_the_nearest_option_is_proposed(arguments: str, line: str, capsys: Capture) -> None:
+    given = arguments.split()
+    with (
+        pytest.raises(InputError, match=f"^{line.replace('?', '[?]')}$"),
+        plain_errors(given, lambda: list_options(Command)),
+    ):
+        tyro.cli(Command, args=given)
+    output = capsys.readouterr()
+    assert output.err == output.out == ""
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "line"),
+    [
+        (evaluate.main, "kn RUN", "unknown PROTOCOL 'kn': did you mean knn?"),
+        (evaluate.main, "Linear RUN", "unknown PROTOCOL 'Linear': did you mean linear?"),
+        (evaluate.main, "neighbors RUN", "unknown PROTOCOL 'neighbors': did you mean neighbours?"),
+        (evaluate.main, "linear RUN --Fast", "unknown option '--Fast': did you mean --fast?"),
+        (
+            evaluate.main,
+            "knn RUN --train x",
+            "unknown option '--train': did you mean --data.train?",
+        ),
+        (evaluate.main, "knn RUN --data.trian x", "'--data.trian': did you mean --data.train?"),
+        (evaluate.main, "features RUN A B --over", "option '--over': did you mean --overwrite?"),
+        (export.main, "RUN OUT --formats onnx", "option '--formats': did you mean --format?"),
+        (bench.main, "stepp", "unknown argument 'stepp': did you mean step?"),
+        (bench.main, "step --recip x", "unknown option '--recip': did you mean --recipe?"),
+    ],
+)
+def test_commands_propose_the_nearest_name(
+    main: Callable[[list[str]], int], arguments: str, line: str, capsys: Capture
+) -> None:
+    assert main(arguments.split()) == 1
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("error: ")
+    assert told.endswith(line)
+
+
+def test_packing_proposes_the_nearest_name() -> None:
+    command = [sys.executable, "launch/pack.py", "a", "b", "--window-percentile", "1", "99"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    line = "error: unknown option '--window-percentile': did you mean --window-percentiles?\n"
+    assert (found.returncode, found.stderr) == (1, line)

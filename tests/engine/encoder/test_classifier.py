@@ -72,7 +72,9 @@ def test_timm_has_all_named_depths() -> None:
 
 
 @torch.no_grad()
-def test_a_head_makes_a_classifier(resnet18: tuple[str, ResNet], tmp_path: Path) -> None:
+def test_a_head_makes_a_classifier(
+    resnet18: tuple[str, ResNet], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every format gives the logits, and timm has the names of the classes."""
     timm = pytest.importorskip("timm")
     url, encoder = resnet18
@@ -81,7 +83,9 @@ def test_a_head_makes_a_classifier(resnet18: tuple[str, ResNet], tmp_path: Path)
     head, out = ["--head", f"{tmp_path}/head.safetensors"], tmp_path / "out"
     assert export.main([url, str(out), "--size", "64", "--format", "safetensors"]) == 0
     more = ["--format", "safetensors", "torchscript", "torch-export"]
-    assert export.main([url, str(out), "--size", "64", *head, *more]) == 0
+    assert export.main([url, str(out), "--size", "64", *head, *more]) == 1
+    assert "other weights (without a head): choose" in capsys.readouterr().err
+    assert export.main([url, str(out), "--size", "64", *head, *more, "--overwrite"]) == 0
     files = [
         "card.json",
         "classifier.pt2",
@@ -167,6 +171,12 @@ def test_mistakes_are_one_line(
         (line,) = capsys.readouterr().err.strip().splitlines()
         assert line.startswith("error: --head ")
         assert text in line
+    (tmp_path / "linear").mkdir()
+    save_file({}, tmp_path / "linear" / "head.safetensors")
+    for folder in ("linear", ""):
+        assert export.main([url, f"{tmp_path}/out", "--head", str(tmp_path / folder)]) == 1
+        told = f"is a folder: give {tmp_path}/linear/head.safetensors\n"
+        assert capsys.readouterr().err.endswith(told)
     assert export.main([url, f"{tmp_path}/out", "--threads", "0"]) == 1
     assert "--threads must be from 1" in capsys.readouterr().err
     with pytest.raises(InputError, match="names no bucket"):

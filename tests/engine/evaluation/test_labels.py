@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.evaluation import finetune, linear, supervised
+from engine.evaluation import finetune, linear, results, supervised
 from engine.evaluation.session import EvaluationDataConfig
 from engine.evaluation.supervised import hold_out
 from launch import evaluate
@@ -94,8 +94,9 @@ def test_missing_labels_are_found_before_anything_is_learned(
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=" ".join)
 def test_a_partly_labeled_set_is_learned_from(
-    protocol: list[str], run: str, tmp_path: Path
+    protocol: list[str], run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(results, "ALWAYS_HIT", 1)  # so that the top five of two classes are shown
     learned = write(tmp_path / "train", [-1] * 10 + labels_of(held=True, others=True)[10:])
     measured = write(tmp_path / "val", [0, -1, 1, -1] * 4)
     data = ["--data.train", learned, "--data.val", measured, "--out", str(tmp_path / "out")]
@@ -104,6 +105,23 @@ def test_a_partly_labeled_set_is_learned_from(
     table = json.loads(found.read_text())["table"]
     # The top five of two classes hold every label, so any other value counts images without one.
     assert [row["top-5"] for row in table if row["top-5"] != ""] == [1.0]
+
+
+@pytest.mark.parametrize("protocol", [["knn"], *PROTOCOLS], ids=" ".join)
+def test_what_tells_nothing_is_left_out(
+    protocol: list[str], run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The top five of two classes are always right, and no more images vote than there are."""
+    learned, measured = write(tmp_path / "train", [0, 1] * 30), write(tmp_path / "val", [0, 1] * 8)
+    data = ["--data.train", learned, "--data.val", measured, "--out", str(tmp_path / "out")]
+    more = ["--k", "5", "200", "500", "--threads", "1"] if protocol == ["knn"] else FEW
+    assert evaluate.main([protocol[0], run, *protocol[1:], *data, *more]) == 0
+    (path,) = (tmp_path / "out").glob("**/result.json")
+    found = json.loads(path.read_text())
+    assert all("top-1" in row and "top-5" not in row for row in found["table"])
+    assert not [name for name in found["metrics"] if "top5" in name]
+    limited = "--k 200 500: limited to 60, which are all images of data.train with a label\n"
+    assert (limited in capsys.readouterr().out) == (protocol == ["knn"])
 
 
 def test_few_labels_are_measured_only_where_there_are_some(

@@ -76,6 +76,32 @@ def test_an_evaluation_that_is_added_later_ranks_too(tiny_data: DataConfig, stor
     assert opened(run, "best") == 8
 
 
+def test_a_better_step_without_a_checkpoint_is_named(tiny_data: DataConfig, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    some = CheckpointConfig(every=4, keep=2)
+    train(recipe(tiny_data, run, checkpoint=some, steps=12, probe=tiny.NO_PROBE))
+    assert steps(run) == [8, 12]
+    said: list[str] = []
+
+    def taken() -> int | None:
+        said.clear()
+        here = join(1, False)
+        return open_encoder(run, EncoderConfig(checkpoint="best"), here, said.append)[0].step
+
+    journal.add(run, {"step": 4, "knn_top1": 0.9})
+    with pytest.raises(InputError, match=r"no checkpoint of step 4, .*has the largest knn_top1"):
+        taken()
+    journal.add(run, {"step": 8, "knn_top1": 0.8})
+    assert taken() == 8
+    assert said == [
+        f"{run}: knn_top1 is largest at step 4 (90.0%), whose checkpoint is not kept; taking that "
+        "of step 8 (80.0%). --checkpoint.keep-best knn_top1 of a training keeps the best one"
+    ]
+    journal.add(run, {"step": 12, "knn_top1": 0.9})
+    assert taken() == 12
+    assert said == []
+
+
 def test_processes_agree(ranks: Ranks, tiny_data: DataConfig, tmp_path: Path) -> None:
     ranks.run(train_with, recipe(tiny_data, str(tmp_path / "run"), steps=12), size=2)
     assert steps(str(tmp_path / "run")) == [10, 12]

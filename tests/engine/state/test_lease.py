@@ -118,7 +118,7 @@ def test_a_living_job_keeps_its_run(run: str, jobs: Jobs) -> None:
     host = read(run, 1)["host"]
     assert str(error.value) == (
         f"{run} is in use by another job on {host} (its lease changes): "
-        "stop that job, or give another --run"
+        "stop that job, or give another --run-url"
     )
     assert jobs.reports == [f"{run}/lease: held by {host}; watching for 1 s whether it is alive"]
     there.confirm()
@@ -225,7 +225,7 @@ def test_a_beat_finds_that_the_run_was_lost(run: str, jobs: Jobs) -> None:
         lease.check()
     assert str(error.value) == (
         f"{run} was taken over by another job (far) while this one did not answer: "
-        "stop that job before this one is started again, or give another --run"
+        "stop that job before this one is started again, or give another --run-url"
     )
     lease.release()
     assert not read(run, 1)["released"]

@@ -24,7 +24,7 @@ def test_a_run_on_two_disks_is_refused(ranks: Ranks, tiny_data: DataConfig, tmp_
     with pytest.raises(RankFailure) as failure:
         ranks.run(train_at, [here, there], size=2)
     assert str(failure.value).count("rank 1 on ") == 2, "both processes end with this line"
-    assert "a --run that is the same folder for all machines" in str(failure.value)
+    assert "a --run-url that is the same folder for all machines" in str(failure.value)
     assert not (tmp_path / "here").exists()
     assert not (tmp_path / "there").exists()
 

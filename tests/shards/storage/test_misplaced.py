@@ -62,6 +62,14 @@ def test_data(url: str, field: str, end: str, place: str) -> None:
         ("runs/a/checkpoints", "; give PLACE/runs/a/checkpoints/step_00000004"),
         (f"{PLACES[5]}", "; give PLACE/runs/a/checkpoints/step_00000004"),
         ("set/train", "no committed checkpoint there"),
+        ("runs/b", "; runs beside it: PLACE/runs/a"),
+        ("runs/aa/checkpoints/step_00000004", "; did you mean PLACE/runs/a?"),
+        ("runs/a/checkpoints/step_4", "; give PLACE/runs/a/checkpoints/step_00000004"),
+        (
+            "runs/a/checkpoints/step_2700",
+            "; PLACE/runs/a/checkpoints holds the steps 4: give "
+            "PLACE/runs/a/checkpoints/step_00000004, for instance",
+        ),
     ],
 )
 def test_checkpoints(url: str, end: str, place: str) -> None:
@@ -69,6 +77,24 @@ def test_checkpoints(url: str, end: str, place: str) -> None:
         checkpoint.find(f"{place}/{url}", ALONE, print)
     with pytest.raises(InputError, match=told(end, place)):
         open_encoder(f"{place}/{url}", EncoderConfig(), ALONE, print)
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("CHECKPOINT", "give PLACE/exported/encoder.safetensors"),
+        ("checkpoint.branch", "--model.start PLACE/exported/encoder.safetensors starts from its "),
+    ],
+)
+def test_an_export_is_not_a_run(name: str, end: str, place: str) -> None:
+    for file in ("card.json", "encoder.pth", "encoder.safetensors"):
+        files.write(f"{place}/exported/{file}", b"{}")
+    text = f"{name} PLACE/exported: no committed checkpoint there; it holds files of weights: {end}"
+    with pytest.raises(InputError, match=re.escape(text.replace("PLACE", files.redact(place)))):
+        checkpoint.find(f"{place}/exported", ALONE, print, name)
+    typo = f"{place}/exported/encoder.safetensor"
+    with pytest.raises(InputError, match=r"; did you mean .*/exported/encoder.safetensors\?$"):
+        open_encoder(typo, EncoderConfig(), ALONE, print)
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def test_a_checkpoint_that_cannot_be_removed_stays_whole(
         checkpoint.verify(checkpoint.step_url(recipe.run, step), ALONE)
 
 
-def test_an_export_leaves_nothing_of_an_earlier_one(
+def test_an_export_empties_what_cannot_be_removed_of_other_weights(
     tiny_data: DataConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -220,7 +220,8 @@ def test_an_export_leaves_nothing_of_an_earlier_one(
     assert (out / "encoder.ts").stat().st_size > 0
     monkeypatch.setattr(files, "remove", fail)
     capsys.readouterr()
-    assert export.main([run, str(out), "--format", "safetensors"]) == 0
+    other = ["--network", "target", "--overwrite"]
+    assert export.main([run, str(out), "--format", "safetensors", *other]) == 0
     assert capsys.readouterr().out.count(TOLD) == 1
     sizes = {path.name: path.stat().st_size for path in out.iterdir()}
     assert sizes["encoder.ts"] == sizes["encoder.pth"] == 0
