@@ -204,7 +204,7 @@ def claim(
     refused, made = True, layout.find_missing(recipe.run, layout.DEBUG_STEP)
 
     def hold() -> None:
-        _check(recipe, index_digest, terminal)
+        check_run(recipe, index_digest, terminal)
         if not recipe.debug_step:
             claimed.append(lease.acquire(recipe.run, agents, lease.PERIOD, terminal.report))
 
@@ -233,13 +233,16 @@ def open_run(
 
     Raises InputError when it has a run of another recipe or of other data.
     """
-    world.on_main(lambda: _check(recipe, index_digest, terminal))
+    world.on_main(lambda: check_run(recipe, index_digest, terminal))
     found = find_checkpoint(recipe, index_digest, world, terminal.report, before)
     return Run(recipe, index_digest, world, terminal, found)
 
 
-def _check(recipe: Recipe, index_digest: str, terminal: Terminal) -> None:
-    """Raise InputError when parts of RUN lie elsewhere, or are of another kind, recipe or data."""
+def check_run(recipe: Recipe, index_digest: str | None, terminal: Terminal) -> None:
+    """Raise InputError when parts of RUN lie elsewhere, or are of another kind, recipe or data.
+
+    The data is not compared when its digest is not known.
+    """
     layout.refuse_links(recipe.run, layout.NAMES, "give --run where the whole run shall lie")
     layout.check_kinds(recipe.run)
     check_recipe(recipe, index_digest, terminal.report)
