@@ -10,6 +10,7 @@ from engine.log.metrics import BASELINES, MetricsLog
 from engine.log.patience import try_for
 from engine.measuring import Meter
 from engine.method.precision import parameter_dtype, slow_on
+from engine.processes import compiling
 from engine.processes.preemption import Preemption
 from engine.processes.world import World, find_unused_gpu
 from engine.report.report import PATIENCE, write_at_end
@@ -131,7 +132,7 @@ def _greet(trainer: Trainer, block_memory: int) -> None:
     if doubt := find_doubt(recipe.early_stop, *lengths, recipe.log.every, recipe.probe.every):
         trainer.terminal.say(doubt)
     if trainer.compile and trainer.step < trainer.last_step:
-        trainer.terminal.say("torch.compile works in the first step, which can take minutes")
+        trainer.terminal.say(compiling.announce(trainer.device))
 
 
 def _log_baseline(trainer: Trainer, log: MetricsLog) -> None:
