@@ -146,10 +146,13 @@ class Run:
             log.compact()
 
     @contextmanager
-    def open_log(self, step: int, stop: int, total_steps: int = 0) -> Iterator[MetricsLog]:
+    def open_log(
+        self, step: int, stop: int, total_steps: int = 0, momentum: float = 1.0
+    ) -> Iterator[MetricsLog]:
         """Open the log for the steps from `step` to `stop`, and write its last lines at the end.
 
-        The whole run has `total_steps`, by default `stop`.
+        The whole run has `total_steps`, by default `stop`. `momentum` is the smallest one of the
+        encoder's norms.
 
         Nothing is written at the end when another job has taken over the run, because the log is
         then that job's.
@@ -157,7 +160,7 @@ class Run:
         if not self._world.main:
             yield NoLog()
             return
-        log = MetricsLog(self.url, step, stop, self.terminal, total_steps)
+        log = MetricsLog(self.url, step, stop, self.terminal, total_steps, momentum)
         log.describe(_without_secrets(self._recipe), method_fields(self._recipe), self._recipe.log)
         if self.branches and self.start and log.last is None:
             if found := baselines.inherit(self.start.url, _without_secrets(self._recipe)):
