@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from engine.notebook import open_session as open_session
     from engine.processes.parallel import ParallelConfig as ParallelConfig
     from engine.recipe import Recipe as Recipe
-    from engine.recipe import load as load_recipe  # noqa: F401
+    from engine.recorded import load_recipe as load_recipe
     from engine.state.checkpoint import CheckpointConfig as CheckpointConfig
     from engine.state.early_stop import EarlyStopConfig as EarlyStopConfig
     from engine.trainer import Trainer as Trainer
@@ -59,17 +59,16 @@ _PLACES = {
     "Trainer": "engine.trainer",
     "ViewConfig": "shards.views",
     "ViewsConfig": "shards.views",
-    "load_recipe": "engine.recipe",
+    "load_recipe": "engine.recorded",
     "open_data": "engine.data",
     "open_session": "engine.notebook",
 }
-_NAMES_THERE = {"load_recipe": "load"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(_PLACES[name]), _NAMES_THERE.get(name, name))
+    found = getattr(import_module(_PLACES[name]), name)
     globals()[name] = found
     return found
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from engine.evaluation.given_sets import find_images
-from engine.evaluation.probe_sets import ProbeSets, open_probe_sets
+from engine.evaluation.probe_sets import ProbeSets, find_sets, judge_sets, open_probe_sets
 from engine.processes.alike import describe_software
 from engine.processes.world import World, check_alike, waiting_for_hours
 from engine.recipe import Recipe, shared_fields
@@ -46,13 +46,22 @@ def open_data(recipe: Recipe, world: World, report: Callable[[str], None]) -> Da
     train, val = world.on_all(lambda: _load(recipe))
     data = Data(train, val, Order(train, recipe.seed, recipe.data.streams, recipe.batch.size))
     check_batches(recipe, data.order)
-    if val is not None:
-        if train.classes and val.classes:
-            check_same_classes(train, val)
-        if (doubt := compare_windows(train, val)) and world.main:
-            report(doubt)
+    if (doubt := check_val(train, val)) and world.main:
+        report(doubt)
     check_alike(world, {"digest of data.train": train.digest})
     return data
+
+
+def check_val(train: Index, val: Index | None) -> str:
+    """Return a warning when data.val was packed otherwise than data.train; "" when it was not.
+
+    Raises InputError when both have labels, of other classes.
+    """
+    if val is None:
+        return ""
+    if train.classes and val.classes:
+        check_same_classes(train, val)
+    return compare_windows(train, val) if train.shards and val.shards else ""
 
 
 def _load(recipe: Recipe) -> tuple[Index, Index | None]:
@@ -72,17 +81,10 @@ def open_own_probe_sets(
     checkpoints or ends the training cannot be measured.
     """
     probe, home = recipe.probe, recipe.run
-    if recipe.early_stop.key == "head_loss" and not data.train.classes:
-        raise InputError(
-            "early_stop.key head_loss cannot be measured, because data.train has no labels: choose "
-            "another figure"
-        )
+    if not _is_measured(recipe, data.train, report):
+        return None
     if recipe.debug_step:
         home = files.join(home, layout.DEBUG_STEP)
-    if not probe.every:
-        if probe.baseline:
-            report("probe.baseline is not measured: probe.every is 0, so no evaluation follows")
-        return None
     sets = open_probe_sets(
         (probe.train, probe.val),
         data.train,
@@ -93,6 +95,38 @@ def open_own_probe_sets(
         threads=threads,
         report=report,
     )
+    _check_figures(recipe, sets)
+    return sets
+
+
+def preview_probe_sets(
+    recipe: Recipe, train: Index, val: Index | None, world: World, report: Callable[[str], None]
+) -> ProbeSets | None:
+    """Return what `open_own_probe_sets` would, without packing anything, and raise as it would.
+
+    The sets of folders have their classes and no shards. All processes call it together.
+    """
+    if not _is_measured(recipe, train, report):
+        return None
+    places = recipe.probe.train, recipe.probe.val
+    sets = judge_sets(find_sets(places, train, val, world), train, val)
+    _check_figures(recipe, sets)
+    return sets
+
+
+def _is_measured(recipe: Recipe, train: Index, report: Callable[[str], None]) -> bool:
+    """Return whether the run has evaluations, and say so where something depends on them."""
+    if recipe.early_stop.key == "head_loss" and not train.classes:
+        raise InputError(
+            "early_stop.key head_loss cannot be measured, because data.train has no labels: choose "
+            "another figure"
+        )
+    if not recipe.probe.every and recipe.probe.baseline:
+        report("probe.baseline is not measured: probe.every is 0, so no evaluation follows")
+    return bool(recipe.probe.every)
+
+
+def _check_figures(recipe: Recipe, sets: ProbeSets) -> None:
     for name, key in recipe.figures().items():
         if not {"knn_top1": sets.knn, "online_top1": sets.head}.get(key, True):
             why = f" ({'; '.join(sets.notes)})" if sets.notes else ""
@@ -100,7 +134,6 @@ def open_own_probe_sets(
                 f"{name} {key} cannot be measured on {sets.names[1]}{why}: choose another figure, "
                 "or other sets with --probe.train and --probe.val"
             )
-    return sets
 
 
 def train_batches(

@@ -8,6 +8,7 @@ import torch
 from rich.table import Table
 
 from engine.measuring import peak_memory
+from engine.processes import compiling
 from engine.state import checkpoint, layout
 from engine.trainer import StepOutput, Trainer
 from shards.storage import files
@@ -20,6 +21,7 @@ def debug_step(trainer: Trainer) -> None:
 
     It leaves no checkpoint and no metrics in the run's directory.
     """
+    _announce(trainer)
     table = Table("part", "seconds", "what")
 
     def part(name: str, call: Callable[[], _T], describe: Callable[[_T], str]) -> _T:
@@ -78,6 +80,12 @@ def debug_step(trainer: Trainer) -> None:
         f"undecodable samples: {data.undecodable}"
     )
     trainer.terminal.console.print(table)
+
+
+def _announce(trainer: Trainer) -> None:
+    """Say why the first step takes so long, before it does."""
+    if trainer.compile:
+        trainer.terminal.say(compiling.announce(trainer.device))
 
 
 def _shape(tensor: torch.Tensor) -> str:

@@ -6,12 +6,15 @@ from typing import Any
 
 from engine.divergence import check_finite, check_skips
 from engine.evaluation.during_training import Stopped
+from engine.log.health import find_settled
 from engine.log.journal import FAILED
 from engine.log.metrics import BASELINES, MetricsLog
 from engine.log.patience import try_for
 from engine.measuring import Meter
 from engine.method.durations import parse
+from engine.method.norm import smallest_momentum
 from engine.method.precision import parameter_dtype, slow_on
+from engine.processes import compiling
 from engine.processes.preemption import Preemption
 from engine.processes.world import World, find_unused_gpu
 from engine.report.report import PATIENCE, write_at_end
@@ -39,7 +42,8 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
         trainer.probe.check_val()
     if first < stop or run.recorded is None:  # RUN has the recipe of the last start with steps
         run.write_recipe(trainer.total_steps)
-    with run.open_log(first, stop, trainer.total_steps) as log:
+    momentum = smallest_momentum(trainer.online.encoder)
+    with run.open_log(first, stop, trainer.total_steps, momentum) as log:
         _tell_gap(trainer, log)
         _log_baseline(trainer, log)
         stopping, early = _train(trainer, preemption, log)
@@ -133,8 +137,15 @@ def _greet(trainer: Trainer, block_memory: int) -> None:
     recipe, lengths = trainer.recipe, (trainer.warmup_steps, trainer.total_steps)
     if doubt := find_doubt(recipe.early_stop, *lengths, recipe.log.every, recipe.probe.every):
         trainer.terminal.say(doubt)
+    momentum = smallest_momentum(trainer.online.encoder)
+    if trainer.probe is not None and trainer.step < (needed := find_settled(momentum)):
+        trainer.terminal.say(
+            f"the norms of {recipe.model.encoder.describe()} have a momentum of {momentum:g}: kNN "
+            f"and other evaluations say nothing in the first {needed:,} steps or so, until the "
+            "running statistics that they use are those of training"
+        )
     if trainer.compile and trainer.step < trainer.last_step:
-        trainer.terminal.say("torch.compile works in the first step, which can take minutes")
+        trainer.terminal.say(compiling.announce(trainer.device))
 
 
 def _tell_gap(trainer: Trainer, log: MetricsLog) -> None:
@@ -226,7 +237,7 @@ def _farewell(trainer: Trainer, log: MetricsLog, first: int, early: str) -> None
             say(f"  {name:<18} {accuracy:6.1%}")
         if newest.step != trainer.step:
             say(f"  the trained encoder was measured last at step {newest.step:,}")
-    if log.health and (trouble := log.health.summary):
+    for trouble in log.summarize_health():
         say(f"health        {trouble}")
     if trainer.step:
         say(f"checkpoint    {checkpoint.step_url(run, trainer.step)}")

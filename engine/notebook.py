@@ -1,9 +1,13 @@
 """Train and look inside from Python, in one process: for notebooks and experiments of one's own."""
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from operator import index
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,10 +29,40 @@ from engine.trainer import Trainer
 from shards.center_crops import CropReader, EvalBatch
 from shards.documents import shown
 from shards.errors import InputError
+from shards.fields import flatten
+from shards.index import Index
 from shards.loader import Batch
 from shards.loader_process import Loader
 
 _MOST_IMAGES = 256  # that go through the encoder at a time
+_OPTION = re.compile(r"(?<![\w-])--([a-z][\w.-]*\w)")
+Which = Literal["train", "val", "probe.train", "probe.val"]
+
+
+@contextmanager
+def fields_in_messages(recipe: Recipe) -> Iterator[None]:
+    """Let an InputError of the block name fields of the recipe, and no options of a command line.
+
+    The parts that raise it are those of launch/train.py, and advise such as "give another --run".
+    """
+    known = {name.replace("_", "-"): name for name in flatten(recipe)}
+
+    def name_field(option: re.Match[str]) -> str:
+        group, _, last = option[1].rpartition(".")
+        dot = "." * bool(group)
+        if option[1] == "run-url":
+            return "recipe.run"
+        if (on := f"{group}{dot}{last.removeprefix('no-')}") in known and on != option[1]:
+            return f"recipe.{known[on]}=False"
+        return f"recipe.{known[option[1]]}" if option[1] in known else option[0]
+
+    try:
+        yield
+    except InputError as error:
+        text = _OPTION.sub(name_field, str(error))
+        if text == str(error):
+            raise
+        raise InputError(f"{text} (dataclasses.replace makes a recipe with other fields)") from None
 
 
 class Session:
@@ -47,6 +81,7 @@ class Session:
         self._closed = False
         self._broken = ""  # how a step ended part way
         self._encoder = self.recipe.model.encoder.build(VIEWS, self.recipe.views.size)
+        self._wording = partial(fields_in_messages, self.recipe)
 
     def __enter__(self) -> "Session":
         return self
@@ -68,6 +103,10 @@ class Session:
         Raises InputError at the end of the schedule, when training has diverged, and after a step
         that failed.
         """
+        with self._wording():
+            return self._step()
+
+    def _step(self) -> dict[str, Any]:
         trainer = self.trainer
         if self._broken:
             raise InputError(f"{self._broken}, so its weights are of no step: open another session")
@@ -93,7 +132,8 @@ class Session:
         Each view is a row of `count` images. The batch is not used up.
         """
         count = _read_count(count)
-        batch = self._peek()
+        with self._wording():
+            batch = self._peek()
         views, params = (t[:, :count].flatten(0, 1) for t in (batch.views, batch.params))
         device = self.trainer.device
         seen = self.trainer.augment(views.to(device), params.to(device)).float().cpu()
@@ -101,17 +141,18 @@ class Session:
         picture: Tensor = (grid * 255).round().to(torch.uint8)
         return picture
 
-    def images(self, count: int, which: Literal["train", "val"] = "val") -> EvalBatch:
+    def images(self, count: int, which: Which = "val") -> EvalBatch:
         """Return about `count` images, spread over a data set, as evaluations see them.
 
         The images are central crops [N, 3, S, S] of uint8, with labels [N] and sample numbers [N].
+
+        Args:
+            which: "train" and "val" are data.train and data.val. "probe.train" and "probe.val" are
+                the sets that are measured during training. Where data.val is not set, "val" is
+                probe.val too.
         """
         recipe, trainer, count = self.recipe, self.trainer, _read_count(count)
-        if which not in ("train", "val"):
-            raise InputError(f"which must be 'train' or 'val', not {which!r}")
-        index = trainer.data.train if which == "train" else trainer.data.val
-        if index is None:
-            raise InputError("data.val is not set: give the recipe one, or ask for which='train'")
+        index = self._find_set(which)
         reader = CropReader(
             recipe.views.size,
             recipe.probe.crop,
@@ -120,8 +161,31 @@ class Session:
             trainer.terminal.report,
             rules=recipe.data.rules,
         )
-        batches = list(reader.read(index, limit=count))
+        with self._wording():
+            batches = list(reader.read(index, limit=count))
         return EvalBatch(*(torch.cat(parts)[:count] for parts in zip(*batches, strict=True)))
+
+    def _find_set(self, which: Which) -> Index:
+        data, probe = self.trainer.data, self.trainer.probe
+        if which not in get_args(Which):
+            known = ", ".join(map(repr, get_args(Which)))
+            raise InputError(f"which must be one of {known}, not {shown(which)}")
+        if which == "train":
+            return data.train
+        if which == "val" and data.val is not None:
+            return data.val
+        if which == "val" and not self.recipe.probe.val:
+            raise InputError(
+                "neither data.val nor probe.val is set: give the recipe one, or ask for "
+                "which='train'"
+            )
+        if probe is None:
+            name = "probe.val" if which == "val" else which
+            raise InputError(
+                f"{name} is not open, because probe.every is 0: give the recipe evaluations, or "
+                "ask for which='train'"
+            )
+        return probe.train if which == "probe.train" else probe.val
 
     def features(self, images: Tensor) -> Tensor:
         """Compute the features [N, F] of images [N, 3, H, W] of uint8, as evaluations do.
@@ -211,13 +275,16 @@ def open_session(recipe: Recipe, *, continue_run: bool = False, compile: bool = 
             raise InputError(f"{name} takes True or False, not {shown(value)}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("a session is one process: start it without torchrun")
-    recipe.check()
-    recipe = replace(recipe, compile=compile, parallel=replace(recipe.parallel, strategy="auto"))
-    world = join(recipe.threads, distributed=False)
-    terminal = Terminal(main=True)
-    data = open_data(recipe, world, terminal.say)
-    if continue_run:
-        run = open_run(recipe, data.train.digest, world, terminal)
-    else:
-        run = Run(recipe, data.train.digest, world, terminal, found=None)
-    return Session(Trainer(recipe, world, data, run))
+    with fields_in_messages(recipe):
+        recipe.check()
+        recipe = replace(
+            recipe, compile=compile, parallel=replace(recipe.parallel, strategy="auto")
+        )
+        world = join(recipe.threads, distributed=False)
+        terminal = Terminal(main=True)
+        data = open_data(recipe, world, terminal.say)
+        if continue_run:
+            run = open_run(recipe, data.train.digest, world, terminal)
+        else:
+            run = Run(recipe, data.train.digest, world, terminal, found=None)
+        return Session(Trainer(recipe, world, data, run))

@@ -13,6 +13,7 @@ from shards.documents import shown
 from shards.errors import InputError
 from shards.storage import files
 
+RECORDED, FILE = "recipe.json", "recipe_file"  # a run's recipe, and its key for the recipe file
 SHIPPED = "recipes"  # the package of the recipes that come with the engine
 _OURS = {"engine", "launch", "recipes", "shards"}
 
@@ -47,14 +48,35 @@ def find(name: str | Path) -> str:
     if not isinstance(name, str | Path):
         raise InputError(f"a recipe file is named by a text or a Path, not {shown(name)}")
     name = str(name)
-    if Path(name).is_file():
+    if Path(name).is_file() and not name.lower().endswith(".json"):
         return name
     if name.isidentifier() and name in (known := shipped()):
         return str(known[name])
+    if remedy := _explain_run(name):
+        raise InputError(f"{files.redact(name)}: {remedy}")
     if "://" in name:
         raise InputError(f"{files.redact(name)}: a recipe file must be on a local disk")
     raise InputError(
         f"{name}: no such recipe file; those that come along are {', '.join(shipped())}"
+    )
+
+
+def _explain_run(name: str) -> str:
+    """Say what to give in place of a run or of a JSON file; "" when the name is of neither."""
+    is_json = name.lower().endswith(".json")
+    document = name if is_json else f"{name}/{RECORDED}"
+    if "://" in name or not Path(document).is_file():
+        return ""
+    try:
+        found = files.read_json(document)[FILE]["file"]
+        file = found if isinstance(found, str) else ""
+    except (OSError, ValueError, LookupError, TypeError):
+        file = ""
+    what = "is JSON, and a recipe file is Python" if is_json else "is a run, and no recipe file"
+    return (
+        f"{what}: to go on with a run, give the recipe file{f' {shown(file)}' * bool(file)} and "
+        "the options that it was started with; in Python, engine.load_recipe(RUN) reads what a "
+        "run has"
     )
 
 

@@ -146,10 +146,13 @@ class Run:
             log.compact()
 
     @contextmanager
-    def open_log(self, step: int, stop: int, total_steps: int = 0) -> Iterator[MetricsLog]:
+    def open_log(
+        self, step: int, stop: int, total_steps: int = 0, momentum: float = 1.0
+    ) -> Iterator[MetricsLog]:
         """Open the log for the steps from `step` to `stop`, and write its last lines at the end.
 
-        The whole run has `total_steps`, by default `stop`.
+        The whole run has `total_steps`, by default `stop`. `momentum` is the smallest one of the
+        encoder's norms.
 
         Nothing is written at the end when another job has taken over the run, because the log is
         then that job's.
@@ -157,7 +160,7 @@ class Run:
         if not self._world.main:
             yield NoLog()
             return
-        log = MetricsLog(self.url, step, stop, self.terminal, total_steps)
+        log = MetricsLog(self.url, step, stop, self.terminal, total_steps, momentum)
         log.describe(_without_secrets(self._recipe), method_fields(self._recipe), self._recipe.log)
         if self.branches and self.start and log.last is None:
             if found := baselines.inherit(self.start.url, _without_secrets(self._recipe)):
@@ -204,7 +207,7 @@ def claim(
     refused, made = True, layout.find_missing(recipe.run, layout.DEBUG_STEP)
 
     def hold() -> None:
-        _check(recipe, index_digest, terminal)
+        check_run(recipe, index_digest, terminal)
         if not recipe.debug_step:
             claimed.append(lease.acquire(recipe.run, agents, lease.PERIOD, terminal.report))
 
@@ -233,13 +236,16 @@ def open_run(
 
     Raises InputError when it has a run of another recipe or of other data.
     """
-    world.on_main(lambda: _check(recipe, index_digest, terminal))
+    world.on_main(lambda: check_run(recipe, index_digest, terminal))
     found = find_checkpoint(recipe, index_digest, world, terminal.report, before)
     return Run(recipe, index_digest, world, terminal, found)
 
 
-def _check(recipe: Recipe, index_digest: str, terminal: Terminal) -> None:
-    """Raise InputError when parts of RUN lie elsewhere, or are of another kind, recipe or data."""
+def check_run(recipe: Recipe, index_digest: str | None, terminal: Terminal) -> None:
+    """Raise InputError when parts of RUN lie elsewhere, or are of another kind, recipe or data.
+
+    The data is not compared when its digest is not known.
+    """
     layout.refuse_links(recipe.run, layout.NAMES, "give --run-url where the whole run shall lie")
     layout.check_kinds(recipe.run)
     check_recipe(recipe, index_digest, terminal.report)

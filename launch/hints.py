@@ -180,6 +180,10 @@ ADVICE: dict[str, str] = {
         "--views.view1.hue set it, and those of view2; recipes/simclr_views.py sets all by one "
         "strength"
     ),
+    "window window-percentiles data.window data.window-percentiles max-side data.max-side": (
+        "the packing does that, once for all runs: python launch/pack.py IMAGES OUT with its "
+        "--window, --window-percentiles or --max-side"
+    ),
     "config cfg recipe": "the recipe is the first argument, without an option's name",
 }
 

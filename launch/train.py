@@ -53,7 +53,7 @@ def train(recipe: Recipe, source: dict[str, Any] | None = None) -> bool:
     ):
         terminal = Terminal(world.main)
         if recipe.explain:
-            world.on_main(lambda: explain(recipe, world, terminal))
+            explain(recipe, world, terminal)
             return True
         if recipe.replay is not None:
             check_replay(recipe, recipe.replay, world, terminal)

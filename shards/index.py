@@ -20,9 +20,9 @@ from shards.blocks import Blocks, check_blocks, checksum
 from shards.digest import digest
 from shards.documents import Natural, Sum32, build, shown, without_gc
 from shards.errors import InputError
+from shards.no_index import say_what_to_do
 from shards.samples import Layout
-from shards.storage import files, misplaced, names
-from shards.storage.commands import spell_program
+from shards.storage import files, names
 from shards.tar import BLOCK
 from shards.threads import run_in_threads
 
@@ -286,7 +286,9 @@ def load(url: str, field_name: str) -> Index:
     try:
         document = read_document(url)
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{place}: no {NAME} there; {_hint(url, field_name)}") from None
+        raise InputError(
+            f"{place}: no {NAME} there; {say_what_to_do(url, field_name, NAME)}"
+        ) from None
     except (InputError, OSError) as error:
         raise InputError(f"{place}: {error}") from None
     index = _checked(document, url, field_name, place)
@@ -295,19 +297,6 @@ def load(url: str, field_name: str) -> Index:
     if files.is_local(index.folder):
         _check_sizes(index, place)
     return index
-
-
-def _hint(url: str, field_name: str) -> str:
-    """Return what the user may do where there is no index."""
-    near = misplaced.find_near(url, NAME)
-    wanted = field_name.removeprefix("data.")
-    near.sort(key=lambda folder: not misplaced.last_name(folder).startswith(wanted))
-    if near:
-        return f"there is one in {files.redact(near[0])}: give that folder"
-    if any(folder.endswith(".tar") for folder in misplaced.folders_below(url)):
-        return f"index the tars there: {spell_program('pack.py', '--index-only', url)}"
-    packing = spell_program("pack.py")
-    return f"pack images with `{packing}`, or index existing tars with its --index-only"
 
 
 def class_names(document: Any) -> list[str]:

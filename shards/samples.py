@@ -14,6 +14,10 @@ from typing import Any, BinaryIO
 from shards.tar import Member, TarError, read_members
 
 PACKED_FIELDS = ("jpg", "jpeg", "png", "webp")  # Packing writes images to these.
+EXTENSIONS = (  # of image files in folders
+    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jfif", "avif"),
+    *("jpe", "dib", "pbm", "pnm", "pfm", "jp2", "j2k", "qoi", "tga"),
+)
 IMAGE_FIELDS = (*PACKED_FIELDS, "jpe", "jfif")
 LABEL_FIELD = "cls"
 MOST_LABEL_BYTES = 1 << 20  # A field with more than this is not read for a label.

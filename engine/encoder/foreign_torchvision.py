@@ -113,6 +113,23 @@ def find_prefixes(config: BackboneConfig, size: int, tensors: Mapping[str, Tenso
     ]
 
 
+def find_larger(
+    config: TorchvisionConfig, size: int, tensors: Mapping[str, Tensor]
+) -> TorchvisionConfig | None:
+    """Return the larger network of torchvision that a checkpoint holds, of which this is a part.
+
+    All tensors of a ResNet-18, for instance, are also those of a ResNet-34.
+    """
+    own = _shapes(config.name, size).items()
+    for name in list_names():
+        if name == config.name or _mark(name) != _mark(config.name):
+            continue
+        other = TorchvisionConfig(name)
+        if _shapes(name, size).items() > own and find_prefixes(other, size, tensors):
+            return other
+    return None
+
+
 def _list_prefixes(names: Mapping[str, object], first: str) -> list[str]:
     """List what stands before the name of a network's first tensor."""
     prefixes = (name.removesuffix(first) for name in names if name.endswith(first))

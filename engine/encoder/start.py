@@ -12,10 +12,10 @@ from engine.encoder import foreign
 from engine.encoder.chosen import find_kind, read_newest
 from engine.encoder.foreign import Foreign
 from engine.encoder.foreign_files import read_tensors
-from engine.encoder.foreign_torchvision import match_torchvision
+from engine.encoder.foreign_torchvision import find_larger, match_any, match_torchvision
 from engine.encoder.source import digest_of
 from engine.method.byol import BYOLConfig, Online, Target
-from engine.method.encoders import BackboneConfig
+from engine.method.encoders import ENCODERS, BackboneConfig
 from engine.method.resnet import ResNetConfig
 from engine.method.torchvision_encoder import TorchvisionConfig
 from engine.processes.world import World
@@ -93,14 +93,39 @@ def _of_file(config: BYOLConfig, classes: int, size: int) -> StartWeights:
 
 def _match(tensors: dict[str, Tensor], config: BYOLConfig, size: int, place: str) -> Foreign:
     prefix, flag = config.start_prefix, "--model.start-prefix"
-    if isinstance(config.encoder, TorchvisionConfig):
-        return match_torchvision(tensors, config.encoder, size, "online", place, prefix, flag)
-    found = foreign.match(tensors, "online", place, prefix, flag)
+    own = config.encoder
+    try:
+        if isinstance(own, TorchvisionConfig):
+            found = match_torchvision(tensors, own, size, "online", place, prefix, flag)
+        else:
+            found = foreign.match(tensors, "online", place, prefix, flag)
+    except InputError:
+        held = _identify(tensors, place)
+        if held is None or _is_like(held, own):
+            raise
+        raise _other_encoder(place, _name_fields(held), own) from None
+    if isinstance(own, TorchvisionConfig):
+        if larger := find_larger(own, size, tensors):
+            raise _other_encoder(place, _name_fields(larger), own)
+        return found
     with torch.device("meta"):
-        own = _shapes(config.encoder.build(1, size))
-    if own != {name: value.shape for name, value in found.state.items()}:
-        raise _other_encoder(place, _name_fields(found.config), config.encoder)
+        shapes = _shapes(own.build(1, size))
+    if shapes != {name: value.shape for name, value in found.state.items()}:
+        raise _other_encoder(place, _name_fields(found.config), own)
     return found
+
+
+def _identify(tensors: dict[str, Tensor], place: str) -> BackboneConfig | None:
+    """Return the one network that a file of others holds; None where that is not known."""
+    try:
+        return match_any(tensors, "online", place, None).encoder.config
+    except InputError:
+        return None
+
+
+def _is_like(held: BackboneConfig, own: BackboneConfig) -> bool:
+    """Return whether both are of one kind and fit each other but for the size or the prefix."""
+    return held == own or (isinstance(held, ResNetConfig) and isinstance(own, ResNetConfig))
 
 
 def _of_run(
@@ -185,7 +210,8 @@ def _other_encoder(place: str, there: Mapping[str, object], own: BackboneConfig)
     if there.get(_KIND) != mine[_KIND]:
         return InputError(
             f"{place}: is of another kind of encoder (there {shown(there.get(_KIND))}, here "
-            f"{mine[_KIND]}): use a recipe whose model.encoder is of that kind"
+            f"{mine[_KIND]}): use a recipe file with model=BYOLConfig(encoder={_spell(there)}) for "
+            "these weights"
         )
     other = {name: there[name] for name, value in mine.items() if there.get(name, value) != value}
     if not other:
@@ -193,3 +219,17 @@ def _other_encoder(place: str, there: Mapping[str, object], own: BackboneConfig)
     listed = "; ".join(f"{n}: there {shown(v)}, here {shown(mine[n])}" for n, v in other.items())
     mend = " ".join(as_option(name, value) for name, value in other.items())
     return InputError(f"{place}: is of another encoder ({listed}): give {mend}")
+
+
+def _spell(there: Mapping[str, object]) -> str:
+    """Return the Python that makes the config of an encoder, without the fields' defaults."""
+    kind = ENCODERS.get(str(there.get(_KIND)), ResNetConfig)
+    plain = _name_fields(kind())
+    given = [
+        f"{name.rpartition('.')[2]}={shown(there[name])}"
+        for name, value in plain.items()
+        if name != _KIND and there.get(name, value) != value
+    ]
+    if kind is TorchvisionConfig:
+        given = [f"name={shown(there.get(f'{_KIND}.name'))}"]
+    return f"{kind.__name__}({', '.join(given)})"

@@ -14,7 +14,6 @@ from shards.matching import check_same_classes, compare_images, compare_windows
 from shards.storage import files
 
 _FIELDS = ("probe.train", "probe.val")
-_REMEDY = "give --probe.train URL and --probe.val URL, which have labels, to have it"
 
 
 class ProbeSets(NamedTuple):
@@ -61,24 +60,36 @@ def open_probe_sets(
         if doubt := compare_windows(train, index, ("data.train", given.name)):
             notes.append(doubt)
         found[i] = index
-    bank, queries, fields = found[0] or train, found[1], _name_fields(sets)
+    judged = judge_sets(sets, train, val)
+    bank, queries, fields = found[0] or train, found[1], judged.names
     facts: dict[str, str] = {}
     for name, known in (("data.train", train), (fields[0], bank), (fields[1], queries)):
         if known is not None:
             same = digest(json.dumps(known.classes))
             facts |= {f"digest of {name}": known.digest, f"classes of {name}": same}
     check_alike(world, facts)  # otherwise a process could measure, and wait for one that does not
+    notes += judged.notes
+    if judged.knn and queries and (doubt := compare_images(bank, queries, fields)):
+        notes.append(doubt)
+    return judged._replace(train=bank, val=queries or bank, notes=tuple(notes))
+
+
+def judge_sets(sets: dict[int, GivenSet], train: Index, val: Index | None) -> ProbeSets:
+    """Return what can be measured on the sets that `find_sets` found, before any is packed.
+
+    Raises InputError when they have labels, of other classes.
+    """
+    bank, queries = (sets[i].preview if i in sets else (train, val)[i] for i in (0, 1))
+    bank, fields = bank or train, _name_fields(sets)
     if fault := _find_fault(bank, queries, fields):
-        notes.append(f"evaluations measure no kNN, because {fault}: {_REMEDY}")
-        return ProbeSets(bank, queries or bank, fields, knn=False, head=False, notes=tuple(notes))
+        note = f"evaluations measure no kNN, because {fault}"
+        return ProbeSets(bank, queries or bank, fields, knn=False, head=False, notes=(note,))
     assert queries is not None
     _check_classes(bank, queries, fields)
-    if doubt := compare_images(bank, queries, fields):
-        notes.append(doubt)
     head = queries.classes == train.classes
-    if train.classes and not head:
-        notes.append(f"{fields[1]} has other classes than data.train: no online_top1")
-    return ProbeSets(bank, queries, fields, knn=True, head=head, notes=tuple(notes))
+    other = f"{fields[1]} has other classes than data.train: no online_top1"
+    notes = (other,) * bool(train.classes and not head)
+    return ProbeSets(bank, queries, fields, knn=True, head=head, notes=notes)
 
 
 def find_sets(
@@ -107,13 +118,18 @@ def _name_fields(sets: dict[int, GivenSet]) -> tuple[str, str]:
 
 
 def _find_fault(bank: Index, queries: Index | None, fields: tuple[str, str]) -> str:
-    """Return why no kNN can be measured; "" when it can."""
-    if queries is None:
-        return "data.val is not set"
-    for index, field in zip((bank, queries), fields, strict=True):
-        if not index.classes:
-            return f"{field} has no labels"
-    return ""
+    """Return why no kNN can be measured, and what to give; "" when it can be."""
+    lacking = [
+        (f"data.{probe.partition('.')[2]}", probe)
+        for index, field, probe in zip((bank, queries), fields, _FIELDS, strict=True)
+        if field not in _FIELDS and (index is None or not index.classes)
+    ]
+    if not lacking:
+        return ""
+    first = "data.val is not set" if queries is None else f"{lacking[0][0]} has no labels"
+    options = " and ".join(f"--{probe} URL" for _, probe in lacking)
+    have = "which have" if len(lacking) > 1 else "which has"
+    return f"{first}: give {options}, {have} labels, to have it"
 
 
 def _check_classes(bank: Index, queries: Index, fields: tuple[str, str]) -> None:

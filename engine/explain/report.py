@@ -6,6 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from engine.explain import memory, plan, traffic
+from engine.explain.checks import check_start
 from engine.explain.known import Known, check_order, look
 from engine.explain.plan import date_of
 from engine.explain.sizes import LEAST, Fakes, StepCost
@@ -30,11 +31,17 @@ UNIT = 1000.0  # images a second, where no speed is known
 def explain(recipe: Recipe, world: World, terminal: Terminal) -> None:
     """Print networks, batch, memory, landmarks, requests and checkpoints of a run.
 
-    One process calls it. It reads the index of the data and the log of the run, and no sample. It
-    writes nothing.
+    It reads the indexes of the data and the log of the run, and no sample. It writes nothing. All
+    processes call it together.
 
-    Raises InputError when the recipe cannot be run with these processes or this data.
+    Raises InputError when the recipe cannot be run with these processes or this data, or in this
+    run directory.
     """
+    world.on_main(lambda: _print_tables(recipe, world, terminal))
+    check_start(recipe, world, terminal)
+
+
+def _print_tables(recipe: Recipe, world: World, terminal: Terminal) -> None:
     processes = recipe.explain_processes or world.size
     share = plan.share_batch(recipe, processes)
     known = look(recipe, processes)
@@ -199,25 +206,27 @@ def _reading(
     about = "up to " if epoch.exact else "about "
     table = _table("Reading data.train, by all processes together", "", "an epoch", "a second")
     rate = speed.images if speed else UNIT
+    remote = not files.is_local(index.folder)  # A disk is not asked by requests.
 
     def add(name: str, requests: float, size: float) -> None:
         seconds = epoch.images / rate
-        both = f"{about}{requests:,.0f} GETs, {_gb(size)}"
-        table.add_row(name, both, f"{requests / seconds:,.2f} GETs, {_gb(size / seconds)}")
+        gets = f"{requests:,.0f} GETs, ", f"{requests / seconds:,.2f} GETs, "
+        first, second = gets if remote else ("", "")
+        table.add_row(name, f"{about}{first}{_gb(size)}", f"{second}{_gb(size / seconds)}")
 
-    add("without a cache", epoch.requests, epoch.bytes)
+    add("without a cache" if remote else "from the disk", epoch.requests, epoch.bytes)
     if epoch.kept_requests:
         left = epoch.requests - epoch.kept_requests
         add("with data.cache, once it is full", left, epoch.bytes - epoch.kept_bytes)
     fetches = min(REMOTE_FETCHES, share.streams[1] * (1 + recipe.data.prefetch))
+    under_way = f" Each process has up to {fetches} requests under way." * remote
     cores = rate / traffic.DECODED
     takes = "takes" if recipe.data.decode == "cpu" else "by the CPU would take"
     table.caption = (
         ("" if speed else f"A second is the time of {UNIT:,.0f} images of all processes.\n")
         + f"The data set has {_gb(sum(shard.bytes for shard in index.shards))} in "
-        f"{len(index.shards):,} {'shard' if len(index.shards) == 1 else 'shards'}. Each process "
-        f"has up to {fetches} requests under way.\n"
-        + _explain_streams(epoch, order.streams)
+        f"{len(index.shards):,} {'shard' if len(index.shards) == 1 else 'shards'}.{under_way}\n"
+        + (_explain_streams(epoch, order.streams) if remote else "")
         + f"Decoding {takes} about {cores:,.1f} cores, {cores / processes:,.1f} for each process, "
         f"at {traffic.DECODED:g} images a second of a core.\nThat was measured with ImageNet's "
         "JPEGs at 224 pixels (recipes/README.md); measure yours with launch/bench.py input."

@@ -8,6 +8,7 @@ were measured with `python -m tests.whole.health_runs`, and engine/README.md has
 import math
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from statistics import fmean, median, stdev
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ RECENT = 5  # logged steps that are judged together, so that no single batch rai
 LONG = 20  # logged steps, for figures that a single batch tells little about
 COLLAPSED = 0.15  # projection_std; it begins at about 0.8 in every network
 COLLAPSING = 0.45
+RECOVERED = 0.5  # projection_std that RECENT logged steps on end need after a collapse
 UNRELATED = 4.0  # the loss of vectors that have nothing to do with each other
 RISEN = 0.7  # times the loss of the first logged steps, after it was below half of that
 GROWN = 4.0  # times the gradient's norm at the first logged step
@@ -29,6 +31,9 @@ TRIED = 1 / 3  # fraction of the run after which kNN has to beat the untrained e
 INFORMED = 1.3  # times chance; labels on which the untrained encoder gets less tell nothing
 SURE = 2.0  # standard errors by which kNN has to be below the untrained encoder
 STARVED = 0.5  # data_wait
+SLOW = 0.05  # momentum of norms below which their running statistics lag behind; torch's is 0.1
+SETTLED = 5  # times 1 / momentum, the steps after which running statistics are those of training
+LASTED = 0.5  # of the logged steps, after which a trouble is told at the end though it is over
 _BY_RATE = ("diverging", "collapsed", "collapsing")  # what a high learning rate leads to
 
 
@@ -88,6 +93,7 @@ class Health(NamedTuple):
 
     status: str
     reason: str
+    cause: str = ""  # the likeliest one, where the figures tell more than the status does
 
     @property
     def summary(self) -> str:
@@ -96,14 +102,21 @@ class Health(NamedTuple):
             return ""
         return f"{self.status} ({self.reason}): {ADVICE[self.status].meaning}"
 
-    def describe(self, step: int) -> str:
-        """Return the line that tells the user that the status has turned, or what it still is."""
+    def describe(self, step: int, known: bool = False) -> str:
+        """Return the line that tells the user that the status has turned, or what it still is.
+
+        Args:
+            known: What the status means was told before, so the line is short.
+        """
         if self.status == HEALTHY:
             return f"health at step {step}: healthy again"
+        if known:
+            return f"health at step {step}: {self.status} again ({self.reason})"
         advice = ADVICE[self.status]
+        causes = "; ".join(filter(None, (self.cause, advice.causes)))
         return (
             f"health at step {step}: {self.summary}; "
-            f"likely causes: {advice.causes}; change: {advice.change}"
+            f"likely causes: {causes}; change: {advice.change}"
         )
 
 
@@ -113,9 +126,16 @@ class History:
     The rules look at the first logged steps, the newest ones and the newest two evaluations.
     """
 
-    def __init__(self, total_steps: int, records: Iterable[Record] = ()) -> None:
-        """Take the records so far of a run that has `total_steps` steps."""
-        self.total_steps = total_steps
+    def __init__(
+        self, total_steps: int, records: Iterable[Record] = (), momentum: float = 1.0
+    ) -> None:
+        """Take the records so far of a run that has `total_steps` steps.
+
+        `momentum` is the smallest one of the encoder's norms.
+        """
+        self.total_steps, self.momentum = total_steps, momentum
+        self.collapse = ""
+        """The status of a collapse that is not surely over, else ""."""
         self.baseline: Record = {}
         self.first: list[Record] = []
         self.recent: deque[Record] = deque(maxlen=LONG)
@@ -137,6 +157,12 @@ class History:
             _put(self.evaluated, record)
         if losses := self.newest("loss"):
             self.least_loss = min(self.least_loss, median(losses))
+        found = [status for status, find_reason in _COLLAPSES if find_reason(self)]
+        spreads = self.newest("projection_std")
+        if found:
+            self.collapse = found[0]
+        elif spreads and min(spreads) >= RECOVERED:
+            self.collapse = ""
 
     @property
     def progress(self) -> float:
@@ -168,32 +194,9 @@ def judge(history: History) -> Health:
             lr = _number(history.recent[-1], "lr")
             if status in _BY_RATE and lr is not None:
                 reason += f"; lr is {lr:.3g}"
-            return Health(status, reason)
+            cause = _find_lag(history) if find_reason is _find_lost_accuracy else ""
+            return Health(status, reason, cause)
     return Health(HEALTHY, "")
-
-
-class Watch:
-    """Judge a run while it is logged, and tell when its health turns."""
-
-    def __init__(self, total_steps: int, records: list[Record], say: Callable[[str], None]) -> None:
-        """Take the records that earlier processes logged. `say` is called with a line.
-
-        A run that was not healthy when it ended is told to be so at once.
-        """
-        self._history, self._say = History(total_steps, records), say
-        self.health = judge(self._history)  # of the newest record
-        if self.health.status != HEALTHY:
-            say(self.health.describe(self._history.recent[-1]["step"]))
-
-    def judge(self, record: Record) -> Record:
-        """Return the health of the next record as a key to add to it; nothing without a step."""
-        self._history.add(record)
-        if not is_step(record):
-            return {}
-        before, self.health = self.health, judge(self._history)
-        if self.health.status != before.status:
-            self._say(self.health.describe(record["step"]))
-        return {"health": self.health.status}
 
 
 def _find_fault(history: History) -> str:
@@ -237,6 +240,20 @@ def _find_collapsing(history: History) -> str:
     return f"projection_std is {median(spreads):.2f}, less than {COLLAPSING:g}"
 
 
+def _find_lasting_collapse(status: str, history: History) -> str:
+    """Find a collapse that is not surely over, so that a run at the threshold does not turn often.
+
+    A projection_std that is not known tells nothing.
+    """
+    spreads = history.newest("projection_std", 3)
+    if history.collapse != status or not spreads:
+        return ""
+    return (
+        f"projection_std is {median(spreads):.2f} after the collapse, and not {RECOVERED:g} or "
+        f"more for {RECENT} logged steps yet"
+    )
+
+
 def _find_bad_views(history: History) -> str:
     contrasts = history.newest("view_std", 3)
     if contrasts and median(contrasts) < FLAT:
@@ -275,6 +292,25 @@ def _find_lost_accuracy(history: History) -> str:
     )
 
 
+def _find_lag(history: History) -> str:
+    """Say that the evaluations come too early for the running statistics, where they do."""
+    needed = find_settled(history.momentum)
+    if not history.evaluated or history.evaluated[-1]["step"] >= needed:
+        return ""
+    return (
+        "the running statistics, which evaluations use, are not those of training yet, because the "
+        f"encoder's norms have a momentum of {history.momentum:g} and need about {needed:,} steps"
+    )
+
+
+def find_settled(momentum: float) -> int:
+    """Return the steps after which running statistics are those of training; 0 when it is soon.
+
+    `momentum` is the smallest one of the encoder's norms.
+    """
+    return round(SETTLED / momentum) if 0 < momentum < SLOW else 0
+
+
 def _find_noise(accuracy: float, images: float | None) -> float:
     """Return the standard error of an accuracy that was measured on so many images.
 
@@ -293,11 +329,15 @@ def _find_starvation(history: History) -> str:
     return f"data_wait is {median(waits):.0%} of the time"
 
 
+_COLLAPSES: tuple[tuple[str, Callable[[History], str]], ...] = (
+    ("collapsed", _find_collapse),
+    ("collapsing", _find_collapsing),
+)
 _RULES: tuple[tuple[str, Callable[[History], str]], ...] = (
     ("diverging", _find_fault),
     ("diverging", _find_divergence),
-    ("collapsed", _find_collapse),
-    ("collapsing", _find_collapsing),
+    *_COLLAPSES,
+    *((status, partial(_find_lasting_collapse, status)) for status, _ in _COLLAPSES),
     ("not learning", _find_bad_views),
     ("not learning", _find_equal_images),
     ("not learning", _find_lost_accuracy),

@@ -18,7 +18,7 @@ from engine.log.curves import (
     show_fields,
 )
 from engine.log.events import EventLog
-from engine.log.health import Health, Watch
+from engine.log.health import Health
 from engine.log.journal import JSONL, Journal, Record
 from engine.log.pictures import draw_views
 from engine.log.remaining import Remaining, TimeLeftColumn
@@ -28,6 +28,7 @@ from engine.log.trackers import Description, Point
 from engine.log.tracking import Tracking
 from engine.log.visdom_tracker import VisdomURL
 from engine.log.wandb_tracker import Project
+from engine.log.watch import Watch
 from engine.method.durations import Duration, Lasting, is_due, simplify
 from shards.fields import Operation
 from shards.storage import files, misplaced
@@ -102,10 +103,12 @@ class MetricsLog:
         stop: int,
         terminal: Terminal,
         total_steps: int = 0,
+        momentum: float = 1.0,
     ) -> None:
         """Open the log, and drop later steps that an earlier process left. Raises OSError.
 
         The progress bar ends at step `stop`. The whole run has `total_steps`, by default `stop`.
+        `momentum` is the smallest one of the encoder's norms.
         """
         self.console, self._say = terminal.console, terminal.say
         self._run, self._start = run, start
@@ -115,7 +118,7 @@ class MetricsLog:
             terminal.say(f"{files.redact(run)}: metrics.jsonl has steps up to {lost:,}, but {anew}")
         self._events = EventLog(run, start)
         self._tracking = Tracking(self._history, self._say)
-        self._watch = Watch(total_steps or stop, self.records, terminal.say)
+        self._watch = Watch(total_steps or stop, self.records, terminal.say, momentum)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
         self._storing: Future[None] | None = None
         self._failing = False
@@ -152,6 +155,10 @@ class MetricsLog:
         """Return the health of the run at its newest logged step."""
         return self._watch.health
 
+    def summarize_health(self) -> list[str]:
+        """Return what the end of the run tells of its health; nothing where all was well."""
+        return self._watch.summarize()
+
     @property
     def records(self) -> list[Record]:
         """Return all records, of which earlier processes may have logged some."""
@@ -160,10 +167,9 @@ class MetricsLog:
     def tell_gap(self, begin: int, every: int) -> None:
         """Say which lines an earlier process logged and are not there; see `Journal.find_gap`."""
         if gap := self._journal.find_gap(begin, self._start, every):
-            self._say(
-                f"{files.redact(self._run)}: metrics.jsonl has lost its lines of steps {gap[0]:,} "
-                f"to {gap[1]:,}: training goes on, and curves and what is chosen by them lack these"
-            )
+            lost = f"metrics.jsonl has lost its lines of steps {gap[0]:,} to {gap[1]:,}"
+            rest = "training goes on, and curves and what is chosen by them lack these"
+            self._say(f"{files.redact(self._run)}: {lost}: {rest}")
 
     def find_newest(self, key: str) -> Newest | None:
         """Return the newest value of a figure, which an earlier process may have logged."""
@@ -359,9 +365,8 @@ class NoLog(MetricsLog):
     def baseline(self) -> dict[str, float]:
         return {}
 
-    @property
-    def health(self) -> None:
-        return None
+    def summarize_health(self) -> list[str]:
+        return []
 
     @property
     def records(self) -> list[Record]:

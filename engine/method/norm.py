@@ -241,6 +241,12 @@ class RunningStatistics:
         self._next, self._seen = None, 0
 
 
+def smallest_momentum(network: nn.Module) -> float:
+    """Return the smallest momentum of a network's batch norms; 1.0 when it has none."""
+    norms = (module for module in network.modules() if isinstance(module, BatchNorm))
+    return min((norm.momentum for norm in norms), default=1.0)
+
+
 def _momentum(norms: list[BatchNorm]) -> float | Tensor:
     """Return the momentum of all norms, or of every channel, [mean, var, mean, ...]."""
     momenta = {norm.momentum for norm in norms}

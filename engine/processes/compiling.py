@@ -57,6 +57,14 @@ def find_missing_compiler(device: torch.device) -> str:
     return ""
 
 
+def announce(device: torch.device) -> str:
+    """Return the line that tells why the first step takes so long."""
+    line = "torch.compile works in the first step, which can take minutes"
+    if device.type == "cpu":
+        line += "; a CPU gains little by it, and --no-compile starts at once"
+    return line
+
+
 def _finds_headers(compiler: str) -> bool:
     """Return whether a compiler finds the headers of this Python, which many machines lack."""
     # Debian's Python names another folder by default than the one that its headers are in.

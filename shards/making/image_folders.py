@@ -8,14 +8,10 @@ from typing import NamedTuple
 from shards.errors import InputError
 from shards.making.left_out import Reasons, explain, leave_out
 from shards.making.pack import Image, ImageSet
+from shards.samples import EXTENSIONS
 from shards.storage import files, local_files, misplaced
 from shards.storage.commands import spell_program
 from shards.tar import is_parquet, is_tar
-
-EXTENSIONS = (
-    *("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "jfif", "avif"),
-    *("jpe", "dib", "pbm", "pnm", "pfm", "jp2", "j2k", "qoi", "tga"),
-)
 
 ARCHIVES = ("zip", "7z", "rar", "gz")
 PATTERN_HINT = " (a * or ? is part of a name: name the folder, or let the shell expand it)"

@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 
 from shards.errors import InputError
 from shards.making.convert import packed_extension
-from shards.making.image_folders import EXTENSIONS
 from shards.making.left_out import Reasons, leave_out
 from shards.making.pack import plain_stem
-from shards.samples import LABEL_FIELD, Layout
+from shards.samples import EXTENSIONS, LABEL_FIELD, Layout
 from shards.storage import files
 from shards.tar import TarError
 

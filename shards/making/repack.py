@@ -14,7 +14,7 @@ from typing import BinaryIO, Literal, NamedTuple, cast
 
 from shards.errors import InputError
 from shards.making import parquet
-from shards.making.image_folders import EXTENSIONS, PATTERN_HINT, split_name
+from shards.making.image_folders import PATTERN_HINT, split_name
 from shards.making.labels import number_labels
 from shards.making.left_out import Reasons, explain, leave_out, merge, tell_each
 from shards.making.pack import Image, ImageSet
@@ -23,7 +23,7 @@ from shards.making.scan_tar import NO_FIELD, explain_absence, read_label, until
 from shards.making.survey import ReadImage
 from shards.making.tars import Tars, check_is_file
 from shards.making.unpack import PARQUET_MARK, find_compression, naming_temporary, unpack
-from shards.samples import IMAGE_FIELDS, Layout, Sample, Span, group_samples, match_name
+from shards.samples import EXTENSIONS, IMAGE_FIELDS, Layout, Sample, Span, group_samples, match_name
 from shards.storage import files
 from shards.storage.range_file import RangeFile
 from shards.storage.skim import open_skim

@@ -21,13 +21,16 @@ SCHEMES = (
 _LONGEST = 200  # A message shows at most this many characters of text from a file.
 
 
-def check_url(url: object, field: str, file: str) -> str:
+def check_url(url: object, field: str, file: str, mend: str = "") -> str:
     """Return `url`, which `file` gives as the value of `field`, if it may be opened.
+
+    Args:
+        mend: What the user can do about it; by default, to give the field on the command line.
 
     Raises InputError, naming file, field and URL, unless it is a local path or a plain URL whose
     scheme is in SCHEMES.
     """
-    mend = f"give it by hand: --{field} URL"
+    mend = mend or f"give it by hand: --{field} URL"
     if not isinstance(url, str):
         kind = type(url).__name__
         raise InputError(f"{file}: {field} is no URL but a {kind}, the file is damaged: {mend}")

@@ -18,6 +18,7 @@ import engine
 from engine import open_session
 from engine.evaluation.during_training import ProbeConfig
 from engine.method.schedule import ScheduleConfig
+from engine.notebook import fields_in_messages
 from engine.recipe import Recipe, load
 from shards.errors import InputError
 from shards.loader import DataConfig
@@ -226,7 +227,7 @@ def test_steps_of_ones_own_keep_the_order(recipe: Recipe) -> None:
 
 def test_wrong_names_and_closed_sessions_are_told(recipe: Recipe) -> None:
     session = open_session(recipe)
-    with pytest.raises(InputError, match="which must be 'train' or 'val', not 'test'"):
+    with pytest.raises(InputError, match=r"which must be one of 'train', 'val', .*, not 'test'"):
         session.images(4, "test")  # type: ignore[arg-type]
     session.close()
     with pytest.raises(InputError, match="the session is closed"):
@@ -244,11 +245,49 @@ def test_the_end_of_the_schedule_is_told(recipe: Recipe) -> None:
 
 def test_what_a_recipe_lacks_is_told(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = replace(recipe, data=replace(recipe.data, val=""), probe=ProbeConfig())
-    with open_session(alone) as session, pytest.raises(InputError, match=r"data\.val is not set"):
+    with (
+        open_session(alone) as session,
+        pytest.raises(InputError, match=r"data\.val nor probe\.val is"),
+    ):
         session.images(3)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="a session is one process"):
         open_session(recipe)
+
+
+def test_images_of_the_sets_that_are_measured(recipe: Recipe) -> None:
+    """A run without data.val has them as probe.train and probe.val."""
+    probe = replace(recipe.probe, train=recipe.data.train, val=recipe.data.val)
+    alone = replace(recipe, data=replace(recipe.data, val=""), probe=probe)
+    with open_session(recipe) as session:
+        expected = {which: session.images(8, which) for which in ("train", "val")}
+        both = session.images(8, "probe.train"), session.images(8, "probe.val")
+    with open_session(alone) as session:
+        for which, like in (
+            *(("val", "val"), ("probe.val", "val"), ("probe.train", "train"), ("train", "train")),
+        ):
+            found = session.images(8, which)  # type: ignore[arg-type]
+            assert torch.equal(found.images, expected[like].images), which
+    assert torch.equal(both[0].images, expected["train"].images)
+    assert torch.equal(both[1].images, expected["val"].images)
+    never = replace(alone, probe=replace(probe, every=0))
+    with open_session(never) as session, pytest.raises(InputError, match=r"probe\.every is 0"):
+        session.images(8)
+
+
+def test_errors_of_a_session_name_fields_and_no_options(recipe: Recipe) -> None:
+    train(replace(recipe, steps=4))
+    other = replace(recipe, seed=1)
+    with pytest.raises(InputError) as caught:
+        open_session(other, continue_run=True)
+    text = str(caught.value)
+    assert "give another recipe.run" in text
+    assert "recipe.checkpoint.branch" in text
+    assert "dataclasses.replace" in text
+    assert " --" not in text
+    match = r"recipe\.compile=False.*recipe\.probe\.head_lr 3 --x"
+    with pytest.raises(InputError, match=match), fields_in_messages(recipe):
+        raise InputError("use --no-compile, or --probe.head-lr 3 --x")
 
 
 def test_importing_the_engine_does_no_work() -> None:
@@ -258,7 +297,7 @@ def test_importing_the_engine_does_no_work() -> None:
 
 def test_every_name_of_the_engine_is_there() -> None:
     for name in engine._PLACES:
-        assert getattr(engine, name).__name__ in (name, "load")
+        assert getattr(engine, name).__name__ == name
         assert name in dir(engine)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         engine.nothing  # noqa: B018

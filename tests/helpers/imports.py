@@ -29,7 +29,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("engine.evaluation",),
     ("engine.recipe_files",),
     ("engine.recipe",),
-    ("engine.continuation",),
+    ("engine.continuation", "engine.recorded"),
     ("engine.run", "engine.data", "engine.report"),
     ("engine.beginning",),
     ("engine.trainer",),

@@ -85,6 +85,11 @@ def test_every_hint_leads_somewhere() -> None:
         (["--no-data.audit"], "did you mean --data.no-audit?"),
         (["--model.no-encoder.projection-shortcut"], "--model.encoder.no-projection-shortcut?"),
         (["--probe.baseline", "false"], "on or off without one: --group.name or --group.no-name"),
+        (
+            ["--data.window", "0", "4095"],
+            "the packing does that, once for all runs: python",
+        ),
+        (["--data.window-percentiles", "1", "99"], "launch/pack.py IMAGES OUT with its --window,"),
         (["--xyzzy", "3"], "unknown field --xyzzy: --help lists the fields"),
         (["--probe.every", "1", "epoch"], "a duration is one value, such as '1 epoch' in quotes"),
     ],

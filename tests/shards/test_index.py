@@ -92,6 +92,29 @@ def test_no_index(tmp_path: Path) -> None:
         index.load(str(tmp_path), "data.train")
 
 
+def test_a_folder_of_images_is_no_data_set_yet(tmp_path: Path) -> None:
+    """The line has the command, and for data.val the field that takes such a folder."""
+    for name in ("flat/1.JPG", "deep/train/cat/1.png", "deep/val/cat/2.png", "a b/cat/1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+
+    def told(name: str, field: str) -> str:
+        match = rf"^{field} .*/{name}: no index\.json there; it is a folder of images: "
+        with pytest.raises(InputError, match=match) as error:
+            index.load(f"{tmp_path}/{name}", field)
+        return str(error.value)
+
+    flat = f"{tmp_path}/flat"
+    line = told("flat", "data.train")
+    assert f"pack.py {flat} {flat}-packed` and give --data.train {flat}-packed" in line
+    assert "probe" not in line
+    assert told("flat", "data.val").endswith(
+        f"or give --probe.val {flat}, which takes such a folder as it is"
+    )
+    assert told("deep", "data.train").endswith(f"give --data.train {tmp_path}/deep-packed/train")
+    assert f"--data.train '{tmp_path}/a b-packed'" in told("a b", "data.train")
+
+
 @pytest.mark.parametrize(
     ("change", "value", "text"),
     [

@@ -195,7 +195,11 @@ def test_a_run_starts_from_a_run_and_from_a_file(
 @pytest.mark.parametrize(
     ("encoder", "told"),
     [
-        (ResNetConfig(10, width=0.125), r"there 'TorchvisionConfig', here ResNetConfig\): use a"),
+        (
+            ResNetConfig(10, width=0.125),
+            r"there 'TorchvisionConfig', here ResNetConfig\): use a recipe file with model="
+            rf"BYOLConfig\(encoder=TorchvisionConfig\(name='{NAME}'\)\) for these weights",
+        ),
         (TorchvisionConfig("shufflenet_v2_x1_0"), rf"give --model.encoder.name {NAME}"),
     ],
 )
@@ -208,6 +212,42 @@ def test_a_start_from_another_encoder_is_refused(
 ) -> None:
     model = dataclasses.replace(MODEL, encoder=encoder, start=str(run))
     with pytest.raises(InputError, match=told):
+        open_trainer(recipe(tiny_data, tmp_path, model))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "name", "told"),
+    [
+        (
+            ResNetConfig(18),
+            "mobilenet_v3_small",
+            r"there 'TorchvisionConfig', .* a recipe file with model=BYOLConfig\(encoder="
+            r"TorchvisionConfig\(name='mobilenet_v3_small'\)\)",
+        ),
+        (
+            TorchvisionConfig("mobilenet_v3_small"),
+            "resnet34",
+            r"encoder=ResNetConfig\(depth=34.*\)\) for these weights",
+        ),
+        (
+            TorchvisionConfig("mobilenet_v3_small"),
+            "shufflenet_v2_x0_5",
+            "give --model.encoder.name shufflenet_v2_x0_5$",
+        ),
+        (TorchvisionConfig("resnet18"), "resnet34", "give --model.encoder.name resnet34$"),
+    ],
+)
+def test_a_file_of_another_network_is_told_by_name(
+    tiny_data: DataConfig,
+    tmp_path: Path,
+    encoder: ResNetConfig | TorchvisionConfig,
+    name: str,
+    told: str,
+) -> None:
+    path = tmp_path / "file.pth"
+    torch.save(torchvision.models.get_model(name, weights=None).state_dict(), path)
+    model = dataclasses.replace(MODEL, encoder=encoder, start=str(path))
+    with pytest.raises(InputError, match=rf"^model\.start .*/file\.pth: is of another .*{told}"):
         open_trainer(recipe(tiny_data, tmp_path, model))
 
 

@@ -72,6 +72,24 @@ def test_without_any_labels_the_features_are_measured(
     assert any(b"views" in path.read_bytes() for path in tmp_path.glob("**/events.out.*"))
 
 
+def test_only_what_is_missing_is_asked_for(
+    unlabeled: DataConfig, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    folder = write_folder(f"{tmp_path}/a", 20)
+    alone = dataclasses.replace(tiny_data, val="")
+    for number, (data, probe, words) in enumerate(
+        (
+            (unlabeled, ProbeConfig(train=folder), "data.val is not set: give --probe.val URL, w"),
+            (unlabeled, ProbeConfig(val=folder), "data.train has no labels: give --probe.train UR"),
+            (alone, ProbeConfig(), "data.val is not set: give --probe.val URL, which has labels"),
+        )
+    ):
+        trainer = open_trainer(recipe(data, f"{tmp_path}/{number}", probe))
+        assert trainer.probe is not None
+        (note,) = trainer.probe.sets.notes
+        assert words in note
+
+
 def test_one_unlabeled_set_of_two(
     unlabeled: DataConfig, tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import re
+import secrets
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,9 +14,11 @@ from engine.processes.world import join
 from engine.recipe import Recipe
 from shards.errors import InputError
 from shards.loader import DataConfig
+from shards.making import synthetic
 from shards.order import BatchConfig
+from tests.engine.evaluation.test_probe_sets import write_folder
 from tests.helpers import tiny
-from tests.helpers.training import train
+from tests.helpers.training import open_trainer, train
 
 
 def printed(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> str:
@@ -44,11 +48,12 @@ def test_a_run_is_explained_from_its_log(
         "one process",
         "a year of training at this pace would write",
         "the median of the run's last 8 logged steps",
-        "without a cache",
+        "from the disk up to ",
         "written until the end",
     ):
         assert words in text, words
     assert "not read" not in text
+    assert not re.search("GETs|requests|without a cache", text)
 
 
 def test_what_is_not_there_is_said(
@@ -91,13 +96,65 @@ def test_dates_before_the_data_is_there(
         printed(dataclasses.replace(recipe, explain_images=10), capsys)
 
 
-def test_a_block_of_several_streams(
+def test_a_block_of_several_streams(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home = f"memory://{secrets.token_hex(6)}"
+    synthetic.write(f"{home}/train", tiny.SAMPLES, 32, seed=0)
+    data = DataConfig(train=f"{home}/train", streams=4)
+    text = re.sub(" +", " ", printed(tiny.recipe(data, tmp_path / "run"), capsys))
+    assert "It is 1 block, and each of the 4 streams (data.streams) fetches" in text
+    assert "without a cache up to 4 GETs" in text
+    assert "requests under way" in text
+    one = dataclasses.replace(data, streams=1)
+    assert "It is 1 block" not in printed(tiny.recipe(one, tmp_path / "run"), capsys)
+
+
+def refused_too(recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> str:
+    """What both --explain, after its tables, and a start refuse, in the same words."""
+    before = contents(Path(recipe.run).parent)
+    with pytest.raises(InputError) as told:
+        printed(recipe, capsys)
+    assert "Checkpoints" in capsys.readouterr().out
+    assert contents(Path(recipe.run).parent) == before
+    with pytest.raises(InputError) as started:
+        open_trainer(recipe)
+    assert str(told.value) == str(started.value)
+    return str(told.value)
+
+
+def test_sets_that_a_start_refuses(
     tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = printed(tiny.recipe(tiny_data, tmp_path / "run"), capsys)
-    assert "It is 1 block, and each of the 4 streams (data.streams) fetches" in text
-    one = dataclasses.replace(tiny_data, streams=1)
-    assert "It is 1 block" not in printed(tiny.recipe(one, tmp_path / "run"), capsys)
+    splits = write_folder(f"{tmp_path}/l/train", 2), write_folder(f"{tmp_path}/l/val", 2)
+    other = write_folder(f"{tmp_path}/other", 2, ("x", "checks"))
+    recipe = tiny.recipe(tiny_data, tmp_path / "run")
+
+    def with_sets(own_val: str = "", **places: Any) -> Recipe:
+        data = dataclasses.replace(tiny_data, val=own_val)
+        probe = dataclasses.replace(recipe.probe, **places)
+        return dataclasses.replace(recipe, data=data, probe=probe)
+
+    for changed, words in (
+        (with_sets(train=f"{tmp_path}/l"), "probe.train .* holds the splits train and val"),
+        (with_sets(train=splits[0], val=other), "probe.val has other classes than probe.train"),
+        (with_sets(f"{tmp_path}/none"), "data.val .*: no index.json there"),
+        (with_sets(tiny_data.val, train=splits[0]), "data.val has other .* or give --probe.val"),
+    ):
+        assert re.match(words, refused_too(changed, capsys))
+    best = dataclasses.replace(recipe.checkpoint, keep_best="knn_top1")
+    text = refused_too(dataclasses.replace(with_sets(), checkpoint=best), capsys)
+    assert "checkpoint.keep_best knn_top1 cannot be measured" in text
+    text = printed(with_sets(train=splits[0]), capsys)
+    assert "no kNN, because data.val is not set: give --probe.val URL, which has labels" in text
+    assert "measure no kNN" not in printed(with_sets(train=splits[0], val=splits[1]), capsys)
+
+
+def test_a_run_of_another_recipe_is_refused(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny.recipe(tiny_data, tmp_path / "run", steps=1)
+    train(recipe)
+    text = refused_too(dataclasses.replace(recipe, seed=3), capsys)
+    assert "is of another recipe or data set (seed: there 0, here 3)" in text
 
 
 def test_what_cannot_run_is_refused(tiny_data: DataConfig, tmp_path: Path) -> None:

@@ -14,6 +14,9 @@ from engine.log import health, journal
 from engine.log.health import ADVICE, HEALTHY, History, judge
 from engine.log.metrics import MetricsLog
 from engine.log.terminal import Terminal
+from engine.log.watch import Watch
+from engine.method.byol import BYOLConfig
+from engine.method.torchvision_encoder import TorchvisionConfig
 from shards.loader import DataConfig
 from tests.helpers import tiny
 from tests.helpers.recipes import fields_of_all_recipes
@@ -177,12 +180,12 @@ def test_a_step_that_is_logged_again_counts_once() -> None:
 def test_the_log_keeps_health_and_tells_when_it_turns() -> None:
     """A second process continues where the first one was killed, and repeats what it was told."""
     run, output = f"memory://{secrets.token_hex(6)}/run", io.StringIO()
-    spreads = [0.7] * 5 + [0.3] * 30 + [0.7] * 5
+    spreads = [0.7] * 5 + [0.3] * 30 + [0.7] * 8
     lines = [record(n, projection_std=value) for n, value in enumerate(spreads, start=1)]
-    for first, last in ((0, 15), (12, 40)):
+    for first, last in ((0, 15), (12, 43)):
         terminal = Terminal(main=True)
         terminal.console = Console(file=output, width=9999)
-        log = MetricsLog(run, first, 40, terminal, total_steps=100)
+        log = MetricsLog(run, first, 43, terminal, total_steps=100)
         for line in lines[first:last]:
             log.write(line)
         log.stop()
@@ -191,19 +194,98 @@ def test_the_log_keeps_health_and_tells_when_it_turns() -> None:
         assert log.health.status == statuses(lines[:last])[-1]
     found = [line["health"] for line in journal.read(run)]
     assert found == statuses(lines)
-    assert found == [HEALTHY] * 6 + ["collapsing"] * 13 + ["collapsed"] * 17 + [HEALTHY] * 4
+    assert found == [HEALTHY] * 6 + ["collapsing"] * 13 + ["collapsed"] * 20 + [HEALTHY] * 4
     told = [line for line in output.getvalue().splitlines() if line.startswith("health at")]
     assert [line.split(" (")[0] for line in told] == [
         "health at step 7: collapsing",
         "health at step 12: collapsing",
         "health at step 20: collapsed",
-        "health at step 37: healthy again",
+        "health at step 40: healthy again",
     ]
     assert ADVICE["collapsing"].change in told[0]
-    log = MetricsLog(run, 40, 40, terminal)
-    log.write({"step": 41, "knn_top1": 0.5})  # it has no figures of a step
+    log = MetricsLog(run, 43, 43, terminal)
+    log.write({"step": 44, "knn_top1": 0.5})  # it has no figures of a step
     log.stop()
     assert "health" not in (log.last or {})
+
+
+def watched(run: list[dict[str, Any]], total_steps: int = 600) -> tuple[list[str], list[str]]:
+    """What is told of a run while it is logged, and at its end."""
+    told: list[str] = []
+    watch = Watch(total_steps, [], told.append)
+    for one in run:
+        watch.judge(one)
+    return told, watch.summarize()
+
+
+def test_a_run_at_the_threshold_does_not_turn_at_each_step() -> None:
+    """It was healthy again at its very last step, with 0.466, and its summary was empty."""
+    spreads = [0.7] * 10 + [0.05] * 20 + [0.44, 0.47] * 10 + [0.466] * 5
+    run = [record(10 * n, projection_std=value) for n, value in enumerate(spreads, start=1)]
+    assert "healthy again" not in str(watched(run)[0])
+    told, (summary,) = watched(run)
+    assert len(told) <= 3
+    assert summary.startswith("collapsed (projection_std is 0.47 after the collapse, and not 0.5")
+    better = [record(560 + n, projection_std=0.6) for n in range(1, 9)]
+    found = statuses([*run, *better], 600)[-8:]
+    assert found == ["collapsed"] * 4 + [HEALTHY] * 4
+    told, (summary,) = watched([*run, *better])
+    assert told[-1] == "health at step 565: healthy again"
+    assert re.match(r"collaps\w+ at \d+ of 63 logged steps: .*; it is healthy now$", summary)
+
+
+def test_a_trouble_of_a_few_steps_is_not_in_the_summary() -> None:
+    spreads = [0.7] * 10 + [0.3] * 5 + [0.7] * 20
+    run = [record(n, projection_std=value) for n, value in enumerate(spreads, start=1)]
+    told, summary = watched(run)
+    assert [line.split(" (")[0] for line in told] == [
+        "health at step 12: collapsing",
+        "health at step 20: healthy again",
+    ]
+    assert summary == []
+
+
+def test_a_kind_of_trouble_is_explained_once() -> None:
+    """And kNN does not take turns with a projection_std that goes up and down."""
+    baseline = {"step": 0, "knn_untrained": 0.5, "knn_chance": 0.1, "knn_images": 1000}
+    spreads = ([0.3] * 3 + [0.48] * 7) * 4 + [0.7] * 10 + [0.3] * 5
+    run = [record(n, projection_std=value) for n, value in enumerate(spreads, start=1)]
+    for n in range(5, len(run), 5):
+        run[n]["knn_top1"] = 0.2
+    told, _ = watched([baseline, *run], 60)
+    kinds = [line.split(" (")[0].partition(": ")[2] for line in told]
+    assert kinds == ["collapsing", "not learning", "collapsing again"]
+    assert all(ADVICE[kind].change in line for kind, line in zip(kinds, told[:2], strict=False))
+    assert told[2].endswith("less than 0.45)")
+
+
+@pytest.mark.parametrize(
+    ("momentum", "lags"), [(0.01, True), (0.1, False), (1.0, False), (0.2, False), (0.0, False)]
+)
+def test_running_statistics_that_lag_are_the_first_cause(momentum: float, lags: bool) -> None:
+    baseline = {"step": 0, "knn_untrained": 0.3, "knn_chance": 0.1}
+    run = [record(10 * n, knn_top1=0.1) for n in range(1, 101)]
+    found = judge(History(300, [baseline, *run[:20]], momentum))
+    assert found.status == "not learning"
+    line = found.describe(200)
+    cause = "likely causes: the running statistics, which evaluations use, are not those of "
+    assert (cause in line) == lags
+    assert ("have a momentum of 0.01 and need about 500 steps; too few steps" in line) == lags
+    assert "running statistics" not in judge(History(1000, [baseline, *run], momentum)).describe(1)
+    collapsed = [record(n, projection_std=0.1) for n in range(1, 9)]
+    assert not judge(History(300, collapsed, momentum)).cause
+
+
+def test_a_training_warns_of_running_statistics_that_lag(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = BYOLConfig(TorchvisionConfig("mobilenet_v3_small"), hidden=32, projection=16)
+    for name, encoder, lags in (("slow", model, True), ("usual", None, False)):
+        changes = {"model": encoder} if encoder else {}
+        recipe = tiny.recipe(tiny_data, tmp_path / name, steps=1, **changes)
+        assert train(recipe)
+        told = "have a momentum of 0.01: kNN and other evaluations say nothing in the first 500"
+        assert (told in capsys.readouterr().out) == lags
 
 
 def test_a_training_repeats_its_trouble_at_its_end_and_at_the_next_start(
