@@ -59,6 +59,18 @@ def last(run: str) -> dict[str, Any]:
     return record
 
 
+def test_equal_sets_are_told(
+    unlabeled: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each image would find itself. Folders of other images are not taken for equal ones."""
+    a, b = write_folder(f"{tmp_path}/a", 4), write_folder(f"{tmp_path}/b", 4, seed=2)
+    for name, val, told in (("same", a, 1), ("other", b, 0)):
+        probe = ProbeConfig(train=a, val=val)
+        train(recipe(unlabeled, f"{tmp_path}/{name}", probe))
+        said = capsys.readouterr().out
+        assert said.count("probe.train and probe.val are the same images, so each one") == told
+
+
 def test_without_any_labels_the_features_are_measured(
     unlabeled: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
