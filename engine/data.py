@@ -16,6 +16,7 @@ from shards.index import Index
 from shards.loader_process import Loader, open_loader
 from shards.making import synthetic
 from shards.matching import check_same_classes, compare_windows
+from shards.no_index import holds_images
 from shards.order import Order, rank_streams
 from shards.storage import files
 
@@ -177,6 +178,8 @@ def _draw(recipe: Recipe, report: Callable[[str], None]) -> None:
         _check_others(recipe, name, url)
     for name, url, _, _ in missing:
         files.check_folder(url, name)
+        if holds_images(url):  # Somebody's own images are not to be mixed with drawn ones.
+            indexes.load(url, name)  # It raises the error.
     for _, url, samples, seed in missing:
         report(f"drawing {samples} images to {files.redact(url)}")
         synthetic.write(url, samples, size, seed)

@@ -21,7 +21,7 @@ def say_what_to_do(url: str, field_name: str, name: str) -> str:
         return f"there is one in {files.redact(near[0])}: give that folder"
     if any(folder.endswith(".tar") for folder in misplaced.folders_below(url)):
         return f"index the tars there: {spell_program('pack.py', '--index-only', url)}"
-    if _holds_images(url):
+    if holds_images(url):
         return _pack_folder(url, field_name, wanted)
     packing = spell_program("pack.py")
     return f"pack images with `{packing}`, or index existing tars with its --index-only"
@@ -41,10 +41,10 @@ def _pack_folder(url: str, field_name: str, split: str) -> str:
     return text
 
 
-def _holds_images(url: str, levels: int = _LEVELS) -> bool:
+def holds_images(url: str, levels: int = _LEVELS) -> bool:
     """Return whether some file in a folder, or in the first folders below, is one of an image."""
     below = list(misplaced.folders_below(url))
     if any(one.rpartition(".")[2].lower() in EXTENSIONS for one in below):
         return True
     folders = [one for one in below if "." not in misplaced.last_name(one)]
-    return levels > 1 and any(_holds_images(one, levels - 1) for one in folders[:_WIDTH])
+    return levels > 1 and any(holds_images(one, levels - 1) for one in folders[:_WIDTH])

@@ -8,6 +8,7 @@ from engine.run import check_run
 from shards import index as indexes
 from shards.index import Index
 from shards.making import synthetic
+from shards.no_index import holds_images
 from shards.storage import files
 
 
@@ -42,6 +43,7 @@ def _look(url: str, name: str, drawn: int, world: World) -> Index | None:
 
     It is None when there is neither.
     """
-    if world.on_main(lambda: files.exists(files.join(url, indexes.NAME))):
+    there = files.join(url, indexes.NAME)
+    if world.on_main(lambda: files.exists(there) or (drawn > 0 and holds_images(url))):
         return world.on_all(lambda: indexes.load(url, name))
     return Index(url, [], list(synthetic.CLASSES)) if drawn else None

@@ -8,6 +8,8 @@ import torch
 
 from engine.data import open_data
 from engine.evaluation.during_training import ProbeConfig
+from engine.explain.report import explain
+from engine.log.terminal import Terminal
 from engine.processes.world import World
 from shards.errors import InputError
 from shards.index import Index
@@ -66,6 +68,18 @@ def test_other_windows_are_reported(
         len([text for text in said if "packed with other windows ([0.0, 9.0] and" in text])
         == reports
     )
+
+
+def test_nothing_is_drawn_among_somebodys_images(tmp_path: Path) -> None:
+    """Nor would --explain let it pass."""
+    (tmp_path / "mine" / "cat").mkdir(parents=True)
+    (tmp_path / "mine" / "cat" / "1.jpg").write_bytes(b"")
+    data = DataConfig(train=f"{tmp_path}/mine", streams=4, draw=40)
+    recipe = tiny.recipe(data, tmp_path / "run")
+    for start in (open_trainer, lambda one: explain(one, ALONE, Terminal(True))):
+        with pytest.raises(InputError, match=r"no index\.json there; it is a folder of images"):
+            start(recipe)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "cat", "1.jpg"]
 
 
 def test_nothing_is_drawn_where_a_url_is_wrong(tiny_data: DataConfig, tmp_path: Path) -> None:
