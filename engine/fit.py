@@ -62,7 +62,7 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> tuple[b
     recipe, first, stop = trainer.recipe, trainer.step, trainer.last_step
     with (
         closing(trainer.batches()) as data,
-        Saver(trainer.world, recipe.checkpoint.background, trainer.terminal.report) as saver,
+        _open_saver(trainer) as saver,
         Meter(trainer) as meter,
     ):
         _greet(trainer, data.block_memory)
@@ -191,6 +191,12 @@ def _evaluate(trainer: Trainer, preemption: Preemption) -> dict[str, Any]:
         return trainer.probe.attempt(trainer.step, preemption.looked_for)
     except Stopped:
         return {}
+
+
+def _open_saver(trainer: Trainer) -> Saver:
+    world, report, run = trainer.world, trainer.terminal.report, trainer.run
+    resumes = run.start is not None and not run.branches
+    return Saver(world, trainer.recipe.checkpoint.background, report, resumes)
 
 
 def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:

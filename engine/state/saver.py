@@ -1,5 +1,6 @@
 """Save checkpoints while training continues: copy the state, and write the copy in a thread."""
 
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine.processes.world import World
 from shards.errors import InputError
-from shards.storage.space import format_size
+from shards.storage.space import format_size, name_whole
 
 ATTEMPTS = 3
 BACKOFF = 2.0  # seconds before the second attempt, twice that before the third
@@ -23,14 +24,29 @@ State = dict[str, Any]
 class Saver:
     """Write one checkpoint at a time, on a process group of its own.
 
-    All processes call its methods together. A save is tried up to ATTEMPTS times. Every failure is
-    reported. When all attempts fail, training continues without this checkpoint. Only `finish`
-    raises, when the last one failed.
+    All processes call its methods together. A save is tried up to ATTEMPTS times. Every cause of a
+    failure is reported once, and how often it came again. When all attempts fail, training
+    continues without this checkpoint. Only `finish` raises, when the last one failed.
     """
 
-    def __init__(self, world: World, background: bool, report: Callable[[str], None]) -> None:
-        """Create the thread. With `background`, `save` returns before everything is written."""
+    def __init__(
+        self,
+        world: World,
+        background: bool,
+        report: Callable[[str], None],
+        resumes: bool = False,
+    ) -> None:
+        """Create the thread.
+
+        Args:
+            world: The processes.
+            background: `save` returns before everything is written.
+            report: Is called with a line about a failure, by the first process.
+            resumes: The run has a checkpoint of an earlier job, from which it can continue.
+        """
         self._world, self._background, self._report = world.duplicate(), background, report
+        self._saved = "the last checkpoint that was saved" if resumes else ""  # "": there is none
+        self._cause, self._lost = "", 0  # of the last failure; saves that failed in a row
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._running: Future[bool] | None = None
         self._committed, self._step = True, 0
@@ -63,9 +79,11 @@ class Saver:
     def finish(self) -> None:
         """Wait for the last save. Raises OSError when it was not committed."""
         if not self.wait():
+            goes_on = f"continues from {self._saved}" if self._saved else "begins anew"
+            why = "" if self._saved else ", because no checkpoint was saved"
             raise OSError(
                 f"the state of step {self._step} could not be saved, see above: mend that, and the "
-                "same command continues from the last checkpoint that was saved"
+                f"same command {goes_on}{why}"
             )
 
     def __enter__(self) -> "Saver":
@@ -102,15 +120,39 @@ class Saver:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 write(state, self._world)
-                return True
             except OSError as error:  # all processes get this error, so all try again
-                what = f"step {step} ({format_size(_count_bytes(state))} of tensors)"
-                text = f"the checkpoint of {what} failed ({attempt} of {ATTEMPTS}): {error}"
-            if self._world.main:
-                self._report(text)
+                self._tell(step, attempt, str(error), _count_bytes(state))
+            else:
+                self._tell_end(step, attempt)
+                self._saved = f"the checkpoint of step {step}"
+                return True
             if attempt < ATTEMPTS:
                 time.sleep(BACKOFF * 2 ** (attempt - 1))
+        self._lost += 1
+        if self._lost & (self._lost - 1) == 0:  # a power of two
+            since = "" if self._lost == 1 else f", nor the {self._lost - 1} before it, as above"
+            self._say(f"the checkpoint of step {step} was not saved{since}; training goes on")
         return False
+
+    def _tell(self, step: int, attempt: int, error: str, size: int) -> None:
+        """Report a failure, if it has another cause than the one before."""
+        cause = re.sub("[0-9.,]+", "", error)
+        if cause != self._cause:
+            self._cause = cause
+            what = f"step {step} ({format_size(size)} of tensors)"
+            text = f"the checkpoint of {what} failed ({attempt} of {ATTEMPTS}): "
+            self._say(text + name_whole(error, "the whole checkpoint", size))
+
+    def _tell_end(self, step: int, attempt: int) -> None:
+        """Report that a save succeeded, if something before failed."""
+        if attempt > 1 or self._lost:
+            lost = f", and the {self._lost} before it were not" if self._lost else ""
+            self._say(f"the checkpoint of step {step} was saved at attempt {attempt}{lost}")
+        self._cause, self._lost = "", 0
+
+    def _say(self, text: str) -> None:
+        if self._world.main:
+            self._report(text)
 
 
 def _count_bytes(state: State) -> int:

@@ -2,11 +2,13 @@
 
 import errno
 import os
+import re
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NEEDED = "needed at least"
 
 
 @contextmanager
@@ -47,6 +49,15 @@ def format_size(size: float) -> str:
     return f"{size / 1000:,.1f} GB"
 
 
+def name_whole(text: str, what: str, size: int) -> str:
+    """Return a message of a full disk that tells what the whole of several files needs.
+
+    By itself it tells the size of one of them. Other messages are returned as they are.
+    """
+    needed = rf"{_NEEDED} [0-9.,]+ (?:bytes|kB|MB|GB)"
+    return re.sub(needed, f"{what} needs {format_size(size)}", text)
+
+
 def _find_number(error: BaseException | None) -> int | None:
     """Find the errno of a full disk in an error or in those that it was made of."""
     for _ in range(10):
@@ -59,7 +70,7 @@ def _find_number(error: BaseException | None) -> int | None:
 
 
 def _describe(number: int, path: str, needed: int) -> str:
-    text = f"{os.strerror(number)}; needed at least {format_size(needed)}"
+    text = f"{os.strerror(number)}; {_NEEDED} {format_size(needed)}"
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if number == errno.EFBIG:
         known = limit != resource.RLIM_INFINITY

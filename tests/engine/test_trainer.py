@@ -283,7 +283,7 @@ def test_a_run_that_was_taken_is_left_alone(
 
 def test_a_start_that_fails_lets_the_next_job_in(tiny_data: DataConfig, tmp_path: Path) -> None:
     resume = CheckpointConfig(resume=str(tmp_path / "nothing"))
-    with pytest.raises(InputError, match="no committed checkpoint"):
+    with pytest.raises(InputError, match="nothing: nothing there"):
         train(tiny.recipe(tiny_data, tmp_path / "run", checkpoint=resume))
     assert not (tmp_path / "run").exists()
 

@@ -54,12 +54,16 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     how = CheckpointConfig(every=4, keep=1)
     train(tiny.recipe(tiny_data, tmp_path, steps=10, probe=tiny.NO_PROBE, checkpoint=how))
     assert checkpoints(tmp_path) == ["step_00000010"]
-    lines = [line for line in capsys.readouterr().out.splitlines() if "failed" in line]
-    assert len(lines) == 3
-    for line in lines:
-        assert re.match(r"the checkpoint of step 8 \([\d.]+ [kM]B of tensors\) failed", line)
-        assert f"{tmp_path}/checkpoints/step_00000008" in line
-        assert f"{os.strerror(number)}; needed at least" in line
+    told = capsys.readouterr().out.splitlines()
+    line, *more = [line for line in told if line.startswith("the checkpoint of step")]
+    assert re.match(r"the checkpoint of step 8 \([\d.]+ [kM]B of tensors\) failed \(1 of 3\)", line)
+    assert f"{tmp_path}/checkpoints/step_00000008" in line
+    (size,) = re.findall(r"\((.*) of tensors", line)
+    assert f"{os.strerror(number)}; the whole checkpoint needs {size}" in line
+    assert more == [
+        "the checkpoint of step 8 was not saved; training goes on",
+        "the checkpoint of step 10 was saved at attempt 1, and the 1 before it were not",
+    ]
 
 
 def test_nothing_of_a_failed_checkpoint_stays(
@@ -97,9 +101,10 @@ def test_a_run_on_a_small_disk_goes_on_when_there_is_room(
 ) -> None:
     """The disk takes one checkpoint, and not a second."""
     how = CheckpointConfig(every=4, keep=1)
-    with pytest.raises(OSError, match="the state of step 8 could not be saved"):
+    text = "the state of step 8 could not be saved, .* continues from the checkpoint of step 4$"
+    with pytest.raises(OSError, match=text):
         train(tiny.recipe(tiny_data, disk, steps=8, checkpoint=how))
-    told = r"failed \(3 of 3\): .*No space left on device; needed at least .*, free [\d.]+ \wB"
+    told = r"failed \(1 of 3\): .*; the whole checkpoint needs [\d.]+ [kM]B, free [\d.]+ \wB"
     assert re.search(told, capsys.readouterr().out)
     assert checkpoints(disk) == ["step_00000004"]
     resize(disk, 8000)
@@ -107,6 +112,28 @@ def test_a_run_on_a_small_disk_goes_on_when_there_is_room(
     train(tiny.recipe(tiny_data, tmp_path / "twin", checkpoint=how, steps=10))
     assert "resumed at step 4" in capsys.readouterr().out
     assert records(disk) == records(tmp_path / "twin")
+
+
+def test_a_disk_that_takes_no_checkpoint_is_told_in_few_lines(
+    tmp_path: Path, tiny_data: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = CheckpointConfig(every=2, keep=1)
+    recipe = tiny.recipe(tiny_data, tmp_path / "disk", checkpoint=how, probe=tiny.NO_PROBE)
+    text = r"step 20 could not be saved, .* same command begins anew, because no checkpoint was "
+    with small_disk(tmp_path / "disk", 700), pytest.raises(OSError, match=text):
+        train(recipe)
+    told = capsys.readouterr().out.splitlines()
+    first, *more = [line for line in told if line.startswith("the checkpoint of step")]
+    assert "step 2 " in first
+    assert "No space left on device; the whole checkpoint needs" in first
+    assert more == [
+        "the checkpoint of step 2 was not saved; training goes on",
+        *(
+            f"the checkpoint of step {2 * n} was not saved, nor the {n - 1} before it, as above; "
+            "training goes on"
+            for n in (2, 4, 8)
+        ),
+    ]
 
 
 def test_a_log_on_a_full_disk_is_written_when_there_is_room(
