@@ -42,7 +42,7 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
         stopping, early = _train(trainer, preemption, log)
     if stopping:
         trainer.terminal.say(f"stopped after step {trainer.step} by {preemption.reason}")
-    _farewell(trainer, log, first, early)
+    _farewell(trainer, preemption, log, first, early)
     return not (stopping and preemption.only_elsewhere)
 
 
@@ -99,6 +99,7 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> tuple[b
             del batch, output  # else the next step could not use the memory of this one's images
 
         saver.finish()
+        preemption.note_saved(f"the state of step {trainer.step} is saved")
     return stopping, early.reason
 
 
@@ -194,7 +195,9 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
     saver.save(step, trainer.state(), write)
 
 
-def _farewell(trainer: Trainer, log: MetricsLog, first: int, early: str) -> None:
+def _farewell(
+    trainer: Trainer, preemption: Preemption, log: MetricsLog, first: int, early: str
+) -> None:
     """Say what became of the training, which began at step `first`, and what can be done now.
 
     `early` is why it ended before its time, if it did.
@@ -221,9 +224,7 @@ def _farewell(trainer: Trainer, log: MetricsLog, first: int, early: str) -> None
     say(f"curves        tensorboard --logdir {quote(run)}")
     _tell_best(trainer)
     if early or trainer.step == trainer.last_step:  # after a signal there may be no time for it
-        _draw_examples(trainer)
-        news = trainer.step > first or (trainer.probe is not None and trainer.probe.step > 0)
-        write_at_end(trainer.run.url, trainer.world.main, say, news)
+        _show(trainer, preemption, first)
     if early:
         patience = trainer.recipe.early_stop.patience
         say(
@@ -235,16 +236,27 @@ def _farewell(trainer: Trainer, log: MetricsLog, first: int, early: str) -> None
         say(f"the same command{option} goes on")
 
 
-def _draw_examples(trainer: Trainer) -> None:
-    """Draw images of the newest evaluation beside their neighbors, for the report.
+def _show(trainer: Trainer, preemption: Preemption, first: int) -> None:
+    """Write what shows the training, until a signal comes.
 
-    The training is saved already, so what fails here is reported in one line and never fatal.
+    It draws images of the newest evaluation beside their neighbors, for the report. The training is
+    saved already, so what fails here is reported in one line and never fatal.
     """
-    probe, url = trainer.probe, trainer.run.url
-    if probe is None or not trainer.world.main:
+    probe, url, say, told = trainer.probe, trainer.run.url, trainer.terminal.say, preemption.told
+    if not trainer.world.main:
         return
-    if fault := try_for(PATIENCE, lambda: probe.draw_examples(url)):
-        trainer.terminal.say(f"no sheet of neighbors was drawn: {fault}")
+    if (
+        probe is not None
+        and not told.is_set()
+        and (fault := try_for(PATIENCE, lambda: probe.draw_examples(url), told))
+    ):
+        say(f"no sheet of neighbors was drawn: {fault}")
+    if not told.is_set():
+        news = trainer.step > first or (probe is not None and probe.step > 0)
+        write_at_end(url, True, say, news, told)
+    if told.is_set():
+        command = f"python launch/evaluate.py report {quote(files.redact(url))}"
+        say(f"{preemption.reason} came when all was saved: {command} writes the report")
 
 
 def _tell_best(trainer: Trainer) -> None:

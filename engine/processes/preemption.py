@@ -29,7 +29,10 @@ class Preemption:
     """
 
     def __init__(self, world: World, grace: float) -> None:
-        """Allow the process `grace` seconds after a signal; then it exits with status 1."""
+        """Allow the process `grace` seconds after a signal; then it exits.
+
+        The status is 1, and 0 when nothing was left to save.
+        """
         self._world, self._grace = world, grace
         self.told = threading.Event()  # set when a signal told this process to stop
         self._over = threading.Event()
@@ -38,6 +41,7 @@ class Preemption:
         self._waiting: Callable[[], Tensor] | None = None
         self._looked = 0.0
         self.reason = "another process"
+        self._saved = ""  # what is saved, once nothing is left to save
         self._stack = ExitStack()
         self._watch: threading.Thread | None = None  # ends the process after the grace
 
@@ -72,6 +76,16 @@ class Preemption:
             return self.told.is_set()
         arrived, self._waiting = self._waiting, self._sum()
         return arrived is not None and bool(arrived())
+
+    def note_saved(self, saved: str) -> None:
+        """Note that nothing is left to save. What is left to do may then be left out.
+
+        A signal then ends the process with status 0 after the grace, if it has not ended before.
+
+        Args:
+            saved: Says what is saved, for the message.
+        """
+        self._saved = saved
 
     def looked_for(self) -> bool:
         """Return whether this process or another one was told to stop, without a collective.
@@ -124,13 +138,16 @@ class Preemption:
     def _end(self) -> None:
         if self._over.wait(self._grace):
             return
+        saved, within = self._saved, f"within {self._grace:g} s (checkpoint.grace of a training)"
         text = (
-            f"error: {self.reason}: the state was not saved within {self._grace:g} s "
-            "(checkpoint.grace of a training): the same command continues from the last saved one\n"
+            f"error: {self.reason}: the state was not saved {within}: "
+            "the same command continues from the last saved one\n"
         )
+        if saved:
+            text = f"{self.reason}: {saved}; what was left to do did not end {within}\n"
         sys.stderr.write(text)
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(0 if saved else 1)
 
 
 def _nothing(_number: int, _frame: FrameType | None) -> None:

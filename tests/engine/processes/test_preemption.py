@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from engine import fit
+from engine.log import patience
 from engine.log.journal import read
 from engine.processes.preemption import SIGNALS
 from engine.recipe import Recipe
+from engine.report import report
 from engine.state.checkpoint import CheckpointConfig
 from engine.trainer import Trainer
 from shards.loader import DataConfig
@@ -247,6 +250,66 @@ def test_no_end_of_the_step_within_the_grace(tiny_data: DataConfig, tmp_path: Pa
     assert process.exitcode == 1
     told = output.read_text().splitlines()[-1]
     assert told.startswith("error: SIGTERM: the state was not saved within 0.5 s (checkpoint.grace")
+
+
+@pytest.mark.parametrize("what", ["sheet", "report"])
+def test_a_signal_in_the_farewell_leaves_it(
+    tiny_data: DataConfig,
+    tmp_path: Path,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All is saved by then, so that the rest is not worth a wait."""
+    gate = threading.Event()
+
+    def wait(*_: object, **__: object) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        gate.wait(60)
+        return ""
+
+    trainer = open_trainer(tiny.recipe(tiny_data, tmp_path, steps=5))
+    assert trainer.probe is not None
+    if what == "sheet":
+        monkeypatch.setattr(trainer.probe, "draw_examples", wait)
+    else:
+        monkeypatch.setattr(report, "write_report", wait)
+    begun = time.monotonic()
+    assert finish(trainer)
+    assert time.monotonic() - begun < 20
+    assert patience.is_trying()
+    gate.set()
+    until(lambda: not patience.is_trying())
+    told = capsys.readouterr().out
+    assert "a signal came first" in told
+    assert "SIGTERM came when all was saved: python launch/evaluate.py report " in told
+    assert not (tmp_path / "report.html").exists()
+    assert (tmp_path / "checkpoints" / "step_00000005" / "commit.json").exists()
+
+
+def hang_at_the_end(data: DataConfig, run: str, output: Path) -> None:
+    """In a process of its own, which writes its errors to `output`: a store hangs at the end."""
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
+
+    def wait(trainer: Trainer) -> None:
+        assert trainer.step == 3
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+
+    fit._tell_best = wait
+    soon = CheckpointConfig(grace=0.5)
+    recipe = tiny.recipe(data, run, steps=3, probe=tiny.NO_PROBE, checkpoint=soon)
+    finish(open_trainer(recipe))
+
+
+def test_a_store_that_hangs_when_all_is_saved(tiny_data: DataConfig, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    process = FORKED.Process(target=hang_at_the_end, args=(tiny_data, str(tmp_path), output))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    told = output.read_text().splitlines()[-1]
+    assert told.startswith("SIGTERM: the state of step 3 is saved; what was left to do did not end")
 
 
 def test_before_the_first_step_a_signal_ends_at_once(tiny_data: DataConfig, tmp_path: Path) -> None:
