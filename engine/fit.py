@@ -16,7 +16,8 @@ from engine.report.report import PATIENCE, write_at_end
 from engine.state import checkpoint
 from engine.state.early_stop import EarlyStop, find_doubt
 from engine.state.saver import Saver
-from engine.trainer import Trainer
+from engine.trainer import StepOutput, Trainer
+from engine.waiting import take_batch
 from shards.storage import files
 from shards.storage.commands import quote
 
@@ -67,8 +68,10 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> tuple[b
         meter.restart()
         stopping = False
         while trainer.step < stop and not stopping:
-            with meter.waiting():
-                batch = next(data)
+            batch = take_batch(trainer, meter, data, preemption)
+            if batch is None:  # a signal came first
+                stopping = True
+                break
             output = meter.take_step(batch)
             step = trainer.step
             log.advance()
@@ -93,13 +96,11 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> tuple[b
                 meter.restart()
             due = recipe.checkpoint.due(step) or step == best.step
             if stopping or step == stop or (due and not trainer.skipped()):
-                check_finite(trainer, output, saver.wait)
-                _save(trainer, saver, log)
+                _save(trainer, saver, log, output)
                 meter.restart()
             del batch, output  # else the next step could not use the memory of this one's images
 
-        saver.finish()
-        preemption.note_saved(f"the state of step {trainer.step} is saved")
+        _finish(trainer, preemption, saver, log, first)
     return stopping, early.reason
 
 
@@ -171,11 +172,15 @@ def _evaluate(trainer: Trainer, preemption: Preemption) -> dict[str, Any]:
         return {}
 
 
-def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
+def _save(trainer: Trainer, saver: Saver, log: MetricsLog, output: StepOutput | None) -> None:
     """Have the saver write this step's checkpoint and then remove surplus ones.
 
-    None is removed for a step that was skipped, because the run may be diverging.
+    None is removed for a step that was skipped, because the run may be diverging. `output` is that
+    of the step, if it is still there.
+
+    Raises InputError when a weight is not finite.
     """
+    check_finite(trainer, output, saver.wait)
     run, step, skipped = trainer.run, trainer.step, trainer.skipped()
 
     def write(state: dict[str, Any], world: World) -> None:
@@ -193,6 +198,19 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
         run.compact(log)
 
     saver.save(step, trainer.state(), write)
+
+
+def _finish(
+    trainer: Trainer, preemption: Preemption, saver: Saver, log: MetricsLog, first: int
+) -> None:
+    """Save the last step if it is not saved yet, and wait until it is.
+
+    It is not when a signal came while training waited for images.
+    """
+    if trainer.step > max(first, saver.step):
+        _save(trainer, saver, log, None)
+    saver.finish()
+    preemption.note_saved(f"the state of step {trainer.step} is saved")
 
 
 def _farewell(

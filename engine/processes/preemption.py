@@ -99,6 +99,11 @@ class Preemption:
         return self.told.is_set() or self._elsewhere
 
     @property
+    def told_alone(self) -> bool:
+        """Return whether this process was told to stop, and there is no other to agree with."""
+        return self.told.is_set() and self._world.size == 1
+
+    @property
     def only_elsewhere(self) -> bool:
         """Return whether a stop, once agreed on, is another machine's and not this process's.
 

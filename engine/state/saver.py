@@ -33,7 +33,9 @@ class Saver:
         self._world, self._background, self._report = world.duplicate(), background, report
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._running: Future[bool] | None = None
-        self._committed, self._step = True, 0
+        self._committed = True
+        self.step = 0
+        """The step that `save` was called for last, or 0."""
         self._device = world.device
         self._copy: State | None = None
 
@@ -48,7 +50,7 @@ class Saver:
                 together. It raises OSError on all processes when it fails.
         """
         self.wait()
-        self._step = step
+        self.step = step
         self._running = self._thread.submit(self._write, step, self._stage(state), write)
         if not self._background:
             self.wait()
@@ -64,7 +66,7 @@ class Saver:
         """Wait for the last save. Raises OSError when it was not committed."""
         if not self.wait():
             raise OSError(
-                f"the state of step {self._step} could not be saved, see above: mend that, and the "
+                f"the state of step {self.step} could not be saved, see above: mend that, and the "
                 "same command continues from the last checkpoint that was saved"
             )
 
