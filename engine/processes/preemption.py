@@ -1,4 +1,7 @@
-"""Stop early: a signal sets a flag, and all processes agree on the step to stop after."""
+"""Stop early: a signal sets a flag, and all processes agree on the step to stop after.
+
+The end of the torchrun that started a process counts as a signal.
+"""
 
 import contextlib
 import os
@@ -42,6 +45,9 @@ class Preemption:
         self._looked = 0.0
         self.reason = "another process"
         self._saved = ""  # what is saved, once nothing is left to save
+        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        self._launcher = os.getppid() if by_torchrun else None  # an orphan gets another parent
+        self._hearing = threading.Lock()
         self._stack = ExitStack()
         self._watch: threading.Thread | None = None  # ends the process after the grace
 
@@ -72,6 +78,7 @@ class Preemption:
         if not self._begun:
             self._begun = True
             self._begin()
+        self._look_for_launcher()
         if not self._world.distributed:
             return self.told.is_set()
         arrived, self._waiting = self._waiting, self._sum()
@@ -93,6 +100,7 @@ class Preemption:
         Evaluations use it, because their loops differ in length between processes. The flags of
         other processes are read at most every half second.
         """
+        self._look_for_launcher()
         if self._world.distributed and time.monotonic() - self._looked > POLL:
             self._looked = time.monotonic()
             self._elsewhere = self._elsewhere or shared_store().check([STOP])
@@ -128,17 +136,29 @@ class Preemption:
 
     def _listen(self, read: int) -> None:
         while told := os.read(read, 1):
-            if told[0] not in SIGNALS or self.told.is_set():  # all handled signals arrive here
+            if told[0] not in SIGNALS:  # all handled signals arrive here
                 continue
-            self.reason = signal.Signals(told[0]).name
-            self.told.set()
-            self._watch = threading.Thread(target=self._end, name="grace", daemon=True)
-            self._watch.start()
-            if self._world.distributed:
+            if self._hear(signal.Signals(told[0]).name) and self._world.distributed:
                 # The store may have ended with its host. The next step sends the flag anyway.
                 with contextlib.suppress(RuntimeError, ValueError):
                     shared_store().set(STOP, "1")
         os.close(read)
+
+    def _look_for_launcher(self) -> None:
+        """Stop as after a signal when torchrun was killed, which leaves its processes behind."""
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self._hear("the end of its torchrun")
+
+    def _hear(self, reason: str) -> bool:
+        """Set the flag and begin the grace. Return False when that was done already."""
+        with self._hearing:
+            if self.told.is_set():
+                return False
+            self.reason = reason
+            self.told.set()
+            self._watch = threading.Thread(target=self._end, name="grace", daemon=True)
+            self._watch.start()
+        return True
 
     def _end(self) -> None:
         if self._over.wait(self._grace):

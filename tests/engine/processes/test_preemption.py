@@ -23,7 +23,7 @@ from engine.trainer import Trainer
 from shards.loader import DataConfig
 from tests.engine.test_trainer import comparable
 from tests.helpers import tiny
-from tests.helpers.jobs import Agent, ended, small, until
+from tests.helpers.jobs import Agent, ended, environment_of, small, until
 from tests.helpers.places import ROOT
 from tests.helpers.processes import FORKED
 from tests.helpers.ranks import Ranks
@@ -219,6 +219,26 @@ def test_nohup_does_not_make_torchruns_workers_deaf(tiny_data: DataConfig, tmp_p
     last = read(str(run))[-1]["step"]
     assert f"stopped after step {last} by SIGHUP" in agent.text()
     assert (run / "checkpoints" / f"step_{last:08d}" / "commit.json").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_end_of_torchrun_saves_and_ends(
+    tiny_data: DataConfig, tmp_path: Path, processes: int
+) -> None:
+    """It was killed, so that it told nobody."""
+    data, run = str(Path(tiny_data.train).parent), tmp_path / "run"
+    agent = Agent(small(data, str(run)), tmp_path / "output", processes=processes)
+    with ended(agent):
+        until(lambda: agent.step() > 3)
+        workers = agent.workers()
+        assert len(workers) == processes
+        agent.process.kill()
+        agent.wait()
+        until(lambda: not any(any(environment_of(pid)) for pid in workers))
+    last = read(str(run))[-1]["step"]
+    assert f"stopped after step {last} by the end of its torchrun" in agent.text()
+    assert (run / "checkpoints" / f"step_{last:08d}" / "commit.json").exists()
+    assert _is_released(run)
 
 
 def _is_released(run: Path) -> bool:

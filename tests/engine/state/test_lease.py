@@ -117,8 +117,8 @@ def test_a_living_job_keeps_its_run(run: str, jobs: Jobs) -> None:
         jobs.acquire(run, "b")
     host = read(run, 1)["host"]
     assert str(error.value) == (
-        f"{run} is in use by another job on {host} (its lease changes): "
-        "stop that job, or give another --run"
+        f"{run} is in use by another job on {host} (its lease changes): stop that job (there: "
+        f"kill -TERM {os.getpid()}, after which it saves and ends), or give another --run"
     )
     assert jobs.reports == [f"{run}/lease: held by {host}; watching for 1 s whether it is alive"]
     there.confirm()
