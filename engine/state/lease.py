@@ -35,7 +35,7 @@ from shards.storage import exclusive, files, local_files
 from shards.storage.entries import list_entries
 
 PERIOD = 10.0  # seconds between two beats
-LONGEST_PERIOD = 3600.0  # seconds; a file with a longer period counts as damaged
+LONGEST_PERIOD = 3 * PERIOD  # seconds; nobody writes a longer one, and such a file is damaged
 RELEASE_TIMEOUT = 15.0  # seconds that a release waits for storage
 _POLLS = 5  # looks at a watched lease in each period
 
