@@ -21,7 +21,8 @@ from engine.report.report import PATIENCE, write_at_end
 from engine.state import checkpoint
 from engine.state.early_stop import EarlyStop, find_doubt
 from engine.state.saver import Saver
-from engine.trainer import Trainer
+from engine.trainer import StepOutput, Trainer
+from engine.waiting import take_batch
 from shards.storage import files
 from shards.storage.commands import quote
 
@@ -49,7 +50,7 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
         stopping, early = _train(trainer, preemption, log)
     if stopping:
         trainer.terminal.say(f"stopped after step {trainer.step} by {preemption.reason}")
-    _farewell(trainer, log, first, early)
+    _farewell(trainer, preemption, log, first, early)
     return not (stopping and preemption.only_elsewhere)
 
 
@@ -74,8 +75,10 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> tuple[b
         meter.restart()
         stopping = False
         while trainer.step < stop and not stopping:
-            with meter.waiting():
-                batch = next(data)
+            batch = take_batch(trainer, meter, data, preemption)
+            if batch is None:  # a signal came first
+                stopping = True
+                break
             output = meter.take_step(batch)
             step = trainer.step
             log.advance()
@@ -100,12 +103,11 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> tuple[b
                 meter.restart()
             due = recipe.checkpoint.due(step) or step == best.step
             if stopping or step == stop or (due and not trainer.skipped()):
-                check_finite(trainer, output, saver.wait)
-                _save(trainer, saver, log)
+                _save(trainer, saver, log, output)
                 meter.restart()
             del batch, output  # else the next step could not use the memory of this one's images
 
-        saver.finish()
+        _finish(trainer, preemption, saver, log, first)
     return stopping, early.reason
 
 
@@ -199,11 +201,15 @@ def _open_saver(trainer: Trainer) -> Saver:
     return Saver(world, trainer.recipe.checkpoint.background, report, resumes)
 
 
-def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
+def _save(trainer: Trainer, saver: Saver, log: MetricsLog, output: StepOutput | None) -> None:
     """Have the saver write this step's checkpoint and then remove surplus ones.
 
-    None is removed for a step that was skipped, because the run may be diverging.
+    None is removed for a step that was skipped, because the run may be diverging. `output` is that
+    of the step, if it is still there.
+
+    Raises InputError when a weight is not finite.
     """
+    check_finite(trainer, output, saver.wait)
     run, step, skipped = trainer.run, trainer.step, trainer.skipped()
 
     def write(state: dict[str, Any], world: World) -> None:
@@ -223,7 +229,22 @@ def _save(trainer: Trainer, saver: Saver, log: MetricsLog) -> None:
     saver.save(step, trainer.state(), write)
 
 
-def _farewell(trainer: Trainer, log: MetricsLog, first: int, early: str) -> None:
+def _finish(
+    trainer: Trainer, preemption: Preemption, saver: Saver, log: MetricsLog, first: int
+) -> None:
+    """Save the last step if it is not saved yet, and wait until it is.
+
+    It is not when a signal came while training waited for images.
+    """
+    if trainer.step > max(first, saver.step):
+        _save(trainer, saver, log, None)
+    saver.finish()
+    preemption.note_saved(f"the state of step {trainer.step} is saved")
+
+
+def _farewell(
+    trainer: Trainer, preemption: Preemption, log: MetricsLog, first: int, early: str
+) -> None:
     """Say what became of the training, which began at step `first`, and what can be done now.
 
     `early` is why it ended before its time, if it did.
@@ -250,9 +271,7 @@ def _farewell(trainer: Trainer, log: MetricsLog, first: int, early: str) -> None
     say(f"curves        tensorboard --logdir {quote(run)}")
     _tell_best(trainer)
     if early or trainer.step == trainer.last_step:  # after a signal there may be no time for it
-        _draw_examples(trainer)
-        news = trainer.step > first or (trainer.probe is not None and trainer.probe.step > 0)
-        write_at_end(trainer.run.url, trainer.world.main, say, news)
+        _show(trainer, preemption, first)
     if early:
         patience = trainer.recipe.early_stop.patience
         say(
@@ -264,16 +283,27 @@ def _farewell(trainer: Trainer, log: MetricsLog, first: int, early: str) -> None
         say(f"the same command{option} goes on")
 
 
-def _draw_examples(trainer: Trainer) -> None:
-    """Draw images of the newest evaluation beside their neighbors, for the report.
+def _show(trainer: Trainer, preemption: Preemption, first: int) -> None:
+    """Write what shows the training, until a signal comes.
 
-    The training is saved already, so what fails here is reported in one line and never fatal.
+    It draws images of the newest evaluation beside their neighbors, for the report. The training is
+    saved already, so what fails here is reported in one line and never fatal.
     """
-    probe, url = trainer.probe, trainer.run.url
-    if probe is None or not trainer.world.main:
+    probe, url, say, told = trainer.probe, trainer.run.url, trainer.terminal.say, preemption.told
+    if not trainer.world.main:
         return
-    if fault := try_for(PATIENCE, lambda: probe.draw_examples(url)):
-        trainer.terminal.say(f"no sheet of neighbors was drawn: {fault}")
+    if (
+        probe is not None
+        and not told.is_set()
+        and (fault := try_for(PATIENCE, lambda: probe.draw_examples(url), told))
+    ):
+        say(f"no sheet of neighbors was drawn: {fault}")
+    if not told.is_set():
+        news = trainer.step > first or (probe is not None and probe.step > 0)
+        write_at_end(url, True, say, news, told)
+    if told.is_set():
+        command = f"python launch/evaluate.py report {quote(files.redact(url))}"
+        say(f"{preemption.reason} came when all was saved: {command} writes the report")
 
 
 def _tell_best(trainer: Trainer) -> None:

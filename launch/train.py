@@ -22,6 +22,7 @@ from engine.data import open_data
 from engine.debug import debug_step
 from engine.explain.report import explain
 from engine.fit import fit
+from engine.log.patience import is_trying
 from engine.log.terminal import Terminal, flush_output
 from engine.log.tracking import check_trackers
 from engine.processes.failures import report_failure
@@ -95,6 +96,6 @@ if __name__ == "__main__":
     imports.end()
     status = main(sys.argv[1:])
     flush_output()
-    if status:
+    if status or is_trying():
         # Python's normal exit could wait for processes that wait for this one.
         os._exit(status)

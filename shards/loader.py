@@ -15,8 +15,9 @@ import torch
 from annotated_types import Interval
 from numpy.typing import NDArray
 from torch import Tensor
-from torchdata.nodes import BaseNode, Prefetcher
+from torchdata.nodes import BaseNode
 
+from shards.ahead import Ahead
 from shards.cache import ShardCache
 from shards.corrupt import Faults, Record, decode_good
 from shards.decode import Exif, PixelRules, crop_into, decode_together
@@ -191,9 +192,7 @@ class TrainLoader:
         fetches = min(REMOTE_FETCHES, len(streams) * (1 + config.prefetch)) if remote else 4
         self._pool = ThreadPoolExecutor(max(fetches, threads), thread_name_prefix="fetch")
         assembled = _Assemble(map_in_threads(self._decode, self._plan(), threads))
-        self._batches: Prefetcher[Any] | None = Prefetcher(
-            assembled, prefetch_factor=BATCHES_AHEAD, snapshot_frequency=0
-        )
+        self._batches: Ahead[Batch | InputError] | None = Ahead(assembled, BATCHES_AHEAD)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -201,10 +200,18 @@ class TrainLoader:
     def __next__(self) -> Batch:
         if self._batches is None:
             raise StopIteration
-        result: Batch | InputError = next(self._batches)
+        result = next(self._batches)
         if isinstance(result, InputError):
             raise result
         return result
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the next batch is there, or a fault. Return False when it takes longer."""
+        return self._batches is None or self._batches.wait(seconds)
+
+    def describe_wait(self) -> str:
+        """Say what a long wait may come from."""
+        return f"does {files.redact(self.order.index.folder)} answer?"
 
     def close(self) -> None:
         """End the threads and drop what they hold."""

@@ -1,7 +1,8 @@
 """Run the loader of a training in this process; shards/loader_process.py starts it.
 
 It reads the loader's arguments from its standard input, writes batches to the pipe whose number it
-is given, and ends when its input does.
+is given, and ends when its input does. On Linux it ends even while it is stopped, when it is told
+that the thread that started it lives as long as the training does.
 """
 
 import gc
@@ -12,6 +13,7 @@ if __name__ == "__main__":
     for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(_number, signal.SIG_IGN)
 
+import ctypes
 import os
 import pickle
 import sys
@@ -19,6 +21,8 @@ import threading
 import traceback
 from contextlib import suppress
 from io import FileIO
+
+_PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
 
 def main(pipe: int) -> None:
@@ -70,6 +74,13 @@ def main(pipe: int) -> None:
                 write_message(results, ("failed", _portable(error)))
 
 
+def _end_with_parent() -> None:
+    """Let Linux kill this process when the thread that started it ends, even by SIGKILL."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # a C library without it
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
 def _end_with_input() -> None:
     sys.stdin.buffer.read()
     os._exit(0)
@@ -85,5 +96,7 @@ def _portable(error: Exception) -> Exception:
 
 
 if __name__ == "__main__":
+    if sys.argv[2:]:
+        _end_with_parent()
     main(int(sys.argv[1]))
     os._exit(0)  # its threads may be in the middle of something

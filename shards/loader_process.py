@@ -10,9 +10,12 @@ import fcntl
 import os
 import pickle
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
@@ -21,8 +24,9 @@ from typing import IO, Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchdata.nodes import BaseNode, IterableWrapper, Prefetcher
+from torchdata.nodes import BaseNode, IterableWrapper
 
+from shards.ahead import Ahead
 from shards.corrupt import Faults
 from shards.decode_threads import count_processes
 from shards.errors import InputError
@@ -32,7 +36,9 @@ from shards.storage import files
 from shards.views import ViewsConfig
 
 AHEAD = 1  # batches that wait in this process, beside those that wait in the other one
+TIED = "tied"  # the argument that ends the other process with the thread that started it
 LENGTH = struct.Struct("<Q")  # of what follows, in bytes
+PATIENCE = 2.0  # seconds that the other processes have to end
 PIPE = 2**20  # bytes that may wait between the processes, where the system allows it
 
 Small = tuple[NDArray[Any], ...]  # params, ids, labels and CRCs of a batch's rows
@@ -66,6 +72,7 @@ class ProcessLoader:
         self._pin_memory, self._report = pin_memory, report
         self._parts = [rank_streams(len(streams), i, processes) for i in range(processes)]
         self._told: set[str] = set()
+        self._awaited = 0  # the process that the next rows come from
         self._faults = Faults(order.index.samples, config.corrupt, report)
         options = {"micro": micro, "start": start, "threads": threads}
         parts = [streams[part.start : part.stop] for part in self._parts]
@@ -77,9 +84,7 @@ class ProcessLoader:
         received: BaseNode[Batch | Exception] = IterableWrapper(
             self._receive([results for _, results in started])
         )
-        self._batches: Prefetcher[Batch | Exception] | None = Prefetcher(
-            received, prefetch_factor=AHEAD, snapshot_frequency=0
-        )
+        self._batches: Ahead[Batch | Exception] | None = Ahead(received, AHEAD)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -87,19 +92,32 @@ class ProcessLoader:
     def __next__(self) -> Batch:
         if self._batches is None:
             raise StopIteration
-        result: Batch | Exception = next(self._batches)
+        result = next(self._batches)
         if isinstance(result, Exception):
             raise result
         return result
 
+    def wait(self, seconds: float) -> bool:
+        """Wait until the next batch is there, or a fault. Return False when it takes longer."""
+        return self._batches is None or self._batches.wait(seconds)
+
+    def describe_wait(self) -> str:
+        """Say what a long wait may come from."""
+        process = self._children[self._awaited].pid
+        who = f"process {process} on {socket.gethostname()}, which loads them,"
+        if _is_stopped(process):
+            return f"{who} is stopped, and kill -CONT {process} lets it go on"
+        return f"{who} sends nothing: does {files.redact(self.order.index.folder)} answer?"
+
     def close(self) -> None:
-        """End the processes."""
+        """End the processes, by SIGKILL when they do not answer; it ends stopped ones, too."""
         self._batches = None
         for child in self._children:
             _end_arguments(child)
+        end = time.monotonic() + PATIENCE
         for child in self._children:
             try:
-                child.wait(5)
+                child.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
@@ -122,6 +140,7 @@ class ProcessLoader:
             while True:
                 batch = allocate(self.order.rows * len(self.streams), self.views, self._pin_memory)
                 for number, results in enumerate(pipes):
+                    self._awaited = number
                     try:
                         end = self._receive_part(number, results, batch)
                     except EOFError:
@@ -225,6 +244,15 @@ def open_loader(
     return TrainLoader(order, streams, views, config, **options, device=device)
 
 
+def _is_stopped(process: int) -> bool:
+    """Return whether a process is known to be stopped, as by SIGSTOP or a debugger."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return text.rpartition(")")[2].split()[0] in "Tt"
+
+
 def _tell_end(child: subprocess.Popen[bytes]) -> str:
     status = child.wait()
     how = f"with exit status {status}"
@@ -253,10 +281,12 @@ def _start_child() -> tuple[subprocess.Popen[bytes], FileIO]:
         with contextlib.suppress(OSError):  # the user has used up what a user may have
             fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, PIPE)
     program = str(Path(__file__).with_name("loader_child.py"))
+    # The main thread ends with its process. Linux ends the child with the thread that started it.
+    tied = threading.current_thread() is threading.main_thread()
     try:
         child = subprocess.Popen(
             # -P: it must not import a pickle.py or a torch.py of the folder that it works in.
-            [sys.executable, "-P", program, str(write)],
+            [sys.executable, "-P", program, str(write), *[TIED] * tied],
             stdin=subprocess.PIPE,
             pass_fds=[write],
             start_new_session=True,  # a Ctrl-C is for the process that trains

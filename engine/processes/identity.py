@@ -2,7 +2,9 @@
 
 import functools
 import os
+import re
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 _PROC = Path("/proc")
@@ -24,6 +26,19 @@ def identity(pid: int) -> str:
         return f"{_machine()}:{pid}:{_state(pid)[1]}"
     except OSError:  # not Linux: nobody can tell whether this process is dead
         return f"{_this_process()}:{pid}"
+
+
+def find_pids(identities: Iterable[str]) -> list[int]:
+    """Return the numbers of the processes that may be alive on the machine of the first of them.
+
+    They are numbers of that machine, whichever it is. What is no identity is left out.
+    """
+    found = [re.fullmatch(r"(.+):([1-9][0-9]{0,9}):[0-9]+", one, re.DOTALL) for one in identities]
+    if not found or found[0] is None:
+        return []
+    machine = found[0][1]
+    there = [one for one in found if one is not None and one[1] == machine and not is_dead(one[0])]
+    return sorted({int(one[2]) for one in there} - {1})
 
 
 def is_dead(identity: str) -> bool:

@@ -1,4 +1,7 @@
-"""Stop early: a signal sets a flag, and all processes agree on the step to stop after."""
+"""Stop early: a signal sets a flag, and all processes agree on the step to stop after.
+
+The end of the torchrun that started a process counts as a signal.
+"""
 
 import contextlib
 import os
@@ -29,7 +32,10 @@ class Preemption:
     """
 
     def __init__(self, world: World, grace: float) -> None:
-        """Allow the process `grace` seconds after a signal; then it exits with status 1."""
+        """Allow the process `grace` seconds after a signal; then it exits.
+
+        The status is 1, and 0 when nothing was left to save.
+        """
         self._world, self._grace = world, grace
         self.told = threading.Event()  # set when a signal told this process to stop
         self._over = threading.Event()
@@ -38,6 +44,10 @@ class Preemption:
         self._waiting: Callable[[], Tensor] | None = None
         self._looked = 0.0
         self.reason = "another process"
+        self._saved = ""  # what is saved, once nothing is left to save
+        by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        self._launcher = os.getppid() if by_torchrun else None  # an orphan gets another parent
+        self._hearing = threading.Lock()
         self._stack = ExitStack()
         self._watch: threading.Thread | None = None  # ends the process after the grace
 
@@ -68,10 +78,21 @@ class Preemption:
         if not self._begun:
             self._begun = True
             self._begin()
+        self._look_for_launcher()
         if not self._world.distributed:
             return self.told.is_set()
         arrived, self._waiting = self._waiting, self._sum()
         return arrived is not None and bool(arrived())
+
+    def note_saved(self, saved: str) -> None:
+        """Note that nothing is left to save. What is left to do may then be left out.
+
+        A signal then ends the process with status 0 after the grace, if it has not ended before.
+
+        Args:
+            saved: Says what is saved, for the message.
+        """
+        self._saved = saved
 
     def looked_for(self) -> bool:
         """Return whether this process or another one was told to stop, without a collective.
@@ -79,10 +100,16 @@ class Preemption:
         Evaluations use it, because their loops differ in length between processes. The flags of
         other processes are read at most every half second.
         """
+        self._look_for_launcher()
         if self._world.distributed and time.monotonic() - self._looked > POLL:
             self._looked = time.monotonic()
             self._elsewhere = self._elsewhere or shared_store().check([STOP])
         return self.told.is_set() or self._elsewhere
+
+    @property
+    def told_alone(self) -> bool:
+        """Return whether this process was told to stop, and there is no other to agree with."""
+        return self.told.is_set() and self._world.size == 1
 
     @property
     def only_elsewhere(self) -> bool:
@@ -109,28 +136,43 @@ class Preemption:
 
     def _listen(self, read: int) -> None:
         while told := os.read(read, 1):
-            if told[0] not in SIGNALS or self.told.is_set():  # all handled signals arrive here
+            if told[0] not in SIGNALS:  # all handled signals arrive here
                 continue
-            self.reason = signal.Signals(told[0]).name
-            self.told.set()
-            self._watch = threading.Thread(target=self._end, name="grace", daemon=True)
-            self._watch.start()
-            if self._world.distributed:
+            if self._hear(signal.Signals(told[0]).name) and self._world.distributed:
                 # The store may have ended with its host. The next step sends the flag anyway.
                 with contextlib.suppress(RuntimeError, ValueError):
                     shared_store().set(STOP, "1")
         os.close(read)
 
+    def _look_for_launcher(self) -> None:
+        """Stop as after a signal when torchrun was killed, which leaves its processes behind."""
+        if self._launcher is not None and os.getppid() != self._launcher:
+            self._hear("the end of its torchrun")
+
+    def _hear(self, reason: str) -> bool:
+        """Set the flag and begin the grace. Return False when that was done already."""
+        with self._hearing:
+            if self.told.is_set():
+                return False
+            self.reason = reason
+            self.told.set()
+            self._watch = threading.Thread(target=self._end, name="grace", daemon=True)
+            self._watch.start()
+        return True
+
     def _end(self) -> None:
         if self._over.wait(self._grace):
             return
+        saved, within = self._saved, f"within {self._grace:g} s (checkpoint.grace of a training)"
         text = (
-            f"error: {self.reason}: the state was not saved within {self._grace:g} s "
-            "(checkpoint.grace of a training): the same command continues from the last saved one\n"
+            f"error: {self.reason}: the state was not saved {within}: "
+            "the same command continues from the last saved one\n"
         )
+        if saved:
+            text = f"{self.reason}: {saved}; what was left to do did not end {within}\n"
         sys.stderr.write(text)
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(0 if saved else 1)
 
 
 def _nothing(_number: int, _frame: FrameType | None) -> None:

@@ -1,5 +1,6 @@
 """Write RUN/report.html, at the end of a training and whenever somebody asks for it."""
 
+import threading
 from collections.abc import Callable, Sequence
 
 from engine.log.patience import try_for
@@ -39,13 +40,19 @@ def write_report(run: str, others: Sequence[str] = (), out: str = "", *, left: b
     return url
 
 
-def write_at_end(run: str, main: bool, say: Callable[[str], None], news: bool = True) -> None:
+def write_at_end(
+    run: str,
+    main: bool,
+    say: Callable[[str], None],
+    news: bool = True,
+    leave: threading.Event | None = None,
+) -> None:
     """Write the report of a training that has ended, and say where it is.
 
     Without `news` of the training it stays as it is, unless there are evaluations that it lacks.
     Only the first process, for which `main` is True, does anything. The training is saved already,
     so a report that fails, or that takes long because a store does not answer, is reported in one
-    line and is never fatal.
+    line and is never fatal. So is one that nobody waits for any more, because `leave` is set.
     """
     if not main:
         return
@@ -56,7 +63,7 @@ def write_at_end(run: str, main: bool, say: Callable[[str], None], news: bool = 
         stays = not news and _is_current(run)
         told.append(files.redact(url if stays else write_report(run, left=True)))
 
-    fault = try_for(PATIENCE, write)
+    fault = try_for(PATIENCE, write, leave)
     say(f"{layout.REPORT} was not written: {fault}" if fault else f"report        {told[0]}")
 
 

@@ -26,7 +26,7 @@ from typing import Annotated, NamedTuple
 
 from annotated_types import Interval, MaxLen
 
-from engine.processes.identity import identity, is_dead
+from engine.processes.identity import find_pids, identity, is_dead
 from engine.state import layout
 from engine.state.layout import LEASE, NAMES
 from shards.documents import Natural, build, parse_json
@@ -35,7 +35,7 @@ from shards.storage import exclusive, files, local_files
 from shards.storage.entries import list_entries
 
 PERIOD = 10.0  # seconds between two beats
-LONGEST_PERIOD = 3600.0  # seconds; a file with a longer period counts as damaged
+LONGEST_PERIOD = 3 * PERIOD  # seconds; nobody writes a longer one, and such a file is damaged
 RELEASE_TIMEOUT = 15.0  # seconds that a release waits for storage
 _POLLS = 5  # looks at a watched lease in each period
 
@@ -288,10 +288,12 @@ def _watch(run: str, first: _Record, report: Callable[[str], None]) -> _Record |
 
 
 def _in_use(run: str, holder: _Record | None) -> InputError:
-    host = holder.host if holder else _Record.host
+    holder = holder or _Record(0)
+    pids = " ".join(map(str, find_pids((holder.process, *holder.agents))))
+    how = f" (there: kill -TERM {pids}, after which it saves and ends)" if pids else ""
     return InputError(
-        f"{files.redact(run)} is in use by another job on {host} (its lease changes): "
-        "stop that job, or give another --run-url"
+        f"{files.redact(run)} is in use by another job on {holder.host} (its lease changes): "
+        f"stop that job{how}, or give another --run-url"
     )
 
 

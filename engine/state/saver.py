@@ -49,7 +49,9 @@ class Saver:
         self._cause, self._lost = "", 0  # of the last failure; saves that failed in a row
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._running: Future[bool] | None = None
-        self._committed, self._step = True, 0
+        self._committed = True
+        self.step = 0
+        """The step that `save` was called for last, or 0."""
         self._device = world.device
         self._copy: State | None = None
 
@@ -64,7 +66,7 @@ class Saver:
                 together. It raises OSError on all processes when it fails.
         """
         self.wait()
-        self._step = step
+        self.step = step
         self._running = self._thread.submit(self._write, step, self._stage(state), write)
         if not self._background:
             self.wait()
@@ -82,7 +84,7 @@ class Saver:
             goes_on = f"continues from {self._saved}" if self._saved else "begins anew"
             why = "" if self._saved else ", because no checkpoint was saved"
             raise OSError(
-                f"the state of step {self._step} could not be saved, see above: mend that, and the "
+                f"the state of step {self.step} could not be saved, see above: mend that, and the "
                 f"same command {goes_on}{why}"
             )
 

@@ -25,6 +25,9 @@ _MENDS = {  # The keys are error codes of S3 answers and names of botocore excep
     "NoCredentialsError": f"{_CREDENTIALS}, or FSSPEC_S3_ANON=true for a public bucket",
     "PartialCredentialsError": _CREDENTIALS,
     "ProfileNotFound": "correct AWS_PROFILE",
+    **dict.fromkeys(
+        ("ReadTimeoutError", "ConnectTimeoutError"), "the store does not answer: is it overloaded?"
+    ),
     "EndpointConnectionError": "is AWS_ENDPOINT_URL right, and does a server answer there?",
     "SSOTokenLoadError": _LOGIN,
     "UnauthorizedSSOTokenError": _LOGIN,
@@ -53,6 +56,8 @@ _PAGE = (
     "no store answers there, but a web page, as of a proxy or of a network's login: is "
     "AWS_ENDPOINT_URL right, and is NO_PROXY set where it has to be?"
 )
+_NO_TLS = "the server there speaks plain HTTP: begin AWS_ENDPOINT_URL with http://, not https://"
+_NO_ENDPOINT = "the endpoint_url that is set is no URL: it has to begin with http:// or https://"
 _NO_CHECKSUMS = f"this store does not know the checksums in requests: set {_CHECKSUMS}"
 _WITH_CHECKSUMS = ("PutObject", "UploadPart")  # requests whose body goes with a checksum
 _FULL = "the store is full or its quota is used up: remove something there, or get more space"
@@ -62,6 +67,7 @@ _FULL = "the store is full or its quota is used up: remove something there, or g
 _ABOUT_CHECKSUMS = re.compile(
     r"x-amz-(sdk-)?checksum|x-amz-trailer|aws-chunked|streaming-(unsigned|aws4)", re.IGNORECASE
 )
+_ABOUT_NO_TLS = re.compile(r"WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|HTTP_REQUEST")
 _ABOUT_CONDITIONS = re.compile(r"if-?none-?match|condition", re.IGNORECASE)
 _ABOUT_SPACE = re.compile(
     r"quota|storage ?(is )?full|insufficient ?storage|(storage|transaction) cap|no space|"
@@ -221,6 +227,10 @@ def _without_answer(error: Exception, url: str, kind: type[OSError]) -> Failure:
         text, brief = f"{_PAGE} ({text[:80]})", True
     elif (unknown := _unknown_host(error)) is not None:
         text, hopeless = f"{text}: {unknown.strerror}: correct AWS_ENDPOINT_URL", True
+    elif _ABOUT_NO_TLS.search(text):
+        text, hopeless = f"{_NO_TLS} ({text})", True
+    elif text.startswith("Invalid endpoint"):  # it may hold a password
+        text, hopeless = _NO_ENDPOINT, True
     elif "CERTIFICATE_VERIFY_FAILED" in text:
         text, hopeless = f"{text}: set AWS_CA_BUNDLE to the certificates to trust", True
     elif "BotoCoreError" in names:

@@ -132,6 +132,16 @@ def check(url: str, name: str) -> None:
         raise InputError(f"{name} {redact(url)}: {text}")
 
 
+def is_root(url: str) -> bool:
+    """Return whether a URL names a whole disk, bucket or server, and no folder there."""
+    if is_local(url):
+        return os.path.realpath(local_path(url)) == os.path.sep
+    scheme, _, place = url.partition("://")
+    # The name of an access point has a slash of its own, and memory has no buckets.
+    root = re.fullmatch(r"(arn:[^/]*:accesspoint/[^/]+|[^/]*)/*", place)
+    return scheme != "memory" and root is not None
+
+
 def check_folder(url: str, name: str) -> None:
     """Raise InputError when a local folder to write cannot be one, because a file is in its place.
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from shards.storage import outages
 from shards.storage.failures import explain
 from shards.storage.local_files import is_local, tell_obstacle
 from shards.storage.redaction import redact
@@ -52,6 +53,8 @@ def retry(url: str, call: Callable[[], _T]) -> _T:
             if last:
                 tries = f"gave up after {attempt} tries in {spent:.0f} s"
                 raise kind(f"{redact(url)}: {tries}: {failure.reason}") from None
+            if not is_local(url):
+                outages.note(url, failure.reason, spent, TRY_FOR)
         pause(attempt)
     raise AssertionError("unreachable")
 

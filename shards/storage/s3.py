@@ -6,6 +6,8 @@ finds those that a role, a profile or another program has renewed.
 """
 
 import functools
+import os
+import re
 from typing import Any
 
 import fsspec
@@ -22,6 +24,7 @@ from shards.storage.redaction import redact, user_info
 
 CONNECTIONS = 64  # All threads of a process share this many connections to a store.
 
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")  # The first one that is set counts.
 _SILENT = {400, 403, 405, 501}  # A HEAD that is refused with one of these may hide a reason.
 
 # An answer of S3 has one of these fields. Nothing is stored or read by other requests.
@@ -42,7 +45,8 @@ def open_s3(url: str) -> tuple[Any, str]:
 
     botocore sends a request five times, and s3fs repeats that five times, and twice as often for
     reads. Together with this package's `retry`, a dead server would be reported only after an hour.
-    Raises InputError for a URL that holds credentials or no valid name.
+    Raises InputError for a URL that holds credentials or no valid name, and for an endpoint that
+    holds credentials or is no URL.
     """
     if user_info(url):
         raise InputError(
@@ -52,6 +56,7 @@ def open_s3(url: str) -> tuple[Any, str]:
     if "?versionId=" in url or "\0" in url or not _is_unicode(url):
         place = ascii(redact(url))[1:-1]
         raise InputError(f"{place}: no name on S3, where names are UTF-8 without ?versionId=")
+    _check_endpoint()
     once = {"mode": "standard", "total_max_attempts": 1}
     try:
         kind = _filesystem_class()
@@ -64,6 +69,26 @@ def open_s3(url: str) -> tuple[Any, str]:
     filesystem.retries = 1
     filesystem.max_concurrency = 1  # Otherwise every read of a whole object begins with a HEAD.
     return filesystem, kind._strip_protocol(url)
+
+
+def _check_endpoint() -> None:
+    """Raise InputError, without the value, for a variable of the endpoint that cannot be used."""
+    if os.environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
+        return
+    name = next((name for name in _ENDPOINTS if os.environ.get(name)), None)
+    if name is None:
+        return
+    found = re.match(r"https?://[^/?#]", os.environ[name], re.IGNORECASE)
+    if "@" in os.environ[name]:
+        raise InputError(
+            f"{name} holds credentials, which are not read from there: take out what stands "
+            "before the @ and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    if not found:
+        raise InputError(
+            f"{name} is no URL: it has to begin with http:// or https://, as in {name}="
+            "https://HOST:PORT"
+        )
 
 
 def _is_unicode(url: str) -> bool:

@@ -34,6 +34,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("engine.beginning",),
     ("engine.trainer",),
     ("engine.measuring", "engine.divergence"),
+    ("engine.waiting",),
     ("engine.fit", "engine.debug", "engine.notebook", "engine.explain", "engine.replay"),
     ("recipes",),
     ("launch",),

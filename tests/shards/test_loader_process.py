@@ -77,6 +77,31 @@ def assert_ends(process: int) -> None:
     assert not is_alive(process)
 
 
+@contextmanager
+def killed_parent(index: Index) -> Iterator[int]:
+    """Start a process that trains, give the number of the one that loads, and kill the first."""
+    given = pickle.dumps((Order(index, SEED, 4, 16), VIEWS, DataConfig(train=index.url)))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert parent.stdin is not None
+    assert parent.stdout is not None
+    try:
+        with parent.stdin as stdin:
+            stdin.write(given)
+        process = int(parent.stdout.readline())
+        assert is_alive(process)
+        time.sleep(0.2)  # it asks the system for its end first of all
+        yield process
+    finally:
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+
+
 def describe(batch: Batch) -> list[Any]:
     """Return all that a batch is, as plain values."""
     tensors = [batch.views, batch.params, batch.labels]
@@ -302,24 +327,8 @@ def test_the_process_ends_when_training_is_killed(packed: Index, stuck: bool) ->
     silent = socket.create_server(("127.0.0.1", 0))
     if stuck:
         packed = replace(packed, base=f"http://127.0.0.1:{silent.getsockname()[1]}/shards")
-    given = pickle.dumps((Order(packed, SEED, 4, 16), VIEWS, DataConfig(train=packed.url)))
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    assert parent.stdin is not None
-    assert parent.stdout is not None
-    try:
-        with parent.stdin as stdin:
-            stdin.write(given)
-        process = int(parent.stdout.readline())
-        assert is_alive(process)
-    finally:
-        parent.kill()
-        parent.wait()
-        parent.stdout.close()
+    with killed_parent(packed) as process:
+        pass
     assert_ends(process)
     silent.close()
 

@@ -117,7 +117,7 @@ def make_targets() -> dict[str, Target]:
     synthetic.write(data, 20, 16, seed=0)
     commit = checkpoint.save(run, 1, {"a": torch.ones(3, 2)}, {"seed": 0}, "digest", ALONE)
     metadata = files.read(f"{commit.url}/.metadata")
-    held = lease.acquire(f"{HOME}/held", ["a:1:2:3"], 3600, _ignore)
+    held = lease.acquire(f"{HOME}/held", ["a:1:2:3"], lease.LONGEST_PERIOD, _ignore)
     held.release()
     result = json.dumps({"metrics": {"top1": 0.5}, "table": [{"a": "b", "top-1": 0.5}]}).encode()
     lines = b"".join(b'{"step": %d, "loss": 0.5, "data_digest": "a"}\n' % i for i in range(3))

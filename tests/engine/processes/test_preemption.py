@@ -12,15 +12,18 @@ from typing import Any
 
 import pytest
 
+from engine import fit
+from engine.log import patience
 from engine.log.journal import read
 from engine.processes.preemption import SIGNALS
 from engine.recipe import Recipe
+from engine.report import report
 from engine.state.checkpoint import CheckpointConfig
 from engine.trainer import Trainer
 from shards.loader import DataConfig
 from tests.engine.test_trainer import comparable
 from tests.helpers import tiny
-from tests.helpers.jobs import Agent, ended, small, until
+from tests.helpers.jobs import Agent, ended, environment_of, small, until
 from tests.helpers.places import ROOT
 from tests.helpers.processes import FORKED
 from tests.helpers.ranks import Ranks
@@ -218,6 +221,26 @@ def test_nohup_does_not_make_torchruns_workers_deaf(tiny_data: DataConfig, tmp_p
     assert (run / "checkpoints" / f"step_{last:08d}" / "commit.json").exists()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_end_of_torchrun_saves_and_ends(
+    tiny_data: DataConfig, tmp_path: Path, processes: int
+) -> None:
+    """It was killed, so that it told nobody."""
+    data, run = str(Path(tiny_data.train).parent), tmp_path / "run"
+    agent = Agent(small(data, str(run)), tmp_path / "output", processes=processes)
+    with ended(agent):
+        until(lambda: agent.step() > 3)
+        workers = agent.workers()
+        assert len(workers) == processes
+        agent.process.kill()
+        agent.wait()
+        until(lambda: not any(any(environment_of(pid)) for pid in workers))
+    last = read(str(run))[-1]["step"]
+    assert f"stopped after step {last} by the end of its torchrun" in agent.text()
+    assert (run / "checkpoints" / f"step_{last:08d}" / "commit.json").exists()
+    assert _is_released(run)
+
+
 def _is_released(run: Path) -> bool:
     return '"released": true' in max((run / "lease").glob("*.json")).read_text()
 
@@ -247,6 +270,66 @@ def test_no_end_of_the_step_within_the_grace(tiny_data: DataConfig, tmp_path: Pa
     assert process.exitcode == 1
     told = output.read_text().splitlines()[-1]
     assert told.startswith("error: SIGTERM: the state was not saved within 0.5 s (checkpoint.grace")
+
+
+@pytest.mark.parametrize("what", ["sheet", "report"])
+def test_a_signal_in_the_farewell_leaves_it(
+    tiny_data: DataConfig,
+    tmp_path: Path,
+    what: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All is saved by then, so that the rest is not worth a wait."""
+    gate = threading.Event()
+
+    def wait(*_: object, **__: object) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        gate.wait(60)
+        return ""
+
+    trainer = open_trainer(tiny.recipe(tiny_data, tmp_path, steps=5))
+    assert trainer.probe is not None
+    if what == "sheet":
+        monkeypatch.setattr(trainer.probe, "draw_examples", wait)
+    else:
+        monkeypatch.setattr(report, "write_report", wait)
+    begun = time.monotonic()
+    assert finish(trainer)
+    assert time.monotonic() - begun < 20
+    assert patience.is_trying()
+    gate.set()
+    until(lambda: not patience.is_trying())
+    told = capsys.readouterr().out
+    assert "a signal came first" in told
+    assert "SIGTERM came when all was saved: python launch/evaluate.py report " in told
+    assert not (tmp_path / "report.html").exists()
+    assert (tmp_path / "checkpoints" / "step_00000005" / "commit.json").exists()
+
+
+def hang_at_the_end(data: DataConfig, run: str, output: Path) -> None:
+    """In a process of its own, which writes its errors to `output`: a store hangs at the end."""
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 2)
+
+    def wait(trainer: Trainer) -> None:
+        assert trainer.step == 3
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+
+    fit._tell_best = wait
+    soon = CheckpointConfig(grace=0.5)
+    recipe = tiny.recipe(data, run, steps=3, probe=tiny.NO_PROBE, checkpoint=soon)
+    finish(open_trainer(recipe))
+
+
+def test_a_store_that_hangs_when_all_is_saved(tiny_data: DataConfig, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    process = FORKED.Process(target=hang_at_the_end, args=(tiny_data, str(tmp_path), output))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    told = output.read_text().splitlines()[-1]
+    assert told.startswith("SIGTERM: the state of step 3 is saved; what was left to do did not end")
 
 
 def test_before_the_first_step_a_signal_ends_at_once(tiny_data: DataConfig, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ SOUND = json.dumps(
     {"owner": "a", "host": "far", "process": "far:1:2:3", "agents": [], "period": 1.0, "beat": 1}
     | {"released": False}
 )
-NEVER = 3600.0  # a period in which no beat comes
+NEVER = lease_module.LONGEST_PERIOD  # no beat comes in so short a test
 
 
 @pytest.fixture
@@ -69,10 +69,10 @@ def test_take_beat_release_and_take_again(store: str, jobs: Jobs) -> None:
 
 def test_a_job_that_was_frozen_looks_before_it_goes_on(jobs: Jobs, store: str) -> None:
     """No beat was due for longer than two periods, so the next check reads the storage."""
-    lease = jobs.acquire(store, "a", period=60)
+    lease = jobs.acquire(store, "a", period=NEVER)
     leave(store, 2)
     lease.check()  # nothing has told it yet
-    lease._beaten -= 121
+    lease._beaten -= 2 * NEVER + 1
     with pytest.raises(InputError, match=r"was taken over by another job \(far\)"):
         lease.check()
 
@@ -117,8 +117,8 @@ def test_a_living_job_keeps_its_run(run: str, jobs: Jobs) -> None:
         jobs.acquire(run, "b")
     host = read(run, 1)["host"]
     assert str(error.value) == (
-        f"{run} is in use by another job on {host} (its lease changes): "
-        "stop that job, or give another --run-url"
+        f"{run} is in use by another job on {host} (its lease changes): stop that job (there: "
+        f"kill -TERM {os.getpid()}, after which it saves and ends), or give another --run-url"
     )
     assert jobs.reports == [f"{run}/lease: held by {host}; watching for 1 s whether it is alive"]
     there.confirm()
@@ -173,13 +173,14 @@ def test_what_may_happen_in_a_watch(
         *("", "{", "[]", '{"beat": 3}', '{"agents": null}', '{"period": -1}', "[" * 100_000),
         SOUND.replace("1.0", "NaN"),
         SOUND.replace("1.0", "1e400"),
+        SOUND.replace("1.0", "3600"),
         SOUND.replace("[]", '"a"'),
         SOUND.replace('"far"', "3"),
         SOUND.replace("far", "x" * 10**4),
         SOUND.replace("false", "0"),
         SOUND.replace('"beat": 1', '"beat": -1'),
     ],
-    ids=range(14),
+    ids=range(15),
 )
 def test_a_damaged_lease_is_watched(
     run: str, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, content: str
@@ -189,6 +190,7 @@ def test_a_damaged_lease_is_watched(
     monkeypatch.setattr(lease_module, "time", clock)
     with pytest.raises(InputError, match="an unknown host"):
         jobs.acquire(run, "b")
+    assert jobs.reports[0].endswith("watching for 20 s whether it is alive")
     jobs.acquire(run, "b").confirm()
     assert numbers(run) == [2]
 

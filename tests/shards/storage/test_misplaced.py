@@ -114,10 +114,30 @@ def test_runs(url: str, folder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["runs/checkpoints", "s3://b/r.json5", "step_00000004", "tar", "a::b"]
+    "url",
+    [
+        *("runs/checkpoints", "s3://b/r.json5", "step_00000004", "tar", "a::b", "/a", "."),
+        *("s3://b/runs", "s3://arn:aws:s3:eu:1:accesspoint/door/run", "memory://run"),
+    ],
 )
 def test_other_names_of_runs(url: str) -> None:
     layout.check_run(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("s3://b//", "s3://b//: is a whole bucket, .* such as s3://b/runs/mine$"),
+        ("s3://b", "s3://b: is a whole bucket, .*: give a folder there, such as s3://b/runs/mine$"),
+        ("gs://b", "gs://b: is a whole bucket, .* such as gs://b/runs/mine$"),
+        ("s3://arn:aws:s3:eu:1:accesspoint/door", "s3://arn:.*: is a whole bucket"),
+        ("/", "/: is a whole disk, where .*: give a folder there, such as /runs/mine$"),
+        ("/tmp/..", "/tmp/..: is a whole disk"),
+    ],
+)
+def test_a_run_at_a_root(url: str, told: str) -> None:
+    with pytest.raises(InputError, match=f"^run {told}"):
+        tiny.recipe(DataConfig(train="set"), url, probe=tiny.NO_PROBE).check()
 
 
 @pytest.mark.parametrize(
