@@ -41,7 +41,7 @@ READERS = {"mine.py", "photos.npz", "features-00000.npz"}
 OTHERS = {"--help", "--logdir", "--from-env-file", "--signal", "--field.name"}
 OTHERS |= {"--shutdown-timeout"}  # torchrun of torch 2.11 has none
 OTHERS |= {"--no-build-isolation"}  # of pip
-OTHERS |= {"--repo-type", "--local-dir"}  # of huggingface-cli
+OTHERS |= {"--repo-type", "--local-dir"}  # of hf, the command of the Hugging Face Hub
 KINDS = {"--optimizer", "--model.encoder"}  # a recipe file chooses them; they are no options
 OPTION = re.compile(r"(?<![\w-])--[a-z](?:[\w.-]*\w)?")
 
