@@ -4,6 +4,7 @@ Each part has a record of its rows, which is written after it. So a call that wa
 with the parts that are missing. An index, which is written last, describes the whole.
 """
 
+import difflib
 import json
 import re
 from collections.abc import Callable
@@ -82,6 +83,12 @@ def choose_output(url: str, format: Format | None) -> Output:
     named = next((one for one in feature_files.FORMATS if stem and one == suffix.lower()), None)
     if named and format not in (None, named):
         raise InputError(f"OUT {files.redact(url)} and --format {format} differ: leave one out")
+    near = difflib.get_close_matches(suffix.lower(), feature_files.FORMATS, n=1, cutoff=0.7)
+    if stem and near and not named and not files.exists(url):
+        raise InputError(
+            f"OUT {files.redact(url)}: .{suffix} is no format: did you mean .{near[0]}? A folder "
+            "has another name"
+        )
     chosen = named or format or "npz"
     feature_files.check_format(chosen)
     files.check_folder(misplaced.folder_of(url) if named else url, "OUT")

@@ -297,6 +297,8 @@ def test_other_features_are_refused(
         ([run, tiny_data.val, f"{tmp_path}/other.npz"], "holds something else (no features)"),
         ([run, tiny_data.val, out, "--format", "npy"], "--format npy differ"),
         ([run, tiny_data.val, ""], "OUT must be the URL"),
+        ([run, tiny_data.val, f"{tmp_path}/o.np"], ".np is no format: did you mean .npz? A folder"),
+        ([run, tiny_data.val, f"{tmp_path}/o.Parquett"], "did you mean .parquet?"),
         ([run, "", out], "DATA is empty"),
         ([run, f"{tmp_path}/nothing", out], "DATA {tmp}/nothing: no such folder"),
         ([run, run, f"{tmp_path}/x.npz"], "no images there"),
