@@ -13,6 +13,7 @@ from shards import index as indexes
 from shards.device_crops import check_device
 from shards.errors import InputError
 from shards.index import Index
+from shards.loader import Assignment
 from shards.loader_process import Loader, open_loader
 from shards.making import synthetic
 from shards.matching import check_same_classes, compare_windows
@@ -147,17 +148,10 @@ def train_batches(
     report: Callable[[str], None],
 ) -> Loader:
     """Load this process's rows of every batch from step `start` on."""
-    return open_loader(
-        order,
-        rank_streams(recipe.data.streams, world.rank, world.size),
-        recipe.views,
-        recipe.data,
-        micro=recipe.batch.micro,
-        start=start,
-        threads=threads,
-        device=world.device,
-        report=report,
-    )
+    streams = rank_streams(recipe.data.streams, world.rank, world.size)
+    micro = recipe.batch.micro
+    assignment = Assignment(order, streams, recipe.views, recipe.data, threads, micro, start)
+    return open_loader(assignment, world.device, report)
 
 
 def _draw(recipe: Recipe, report: Callable[[str], None]) -> None:

@@ -11,6 +11,7 @@ from engine.measuring import peak_memory
 from engine.processes import compiling
 from engine.state import checkpoint, layout
 from engine.trainer import StepOutput, Trainer
+from shards.loader_process import Loader
 from shards.storage import files
 
 _T = TypeVar("_T")
@@ -72,14 +73,19 @@ def debug_step(trainer: Trainer) -> None:
             files.discard(url, url, trainer.terminal.report)
     for note in trainer.probe.sets.notes if trainer.probe else ():
         trainer.terminal.say(note)
+    table.caption = _sum_up(trainer, data)
+    trainer.terminal.console.print(table)
+
+
+def _sum_up(trainer: Trainer, data: Loader) -> str:
     parameters = sum(p.numel() for p in trainer.online.parameters())
-    table.caption = (
+    blocks = data.assignment.block_memory
+    return (
         f"{trainer.device}, {trainer.recipe.precision}, {parameters / 1e6:.1f} M parameters, "
         f"{trainer.total_steps} steps of {trainer.recipe.batch.size} images in the whole run\n"
-        f"memory: {_memory(trainer.device)}, blocks at most {data.block_memory / 2**20:,.0f} MiB; "
+        f"memory: {_memory(trainer.device)}, blocks at most {blocks / 2**20:,.0f} MiB; "
         f"undecodable samples: {data.undecodable}"
     )
-    trainer.terminal.console.print(table)
 
 
 def _announce(trainer: Trainer) -> None:

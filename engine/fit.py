@@ -66,7 +66,7 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> tuple[b
         _open_saver(trainer) as saver,
         Meter(trainer) as meter,
     ):
-        _greet(trainer, data.block_memory)
+        _greet(trainer, data.assignment.block_memory)
         best = trainer.run.find_best(first)
         best.note(first, _catch_up(trainer, log))
         lengths = trainer.warmup_steps, trainer.total_steps

@@ -27,7 +27,6 @@ from shards.device_crops import DeviceCrops
 from shards.dimensions import MOST_PIXELS
 from shards.errors import InputError
 from shards.fields import Operation, UnitInterval
-from shards.index import Index
 from shards.order import Order
 from shards.reader import BlockReader, Fetches, StreamReader
 from shards.samples import Block
@@ -130,18 +129,37 @@ def allocate(rows: int, views: ViewsConfig, pin_memory: bool) -> Batch:
     return Batch(pixels.permute(0, 1, 4, 2, 3), params, ids, labels, crcs)
 
 
-def estimate_block_memory(index: Index, streams: int, prefetch: int) -> int:
-    """Estimate the most block bytes held at once: streams x block x (1 + prefetch).
+class Assignment(NamedTuple):
+    """The batches that one process makes. Whichever process makes them, they are the same."""
 
-    The block is the largest one of the first shard that has any.
-    """
-    first = next(i for i, shard in enumerate(index.shards) if shard.samples)
-    ranges = (index.block_range(first, block) for block in range(len(index.blocks(first))))
-    return streams * max(stop - start for start, stop in ranges) * (1 + prefetch)
+    order: Order
+    streams: range  # of the order's streams, those that make up the process's rows
+    views: ViewsConfig
+    config: DataConfig
+    threads: int  # that decode, at most; see `count_useful`
+    micro: int = 1  # equal slices that a batch is cut into; see `TrainLoader._plan`
+    start: int = 0  # the step of the first batch
+
+    @property
+    def rows(self) -> int:
+        """Return the number of rows of a batch."""
+        return self.order.rows * len(self.streams)
+
+    @property
+    def block_memory(self) -> int:
+        """Estimate the most block bytes held at once: streams x block x (1 + prefetch).
+
+        The block is the largest one of the first shard that has any.
+        """
+        index = self.order.index
+        first = next(i for i, shard in enumerate(index.shards) if shard.samples)
+        ranges = (index.block_range(first, block) for block in range(len(index.blocks(first))))
+        largest = max(stop - start for start, stop in ranges)
+        return len(self.streams) * largest * (1 + self.config.prefetch)
 
 
 class TrainLoader:
-    """Iterates without end over the batches of `streams`, from step `start` on.
+    """Iterates without end over the batches of an assignment.
 
     Threads start at the first batch, and `close` ends them. The iteration raises InputError when
     the data is at fault.
@@ -149,31 +167,23 @@ class TrainLoader:
 
     def __init__(
         self,
-        order: Order,
-        streams: range,
-        views: ViewsConfig,
-        config: DataConfig,
-        *,
-        micro: int,
-        start: int,
-        threads: int,
-        pin_memory: bool,
+        assignment: Assignment,
         report: Callable[[str], None],
+        *,
+        pin_memory: bool = False,
         device: torch.device | None = None,
         record: Record | None = None,
     ) -> None:
         """Build the pipeline.
 
         Args:
-            micro: Number of equal slices that a batch is cut into; see `_plan`.
-            start: Step of the first batch.
-            threads: Number of threads that decode, at most; see `count_useful`.
             report: Takes warnings, each of one line.
             device: The GPU that decodes, when the config says so.
             record: Takes the samples that cannot be decoded, when somebody else counts them.
         """
-        self.order, self.streams, self.views, self.config = order, streams, views, config
-        self.micro, self.start, self.pin_memory = micro, start, pin_memory
+        self.assignment, self.pin_memory = assignment, pin_memory
+        order, streams, views, config, threads, *_ = assignment
+        self.order, self.views = order, views
         remote = not files.is_local(order.index.folder)
         cache = None
         if remote and config.cache:
@@ -224,26 +234,20 @@ class TrainLoader:
         """The number of samples that could not be decoded so far."""
         return self.faults.count
 
-    @property
-    def block_memory(self) -> int:
-        """Estimate of the most block bytes that are held at once."""
-        return estimate_block_memory(self.order.index, len(self.streams), self.config.prefetch)
-
     def _plan(self) -> Iterator[Chunk | InputError]:
         """Yield the chunks of every batch. A fault of the data is yielded as a value.
 
         Rows are laid out by micro-batch: micro-batch m holds the m-th of M equal slices of every
         stream's rows. So the rows that share norm statistics do not depend on the world size.
         """
+        start, prefetch = self.assignment.start, self.assignment.config.prefetch
         try:
             fetches = Fetches(self.reader, self._pool)
             readers = {
-                s: StreamReader(
-                    self.order.stream_blocks(self.start, s), fetches, self.config.prefetch
-                )
-                for s in self.streams
+                s: StreamReader(self.order.stream_blocks(start, s), fetches, prefetch)
+                for s in self.assignment.streams
             }
-            step = self.start
+            step = start
             while not self._closed:
                 yield from self._plan_batch(step, readers)
                 step += 1
@@ -251,10 +255,11 @@ class TrainLoader:
             yield error
 
     def _plan_batch(self, step: int, readers: dict[int, StreamReader]) -> Iterator[Chunk]:
-        part = self.order.rows // self.micro  # rows of one stream in one micro-batch
+        streams = self.assignment.streams
+        part = self.order.rows // self.assignment.micro  # rows of one stream in one micro-batch
         pieces = []
-        ids = np.empty(self.order.rows * len(self.streams), np.int64)  # [B]
-        for position, stream in enumerate(self.streams):
+        ids = np.empty(self.assignment.rows, np.int64)  # [B]
+        for position, stream in enumerate(streams):
             used = 0
             for segment in self.order.batch_segments(step, stream):
                 first_id = int(segment.ids[0] - segment.rows[0])
@@ -263,7 +268,7 @@ class TrainLoader:
                 while taken < len(positions):
                     micro, inside = divmod(used, part)
                     count = min(CHUNK, part - inside, len(positions) - taken)
-                    row = (micro * len(self.streams) + position) * part + inside
+                    row = (micro * len(streams) + position) * part + inside
                     block = readers[stream].get(segment.shard, segment.block)
                     ids[row : row + count] = segment.ids[taken : taken + count]
                     pieces.append(Piece(row, block, first_id, positions[taken : taken + count]))
@@ -299,7 +304,7 @@ class TrainLoader:
                 _, height, width = image.shape
                 for rows, uniforms in zip(chunk.rows, crops, strict=True):
                     crop_into(rows[row], image, crop_box(uniforms, height, width, self.views))
-        if self.config.audit:
+        if self.assignment.config.audit:
             self._audit(chunk)
 
     def _decode_rows(

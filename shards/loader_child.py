@@ -61,10 +61,9 @@ def main(pipe: int) -> None:
 
     with suppress(BrokenPipeError):
         try:
-            given, options = pickle.loads(content)
-            torch.set_num_threads(max(1, options["threads"]))
-            loader = TrainLoader(*given, **options, pin_memory=False, report=report, record=record)
-            for batch in loader:
+            assignment = pickle.loads(content)
+            torch.set_num_threads(max(1, assignment.threads))
+            for batch in TrainLoader(assignment, report, record=record):
                 pixels = batch.views.permute(0, 1, 3, 4, 2)  # [V, B, S, S, 3], contiguous
                 small = batch.params.numpy(), batch.ids, batch.labels.numpy(), batch.crcs
                 with lock:

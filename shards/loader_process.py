@@ -30,10 +30,9 @@ from shards.ahead import Ahead
 from shards.corrupt import Faults
 from shards.decode_threads import count_processes
 from shards.errors import InputError
-from shards.loader import Batch, DataConfig, TrainLoader, allocate, estimate_block_memory
-from shards.order import Order, rank_streams
+from shards.loader import Assignment, Batch, DataConfig, TrainLoader, allocate
+from shards.order import rank_streams
 from shards.storage import files
-from shards.views import ViewsConfig
 
 AHEAD = 1  # batches that wait in this process, beside those that wait in the other one
 TIED = "tied"  # the argument that ends the other process with the thread that started it
@@ -54,30 +53,26 @@ class ProcessLoader:
 
     def __init__(
         self,
-        order: Order,
-        streams: range,
-        views: ViewsConfig,
-        config: DataConfig,
-        *,
-        micro: int,
-        start: int,
-        threads: int,
-        pin_memory: bool,
+        assignment: Assignment,
         report: Callable[[str], None],
+        *,
+        pin_memory: bool = False,
         processes: int = 1,
     ) -> None:
         """Start the processes. The other arguments are those of `TrainLoader`."""
-        self.order, self.streams, self.views = order, streams, views
-        self._prefetch, self._micro = config.prefetch, micro
+        self.assignment = assignment
         self._pin_memory, self._report = pin_memory, report
+        streams = assignment.streams
         self._parts = [rank_streams(len(streams), i, processes) for i in range(processes)]
         self._told: set[str] = set()
         self._awaited = 0  # the process that the next rows come from
-        self._faults = Faults(order.index.samples, config.corrupt, report)
-        options = {"micro": micro, "start": start, "threads": threads}
-        parts = [streams[part.start : part.stop] for part in self._parts]
-        packed = [_pack_arguments(((order, part, views, config), options)) for part in parts]
-        started = [_start_child() for _ in parts]
+        samples, corrupt = assignment.order.index.samples, assignment.config.corrupt
+        self._faults = Faults(samples, corrupt, report)
+        packed = [
+            _pack_arguments(assignment._replace(streams=streams[part.start : part.stop]))
+            for part in self._parts
+        ]
+        started = [_start_child() for _ in packed]
         self._children = [child for child, _ in started]
         for child, arguments in zip(self._children, packed, strict=True):
             _send_arguments(child, arguments)
@@ -107,7 +102,8 @@ class ProcessLoader:
         who = f"process {process} on {socket.gethostname()}, which loads them,"
         if _is_stopped(process):
             return f"{who} is stopped, and kill -CONT {process} lets it go on"
-        return f"{who} sends nothing: does {files.redact(self.order.index.folder)} answer?"
+        place = files.redact(self.assignment.order.index.folder)
+        return f"{who} sends nothing: does {place} answer?"
 
     def close(self) -> None:
         """End the processes, by SIGKILL when they do not answer; it ends stopped ones, too."""
@@ -127,18 +123,13 @@ class ProcessLoader:
         """The number of samples that could not be decoded so far."""
         return self._faults.count
 
-    @property
-    def block_memory(self) -> int:
-        """Estimate of the most block bytes that the processes hold; see `TrainLoader`."""
-        return estimate_block_memory(self.order.index, len(self.streams), self._prefetch)
-
     def _receive(self, pipes: list[FileIO]) -> Iterator[Batch | Exception]:
         """Yield the batches, and what ends them as a value."""
         with contextlib.ExitStack() as stack:
             for results in pipes:
                 stack.enter_context(results)
             while True:
-                batch = allocate(self.order.rows * len(self.streams), self.views, self._pin_memory)
+                batch = allocate(self.assignment.rows, self.assignment.views, self._pin_memory)
                 for number, results in enumerate(pipes):
                     self._awaited = number
                     try:
@@ -176,10 +167,12 @@ class ProcessLoader:
         The file has the views in the order [V, M, streams, rows of a stream in a micro-batch].
         """
 
+        micro, streams = self.assignment.micro, len(self.assignment.streams)
+
         def rows(values: Tensor | NDArray[Any], axis: int) -> Any:
             """Split the `axis` of B rows into [M, streams, ...], and take these streams."""
             before, after = values.shape[:axis], values.shape[axis + 1 :]
-            grid = values.reshape(*before, self._micro, len(self.streams), -1, *after)
+            grid = values.reshape(*before, micro, streams, -1, *after)
             return grid[(slice(None),) * (axis + 1) + (slice(part.start, part.stop),)]
 
         params, ids, labels, crcs = small
@@ -192,8 +185,8 @@ class ProcessLoader:
             place = rows(whole, axis)
             place[...] = own.reshape(place.shape)
         for view in rows(batch.views.permute(0, 1, 3, 4, 2), 1):
-            for micro in view:
-                _read_into(results, micro.numpy().data.cast("B"))
+            for micro_batch in view:
+                _read_into(results, micro_batch.numpy().data.cast("B"))
 
 
 Loader = TrainLoader | ProcessLoader
@@ -219,29 +212,19 @@ def loads_apart(config: DataConfig, url: str, cuda: bool) -> bool:
 
 
 def open_loader(
-    order: Order,
-    streams: range,
-    views: ViewsConfig,
-    config: DataConfig,
-    *,
-    micro: int,
-    start: int,
-    threads: int,
-    device: torch.device,
-    report: Callable[[str], None],
+    assignment: Assignment, device: torch.device, report: Callable[[str], None]
 ) -> Loader:
     """Open the loader of a training on `device`, in a process of its own where that is faster.
 
-    The arguments are those of `TrainLoader`. Raises InputError as `loads_apart` does.
+    Raises InputError as `loads_apart` does.
     """
+    order, streams, views, config, threads, *_ = assignment
     cuda = device.type == "cuda"
-    options: dict[str, Any] = {"micro": micro, "start": start, "threads": threads}
-    options |= {"pin_memory": cuda, "report": report}
     if loads_apart(config, order.index.folder, cuda):
         pixels = len(views.views) * views.size**2
         processes = count_processes(threads, order.index, pixels, len(streams))
-        return ProcessLoader(order, streams, views, config, **options, processes=processes)
-    return TrainLoader(order, streams, views, config, **options, device=device)
+        return ProcessLoader(assignment, report, pin_memory=cuda, processes=processes)
+    return TrainLoader(assignment, report, pin_memory=cuda, device=device)
 
 
 def _is_stopped(process: int) -> bool:

@@ -28,7 +28,7 @@ from engine.processes.world import World
 from engine.state import checkpoint
 from shards.errors import InputError
 from shards.index import Index
-from shards.loader import DataConfig
+from shards.loader import Assignment, DataConfig
 from shards.loader_process import open_loader
 from shards.order import Order, rank_streams
 from shards.philox import Domain, draw, uniform
@@ -290,22 +290,19 @@ def load_crops(evaluation: Evaluation, index: Index, batch: int, seed: int, held
             f"--batch {batch} can be shared out to {streams} processes at most, not {world.size}: "
             f"give a multiple of {STREAMS}"
         )
-    order, rules = Order(index, seed, streams, batch), evaluation.rules
+    rules = evaluation.rules
+    assignment = Assignment(
+        Order(index, seed, streams, batch),
+        rank_streams(streams, world.rank, world.size),
+        crop_and_flip(evaluation.source.size),
+        DataConfig(corrupt=evaluation.corrupt, max_pixels=rules.max_pixels, exif=rules.exif),
+        evaluation.threads,
+    )
     copies = Copies(device)
 
     def batches(start: int) -> Generator[Examples, None, None]:
-        loader = open_loader(
-            order,
-            rank_streams(streams, world.rank, world.size),
-            crop_and_flip(evaluation.source.size),
-            DataConfig(corrupt=evaluation.corrupt, max_pixels=rules.max_pixels, exif=rules.exif),
-            micro=1,
-            start=start,
-            threads=evaluation.threads,
-            device=device,
-            report=evaluation.terminal.report,
-        )
-        with closing(loader):
+        from_start = assignment._replace(start=start)
+        with closing(open_loader(from_start, device, evaluation.terminal.report)) as loader:
             for rows in loader:
                 labels = mask_held_out(rows.labels, rows.ids, held)
                 known = int((labels >= 0).sum())

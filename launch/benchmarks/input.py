@@ -34,7 +34,7 @@ from launch.benchmarks.results import Report, Row, check_out, ratio, speeds
 from shards import index as indexes
 from shards.errors import InputError
 from shards.index import Index
-from shards.loader import DataConfig, TrainLoader
+from shards.loader import Assignment, DataConfig, TrainLoader
 from shards.making import pack, scan
 from shards.making.tars import find_tars
 from shards.order import Order, rank_streams
@@ -190,17 +190,9 @@ def _steady(batches: Iterator[object], warm: int, count: int, size: int) -> Cost
 
 
 def _ours(order: Order, views: ViewsConfig, threads: int) -> TrainLoader:
-    return TrainLoader(
-        order,
-        rank_streams(order.streams, rank=0, world=1),
-        views,
-        DataConfig(),
-        micro=1,
-        start=0,
-        threads=threads,
-        pin_memory=CUDA,
-        report=partial(print, file=sys.stderr),
-    )
+    streams = rank_streams(order.streams, rank=0, world=1)
+    assignment = Assignment(order, streams, views, DataConfig(), threads)
+    return TrainLoader(assignment, partial(print, file=sys.stderr), pin_memory=CUDA)
 
 
 def _device_batch(order: Order, views: ViewsConfig, device: torch.device) -> tuple[Tensor, Tensor]:

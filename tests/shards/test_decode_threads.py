@@ -12,7 +12,7 @@ from shards import device_crops
 from shards.center_crops import CropReader
 from shards.decode_threads import count_processes, count_useful
 from shards.index import Index, Shard
-from shards.loader import DataConfig, TrainLoader
+from shards.loader import Assignment, DataConfig, TrainLoader
 from shards.order import Order
 from shards.views import ViewsConfig
 from tests.conftest import PackFiles, draw_photo
@@ -54,15 +54,8 @@ def pack(pack_files: PackFiles, folder: Path, more: int) -> Index:
 
 def train(index: Index, config: DataConfig = CPU) -> None:
     loader = TrainLoader(
-        Order(index, 0, 4, 64),
-        range(4),
-        ViewsConfig(size=32),
-        config,
-        micro=1,
-        start=0,
-        threads=THREADS,
-        pin_memory=False,
-        report=print,
+        Assignment(Order(index, 0, 4, 64), range(4), ViewsConfig(size=32), config, THREADS),
+        print,
         device=torch.device("cpu"),
     )
     for _ in range(5):

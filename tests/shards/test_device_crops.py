@@ -23,7 +23,7 @@ from shards.decode import crop_resize
 from shards.device_crops import check_device, resize_on_device
 from shards.errors import InputError
 from shards.jpeg_kind import suits_gpu
-from shards.loader import Batch, DataConfig, TrainLoader
+from shards.loader import Assignment, Batch, DataConfig, TrainLoader
 from shards.order import Order
 from shards.orientation import make_exif
 from shards.views import ViewsConfig
@@ -153,18 +153,9 @@ def decoder(monkeypatch: pytest.MonkeyPatch) -> Decoder:
 
 def batches(order: Order, config: DataConfig, report: Any = print, **options: Any) -> list[Batch]:
     """The batches of four epochs, in which every image occurs."""
-    settings: dict[str, Any] = {"micro": 1, "start": 0, "threads": 3} | options
-    views, device = settings.pop("views", VIEWS), settings.pop("device", HOST)
-    loader = TrainLoader(
-        order,
-        range(order.streams),
-        views,
-        config,
-        pin_memory=False,
-        report=report,
-        device=device,
-        **settings,
-    )
+    device = options.pop("device", HOST)
+    assigned: dict[str, Any] = {"views": VIEWS, "config": config, "threads": 3} | options
+    loader = TrainLoader(Assignment(order, range(order.streams), **assigned), report, device=device)
     with closing(loader):
         return [next(loader) for _ in range(order.steps_per_epoch * 4)]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shards import index
-from shards.loader import DataConfig, TrainLoader
+from shards.loader import Assignment, DataConfig, TrainLoader
 from shards.order import Order
 from shards.views import ViewsConfig
 from tests.conftest import draw_photo
@@ -66,15 +66,14 @@ def test_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     found = make_index(str(tmp_path))
     assert found.samples == 4
     loader = TrainLoader(
-        Order(index.load(str(tmp_path), "data.train"), 0, 1, 4),
-        range(1),
-        ViewsConfig(size=16),
-        DataConfig(),
-        micro=1,
-        start=0,
-        threads=1,
-        pin_memory=False,
-        report=print,
+        Assignment(
+            Order(index.load(str(tmp_path), "data.train"), 0, 1, 4),
+            range(1),
+            ViewsConfig(size=16),
+            DataConfig(),
+            threads=1,
+        ),
+        print,
     )
     for _ in range(2):
         batch = next(loader)

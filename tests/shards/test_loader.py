@@ -24,7 +24,7 @@ from shards.center_crops import CropReader
 from shards.decode import Box, PixelRules, center_box, crop_into, crop_resize, decode
 from shards.errors import InputError
 from shards.index import Index
-from shards.loader import CHUNK, Batch, Chunk, DataConfig, TrainLoader
+from shards.loader import CHUNK, Assignment, Batch, Chunk, DataConfig, TrainLoader
 from shards.order import Order, rank_streams
 from shards.orientation import make_exif
 from shards.reader import BlockReader
@@ -51,16 +51,11 @@ def many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 def loading(
     order: Order, *, streams: range | None = None, audit: bool = False, **options: Any
 ) -> Iterator[TrainLoader]:
-    settings: dict[str, Any] = {"micro": 1, "start": 0, "threads": 2, "report": ignore} | options
-    config = DataConfig(train=order.index.url, audit=audit, corrupt=settings.pop("corrupt", 0.01))
-    loader = TrainLoader(
-        order,
-        range(order.streams) if streams is None else streams,
-        settings.pop("views", VIEWS),
-        settings.pop("config", config),
-        pin_memory=False,
-        **settings,
-    )
+    corrupt, report = options.pop("corrupt", 0.01), options.pop("report", ignore)
+    config = DataConfig(train=order.index.url, audit=audit, corrupt=corrupt)
+    streams = range(order.streams) if streams is None else streams
+    assigned: dict[str, Any] = {"views": VIEWS, "config": config, "threads": 2} | options
+    loader = TrainLoader(Assignment(order, streams, **assigned), report)
     try:
         yield loader
     finally:
@@ -545,10 +540,10 @@ def test_evaluation_leaves_bad_samples_out(
 
 def test_memory_is_stated(packed: Index, pack_files: PackFiles, tmp_path: Path) -> None:
     with loading(Order(packed, SEED, 4, 16)) as loader:
-        assert 4 * 2 * 8_000 < loader.block_memory < 4 * 2 * 24_000
+        assert 4 * 2 * 8_000 < loader.assignment.block_memory < 4 * 2 * 24_000
     one = pack_files(str(tmp_path / "one"), {"a/0.jpg": draw_photo(0, 8, 8)})  # a single block
     with loading(Order(one, SEED, 1, 1)) as loader:
-        assert loader.block_memory == 2 * one.shards[0].bytes
+        assert loader.assignment.block_memory == 2 * one.shards[0].bytes
     empty = replace(one.shards[0], samples=0, blocks=np.empty((0, 2), np.int64))
     with loading(Order(replace(one, shards=[empty, *one.shards]), SEED, 1, 1)) as loader:
-        assert loader.block_memory == 2 * one.shards[0].bytes
+        assert loader.assignment.block_memory == 2 * one.shards[0].bytes

@@ -21,7 +21,7 @@ import torch
 from shards import loader_process
 from shards.errors import InputError
 from shards.index import Index
-from shards.loader import Batch, DataConfig, TrainLoader
+from shards.loader import Assignment, Batch, DataConfig, TrainLoader
 from shards.loader_child import _portable
 from shards.loader_process import Loader, ProcessLoader, _pack_arguments, open_loader
 from shards.order import Order
@@ -34,9 +34,7 @@ from tests.shards.test_loader import SEED, VIEWS, ignore
 PARENT = """
 import pickle, sys, time
 from shards.loader_process import ProcessLoader
-order, views, config = pickle.loads(sys.stdin.buffer.read())
-options = dict(micro=1, start=0, threads=1, pin_memory=False, report=print)
-loader = ProcessLoader(order, range(4), views, config, **options)
+loader = ProcessLoader(pickle.loads(sys.stdin.buffer.read()), print)
 print(loader._children[0].pid, flush=True)
 time.sleep(600)
 """
@@ -44,13 +42,13 @@ time.sleep(600)
 
 @contextmanager
 def loading(kind: type[Any], order: Order, **options: Any) -> Iterator[Loader]:
-    """Open a loader of that kind."""
-    settings: dict[str, Any] = {"micro": 1, "start": 0, "threads": 1, "report": ignore} | options
-    config = DataConfig(
-        train=order.index.url, audit=True, corrupt=settings.pop("corrupt", 0.01), prefetch=2
-    )
-    streams = settings.pop("streams", range(order.streams))
-    loader = kind(order, streams, VIEWS, config, pin_memory=False, **settings)
+    """Open a loader of that kind. The options are those of the assignment and of the loader."""
+    corrupt = options.pop("corrupt", 0.01)
+    config = DataConfig(train=order.index.url, audit=True, corrupt=corrupt, prefetch=2)
+    report = options.pop("report", ignore)
+    assigned: dict[str, Any] = {"streams": range(order.streams), "threads": 1}
+    assigned |= {name: options.pop(name) for name in Assignment._fields if name in options}
+    loader = kind(Assignment(order, views=VIEWS, config=config, **assigned), report, **options)
     try:
         yield loader
     finally:
@@ -80,7 +78,8 @@ def assert_ends(process: int) -> None:
 @contextmanager
 def killed_parent(index: Index) -> Iterator[int]:
     """Start a process that trains, give the number of the one that loads, and kill the first."""
-    given = pickle.dumps((Order(index, SEED, 4, 16), VIEWS, DataConfig(train=index.url)))
+    order = Order(index, SEED, 4, 16)
+    given = pickle.dumps(Assignment(order, range(4), VIEWS, DataConfig(train=index.url), 1))
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT],
         stdin=subprocess.PIPE,
@@ -128,7 +127,8 @@ def test_batches_are_those_of_a_loader_in_this_process(
         loading(TrainLoader, order, **options) as here,
         loading(ProcessLoader, order, processes=processes, **options) as there,
     ):
-        assert there.block_memory == here.block_memory > 0
+        assert there.assignment == here.assignment
+        assert here.assignment.block_memory > 0
         for _ in range(7):
             assert describe(next(there)) == describe(next(here))
 
@@ -256,17 +256,9 @@ def test_modules_come_from_where_the_training_has_them(
     monkeypatch.syspath_prepend(tmp_path)
     views = importlib.import_module("added").Views(size=16)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    options: dict[str, Any] = {"micro": 1, "start": 0, "threads": 1, "pin_memory": False}
-    with closing(
-        ProcessLoader(
-            Order(packed, SEED, 4, 16),
-            range(4),
-            views,
-            DataConfig(train=packed.url),
-            **options,
-            report=ignore,
-        )
-    ) as loader:
+    order, config = Order(packed, SEED, 4, 16), DataConfig(train=packed.url)
+    assignment = Assignment(order, range(4), views, config, 1)
+    with closing(ProcessLoader(assignment, ignore)) as loader:
         assert next(loader).views.shape == (2, 16, 3, 16, 16)
 
 
@@ -341,17 +333,9 @@ def test_who_loads_in_a_process_of_its_own(packed: Index, monkeypatch: pytest.Mo
         monkeypatch.setattr(loader_process, kind, name(kind))
 
     def choose(device: str, base: str = "", **fields: Any) -> object:
-        return open_loader(
-            Order(replace(packed, base=base), SEED, 4, 16),
-            range(4),
-            ViewsConfig(size=16),
-            DataConfig(**fields),
-            micro=1,
-            start=0,
-            threads=4,
-            device=torch.device(device),
-            report=ignore,
-        )
+        order = Order(replace(packed, base=base), SEED, 4, 16)
+        assignment = Assignment(order, range(4), ViewsConfig(size=16), DataConfig(**fields), 4)
+        return open_loader(assignment, torch.device(device), ignore)
 
     assert choose("cpu") == ("TrainLoader", False, None)
     assert choose("cuda") == ("ProcessLoader", True, 2)  # of small images

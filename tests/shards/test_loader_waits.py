@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shards.index import Index
-from shards.loader import DataConfig, TrainLoader
+from shards.loader import Assignment, DataConfig, TrainLoader
 from shards.loader_process import PATIENCE, ProcessLoader, _is_stopped
 from shards.order import Order
 from tests.shards.test_loader import SEED, VIEWS, ignore
@@ -36,9 +36,8 @@ def test_a_thread_that_ends_does_not_end_the_process(packed: Index) -> None:
     config = DataConfig(train=packed.url)
 
     def open_there() -> None:
-        options: dict[str, Any] = {"micro": 1, "start": 0, "threads": 1, "pin_memory": False}
         order = Order(packed, SEED, 4, 16)
-        loaders.append(ProcessLoader(order, range(4), VIEWS, config, report=ignore, **options))
+        loaders.append(ProcessLoader(Assignment(order, range(4), VIEWS, config, 1), ignore))
 
     thread = threading.Thread(target=open_there)
     thread.start()

@@ -31,7 +31,7 @@ from engine.state.saver import Saver
 from shards import device_crops
 from shards.decode import crop_resize, decode
 from shards.index import Index
-from shards.loader import Batch, DataConfig, TrainLoader
+from shards.loader import Assignment, Batch, DataConfig, TrainLoader
 from shards.order import Order
 from shards.views import ViewsConfig
 from tests.conftest import draw_photo
@@ -297,18 +297,8 @@ def test_batches_are_those_of_the_cpu(packed: Index) -> None:
     told: list[str] = []
 
     def load(config: DataConfig) -> list[Batch]:
-        loader = TrainLoader(
-            order,
-            range(4),
-            ViewsConfig(size=64),
-            config,
-            micro=1,
-            start=0,
-            threads=4,
-            pin_memory=True,
-            report=told.append,
-            device=device,
-        )
+        assignment = Assignment(order, range(4), ViewsConfig(size=64), config, 4)
+        loader = TrainLoader(assignment, told.append, pin_memory=True, device=device)
         with contextlib.closing(loader):
             return [next(loader) for _ in range(3 * order.steps_per_epoch)]
 

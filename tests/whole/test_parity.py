@@ -188,7 +188,8 @@ def swapped_stream(trainer: Trainer) -> None:
     def swapped() -> Any:
         found = batches()
         if trainer.world.rank == trainer.world.size - 1:
-            found.streams = [*found.streams[:-1], 0]  # type: ignore[assignment]
+            streams: Any = [*found.assignment.streams[:-1], 0]
+            found.assignment = found.assignment._replace(streams=streams)
         return found
 
     trainer.batches = swapped  # type: ignore[method-assign]
@@ -197,7 +198,7 @@ def swapped_stream(trainer: Trainer) -> None:
 def mean_of_means(trainer: Trainer) -> None:
     """Every rank's mean counts alike, however many rows it has."""
     scaled, size = trainer.guard.scale_loss, trainer.world.size
-    rows = trainer.data.order.rows * len(trainer.batches().streams)
+    rows = trainer.batches().assignment.rows
     trainer.guard.scale_loss = lambda loss: scaled(  # type: ignore[method-assign]
         loss * trainer.recipe.batch.size / (rows * size)
     )

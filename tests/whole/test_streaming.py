@@ -18,7 +18,7 @@ from shards import index as indexes
 from shards.center_crops import CropReader
 from shards.errors import InputError
 from shards.index import Index
-from shards.loader import Batch, DataConfig, TrainLoader
+from shards.loader import Assignment, Batch, DataConfig, TrainLoader
 from shards.order import Order
 from shards.reader import BlockReader
 from shards.storage import files, retries
@@ -60,16 +60,9 @@ def loading(
     report: Callable[[str], None] = ignore,
     **fields: Any,
 ) -> Iterator[TrainLoader]:
+    order, config = Order(found, SEED, streams, batch), DataConfig(audit=True, **fields)
     loader = TrainLoader(
-        Order(found, SEED, streams, batch),
-        range(streams),
-        ViewsConfig(size=16),
-        DataConfig(audit=True, **fields),
-        micro=1,
-        start=0,
-        threads=2,
-        pin_memory=False,
-        report=report,
+        Assignment(order, range(streams), ViewsConfig(size=16), config, threads=2), report
     )
     try:
         yield loader
@@ -132,7 +125,7 @@ def test_memory_bounds_what_is_fetched_ahead(proxy: FaultProxy, remote: str) -> 
         shards = sum(shard.bytes for shard in found.shards)
         assert len(batch.ids) == 15
         # Two batches and a few chunks more are on their way.
-        assert proxy.bytes_sent(SHARD) <= loader.block_memory + shards * 5 * 15 / 90
+        assert proxy.bytes_sent(SHARD) <= loader.assignment.block_memory + shards * 5 * 15 / 90
 
 
 def test_a_block_in_memory_serves_all_streams(

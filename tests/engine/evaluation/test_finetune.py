@@ -21,7 +21,7 @@ from engine.method.resnet import ResNetConfig
 from engine.processes import world
 from engine.recipe import method_fields
 from engine.state import checkpoint
-from shards.loader import DataConfig, TrainLoader
+from shards.loader import Assignment, DataConfig, TrainLoader
 from shards.order import Order
 from shards.views import Column, crop_and_flip, draw_views
 from tests.helpers import tiny
@@ -141,17 +141,7 @@ def test_images_are_flipped_as_drawn(run: str, tmp_path: Path) -> None:
     ours = finetuning(run, str(tmp_path))
     index, views = ours.split.source, crop_and_flip(32)
     order = Order(index, CONFIG.seed, 16, 16)
-    loader = TrainLoader(
-        order,
-        range(16),
-        views,
-        DataConfig(),
-        micro=1,
-        start=0,
-        threads=1,
-        pin_memory=False,
-        report=lambda _: None,
-    )
+    loader = TrainLoader(Assignment(order, range(16), views, DataConfig(), 1), print)
     mirrored = 0
     with closing(loader):
         for batch, rows in zip(islice(ours.batches(0), 3), loader, strict=False):

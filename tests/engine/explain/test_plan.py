@@ -15,7 +15,7 @@ from engine.state.checkpoint import CheckpointConfig
 from shards import index as indexes
 from shards.errors import InputError
 from shards.index import Index
-from shards.loader import DataConfig, TrainLoader
+from shards.loader import Assignment, DataConfig, TrainLoader
 from shards.order import BatchConfig, Order
 from shards.views import ViewsConfig
 from tests.conftest import Files, PackFiles
@@ -106,17 +106,8 @@ def test_a_process_gets_its_streams() -> None:
 
 
 def loader_of(order: Order) -> TrainLoader:
-    return TrainLoader(
-        order,
-        range(order.streams),
-        ViewsConfig(size=16),
-        DataConfig(prefetch=0),
-        micro=1,
-        start=0,
-        threads=2,
-        pin_memory=False,
-        report=lambda _: None,
-    )
+    views, config = ViewsConfig(size=16), DataConfig(prefetch=0)
+    return TrainLoader(Assignment(order, range(order.streams), views, config, 2), print)
 
 
 @pytest.mark.parametrize("streams", [1, 3])
