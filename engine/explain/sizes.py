@@ -11,7 +11,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,7 +19,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.method.average import Average
-from engine.method.byol import VIEWS, Online, Target, byol_loss, update_target
+from engine.method.byol import VIEWS, Online, Target, update_target
+from engine.method.head import whole_loss
 from engine.method.precision import StepGuard, autocast, parameter_dtype
 from engine.processes import parallel
 from engine.processes.world import World
@@ -107,10 +107,7 @@ class Fakes:
                         projection = fresh.target(images)
                     output = spread.online(images)
                     kept = live.now
-                loss = byol_loss(output.prediction, projection).mean()
-                if output.logits is not None:
-                    loss = loss + F.cross_entropy(output.logits.to(dtype), labels)
-                loss.backward()
+                whole_loss(output, projection, labels).backward()
         return StepCost(kept, live.peak, counter.get_total_flops())
 
     @property

@@ -9,7 +9,8 @@ import re
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.method.byol import VIEWS, BYOLConfig, Online, Target, byol_loss
+from engine.method.byol import VIEWS, BYOLConfig, Online, Target
+from engine.method.head import whole_loss
 from engine.method.precision import Precision
 
 # GPUs by a pattern for a part of their names, the more special ones first. Their dense peaks in
@@ -45,14 +46,12 @@ def count_flops(model: BYOLConfig, classes: int, size: int) -> float:
     with torch.device("meta"):
         online, target = Online(model, classes, size), Target(model, size)
         images = torch.empty(VIEWS * rows, 3, size, size)
+        labels = torch.zeros(rows, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         output = online(images)
         with torch.no_grad():
             projection = target(images)
-        loss = byol_loss(output.prediction, projection).mean()
-        if output.logits is not None:
-            loss = loss + output.logits.sum()
-        loss.backward()
+        whole_loss(output, projection, labels).backward()
     return float(counter.get_total_flops()) / rows
 
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from engine.method.byol import OnlineOutput, byol_loss
+
 _OWN_RATE = "head"  # marks the groups of parameters that belong to the head
 
 
@@ -35,6 +37,18 @@ def head_loss(logits: Tensor | None, labels: Tensor, rows: Tensor) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
     return total / rows.clamp(min=1).to(total.dtype)
+
+
+def whole_loss(output: OnlineOutput, projection: Tensor, labels: Tensor) -> Tensor:
+    """Compute the loss [] of a step with one process and one micro-batch.
+
+    Args:
+        output: What the online network makes of the images [2b, 3, S, S].
+        projection: [2b, D], the target network's.
+        labels: [b] int64, -1 where there is none.
+    """
+    byol_term = byol_loss(output.prediction, projection).mean()
+    return byol_term + head_loss(output.logits, labels, count_labels(labels))
 
 
 def set_apart(optimizer: Optimizer, head: nn.Module) -> None:

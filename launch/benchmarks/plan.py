@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket, _resolve_process_group
 from torch._ops import OpOverload
@@ -20,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.method import byol
-from engine.method.byol import VIEWS, Online, Target, byol_loss, update_target
+from engine.method.byol import VIEWS, Online, Target, update_target
+from engine.method.head import whole_loss
 from engine.method.local_shards import local
 from engine.method.precision import autocast, parameter_dtype
 from engine.method.resnet import ResNetConfig
@@ -258,10 +258,7 @@ def _step(
                     output = spread.online(images)
                 with counts["target forward"], torch.no_grad():
                     projection = target(images)
-            loss = byol_loss(output.prediction, projection).mean()
-            if output.logits is not None:
-                labels = torch.zeros(ROWS, dtype=torch.int64)
-                loss = loss + F.cross_entropy(output.logits.to(dtype), labels)
+            loss = whole_loss(output, projection, torch.zeros(ROWS, dtype=torch.int64))
             with counts["backward"]:
                 loss.backward()
     gradients = _bytes(p.grad for p in online.parameters() if p.grad is not None)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -15,7 +14,8 @@ from torch.utils.flop_counter import flop_registry
 
 from engine.method import byol
 from engine.method.augment import augment
-from engine.method.byol import VIEWS, Online, Target, byol_loss, update_target
+from engine.method.byol import VIEWS, Online, Target, update_target
+from engine.method.head import whole_loss
 from engine.method.precision import autocast, parameter_dtype
 from engine.recipe import Recipe, load
 from launch.benchmarks.measuring import require_positive
@@ -162,9 +162,7 @@ def count_step(recipe: Recipe, batch: int, classes: int, device: Device) -> dict
             with torch.no_grad():
                 projection = target(images)
         count.part = "loss"
-        loss = byol_loss(output.prediction, projection).mean()
-        if output.logits is not None:
-            loss = loss + F.cross_entropy(output.logits.to(dtype), labels)
+        loss = whole_loss(output, projection, labels)
         count.part = "backward"
         loss.backward()
         moved, towards = byol.pair_parameters(target, online)
