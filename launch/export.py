@@ -18,21 +18,21 @@ if __name__ == "__main__":  # the imports below would fail with a less helpful m
 import torch
 import tyro
 from annotated_types import Interval
+from torch import Tensor
 
 from engine.encoder import card
 from engine.encoder.classifier import attach, read_head
 from engine.encoder.earlier import Folder
 from engine.encoder.export import Format
 from engine.encoder.source import EncoderConfig, Pixels, Source, open_encoder
+from engine.evaluation.examples import read_examples
 from engine.evaluation.run_sets import find_val
 from engine.log.terminal import Terminal
 from engine.processes.world import World, share_of_cores
 from launch.help_texts import join_help_lines
 from launch.plain_errors import list_options, plain_errors
-from shards import index as indexes
 from shards.errors import InputError, printable
 from shards.fields import check_range
-from shards.index import Index
 from shards.storage import files
 from shards.storage.local_files import proposing
 
@@ -42,8 +42,8 @@ class ExportDataConfig:
     """Real images on which every exported file is compared with the checkpoint."""
 
     val: str = ""
-    """URL of shards whose images the exported files are compared on. By default they are the run's
-    data.val, or its probe.val where it has no data.val, if they can be read."""
+    """URL of shards, or of a folder of images, that the exported files are compared on. By default
+    they are the run's data.val, or its probe.val where it has no data.val, if they can be read."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +84,22 @@ class Export:
         if isinstance(encoder, Pixels):
             raise InputError("--network pixels is no encoder: there is nothing to export")
         say(source.report)
-        images = card.sample_images(source, self._open_val(source, say), say)
+        images = card.sample_images(source, self._read_val(source, say))
         classes = head.classes if head else None
         if head:
             encoder = attach(encoder, head, source, self.head)
         folder = Folder(self.out, self.overwrite)
         card.write(source, encoder.eval(), self.format, folder, images, say, classes)
 
-    def _open_val(self, source: Source, say: Callable[[str], None]) -> Index | None:
+    def _read_val(self, source: Source, say: Callable[[str], None]) -> Tensor | None:
+        def read(url: str) -> Tensor:
+            return read_examples(url, "data.val", source, card.IMAGES, say)
+
         if self.data.val:
-            return indexes.load(self.data.val, "data.val")
+            return read(self.data.val)
         try:
             if url := find_val(source, say):
-                return indexes.load(url, "data.val")
+                return read(url)
         except (InputError, OSError) as error:
             say(str(error))
         say("compared on random images only: give --data.val URL for real ones")

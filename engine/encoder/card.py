@@ -20,26 +20,21 @@ from engine.log import journal
 from engine.method.augment import MEAN, STD, normalize
 from engine.method.encoders import BackboneConfig, Encoder
 from engine.method.resnet import ResNetConfig
-from shards.center_crops import CropReader
 from shards.digest import digest
 from shards.errors import InputError
-from shards.index import Index
 from shards.storage import files
 
 WEIGHTS: tuple[Format, ...] = ("safetensors", "state-dict")  # config.json names the first of them
 IMAGES = 8  # features are compared on 8 random and up to 8 real images
 
 
-def sample_images(source: Source, val: Index | None, report: Callable[[str], None]) -> Tensor:
-    """Return random images, and real ones if `val` has some: [N, 3, S, S] normalized."""
+def sample_images(source: Source, real: Tensor | None) -> Tensor:
+    """Return random images, and the real ones [n, 3, S, S] uint8: [N, 3, S, S] normalized."""
     generator = torch.Generator().manual_seed(0)
     shape = (IMAGES, 3, source.size, source.size)
     images = [torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)]
-    if val is not None:
-        crops = CropReader(
-            source.size, source.crop, threads=1, corrupt=1, report=report, rules=source.rules
-        )
-        images += [batch.images[:IMAGES] for batch in crops.read(val, limit=IMAGES)][:1]
+    if real is not None:
+        images.append(real)
     return normalize(torch.cat(images).float() / 255)
 
 

@@ -136,6 +136,32 @@ def test_the_images_of_the_probe_are_taken_where_there_is_no_val(
     assert written["compared_on_images"] == (2 if given else 1) * card.IMAGES
 
 
+def test_exports_are_compared_on_a_plain_folder(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of any format that packing takes; what cannot be decoded is told."""
+    run, photos = str(tmp_path / "run"), tmp_path / "photos"
+    assert train(tiny.recipe(tiny_data, run, steps=1, probe=tiny.NO_PROBE))
+    photos.mkdir()
+    for number in range(3):
+        PillowImage.new("RGB", (40, 50), (number, 9, 9)).save(photos / f"{number}.gif")
+    (photos / "broken.jpg").write_text("none")
+    command = [run, f"{tmp_path}/out", "--format", "safetensors", "--data.val", str(photos)]
+    capsys.readouterr()
+    assert export.main(command) == 0
+    assert f"{photos}/broken.jpg: " in capsys.readouterr().out
+    written = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert written["compared_on_images"] == card.IMAGES + 3
+
+    PillowImage.fromarray(np.full((40, 40), 4000, np.uint16)).save(photos / "deep.png")
+    assert export.main([*command, "--overwrite"]) == 1
+    assert f"data.val {photos}/deep.png: has more than 8 bits" in capsys.readouterr().err
+    for path in photos.iterdir():
+        path.write_text("none")
+    assert export.main([*command, "--overwrite"]) == 1
+    assert "none of its images can be decoded" in capsys.readouterr().err
+
+
 def test_cards_of_the_first_release_are_read() -> None:
     """They have no fraction, but a rounded side, and the recipe."""
     old = {"input": {"size": 32, "resize_shorter_side": 37}}
