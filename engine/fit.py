@@ -1,30 +1,24 @@
 """The training loop around the step: logging, evaluations, checkpoints and stopping early."""
 
-import math
 from contextlib import closing
 from typing import Any
 
 from engine.divergence import check_finite, check_skips
 from engine.evaluation.during_training import Stopped
-from engine.log.health import find_settled
+from engine.farewell import say_farewell
+from engine.greeting import greet, tell_gap
 from engine.log.journal import FAILED
 from engine.log.metrics import BASELINES, MetricsLog
-from engine.log.patience import try_for
 from engine.measuring import Meter
-from engine.method.durations import parse
 from engine.method.norm import smallest_momentum
-from engine.method.precision import parameter_dtype, slow_on
-from engine.processes import compiling
 from engine.processes.preemption import Preemption
-from engine.processes.world import World, find_unused_gpu
-from engine.report.report import PATIENCE, write_at_end
+from engine.processes.world import World
 from engine.state import checkpoint
-from engine.state.early_stop import EarlyStop, find_doubt
+from engine.state.early_stop import EarlyStop
 from engine.state.saver import Saver
 from engine.trainer import StepOutput, Trainer
 from engine.waiting import take_batch
 from shards.storage import files
-from shards.storage.commands import quote
 
 
 def fit(trainer: Trainer, preemption: Preemption) -> bool:
@@ -45,12 +39,12 @@ def fit(trainer: Trainer, preemption: Preemption) -> bool:
         run.write_recipe(trainer.total_steps)
     momentum = smallest_momentum(trainer.online.encoder)
     with run.open_log(first, stop, trainer.total_steps, momentum) as log:
-        _tell_gap(trainer, log)
+        tell_gap(trainer, log)
         _log_baseline(trainer, log)
         stopping, early = _train(trainer, preemption, log)
     if stopping:
         trainer.terminal.say(f"stopped after step {trainer.step} by {preemption.reason}")
-    _farewell(trainer, preemption, log, first, early)
+    say_farewell(trainer, preemption, log, first, early)
     return not (stopping and preemption.only_elsewhere)
 
 
@@ -66,7 +60,7 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> tuple[b
         _open_saver(trainer) as saver,
         Meter(trainer) as meter,
     ):
-        _greet(trainer, data.assignment.block_memory)
+        greet(trainer, data.assignment.block_memory)
         best = trainer.run.find_best(first)
         best.note(first, _catch_up(trainer, log))
         lengths = trainer.warmup_steps, trainer.total_steps
@@ -109,54 +103,6 @@ def _train(trainer: Trainer, preemption: Preemption, log: MetricsLog) -> tuple[b
 
         _finish(trainer, preemption, saver, log, first)
     return stopping, early.reason
-
-
-def _greet(trainer: Trainer, block_memory: int) -> None:
-    data, precision = trainer.data, trainer.recipe.precision
-    for warning in (
-        find_unused_gpu(trainer.device),
-        slow_on(trainer.device, precision),
-        trainer.recipe.average.warn(parameter_dtype(precision)),
-    ):
-        if warning:
-            trainer.terminal.say(warning)
-    last = max(trainer.step, trainer.last_step)  # --steps may name a step that is done
-    trainer.terminal.say(
-        f"{data.train.samples:,} images, {data.order.steps_per_epoch:,} steps an epoch; "
-        f"steps {trainer.step:,} to {last:,} on {trainer.device}, {trainer.threads} "
-        f"thread{'s' * (trainer.threads > 1)} a process; blocks in memory: "
-        f"up to about {block_memory / 2**20:,.0f} MiB"
-    )
-    exact = data.train.samples / trainer.recipe.batch.size
-    if exact % 1 and trainer.run.recorded is None:  # at the first start only
-        epochs = f"{trainer.recipe.schedule.epochs:,.6g}"
-        trainer.terminal.say(
-            f"{trainer.total_steps:,} steps are {epochs} epoch{'s' * (epochs != '1')} of "
-            f"{exact:,.2f} steps; the rest of each pass's last batch is left out"
-        )
-    for note in trainer.probe.sets.notes if trainer.probe else ():
-        trainer.terminal.say(note)
-    recipe, lengths = trainer.recipe, (trainer.warmup_steps, trainer.total_steps)
-    if doubt := find_doubt(recipe.early_stop, *lengths, recipe.log.every, recipe.probe.every):
-        trainer.terminal.say(doubt)
-    momentum = smallest_momentum(trainer.online.encoder)
-    if trainer.probe is not None and trainer.step < (needed := find_settled(momentum)):
-        trainer.terminal.say(
-            f"the norms of {recipe.model.encoder.describe()} have a momentum of {momentum:g}: kNN "
-            f"and other evaluations say nothing in the first {needed:,} steps or so, until the "
-            "running statistics that they use are those of training"
-        )
-    if trainer.compile and trainer.step < trainer.last_step:
-        trainer.terminal.say(compiling.announce(trainer.device))
-
-
-def _tell_gap(trainer: Trainer, log: MetricsLog) -> None:
-    """Say when the log of a run that goes on has lost lines, on the first process."""
-    run, every = trainer.run, math.ceil(parse(trainer.recipe.log.every)[0])
-    if not trainer.world.main or run.branches or trainer.recipe.checkpoint.resume:
-        return
-    point = run.origin.branched_from
-    log.tell_gap(0 if point is None else point.step_here, every)
 
 
 def _log_baseline(trainer: Trainer, log: MetricsLog) -> None:
@@ -240,82 +186,3 @@ def _finish(
         _save(trainer, saver, log, None)
     saver.finish()
     preemption.note_saved(f"the state of step {trainer.step} is saved")
-
-
-def _farewell(
-    trainer: Trainer, preemption: Preemption, log: MetricsLog, first: int, early: str
-) -> None:
-    """Say what became of the training, which began at step `first`, and what can be done now.
-
-    `early` is why it ended before its time, if it did.
-    """
-    say, run = trainer.terminal.say, files.redact(trainer.run.url)
-    say(f"{trainer.step:,} of {trainer.total_steps:,} steps done")
-    if early:
-        say(f"stopped early: {early}")
-    if trainer.probe is not None and trainer.probe.failures:
-        failed = trainer.probe.failures
-        say(f"{failed} evaluation{'s' * (failed > 1)} failed: see {FAILED} in metrics.jsonl")
-    newest = log.find_newest("knn_top1")
-    if log.baseline and newest is not None:
-        data = trainer.probe.sets.names[1] if trainer.probe else "data.val"
-        say(f"kNN accuracy on {data}:")
-        for name, accuracy in (log.baseline | {"trained encoder": newest.value}).items():
-            say(f"  {name:<18} {accuracy:6.1%}")
-        if newest.step != trainer.step:
-            say(f"  the trained encoder was measured last at step {newest.step:,}")
-    for trouble in log.summarize_health():
-        say(f"health        {trouble}")
-    if trainer.step:
-        say(f"checkpoint    {checkpoint.step_url(run, trainer.step)}")
-    say(f"curves        tensorboard --logdir {quote(run)}")
-    _tell_best(trainer)
-    if early or trainer.step == trainer.last_step:  # after a signal there may be no time for it
-        _show(trainer, preemption, first)
-    if early:
-        patience = trainer.recipe.early_stop.patience
-        say(
-            f"the same command goes on with a larger --early-stop.patience than {patience}, or "
-            "without an end by --early-stop.key ''"
-        )
-    elif trainer.step < trainer.total_steps:
-        option = "" if trainer.recipe.steps is None else " with a larger --steps, or without it,"
-        say(f"the same command{option} goes on")
-
-
-def _show(trainer: Trainer, preemption: Preemption, first: int) -> None:
-    """Write what shows the training, until a signal comes.
-
-    It draws images of the newest evaluation beside their neighbors, for the report. The training is
-    saved already, so what fails here is reported in one line and never fatal.
-    """
-    probe, url, say, told = trainer.probe, trainer.run.url, trainer.terminal.say, preemption.told
-    if not trainer.world.main:
-        return
-    if (
-        probe is not None
-        and not told.is_set()
-        and (fault := try_for(PATIENCE, lambda: probe.draw_examples(url), told))
-    ):
-        say(f"no sheet of neighbors was drawn: {fault}")
-    if not told.is_set():
-        news = trainer.step > first or (probe is not None and probe.step > 0)
-        write_at_end(url, True, say, news, told)
-    if told.is_set():
-        command = f"python launch/evaluate.py report {quote(files.redact(url))}"
-        say(f"{preemption.reason} came when all was saved: {command} writes the report")
-
-
-def _tell_best(trainer: Trainer) -> None:
-    if not (key := trainer.recipe.checkpoint.keep_best):
-        return
-    try:
-        best = trainer.run.find_best(trainer.step)
-    except OSError as error:
-        trainer.terminal.say(f"the best checkpoint is not known: {error}")
-        return
-    if best.step < 0:
-        trainer.terminal.say(f"no checkpoint has {key} in the log yet")
-    else:
-        url = checkpoint.step_url(files.redact(trainer.run.url), best.step)
-        trainer.terminal.say(f"best          {url} ({best})")

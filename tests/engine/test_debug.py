@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine import debug, fit
+from engine import debug, greeting
 from engine.debug import debug_step
 from engine.processes import compiling
 from shards.loader import DataConfig
@@ -40,7 +40,7 @@ def test_compiling_is_announced_before_it_takes_its_time(
     with pytest.raises(KeyboardInterrupt):
         debug_step(trainer)
     assert line in capsys.readouterr().out
-    fit._greet(trainer, 0)
+    greeting.greet(trainer, 0)
     assert line in capsys.readouterr().out
     assert "CPU" not in compiling.announce(torch.device("cuda"))
 

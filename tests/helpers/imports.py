@@ -33,7 +33,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("engine.run", "engine.data", "engine.report"),
     ("engine.beginning",),
     ("engine.trainer",),
-    ("engine.measuring", "engine.divergence"),
+    ("engine.measuring", "engine.divergence", "engine.greeting", "engine.farewell"),
     ("engine.waiting",),
     ("engine.fit", "engine.debug", "engine.notebook", "engine.explain", "engine.replay"),
     ("recipes",),

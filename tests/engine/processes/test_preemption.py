@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engine import fit
+from engine import farewell
 from engine.log import patience
 from engine.log.journal import read
 from engine.processes.preemption import SIGNALS
@@ -316,7 +316,7 @@ def hang_at_the_end(data: DataConfig, run: str, output: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(600)
 
-    fit._tell_best = wait
+    farewell._tell_best = wait
     soon = CheckpointConfig(grace=0.5)
     recipe = tiny.recipe(data, run, steps=3, probe=tiny.NO_PROBE, checkpoint=soon)
     finish(open_trainer(recipe))
