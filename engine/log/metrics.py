@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
 
 from annotated_types import Interval
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from engine.log.curves import (
@@ -21,7 +20,7 @@ from engine.log.events import EventLog
 from engine.log.health import Health
 from engine.log.journal import JSONL, Journal, Record
 from engine.log.pictures import draw_views
-from engine.log.remaining import Remaining, TimeLeftColumn
+from engine.log.step_lines import StepLines
 from engine.log.terminal import Terminal
 from engine.log.tracker_ids import run_id
 from engine.log.trackers import Description, Point
@@ -110,7 +109,7 @@ class MetricsLog:
         The progress bar ends at step `stop`. The whole run has `total_steps`, by default `stop`.
         `momentum` is the smallest one of the encoder's norms.
         """
-        self.console, self._say = terminal.console, terminal.say
+        self._say = terminal.say
         self._run, self._start = run, start
         self._journal = Journal(run, start, terminal.report)
         if not start and (lost := self._journal.dropped):
@@ -122,19 +121,7 @@ class MetricsLog:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="log")
         self._storing: Future[None] | None = None
         self._failing = False
-        self._remaining = Remaining(stop)
-        self._progress = Progress(
-            TextColumn("{task.completed}/{task.total}", markup=False),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[status]}", markup=False),
-            TimeElapsedColumn(),
-            TimeLeftColumn(self._remaining),
-            console=self.console,
-            transient=True,
-        )
-        self._task = self._progress.add_task("train", total=stop, completed=start, status="")
-        if self.console.is_terminal:
-            self._progress.start()
+        self._lines = StepLines(terminal, start, stop)
         for record in self._journal.after(self._events.reached):
             # An earlier process ended before it wrote these points.
             self._events.scalars(*self._point(record))
@@ -179,7 +166,7 @@ class MetricsLog:
         return None
 
     def advance(self) -> None:
-        self._progress.advance(self._task)
+        self._lines.advance()
 
     def write(self, record: Record) -> None:
         """Log a step to metrics.jsonl, to tensorboard and to the terminal.
@@ -194,7 +181,7 @@ class MetricsLog:
         self._journal.write(record)
         self._tracking.scalars(point)
         self._store()
-        self._show(record)
+        self._lines.show(record)
 
     def mark(self, values: Record) -> None:
         """Add values that are no figures to the newest record, if there is one.
@@ -250,8 +237,7 @@ class MetricsLog:
 
         The trackers are told of a failure where an exception is under way.
         """
-        if self._progress.live.is_started:
-            self._progress.stop()
+        self._lines.stop()
         self._thread.shutdown()
         self._tracking.finish(failed=sys.exc_info()[0] is not None)
 
@@ -309,36 +295,6 @@ class MetricsLog:
             self.postpone(reason)
         else:
             self._failing = False
-
-    def _show(self, record: Record) -> None:
-        if record["step"] == 0:  # the baselines, which are told when they are measured
-            return
-        if "branched_from" in record and not record.keys() & {"loss", "feature_rank"}:
-            return  # the first line of a branch, which is told when it begins
-        status = ""
-        if "loss" in record:  # a step that is only evaluated has none
-            loss = "not finite" if record["loss"] is None else f"{record['loss']:.4f}"
-            status = f"loss {loss}"
-            for key, name in (("feature_std", "std"), ("grad_norm", "grad")):
-                if key in record:
-                    status += f"  {name} {_short(record[key])}"
-            status += f"  {record.get('images_per_second') or 0:,.0f} images/s"
-        if "knn_top1" in record:
-            status += f"  kNN {record['knn_top1']:.1%}"
-        if "online_top1" in record:
-            status += f"  online head {record['online_top1']:.1%}"
-        if "feature_rank" in record:
-            status += f"  rank {_short(record['feature_rank'])}"
-        self._progress.update(self._task, status=status)
-        self._remaining.note(record["step"], evaluated="feature_rank" in record)
-        left = self._remaining.text(record["step"])
-        left = f"  {left} left" if left else ""
-        if not self.console.is_terminal or "knn_top1" in record:
-            self.console.print(f"step {record['step']}  {status}{left}")
-
-
-def _short(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3g}"
 
 
 def _failure(*calls: Callable[[], None]) -> str:

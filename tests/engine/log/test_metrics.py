@@ -379,6 +379,6 @@ def test_keys_and_steps_of_strangers(memory: str) -> None:
     assert log.last is not None
     log.write({"step": 1, "knn_top1": 0.5})
     close(log)
-    assert "step 1    kNN 50.0%" in output.getvalue()
+    assert "step 1  kNN 50.0%" in output.getvalue()
     assert "\x1b" not in output.getvalue()
     assert points(memory, "train/\\ud800\\x1b[2J\\n[/x]") == [(1, 0.5)]
