@@ -14,14 +14,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from annotated_types import Interval
-
-from launch import imports
+try:
+    from launch import imports
+except ModuleNotFoundError as error:  # This Python is not the one that the project is installed in.
+    sys.exit(f"error: {error}: run `. .venv/bin/activate`, or install it: pip install -e .")
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     imports.begin()
 
 import tyro
+from annotated_types import Interval
 
 from engine.encoder.source import EncoderConfig
 from engine.evaluation import finetune, knn, linear, neighbours

@@ -10,7 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from launch import imports
+try:
+    from launch import imports
+except ModuleNotFoundError as error:  # This Python is not the one that the project is installed in.
+    sys.exit(f"error: {error}: run `. .venv/bin/activate`, or install it: pip install -e .")
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     imports.begin()

@@ -8,6 +8,7 @@ would look through all of them again and again, for a sixth of the time. After t
 out for good. A process of many may so not be the one that the others wait for in a step.
 """
 
+import atexit
 import gc
 import os
 import signal
@@ -39,6 +40,8 @@ def end() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.freeze()
     gc.enable()
+    # Libraries count what is still there at the exit, and print pages about it.
+    atexit.register(gc.unfreeze)
 
 
 def _end(_number: int, _frame: FrameType | None) -> None:

@@ -8,7 +8,10 @@ import os
 import sys
 from typing import Any
 
-from launch import imports
+try:
+    from launch import imports
+except ModuleNotFoundError as error:  # This Python is not the one that the project is installed in.
+    sys.exit(f"error: {error}: run `. .venv/bin/activate`, or install it: pip install -e .")
 
 if __name__ == "__main__":  # the imports below would fail with a less helpful message
     imports.begin()
