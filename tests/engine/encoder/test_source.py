@@ -16,6 +16,7 @@ from engine.encoder.source import EncoderConfig, Pixels, open_encoder
 from engine.evaluation.features import encoding
 from engine.method.encoders import LastGamma
 from engine.method.local_shards import whole
+from engine.method.resnet import ResNetConfig
 from engine.processes.world import World
 from engine.recipe import Recipe
 from engine.state import checkpoint
@@ -71,7 +72,7 @@ def test_untrained_is_where_the_run_began(
     last_gamma: LastGamma, tiny_data: DataConfig, tmp_path: Path
 ) -> None:
     config = tiny.recipe(tiny_data, tmp_path / "run", steps=1, seed=5, probe=tiny.NO_PROBE)
-    encoder = dataclasses.replace(config.model.encoder, depth=50, width=1 / 64)
+    encoder = ResNetConfig(depth=50, width=1 / 64)
     model = dataclasses.replace(config.model, encoder=encoder, last_gamma=last_gamma)
     config = dataclasses.replace(config, model=model)
     trainer = open_trainer(config)
