@@ -59,6 +59,7 @@ ADDED_LATER: dict[str, Any] = {
     **{"probe.head_lr": None, "schedule.rewarm": 0, "schedule.lr_decay": "cosine"},
     **{"clip.norm": 0.0, "clip.value": 0.0},
     **{"model.initialization": "official", "model.target_start": "drawn", "average.rate": 0.0},
+    "model.last_gamma": "zero",
     "data.decode": "cpu",
     "model.encoder": "ResNetConfig",
 }

@@ -49,6 +49,10 @@ FIELDS: dict[str, Meant] = {
         ["model.initialization"],
         "it is official, xavier_uniform, kaiming_normal and so on",
     ),
+    "zero-init zero-init-residual zero-init-last last-gamma": Meant(
+        ["model.last-gamma"],
+        "it is zero, as in the official code, or one",
+    ),
     "polyak polyak-ema model-ema swa average": Meant(
         ["average.rate"],
         "--network average evaluates and exports it; the target's own rate is --schedule.base-tau",

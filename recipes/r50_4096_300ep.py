@@ -3,7 +3,7 @@
 Paper        This is the schedule of the paper's ablations.
 Data, hardware and command are as in recipes/r50_4096.py.
 Time         The paper's 8 hours for 1000 epochs, in proportion. It has not been measured here.
-Expected     72.5 linear top-1
+Expected     72.5 linear top-1, 90.8 top-5
 """
 
 from recipes.r50_4096 import shortened

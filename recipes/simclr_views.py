@@ -1,9 +1,10 @@
 """ResNet-50, batch 4096, 300 epochs of ImageNet, with views as SimCLR draws them.
 
 Paper        The paper has no such row. These are the distortions of SimCLR (arXiv 2002.05709,
-             appendix A): a color jitter of twice the paper's strength, a blur in half of the cases,
-             and nothing solarized. Both views are drawn alike. Operations are computed as for all
-             recipes: brightness is added, where SimCLR's first code multiplies by it.
+             appendix A): a color jitter with twice the paper's brightness, contrast and hue and
+             four times its saturation, a blur in half of the cases, and nothing solarized. Both
+             views are drawn alike. Operations are computed as for all recipes: brightness is added,
+             as SimCLR's code does with its option simclrv1. By default that code multiplies by it.
 Data, hardware and command are as in recipes/r50_4096.py.
 Time         as recipes/r50_4096_300ep.py. It has not been run here.
 Expected     No figure is published. The paper's views reach 72.5 linear top-1 with this schedule.

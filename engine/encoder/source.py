@@ -16,7 +16,7 @@ from engine.encoder.foreign import Side
 from engine.encoder.foreign_files import read_tensors
 from engine.encoder.foreign_torchvision import match_any
 from engine.method.average import PART
-from engine.method.encoders import ENCODERS, BackboneConfig, Encoder, initialize_encoder
+from engine.method.encoders import ENCODERS, BackboneConfig, Encoder, LastGamma, initialize_encoder
 from engine.method.initialization import Initialization
 from engine.method.precision import Precision
 from engine.method.resnet import ResNetConfig
@@ -42,6 +42,7 @@ _HINTS: dict[str, Any] = {  # types and bounds of the fields that are used of a 
     },
     _KIND: Literal["ResNetConfig", "TorchvisionConfig"],
     "model.initialization": Initialization,
+    "model.last_gamma": LastGamma,
     "views.size": Annotated[int, Interval(ge=8, le=2**12)],
     "precision": Precision,
     "seed": Annotated[int, Interval(ge=0, le=2**62)],
@@ -201,8 +202,9 @@ def _own(commit: Commit, config: EncoderConfig, world: World) -> tuple[Source, N
         network = Pixels(size)
     elif config.network == "untrained":
         rule = fields.get("model.initialization", "official")
+        gamma = fields.get("model.last_gamma", "zero")
         # the same seed as in byol.build
-        initialize_encoder(encoder, Generator().manual_seed(2 * seed), rule)
+        initialize_encoder(encoder, Generator().manual_seed(2 * seed), rule, gamma)
     else:
         _check_held(config.network, commit, world)
         own = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}

@@ -3,7 +3,7 @@
 Every combination of learning rate and length is trained in turn, each from the checkpoint. The one
 that is best on held-out training images is chosen, and its accuracy on data.val is the result.
 
-Source: BYOL (arXiv 2006.07733), section 4.2 and appendix C.2.
+Source: BYOL (arXiv 2006.07733), section 4 and appendix C.1.
 """
 
 import json
@@ -60,7 +60,7 @@ MODEL = "model.safetensors"
 
 @dataclass(frozen=True)
 class FinetuneConfig(SupervisedConfig):
-    """Options of fine-tuning. The defaults are the paper's for few labels."""
+    """Options of fine-tuning. The defaults are the paper's for ImageNet, with few labels or all."""
 
     epochs: Annotated[tuple[float, ...], Interval(ge=1e-9, le=1e9), MinLen(1)] = (30, 50)
     """Passes over the labeled images. Several numbers are each tried."""

@@ -3,7 +3,7 @@
 One head for each learning rate is trained, all of them in the same pass. The head that is best on
 images held out of the training set is chosen, and its accuracy on data.val is the result.
 
-Source: BYOL (arXiv 2006.07733), section 4.1 and appendix C.1.
+Source: BYOL (arXiv 2006.07733), section 4 and appendix C.1.
 """
 
 from collections.abc import Generator

@@ -1,6 +1,6 @@
 """Semi-supervised evaluation: fine-tune with the labels of a few images of each class.
 
-Source: BYOL (arXiv 2006.07733), section 4.2 and appendix C.2.
+Source: BYOL (arXiv 2006.07733), section 4 and appendix C.1.
 """
 
 from dataclasses import asdict, dataclass

@@ -13,7 +13,7 @@ import torch
 from annotated_types import Interval
 from torch import Generator, Tensor, nn
 
-from engine.method.encoders import initialize_encoder
+from engine.method.encoders import LastGamma, initialize_encoder
 from engine.method.initialization import Initialization, initialize
 from engine.method.norm import BatchNorm
 from engine.method.resnet import ResNetConfig
@@ -45,6 +45,11 @@ class BYOLConfig:
     """What the target network begins as. drawn means weights of its own, as in the official code.
     copy means those of the online network, as in most other implementations, which gains a little
     in a training of a few epochs."""
+
+    last_gamma: LastGamma = "zero"
+    """What the scale of the last norm of each bottleneck begins as. zero is the official code's.
+    one is what the paper's figures were obtained with, and a little better for very large networks,
+    as its authors note. Basic blocks and networks of torchvision have their own in any case."""
 
     start: Operation[str] = ""
     """URL of the weights that a new run starts from: of a run, of one of its checkpoints, or of a
@@ -125,7 +130,7 @@ def build(config: BYOLConfig, classes: int, seed: int, size: int = 224) -> tuple
         generator = Generator().manual_seed(number)
         encoder, *heads = network.children()
         assert encoder is network.encoder
-        initialize_encoder(network.encoder, generator, config.initialization)
+        initialize_encoder(network.encoder, generator, config.initialization, config.last_gamma)
         for head in heads:
             initialize(head, generator, config.initialization)
     if config.target_start == "copy":

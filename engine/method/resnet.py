@@ -128,7 +128,7 @@ class Bottleneck(nn.Module):
         self.bn2 = BatchNorm(channels, views)
         self.conv3 = _conv(channels, outputs, 1)
         self.bn3 = BatchNorm(outputs, views)
-        nn.init.zeros_(self.bn3.weight)  # the block starts as its shortcut
+        nn.init.zeros_(self.bn3.weight)  # the block starts as its shortcut; see model.last_gamma
         self.downsample = _shortcut(inputs, outputs, stride, project, views)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from engine.encoder import chosen
 from engine.encoder import source as encoder_source
 from engine.encoder.source import EncoderConfig, Pixels, open_encoder
 from engine.evaluation.features import encoding
+from engine.method.encoders import LastGamma
 from engine.method.local_shards import whole
+from engine.method.resnet import ResNetConfig
 from engine.processes.world import World
 from engine.recipe import Recipe
 from engine.state import checkpoint
@@ -65,8 +67,14 @@ def test_from_a_run_of_several_processes(
     assert not torch.allclose(torch.tensor(found["online"]), torch.tensor(found["target"]))
 
 
-def test_untrained_is_where_the_run_began(tiny_data: DataConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("last_gamma", ["zero", "one"])
+def test_untrained_is_where_the_run_began(
+    last_gamma: LastGamma, tiny_data: DataConfig, tmp_path: Path
+) -> None:
     config = tiny.recipe(tiny_data, tmp_path / "run", steps=1, seed=5, probe=tiny.NO_PROBE)
+    encoder = ResNetConfig(depth=50, width=1 / 64)
+    model = dataclasses.replace(config.model, encoder=encoder, last_gamma=last_gamma)
+    config = dataclasses.replace(config, model=model)
     trainer = open_trainer(config)
     began = {k: v.clone() for k, v in trainer.online.encoder.state_dict().items()}
     finish(trainer)

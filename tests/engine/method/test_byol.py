@@ -13,6 +13,7 @@ from engine.method.byol import (
     regression_loss,
     update_target,
 )
+from engine.method.initialization import Initialization
 from engine.method.resnet import ResNetConfig
 from tests.helpers.golden_files import golden
 
@@ -130,6 +131,23 @@ def test_a_target_that_begins_as_a_copy() -> None:
     moved = {id(p) for p in target.parameters()}
     assert not moved & {id(p) for p in online.parameters()}
     assert not any(p.requires_grad for p in target.parameters())
+
+
+@pytest.mark.parametrize("rule", ["official", "kaiming_normal"])
+def test_bottlenecks_may_begin_with_all_scales_at_one(rule: Initialization) -> None:
+    """The official code has zeros there, and the paper's figures came from ones."""
+    config = BYOLConfig(ResNetConfig(50, width=1 / 64), 8, 4, initialization=rule)
+    usual, ones = build(config, 3, seed=1), build(replace(config, last_gamma="one"), 3, seed=1)
+    for one, other in zip(ones, usual, strict=True):
+        theirs = dict(other.named_parameters())
+        last = [name for name in theirs if name.endswith("bn3.weight")]
+        assert len(last) == 3 + 4 + 6 + 3
+        for name, value in one.named_parameters():
+            if name in last:
+                assert (value == 1).all(), name
+                assert (theirs[name] == 0).all(), name
+            else:
+                assert torch.equal(value, theirs[name]), name
 
 
 def test_target_moves_towards_online() -> None:
