@@ -26,10 +26,11 @@ import tyro
 from annotated_types import Interval
 
 from engine.encoder.source import EncoderConfig
-from engine.evaluation import finetune, knn, linear, neighbours
+from engine.evaluation import finetune, knn, linear, logistic, neighbours
 from engine.evaluation.finetune import FinetuneConfig
 from engine.evaluation.knn import KNNConfig
 from engine.evaluation.linear import LinearConfig
+from engine.evaluation.logistic import LogisticConfig
 from engine.evaluation.neighbours import NeighboursConfig
 from engine.evaluation.results import Result
 from engine.evaluation.semi_supervised import SemiSupervisedConfig, take_labels
@@ -91,6 +92,18 @@ class Linear:
     def run(self) -> None:
         evaluation = self.options.open("linear", self.protocol.settings())
         _measure(evaluation, lambda: linear.evaluate(evaluation, self.protocol))
+
+
+@dataclass(frozen=True)
+class Logistic:
+    """Fit a regularized logistic regression, the paper's way to measure transfer to other data."""
+
+    options: Annotated[Options, _Flat]
+    protocol: Annotated[LogisticConfig, _Flat] = field(default_factory=LogisticConfig)
+
+    def run(self) -> None:
+        evaluation = self.options.open("logistic", self.protocol.settings())
+        _measure(evaluation, lambda: logistic.evaluate(evaluation, self.protocol))
 
 
 @dataclass(frozen=True)
@@ -161,9 +174,11 @@ def _measure(evaluation: Evaluation, measure: Callable[[], Result | None]) -> No
             evaluation.publish(result)
 
 
-Protocol = Linear | KNN | Finetune | SemiSupervised | Neighbours | Features | Report | Runs
+Measurement = Linear | Logistic | KNN | Finetune | SemiSupervised | Neighbours
+Protocol = Measurement | Features | Report | Runs
 _PROTOCOLS: dict[str, type[Protocol]] = {
     "linear": Linear,
+    "logistic": Logistic,
     "knn": KNN,
     "finetune": Finetune,
     "semi-supervised": SemiSupervised,

@@ -78,6 +78,19 @@ def extract(
     return Features(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
+def average_classes(scores: Tensor, labels: Tensor, world: World) -> float:
+    """Return the mean over the classes that occur of how often a class's label scores highest.
+
+    All processes call it together, and the result covers the rows of all of them, which are one at
+    least. The arguments are those of `measure_accuracy`.
+    """
+    classes = scores.shape[1]
+    right = labels[scores.argmax(dim=1) == labels]
+    counts = [torch.bincount(part, minlength=classes) for part in (right, labels)]
+    hits, rows = world.all_reduce(torch.stack(counts))  # [C] each
+    return float((hits[rows > 0] / rows[rows > 0]).double().mean())
+
+
 class Accuracy(NamedTuple):
     """Top-1 and top-5 accuracy, as fractions of a data set's labeled images."""
 

@@ -95,12 +95,7 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
     hint_at_edge(config.lr, [found.top1 for found in chosen_on], evaluation)
     queries = evaluation.extract(evaluation.val)
     found = measure(training.heads, queries, evaluation, "data.val")[best]
-    if evaluation.world.main:
-        head = training.heads.each[best]
-        tensors = {"fc.weight": head.weight.detach().cpu(), "fc.bias": head.bias.detach().cpu()}
-        learned_on = name_weights(evaluation.source)
-        saved = save_head(tensors, evaluation.train.classes, learned_on)
-        files.write(files.join(evaluation.url, HEAD), saved)
+    keep_head(training.heads.each[best], evaluation)
     table: list[Row] = []
     for number, (lr, there) in enumerate(zip(config.lr, chosen_on, strict=True)):
         row: Row = {"lr": f"{lr:g}", "held-out top-1": there.top1}
@@ -110,6 +105,16 @@ def evaluate(evaluation: Evaluation, config: LinearConfig) -> Result | None:
         found, evaluation.classes, lambda figure: evaluation.name(f"{kind}{figure}")
     )
     return Result(metrics, table)
+
+
+def keep_head(head: nn.Linear, evaluation: Evaluation) -> None:
+    """Write a classifier beside the results, in float32, by the first process."""
+    if evaluation.world.main:
+        tensors = {"fc.weight": head.weight, "fc.bias": head.bias}
+        found = {name: value.detach().float().cpu() for name, value in tensors.items()}
+        learned_on = name_weights(evaluation.source)
+        saved = save_head(found, evaluation.train.classes, learned_on)
+        files.write(files.join(evaluation.url, HEAD), saved)
 
 
 class Heads(nn.Module):

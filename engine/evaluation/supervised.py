@@ -172,14 +172,17 @@ def fit_batch(config: _Config, index: Index, evaluation: Evaluation) -> _Config:
     return replace(config, batch=batch)
 
 
-def hint_at_edge(rates: Sequence[float], scores: Sequence[float], evaluation: Evaluation) -> None:
+def hint_at_edge(
+    rates: Sequence[float], scores: Sequence[float], evaluation: Evaluation, option: str = "--lr"
+) -> None:
     """Tell the user when the highest or the lowest learning rate has the best score.
 
     Other rates may have the same score, and then a better one may still lie beyond the edge.
 
     Args:
-        rates: The learning rate of each training.
+        rates: The learning rate of each training, or what else is chosen.
         scores: The accuracy of each on held-out images.
+        option: The option that gives the rates.
     """
     best = {rate for rate, score in zip(rates, scores, strict=True) if score == max(scores)}
     edges = [(max(rates), "high"), (min(rates), "low")]
@@ -189,10 +192,10 @@ def hint_at_edge(rates: Sequence[float], scores: Sequence[float], evaluation: Ev
     which = " and the ".join(f"{word}est" for _, word in found)
     values = " and ".join(f"{edge:g}" for edge, _ in found)
     beyond = " and ".join(f"{word}er" for _, word in found)
-    text = f"the best --lr is the {which} that was tried, {values}"
+    text = f"the best {option} is the {which} that was tried, {values}"
     if len(best) > 1:
         were = "were" if len(found) > 1 else "was"
-        text = f"the {which} --lr that {were} tried, {values}, shared the best score"
+        text = f"the {which} {option} that {were} tried, {values}, shared the best score"
         text += " with others" * (len(best) > len(found))
     evaluation.terminal.say(f"{text}: try {beyond} ones too")
 
@@ -211,21 +214,27 @@ def hold_out(samples: int, wanted: int, seed: int) -> Held:
     return held
 
 
-def check_held_out(count: int, choices: int, say: Callable[[str], None]) -> None:
-    """Raise InputError when no image is held out to choose the learning rate on.
+def check_held_out(
+    count: int,
+    choices: int,
+    say: Callable[[str], None],
+    chosen: str = "learning rate",
+    remedy: str = "give the one --lr that you want",
+) -> None:
+    """Raise InputError when no image is held out to choose the learning rate on, or what else.
 
     When the best of several `choices` is to be found on few images, a line says so. Call it before
     anything is learned.
     """
     if count == 0:
         raise InputError(
-            "no image of data.train is held out to choose the learning rate on: raise --holdout, "
+            f"no image of data.train is held out to choose the {chosen} on: raise --holdout, "
             "or give more images"
         )
     if count < FEW and choices > 1:
         say(
-            f"{count} held-out images choose the learning rate, and on so few that is a matter of "
-            "chance: give the one --lr that you want, or more labeled images"
+            f"{count} held-out images choose the {chosen}, and on so few that is a matter of "
+            f"chance: {remedy}, or more labeled images"
         )
 
 

@@ -139,6 +139,31 @@ def test_the_choice_is_made_on_held_out_images(run: str, tmp_path: Path) -> None
     assert found["table"][best]["top-1"] == found["metrics"]["linear_fast_top1"]
 
 
+def test_logistic_regression(
+    run: str, tmp_path: Path, tiny_data: DataConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its classifier is on disk, and gives the figures."""
+    few = ["--strengths", "5", "--l2", "10", "1e-3", "--threads", "1", "--out", str(tmp_path)]
+    text = told(capsys, "logistic", run, *few)
+    found = result(str(tmp_path), "logistic-online")
+    assert [row["l2"] for row in found["table"]] == ["10", "1", "0.1", "0.01", "0.001"]
+    assert found["metrics"].keys() == {"logistic_top1", "logistic_top5", "logistic_mean_class"}
+    chosen = [row for row in found["table"] if row["top-1"] != ""]
+    assert [row["held-out top-1"] for row in chosen] == [
+        max(row["held-out top-1"] for row in found["table"])
+    ]
+    assert "mean of classes" in text
+    head = load_file(next(tmp_path.glob("**/head.safetensors")))
+    assert head["fc.weight"].dtype == torch.float32
+    assert evaluate.main(["features", run, tiny_data.val, f"{tmp_path}/val.npz"]) == 0
+    val = np.load(tmp_path / "val.npz")
+    scores = val["features"] @ head["fc.weight"].numpy().T + head["fc.bias"].numpy()
+    right = float((scores.argmax(axis=1) == val["labels"]).mean())
+    assert right == pytest.approx(found["metrics"]["logistic_top1"], abs=1e-9)
+    assert evaluate.main(["logistic", run, *few, "--iterations", "1"]) == 0
+    assert "6 of 6 fits were not done after 1 iterations" in capsys.readouterr().out
+
+
 def test_fast_linear_and_finetuning(run: str, tmp_path: Path) -> None:
     out = ["--out", str(tmp_path), "--threads", "1", "--batch", "16", "--epochs", "2"]
     assert evaluate.main(["linear", run, "--fast", *out]) == 0
@@ -352,7 +377,7 @@ def test_on_a_bucket(run: str, s3: str, tmp_path: Path, tiny_data: DataConfig) -
         ),
         (["semi-supervised", "RUN", "--files", "RUN/none"], "no such file"),
         (["linear", "RUN", "--epoch", "3"], "--epoch"),
-        (["quadratic", "RUN"], "PROTOCOL is one of linear, knn"),
+        (["quadratic", "RUN"], "PROTOCOL is one of linear, logistic, knn"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -24,6 +24,7 @@ from tests.helpers.places import GOLDEN, ROOT
 COMMANDS = json.loads((GOLDEN / "flags.json").read_text())  # of the first release
 PROTOCOLS = {
     "linear": evaluate.Linear,
+    "logistic": evaluate.Logistic,
     "knn": evaluate.KNN,
     "finetune": evaluate.Finetune,
     "semi-supervised": evaluate.SemiSupervised,

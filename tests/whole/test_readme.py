@@ -147,6 +147,7 @@ def helps() -> Iterator[str]:
         yield helped(partial(parse_recipe, [str(RECIPES / f"{recipe}.py"), "--help"]))
     for protocol in (
         "linear",
+        "logistic",
         "knn",
         "finetune",
         "semi-supervised",
