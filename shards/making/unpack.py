@@ -1,6 +1,7 @@
 """Unpack compressed tars, of which no parts can be read.
 
-Parquet files are unpacked too, by shards/making/parquet.py.
+Parquet files are unpacked too, by shards/making/parquet.py. Zip files are not, because each image
+in them is compressed alone: see shards/making/zips.py.
 """
 
 import bz2
@@ -61,7 +62,7 @@ def unpack(url: str, path: str, stop: Event) -> None:
 def _read_piece(plain: Any, url: str) -> bytes:
     try:
         piece: bytes = plain.read(1 << 20)
-    except _damages() as error:
+    except list_damages() as error:
         # A failure of the store names the URL, and the unpackers' own name nothing.
         if isinstance(error, OSError) and (error.errno or files.redact(url) in str(error)):
             raise
@@ -69,7 +70,7 @@ def _read_piece(plain: Any, url: str) -> bytes:
     return piece
 
 
-def _damages() -> tuple[type[Exception], ...]:
+def list_damages() -> tuple[type[Exception], ...]:
     """Return what the unpackers raise for content that is damaged."""
     kinds = [OSError, EOFError, ValueError, lzma.LZMAError, zlib.error]
     with contextlib.suppress(ImportError):
