@@ -82,7 +82,9 @@ def make_sets(
     # An empty folder counts as if there were a file in it.
     paths = [*(path for path, _ in found), *(f"{path}/." for path in listing.empty)]
     folders = splits or {"": ""}
-    classes = sorted({name for folder in folders for name in _class_names(paths, folder)})
+    names = {folder: _class_names(paths, folder) for folder in folders}
+    plain = _find_plain(names)
+    classes = sorted({name for folder in names if folder not in plain for name in names[folder]})
     sets = [_image_set(name, folder, found, classes) for folder, name in folders.items()]
     for path, _ in found:
         if splits and path.split("/", 1)[0] not in splits:
@@ -96,8 +98,15 @@ def make_sets(
     else:
         classes = next((part.classes for part in sets if part.classes), [])
         doubts += _doubt_classes(classes)
+        doubts += [
+            f"images of {split} lie in one folder, {name}, which is no class elsewhere: no label"
+            for split, name in plain.items()
+            if labels
+        ]
         doubts += [line for part in sets for line in _tell_unlabeled(part)]
-        doubts += _tell_nested(found, list(folders), len(classes))
+        doubts += _tell_nested(
+            found, [folder for folder in folders if folder not in plain], len(classes)
+        )
     doubts += [line for part in sets for line in _tell_bare(part)]
     return Found(sets, left_out, doubts)
 
@@ -226,6 +235,19 @@ def _tell_nested(found: list[tuple[str, int]], splits: list[str], classes: int) 
     return [f"{number} in folders below that of a class, such as {path}, whose class is {name}"]
 
 
+def _find_plain(names: dict[str, list[str]]) -> dict[str, str]:
+    """Return the splits whose one folder, such as `test/images`, is no class, with its name.
+
+    Other splits have several classes then, and none of that name.
+
+    Args:
+        names: The folders in each split.
+    """
+    several = {name for found in names.values() if len(found) > 1 for name in found}
+    single = {split: found[0] for split, found in names.items() if len(found) == 1}
+    return {split: name for split, name in single.items() if several and name not in several}
+
+
 def _class_names(paths: list[str], split: str) -> list[str]:
     """Return the names of the classes of a split, or of the source when `split` is ""."""
     return sorted({name for path in paths if (name := _class_name(path, split))})
@@ -251,7 +273,7 @@ def _image_set(
 ) -> ImageSet:
     labels = {known: i for i, known in enumerate(classes)} | {"": -1}
     images = [
-        Image(path, size, labels[which])
+        Image(path, size, labels.get(which, -1))
         for path, size in found
         if (which := _class_name(path, folder)) is not None
     ]

@@ -50,14 +50,17 @@ class _Tree(NamedTuple):
     images: dict[str, _Entry]
     empty: set[str]  # folders
 
-    def move(self, above: int, top: str) -> "_Tree":
-        """Return the tree without the first folders of all paths, below a new one."""
+    def move(self, folder: str, place: str) -> "_Tree":
+        """Return what lies in a folder of the tree, at another place.
+
+        Both end in a slash, or are "" for the top.
+        """
 
         def rename(path: str) -> str:
-            return "/".join([top] * bool(top) + path.split("/")[above:])
+            return place + path.removeprefix(folder)
 
         images = {rename(path): entry for path, entry in self.images.items()}
-        return _Tree(images, {rename(path) for path in self.empty})
+        return _Tree(images, {rename(path) for path in self.empty if path.startswith(folder)})
 
 
 def are_zips(tars: Tars) -> bool:
@@ -124,26 +127,26 @@ def _place(trees: dict[str, _Tree], by_zip: bool) -> dict[str, _Tree]:
     stems = {name: name.rpartition("/")[2][: -len(".zip")] for name in trees}
     if by_zip or (len(trees) > 1 and all(map(split_name, stems.values()))):
         return {
-            name: tree.move(_count_common([tree], through_splits=True), stems[name])
+            name: tree.move(_find_common([tree], through_splits=True), f"{stems[name]}/")
             for name, tree in trees.items()
         }
-    above = _count_common(list(trees.values()))
-    return {name: tree.move(above, "") for name, tree in trees.items()}
+    common = _find_common(list(trees.values()))
+    return {name: tree.move(common, "") for name, tree in trees.items()}
 
 
-def _count_common(trees: list[_Tree], through_splits: bool = False) -> int:
-    """Return how many folders hold all images.
+def _find_common(trees: list[_Tree], through_splits: bool = False) -> str:
+    """Return the deepest folder that holds all images, with a slash at its end, or "".
 
     Args:
-        through_splits: Also count a folder that is called like a split, and those below it.
+        through_splits: It may be called like a split, or lie in such a folder.
     """
     folders = [path.split("/")[:-1] for tree in trees for path in tree.images]
-    number = 0
+    common = ""
     for one, other in zip(min(folders, default=[]), max(folders, default=[]), strict=False):
         if one != other or (split_name(one) and not through_splits):
             break
-        number += 1
-    return number
+        common += f"{one}/"
+    return common
 
 
 def _list_zip(url: str, name: str, listing: Listing) -> _Tree:
@@ -168,13 +171,16 @@ def _sort(infos: list[zipfile.ZipInfo], end: int, url: str, name: str, listing: 
         end: The offset in bytes at which the last entry ends.
     """
     starts = sorted({info.header_offset for info in infos})
-    stops = dict(zip(starts, [*starts[1:], end], strict=True))
+    stops = {start: min(stop, end) for start, stop in zip(starts, [*starts[1:], end], strict=True)}
     images: dict[str, _Entry] = {}
     folders: set[str] = set()
     filled: set[str] = set()  # folders with something in them
     for info in infos:
         path = _find_path(info)
-        filled.update(path[:at] for at, letter in enumerate(path) if letter == "/")
+        above = path.rpartition("/")[0]
+        while above and above not in filled:
+            filled.add(above)
+            above = above.rpartition("/")[0]
         if info.filename.endswith(("/", "\\")):
             folders.add(path)
         elif path and listing.refuse(f"{name}/{path}"):
@@ -199,7 +205,7 @@ def _find_path(info: zipfile.ZipInfo) -> str:
     Nothing is written to such a path, but it says nothing about a class or a split.
     """
     path = info.filename
-    if not info.flag_bits & _UTF_8:  # zipfile took it for the code page of DOS.
+    if not (path.isascii() or info.flag_bits & _UTF_8):  # zipfile took it for the code page of DOS.
         with contextlib.suppress(UnicodeError):
             path = path.encode("cp437").decode()
     if "/" not in path:  # Some programs on Windows write backslashes.
@@ -221,9 +227,9 @@ def _find_fault(path: str, entry: _Entry) -> str:
         return "links in a zip file"
     if info.compress_type not in _METHODS:
         return "entries that are not compressed by deflate (extract them, and pack the folder)"
-    if info.file_size > MOST_BYTES:
+    if max(info.file_size, info.compress_size) > MOST_BYTES:
         return f"entries of more than {MOST_BYTES >> 30} GiB"
-    if info.compress_size > entry.stop - entry.start - _HEADER:
+    if entry.start < 0 or info.compress_size > entry.stop - entry.start - _HEADER:
         return "entries that overlap other ones, so that they can't all be sound"
     return ""
 

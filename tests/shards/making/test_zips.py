@@ -164,6 +164,13 @@ def test_what_is_odd_is_left_out_and_told(tmp_path: Path) -> None:
     }
 
 
+def test_empty_folders_are_classes_where_images_lie(tmp_path: Path) -> None:
+    names = ["p/a/1.jpg", "p/b/2.jpg", "p/empty/", "p/.hidden/", "q/r/", "q/", "/s/"]
+    found, _ = find(write_zip(tmp_path / "a.zip", dict.fromkeys(names, b"")))
+    assert found.sets[0].classes == ["a", "b", "empty"]
+    assert found.warnings == ["classes without an image: empty"]
+
+
 def test_names_in_other_encodings(tmp_path: Path) -> None:
     """macOS writes UTF-8 without saying so, and DOS its code page."""
     path = write_zip(tmp_path / "a.zip", {"caf__/1.jpg": b"x", "th_/2.jpg": b"x", "c/3.jpg": b"x"})
