@@ -258,8 +258,6 @@ def _read_entry(entry: _Entry, stop: int | None) -> bytes:
     end = min(end, start + _HEADER + _LONGEST + info.compress_size)
     content = files.read(url, start, end)
     try:
-        if content[:4] != b"PK\3\4":
-            raise zipfile.BadZipFile(f"no entry begins at byte {start}")
         skip = _HEADER + sum(struct.unpack("<HH", content[26:_HEADER]))
         with zipfile.ZipExtFile(io.BytesIO(content[skip:]), "r", info) as file:
             found = file.read(info.file_size if stop is None else stop)

@@ -19,6 +19,7 @@ from shards.making.survey import ReadImage
 from shards.making.tars import find_tars
 from shards.making.zips import are_zips, list_zips
 from shards.reader import BlockReader
+from shards.storage import files
 from tests.conftest import draw_photo
 from tests.helpers.zips import write_zip
 
@@ -235,6 +236,30 @@ def test_bytes_that_several_entries_claim(tmp_path: Path) -> None:
     assert [image.path for image in found.sets[0].images] == ["0.jpg"]
     (left,) = found.left_out.values()
     assert left.number == 2
+
+
+def test_bytes_that_no_entry_has_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["1.jpg", "gone.jpg", "2.jpg"]
+    path = write_zip(tmp_path / "a.zip", dict.fromkeys(names, PHOTO * 999), zipfile.ZIP_STORED)
+    content = path.read_bytes()
+    at = content.index(b"PK\1\2", content.index(b"PK\1\2") + 1)
+    entry = content[at : content.index(b"PK\1\2", at + 1)]
+    end = bytearray(content[content.index(b"PK\5\6") :])
+    end[8:16] = struct.pack("<HHI", 2, 2, struct.unpack("<I", end[12:16])[0] - len(entry))
+    path.write_bytes(content[: content.index(b"PK\5\6")].replace(entry, b"") + end)
+    found, read = find(path)
+    ranges: list[tuple[int, int]] = []
+    whole = files.read
+
+    def watch(url: str, start: int, stop: int) -> bytes:
+        ranges.append((start, stop))
+        return whole(url, start, stop)
+
+    monkeypatch.setattr(files, "read", watch)
+    assert [read(image) for image in found.sets[0].images] == [PHOTO * 999] * 2
+    assert max(stop - start for start, stop in ranges) <= len(PHOTO) * 999 + 2**17 + 30
 
 
 def test_entries_that_claim_more_or_less_than_they_hold(
