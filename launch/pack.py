@@ -148,6 +148,7 @@ def main(
     """
     for number, path in enumerate([*paths, out]):
         files.check(path, "OUT" if number >= len(paths) - (not index_only) else "SOURCE")
+    files.check(labels, "--labels")
     _check_out(paths[-1] if paths and not index_only else out)
     if threads < 1:
         raise InputError("--threads must be at least 1")
@@ -201,6 +202,8 @@ def _check_out(url: str) -> None:
 
 def _pack(sources: list[str], taking: Taking, packing: Packing) -> None:
     """Pack a folder of images, zip files, or what `find_tars` finds."""
+    if (label := taking.layout.label).endswith((".csv", ".tsv")):
+        raise InputError(f"--label {label}: names a field or a column: a table is --labels {label}")
     folder = len(sources) == 1 and not is_one_file(sources[0], compressed=True)
     if folder and taking.is_plain() and _pack_folder(sources[0], taking, packing):
         return

@@ -31,7 +31,8 @@ class Table(NamedTuple):
 def read_table(url: str, place: str, images: list[Name], column: str) -> Table:
     """Read a table. The column that names most of `images` is that of names.
 
-    Its first row is a header unless it names an image. Without a header, columns have numbers.
+    Its first row is a header unless it names an image or holds numbers alone. Without a header,
+    columns have numbers.
 
     Args:
         place: The file, for messages.
@@ -51,7 +52,7 @@ def read_table(url: str, place: str, images: list[Name], column: str) -> Table:
         )
     numbers = [str(number) for number in range(1, len(rows[0]) + 1)]
     columns = numbers
-    if not any(_last(cell) in known or _is_image(cell) for cell in rows[0]):
+    if _is_header(rows[0], known):
         columns = [cell or number for cell, number in zip(rows.pop(0), numbers, strict=True)]
     for row in rows:
         row += [""] * (len(columns) - len(row))
@@ -71,6 +72,8 @@ def _read_text(url: str, place: str) -> str:
         return files.read(url).decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{place}: no such file") from None
+    except IsADirectoryError:
+        raise InputError(f"{place}: is a folder: give the file") from None
     except UnicodeDecodeError:
         raise InputError(f"{place}: is no text in UTF-8: save it as such") from None
 
@@ -116,6 +119,12 @@ def _split_lines(text: str, place: str) -> Iterator[_Rows]:
     lines = list(io.StringIO(text, newline=None))
     yield [line.split(maxsplit=1) for line in lines]
     yield [line.rsplit(maxsplit=1) for line in lines]
+
+
+def _is_header(row: list[str], known: set[str]) -> bool:
+    if all(parse_index(cell) is not None for cell in row):
+        return False
+    return not any(_last(cell) in known or _is_image(cell) for cell in row)
 
 
 def _last(cell: str) -> str:

@@ -39,7 +39,7 @@ def name_classes(found: Found) -> dict[str, str]:
     [
         ('id,label\na,ant\nb c,bee\nd,ant\n"e,f",cat\n', ""),
         ('name;diagnosis\r\na.jpg;ant\r\nb c.JPG;bee\r\nd.png;ant\r\n"e,f.jpeg";cat\r\n', ""),
-        ("a.jpg\tant\nb c.JPG\tbee\ndeep/d.png\tant\ne,f.jpeg\tcat", ""),
+        ("\ufeffa.jpg\tant\nb c.JPG\tbee\ndeep/d.png\tant\ne,f.jpeg\tcat", ""),
         ("a.jpg ant\nb c.JPG bee\ndeep/d.png ant\ne,f.jpeg cat\n\n", ""),
         ('\ufeffclass,path\nant,./a.JPG\nbee,/in/b c.jpg\nant,deep\\d.PNG\ncat,"e,f"\n', ""),
         (
@@ -92,6 +92,13 @@ def test_rows_without_images_and_images_without_rows_are_told(tmp_path: Path) ->
     ]
 
 
+@pytest.mark.parametrize("first", ["10", "10.jpg"])
+def test_a_first_row_without_an_image_is_no_header(tmp_path: Path, first: str) -> None:
+    found = find(tmp_path, ["11.jpg", "12.jpg"], f"{first},1\n11,0\n12,1\n")
+    assert found.left_out["rows of --labels that name no image of SOURCE"] == (1, first)
+    assert [image.label for image in found.sets[0].images] == [0, 1]
+
+
 def test_sets_packed_apart_with_one_table_have_the_same_classes(tmp_path: Path) -> None:
     table = "id,label\na,ant\nb,bee\nc,cat\n"
     one = find(tmp_path / "1", ["a.jpg"], table).sets[0]
@@ -114,6 +121,9 @@ def test_a_split_that_the_table_does_not_name_keeps_the_classes_of_its_folders(
         **{"val/day1/3.jpg": "bee", "val/4.jpg": "ant"},
     }
     assert found.warnings == []
+    found = find(tmp_path, photos, "3 -1\n4 ant\n")
+    assert found.sets[1].classes == ["ant", "bee"]
+    assert [image.label for image in found.sets[1].images] == [0, -1]
     with pytest.raises(InputError, match=r"are numbers, such as 0, but folders .* such as ant: wr"):
         find(tmp_path, photos, "3 1\n4 0\n")
 
@@ -168,9 +178,15 @@ def test_what_is_not_clear_is_refused(
 
 
 def test_no_such_table(tmp_path: Path) -> None:
-    source = write_files(tmp_path / "in", ["1.jpg"])
-    with pytest.raises(InputError, match=r"^--labels nowhere\.csv: no such file$"):
-        find_images(str(source), table=LabelTable("nowhere.csv"))
+    source = str(write_files(tmp_path / "in", ["1.jpg"]))
+    for options, told in (
+        ({"labels": "nowhere.csv"}, r"^--labels nowhere\.csv: no such file$"),
+        ({"labels": source}, f"^--labels {source}: is a folder: give the file$"),
+        ({"labels": "s3:/b/x.csv"}, "^--labels s3:/b/x.csv: a URL has two slashes"),
+        ({"label": "x.csv"}, r"^--label x\.csv: names a field .*: a table is --labels x\.csv$"),
+    ):
+        with pytest.raises(InputError, match=told):
+            pack_command.main((source, f"{tmp_path}/out"), **options)  # type: ignore[arg-type]
 
 
 # The command
