@@ -225,7 +225,7 @@ def test_labels_of_tars_are_those_of_the_table(tmp_path: Path) -> None:
     photo = draw_photo(0, 20, 20)
     members = {"1.jpg": photo, "1.cls": b"7", "2.jpg": photo, "3.tif.jpg": photo}
     source = write_tar(tmp_path / "0.tar", members)
-    (tmp_path / "t").write_text("1 ant\n2 bee\n")
+    (tmp_path / "t").write_text("images/1.jpg ant\nimages/2.jpg bee\n")
     pack_command.main((str(source), f"{tmp_path}/out"), labels=f"{tmp_path}/t")
     assert index.load(f"{tmp_path}/out", "OUT").classes == ["ant", "bee"]
 
