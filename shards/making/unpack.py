@@ -62,7 +62,7 @@ def unpack(url: str, path: str, stop: Event) -> None:
 def _read_piece(plain: Any, url: str) -> bytes:
     try:
         piece: bytes = plain.read(1 << 20)
-    except list_damages() as error:
+    except _damages() as error:
         # A failure of the store names the URL, and the unpackers' own name nothing.
         if isinstance(error, OSError) and (error.errno or files.redact(url) in str(error)):
             raise
@@ -70,7 +70,7 @@ def _read_piece(plain: Any, url: str) -> bytes:
     return piece
 
 
-def list_damages() -> tuple[type[Exception], ...]:
+def _damages() -> tuple[type[Exception], ...]:
     """Return what the unpackers raise for content that is damaged."""
     kinds = [OSError, EOFError, ValueError, lzma.LZMAError, zlib.error]
     with contextlib.suppress(ImportError):

@@ -113,7 +113,10 @@ def list_zips(
         _leave_out_damaged(entries, listing.left_out, threads)
     if not entries:
         place = f"SOURCE {files.redact(zips.folder)}"
-        raise InputError(f"{place}: no images in the zip files there{explain(listing.left_out)}")
+        inner = f"; extract {min(listing.tars)}, and pack that" if listing.tars else ""
+        raise InputError(
+            f"{place}: no images in the zip files there{explain(listing.left_out)}{inner}"
+        )
     listing.images += sorted((path, entry.info.file_size) for path, entry in entries.items())
 
     def read(image: Image, start: int | None = None, stop: int | None = None) -> bytes:

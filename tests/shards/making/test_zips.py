@@ -314,7 +314,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(InputError, match=r"a.zip: is compressed.*repack it"):
         pack_command.main((str(path),), index_only=True)
     write_zip(path, {"a.txt": b"", "b.tar": b""})
-    with pytest.raises(InputError, match=r"no images in the zip files there: \.txt files \(1\)"):
+    with pytest.raises(InputError, match=r"there: \.txt files .*; extract a\.zip/b\.tar, and"):
         pack_command.main((str(path), f"{tmp_path}/x"))
 
 
@@ -326,3 +326,13 @@ def test_zip_files_beside_images_are_told(
     pack_command.main((f"{tmp_path}/in", f"{tmp_path}/out"))
     told = capsys.readouterr().err
     assert "warning: more.zip is a zip file, whose images are not taken: give the zip files" in told
+
+
+def test_names_are_no_patterns(tmp_path: Path) -> None:
+    names = ["[ab]*/{1}?.jpg", "c #%20/a::b.jpg"]
+    path = write_zip(tmp_path / "a {1,2} [x]*?#%41.zip", dict.fromkeys(names, PHOTO))
+    write_zip(tmp_path / "a 1 [x]*?#%41.zip", {"other.jpg": PHOTO})
+    found, _ = find(path)
+    assert name_classes(found) == {"": {name: name.partition("/")[0] for name in names}}
+    pack_command.main((str(path), f"{tmp_path}/out"))
+    assert index.load(f"{tmp_path}/out", "OUT").samples == 2
