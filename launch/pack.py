@@ -4,12 +4,15 @@
     python launch/pack.py --index-only TARS        tars in the WebDataset format -> an index
     python launch/pack.py TARS OUT                 tars of any kind -> shards in random order
     python launch/pack.py PARQUETS OUT             parquet files of the Hugging Face Hub -> shards
+    python launch/pack.py ZIPS OUT                 zip files of images -> shards
+    python launch/pack.py SOURCE OUT --labels CSV  images whose classes stand in a table -> shards
 
-IMAGES, TARS, PARQUETS and OUT are folders on a disk or in any object store (s3://, gs://, ...).
+IMAGES, TARS, PARQUETS, ZIPS and OUT are folders on a disk or in any object store (s3://, ...).
 """
 
 import math
 import sys
+from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
@@ -33,16 +36,49 @@ from shards.errors import InputError, printable
 from shards.fields import check_range
 from shards.making import kept_scans, pack, scan
 from shards.making.convert import PixelOptions
-from shards.making.image_folders import find_images
+from shards.making.image_folders import Found, find_images, make_sets
+from shards.making.label_table import LabelTable
 from shards.making.labels import read_class_names
 from shards.making.left_out import Reasons, tabulate
-from shards.making.repack import ClassesFrom, find_packed_images
-from shards.making.tars import Tars, check_apart, check_suffix, find_tars
+from shards.making.repack import ClassesFrom, Repacking, find_packed_images
+from shards.making.survey import ReadImage
+from shards.making.tars import Tars, check_apart, check_suffix, find_tars, is_one_file
 from shards.making.window import check_window
+from shards.making.zips import are_zips, list_zips
 from shards.samples import Layout
 from shards.storage import files, misplaced
 from shards.storage.local_files import proposing
-from shards.tar import is_tar
+
+
+@dataclass(frozen=True)
+class Taking:
+    """Which images of a source are taken, and what gives their classes."""
+
+    layout: Layout
+    classes_from: ClassesFrom
+    classes: list[str] | None  # their names in order
+    labels: str  # URL of a table, or ""
+    follow_links: bool
+    skip_damaged: bool
+
+    @property
+    def table(self) -> LabelTable | None:
+        if not self.labels:
+            return None
+        return LabelTable(self.labels, self.layout.label, self.classes, note)
+
+    def is_plain(self, by_name: bool = False) -> bool:
+        """Return whether nothing is asked for that only tars have.
+
+        Args:
+            by_name: Files may name classes, as zip files may.
+        """
+        layout = self.layout
+        if layout.image or layout.dotted or self.classes_from == "folders":
+            return False
+        if self.classes_from == "tars" and not by_name:
+            return False
+        return bool(self.labels) or not (layout.label or self.classes)
 
 
 def main(
@@ -61,6 +97,7 @@ def main(
     out: Annotated[str, tyro.conf.arg(metavar="URL")] = "",
     classes: Annotated[str, tyro.conf.arg(metavar="FILE")] = "",
     classes_from: ClassesFrom = "labels",
+    labels: Annotated[str, tyro.conf.arg(metavar="FILE")] = "",
     image: Annotated[str, tyro.conf.arg(metavar="FIELD")] = "",
     label: Annotated[str, tyro.conf.arg(metavar="FIELD")] = "",
     dotted: bool = False,
@@ -74,14 +111,14 @@ def main(
 
     A folder of images is packed in random order. Its first folders name the classes. A flat folder
     has no classes. When the first folders are splits such as train and val, each is packed to a
-    folder of that name under OUT. The images of tars and of parquet files are packed anew in the
-    same way. A table says what was taken and what was left out. A packing that was stopped
-    continues with the same command.
+    folder of that name under OUT. A zip file is packed like a folder. The images of tars and of
+    parquet files are packed anew in the same way. A table says what was taken and what was left
+    out. A packing that was stopped continues with the same command.
 
     Args:
         paths: URL of a folder of images (jpg, png, webp, gif, bmp, tif and others) or of a folder
-            of tars or parquet files, then the URL of the folder to write. Tars and parquet files
-            may also be given one by one, or by a brace pattern such as
+            of zip files, tars or parquet files, then the URL of the folder to write. Zip files,
+            tars and parquet files may also be given one by one, or by a brace pattern such as
             "s3://bucket/shard-{000000..000146}.tar". With --index-only, give tars alone.
         shard_mb: Approximate size of a shard in MB.
         seed: Seed of the random order.
@@ -91,16 +128,20 @@ def main(
         follow_links: Also pack files outside of SOURCE that links in it lead to.
         index_only: Read the headers of tars and write index.json next to them.
         out: With --index-only: the folder for index.json, when it can't stand next to the tars.
-        classes: File with the names of the classes, one a line. Only for tars and parquet files.
+        classes: File with the names of the classes, one a line. Only for tars, parquet files and
+            --labels.
         classes_from: What gives the class of an image in a tar: its label, the name of its tar, or
-            the folder that it lies in. none packs images of any kind without classes. All but
-            labels need OUT.
+            the folder that it lies in. tars also takes the names of zip files. none packs images of
+            any kind without classes. All but labels need OUT.
+        labels: URL of a table that names the class of each image: CSV, TSV or lines of a name and a
+            label.
         image: The field of a sample in a tar that holds its image, such as input.jpg, or the column
             of a parquet file.
         label: The field of a sample in a tar that holds its label, such as txt, or json:KEY for a
-            value in a JSON field, or the column of a parquet file.
+            value in a JSON field, or the column of a parquet file or of --labels.
         dotted: The dots in the names of files in tars belong to the names, except the last one.
-        skip_damaged: Leave out tars that are damaged or missing.
+        skip_damaged: Leave out tars and zip files that are damaged or missing, and damaged images
+            in zip files, for which it reads all of them once more.
         max_pixels: Images of more pixels are named, and not decoded.
         max_side: Shrink images whose longer side has more pixels to that many, antialiased.
         window: LOW HIGH, the values that become black and white in images of more than 8 bits per
@@ -110,6 +151,7 @@ def main(
     """
     for number, path in enumerate([*paths, out]):
         files.check(path, "OUT" if number >= len(paths) - (not index_only) else "SOURCE")
+    files.check(labels, "--labels")
     _check_out(paths[-1] if paths and not index_only else out)
     if threads < 1:
         raise InputError("--threads must be at least 1")
@@ -121,28 +163,23 @@ def main(
     layout = Layout(image.lower().lstrip("."), field.lower().lstrip(".") + colon + key, dotted)
     options = PixelOptions(max_pixels, max_side, window)
     if index_only:
-        if classes_from != "labels" or options.facts() or window_percentiles:
+        if classes_from != "labels" or labels or options.facts() or window_percentiles:
             raise InputError(
-                "--index-only copies no images: leave out --classes-from, --max-pixels, --max-side "
-                "and --window, or pack them anew: pack.py TARS OUT"
+                "--index-only copies no images: leave out --classes-from, --labels, --max-pixels, "
+                "--max-side and --window, or pack them anew: pack.py TARS OUT"
             )
         _index(list(paths), out, layout, classes, threads, strict, skip_damaged)
         return
     if len(paths) == 1 or out:
         raise InputError("OUT is missing, the folder for the shards: give pack.py SOURCE OUT")
     _check_pixels(options, window_percentiles)
+    files.check_no_root(paths[-1], "OUT", "shards", "mine")
     packing = Packing(
         paths[-1], int(shard_mb * MB), seed, threads, overwrite, strict, options, window_percentiles
     )
-    sources = list(paths[:-1])
-    labels = classes_from != "none"
-    plain = layout == Layout() and not classes and classes_from in ("labels", "none")
-    folder = plain and len(sources) == 1 and not is_tar(sources[0], compressed=True)
-    if not (folder and _pack_folder(sources[0], follow_links, labels, packing)):
-        names = read_class_names(classes) if classes else None
-        tars = find_tars(sources, compressed=True)
-        check_apart(tars, paths[-1])
-        _repack(tars, layout, classes_from, names, skip_damaged, packing)
+    names = read_class_names(classes) if classes else None
+    taking = Taking(layout, classes_from, names, labels, follow_links, skip_damaged)
+    _pack(list(paths[:-1]), taking, packing)
 
 
 def _check_pixels(options: PixelOptions, percentiles: tuple[float, float] | None) -> None:
@@ -166,47 +203,82 @@ def _check_out(url: str) -> None:
         )
 
 
-def _pack_folder(source: str, follow_links: bool, labels: bool, packing: Packing) -> bool:
+def _pack(sources: list[str], taking: Taking, packing: Packing) -> None:
+    """Pack a folder of images, zip files, or what `find_tars` finds."""
+    if (label := taking.layout.label).endswith((".csv", ".tsv")):
+        raise InputError(f"--label {label}: names a field or a column: a table is --labels {label}")
+    folder = len(sources) == 1 and not is_one_file(sources[0], compressed=True)
+    if folder and taking.is_plain() and _pack_folder(sources[0], taking, packing):
+        return
+    tars = find_tars(sources, compressed=True)
+    check_apart(tars, sources, packing.url)
+    if are_zips(tars):
+        if not taking.is_plain(by_name=True):
+            raise InputError(
+                "zip files are packed like folders, whose first folders name the classes: leave "
+                "out --image, --dotted and --classes-from folders, and give --label and --classes "
+                "only with --labels"
+            )
+        _pack_zips(tars, taking, packing)
+    else:
+        _repack(tars, taking, packing)
+
+
+def _pack_folder(source: str, taking: Taking, packing: Packing) -> bool:
     """Pack the images of a folder. Return False, and do nothing, if it holds tars instead."""
     check_suffix(source)
     with open_console().status(Text(f"listing {files.redact(source)}")):
-        found = find_images(source, follow_links=follow_links, labels=labels)
+        found = find_images(
+            source,
+            follow_links=taking.follow_links,
+            labels=taking.classes_from != "none",
+            table=taking.table,
+        )
     if not found.sets:
         return False
 
     def read(image: pack.Image, start: int | None = None, stop: int | None = None) -> bytes:
         return files.read(files.join(source, image.path), start, stop)
 
-    number = sum(len(part.images) for part in found.sets)
-    _tell({"images taken": number}, found.left_out, found.warnings, packing.strict)
-    packing.write(found.sets, read, source)
+    _write(found, read, source, packing)
     return True
 
 
-def _repack(
-    tars: Tars,
-    layout: Layout,
-    classes_from: ClassesFrom,
-    classes: list[str] | None,
-    skip_damaged: bool,
-    packing: Packing,
-) -> None:
+def _pack_zips(zips: Tars, taking: Taking, packing: Packing) -> None:
+    """Pack the images of zip files, as if they were those of a folder."""
+    place, by_zip = files.redact(zips.folder), taking.classes_from == "tars"
+    with open_console().status("reading what the zip files hold"):
+        listing, read = list_zips(
+            zips, by_zip=by_zip, skip_damaged=taking.skip_damaged, threads=packing.threads
+        )
+        labels = taking.classes_from != "none"
+        found = make_sets(listing, place, labels=labels, table=taking.table)
+    _write(found, read, zips.folder, packing)
+
+
+def _repack(tars: Tars, taking: Taking, packing: Packing) -> None:
     """Pack the images of tars anew."""
     with TemporaryDirectory() as scratch:
         with open_console().status("reading what the tars hold"):
             found = find_packed_images(
                 tars,
-                layout=layout,
-                classes_from=classes_from,
-                classes=classes,
-                skip_damaged=skip_damaged,
+                layout=taking.layout,
+                classes_from=taking.classes_from,
+                classes=taking.classes,
+                table=taking.table,
+                skip_damaged=taking.skip_damaged,
                 threads=packing.threads,
                 scratch=scratch,
                 report=note,
             )
-        number = sum(len(part.images) for part in found.sets)
-        _tell({"images taken": number}, found.left_out, found.warnings, packing.strict)
-        packing.write(found.sets, found.read, tars.folder)
+        _write(found, found.read, tars.folder, packing)
+
+
+def _write(found: Found | Repacking, read: ReadImage, place: str, packing: Packing) -> None:
+    """Pack the images that were found, after a table of them."""
+    number = sum(len(part.images) for part in found.sets)
+    _tell({"images taken": number}, found.left_out, found.warnings, packing.strict)
+    packing.write(found.sets, read, place)
 
 
 def _tell(taken: dict[str, int], left_out: Reasons, warnings: list[str], strict: bool) -> None:

@@ -16,7 +16,7 @@ LONGEST_EXTENSION = 4 << 20  # A name and attributes need less. More than this i
 COMPRESSED = (
     *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz"),
     *(".tar.zst", ".tzst", ".tar.zstd"),
-    ".parquet",  # no tar, but packing unpacks it to one
+    *(".parquet", ".zip"),  # no tars, but packing takes the images in them too
 )
 
 # The types of members, each one byte. The last name those that only have a header.
@@ -46,7 +46,7 @@ class Member(NamedTuple):
 def is_tar(name: str, *, compressed: bool = False) -> bool:
     """Return whether a file's name is that of a tar.
 
-    Compressed ones and parquet files, which are unpacked to tars, count if `compressed`.
+    Compressed ones, parquet files and zip files count if `compressed`.
     """
     return name.lower().endswith((".tar", *COMPRESSED) if compressed else ".tar")
 
@@ -54,6 +54,11 @@ def is_tar(name: str, *, compressed: bool = False) -> bool:
 def is_parquet(name: str) -> bool:
     """Return whether a file's name is that of a parquet file."""
     return name.lower().endswith(".parquet")
+
+
+def is_zip(name: str) -> bool:
+    """Return whether a file's name is that of a zip file."""
+    return name.lower().endswith(".zip")
 
 
 def read_members(file: BinaryIO, *, whole: bool = False) -> Iterator[Member]:

@@ -63,13 +63,7 @@ def check_run(url: str) -> None:
     It is also raised when a file is in the place of the folder, and for a whole disk or bucket.
     """
     files.check_folder(url, "run")
-    if files.is_root(url):
-        what = "disk" if files.is_local(url) else "bucket"
-        place = files.redact(url).rstrip("/") if what == "bucket" else ""
-        raise InputError(
-            f"run {files.redact(url)}: is a whole {what}, where a run would lie among other files: "
-            f"give a folder there, such as {place}/runs/mine"
-        )
+    files.check_no_root(url, "run", "a run", "runs/mine")
     url = url.rstrip("/")
     folder, _, name = url.rpartition("/")
     if inside := _INSIDE.fullmatch(url):

@@ -6,15 +6,13 @@ import re
 from typing import NamedTuple
 
 from shards.errors import InputError
-from shards.making.left_out import Reasons, explain, leave_out
+from shards.making.label_table import LabelTable
+from shards.making.left_out import Reasons, leave_out
+from shards.making.listing import Listing, list_folder
 from shards.making.pack import Image, ImageSet
-from shards.samples import EXTENSIONS
-from shards.storage import files, local_files, misplaced
+from shards.storage import files
 from shards.storage.commands import spell_program
-from shards.tar import is_parquet, is_tar
-
-ARCHIVES = ("zip", "7z", "rar", "gz")
-PATTERN_HINT = " (a * or ? is part of a name: name the folder, or let the shell expand it)"
+from shards.tar import is_parquet, is_tar, is_zip
 
 # The names that people give to splits, in small letters and without what `_DECORATION` matches.
 _SPLITS = {
@@ -25,19 +23,7 @@ _SPLITS = {
 }
 _DECORATION = re.compile(r"[ _-]|[ _-]?(set|data|dataset|images|split)$")
 SPLITS = ("train", "val", "valid", "validation", "test")
-# Folders that file managers, archivers and disks make beside the user's own.
-_JUNK = {"@eadir", "__macosx", "#recycle", "$recycle.bin", "lost+found"}
-_JUNK_FILES = "hidden files and files of file managers"
-
-
-class _Listing(NamedTuple):
-    """What lies in a folder."""
-
-    images: list[tuple[str, int]]  # their paths and sizes
-    left_out: Reasons
-    empty: list[str]  # folders
-    tars: list[str]
-    links: list[str]  # to folders of the folder itself
+_KINDS = {"tar": is_tar, "parquet file": is_parquet, "zip file": is_zip}
 
 
 class Found(NamedTuple):
@@ -54,42 +40,74 @@ def find_images(
     follow_links: bool = False,
     follower: str = "--follow-links",
     labels: bool = True,
+    table: LabelTable | None = None,
 ) -> Found:
-    """Find the data sets in a folder of images.
-
-    The first folder below a data set names the class. Images that are in no such folder have no
-    class. When all folders of the source are splits, in one of the spellings that people use, each
-    is a data set. Hidden files and the folders of file managers hold no images. An empty folder
-    in the place of a class is a class without images. There are no data sets when there are tars
-    and no images.
+    """Find the data sets in a folder of images. There are none if it holds tars and no images.
 
     Args:
         follow_links: Also take files outside of the folder that links in it lead to.
         follower: What the user can give to have such links followed, for messages.
         labels: Whether folders name classes. Without labels they may still be splits.
+        table: Names the classes of images.
 
-    Raises InputError when there is neither, when several splits stand among other folders, and when
-    two folders are the same split.
+    Raises InputError when there is neither, and what `make_sets` raises.
     """
-    listing = _list_images(source, follow_links, "SOURCE", follower)
+    listing = list_folder(source, follow_links, "SOURCE", follower)
+    if not listing.images:
+        return Found([], listing.left_out, [])
+    return make_sets(listing, files.redact(source), labels=labels, table=table)
+
+
+def make_sets(
+    listing: Listing, place: str, *, labels: bool = True, table: LabelTable | None = None
+) -> Found:
+    """Make the data sets of the images in a folder.
+
+    The first folder below a data set names the class. Images that are in no such folder have no
+    class. When all folders of the source are splits, in one of the spellings that people use, each
+    is a data set. Hidden files and the folders of file managers hold no images. An empty folder
+    in the place of a class is a class without images. Where a table names the classes of images,
+    it does so in place of the folders.
+
+    Args:
+        place: The folder, for messages.
+        labels: Whether folders name classes. Without labels they may still be splits.
+        table: Names the classes of images.
+
+    Raises InputError when several splits stand among other folders, when two folders are the same
+    split, and when the table does not fit.
+    """
     found, left_out = listing.images, listing.left_out
-    if not found:
-        return Found([], left_out, [])
-    place = files.redact(source)
     splits = _find_splits(found, place)
     # An empty folder counts as if there were a file in it.
     paths = [*(path for path, _ in found), *(f"{path}/." for path in listing.empty)]
     folders = splits or {"": ""}
-    classes = sorted({name for folder in folders for name in _class_names(paths, folder)})
+    names = {folder: _class_names(paths, folder) for folder in folders}
+    plain = _find_plain(names)
+    classes = sorted({name for folder in names if folder not in plain for name in names[folder]})
     sets = [_image_set(name, folder, found, classes) for folder, name in folders.items()]
     for path, _ in found:
         if splits and path.split("/", 1)[0] not in splits:
             leave_out(left_out, f"images outside of {', '.join(splits)}", path)
     if not labels:
         sets = [_without_labels(part) for part in sets]
-    if not any(part.classes for part in sets):
-        classes = []
-    doubts = _doubts(classes, sets, listing) + _tell_nested(found, list(folders), len(classes))
+    doubts = _tell_tars_and_links(listing)
+    if table:
+        sets, lines = table.label(sets, left_out)
+        doubts += lines
+    else:
+        classes = next((part.classes for part in sets if part.classes), [])
+        doubts += _doubt_classes(classes)
+        doubts += [
+            f"images of {split} lie in one folder, {name}, which is no class elsewhere: no label"
+            for split, name in plain.items()
+            if labels
+        ]
+        doubts += [line for part in sets for line in _tell_unlabeled(part)]
+        doubts += _tell_nested(
+            found, [folder for folder in folders if folder not in plain], len(classes)
+        )
+    doubts += [line for part in sets for line in _tell_bare(part)]
     return Found(sets, left_out, doubts)
 
 
@@ -107,8 +125,8 @@ def find_all_images(
 
     Raises InputError when there are no images.
     """
-    found, left_out, _, tars, _ = _list_images(source, follow_links, name, follower)
-    place = files.redact(source)
+    listing = list_folder(source, follow_links, name, follower)
+    found, tars, place = listing.images, listing.tars, files.redact(source)
     if not found:
         plain = all(is_tar(tar) for tar in tars)
         how = ("--index-only", source) if plain else (source, "OUT")
@@ -128,69 +146,7 @@ def find_all_images(
     images = [
         Image(path, size, labels[own]) for (path, size), own in zip(found, names, strict=True)
     ]
-    return Found([ImageSet("", images, classes)], left_out, [])
-
-
-def _list_images(source: str, follow_links: bool, name: str, follower: str) -> _Listing:
-    """List a folder. Raises InputError when there is neither an image nor a tar."""
-    listing = _Listing([], {}, [], [], [])
-    found, left_out, empty, tars, links = listing
-
-    def note(reason: str, path: str) -> None:
-        if reason == local_files.TWICE:
-            if not is_junk(path):
-                links.append(path)
-        elif is_junk(path):
-            leave_out(left_out, _JUNK_FILES, path)
-        elif reason == local_files.EMPTY:
-            empty.append(path)
-        elif reason == local_files.OUTSIDE:
-            leave_out(left_out, f"{reason}, which {follower} takes", path)
-        else:
-            leave_out(left_out, reason, path)
-
-    for path, size in files.walk(source, follow_links=follow_links, leave_out=note):
-        if reason := _reason_against(path):
-            leave_out(left_out, reason, path)
-            if reason != _JUNK_FILES and is_tar(path, compressed=True):
-                tars.append(path)
-        else:
-            found.append((path, size))
-    place = files.redact(source)
-    if not found and not files.exists(source):
-        hint = PATTERN_HINT if set(source) & set("*?") else ""
-        raise InputError(f"{name} {place}: no such folder{hint}")
-    if not found and not tars:
-        raise InputError(f"{name} {place}: no images there{_hint(source, left_out)}")
-    found.sort()
-    return listing
-
-
-def is_junk(path: str) -> bool:
-    """Return whether a file is hidden, or lies in a folder that a file manager made."""
-    return any(part.startswith(".") or part.lower() in _JUNK for part in path.split("/"))
-
-
-def _hint(source: str, left_out: Reasons) -> str:
-    """Return the end of a message that no images are in `source`: what is there instead."""
-    suffix = misplaced.last_name(source).rpartition(".")[2].lower()
-    if is_tar(source, compressed=True):
-        return f"; pack it first, by `{spell_program('pack.py', source, 'OUT')}`"
-    if suffix in ARCHIVES:
-        return "; extract them to a folder, and give that"
-    if suffix in (*EXTENSIONS, "json"):
-        return f"; give the folder {files.redact(misplaced.folder_of(source))}"
-    return explain(left_out) or f", of {', '.join(EXTENSIONS)}"
-
-
-def _reason_against(path: str) -> str:
-    """Return why a file is no image of a data set; "" when it is one."""
-    if is_junk(path):
-        return _JUNK_FILES
-    stem, dot, extension = path.rpartition("/")[2].rpartition(".")
-    if extension.lower() in EXTENSIONS and dot:
-        return ""
-    return f".{extension.lower()} files" if dot and stem else "files without an extension"
+    return Found([ImageSet("", images, classes)], listing.left_out, [])
 
 
 def _find_splits(found: list[tuple[str, int]], place: str) -> dict[str, str]:
@@ -217,15 +173,15 @@ def split_name(folder: str) -> str | None:
     return _SPLITS.get(_DECORATION.sub("", folder.lower()))
 
 
-def _doubts(classes: list[str], sets: list[ImageSet], listing: _Listing) -> list[str]:
-    """Warn of tars and links, of classes that are probably none, and of those without images."""
+def _tell_tars_and_links(listing: Listing) -> list[str]:
+    """Warn of tars whose images are not taken, and of images that links lead to."""
     doubts = []
     if tars := listing.tars:
-        kinds = "parquet file" if all(map(is_parquet, tars)) else "tar"
-        are = f"{len(tars):,} files, such as {min(tars)}, are {kinds}s"
-        are = f"{min(tars)} is a {kinds}" if len(tars) == 1 else are
+        kind = next((k for k, of in _KINDS.items() if all(map(of, tars))), "tar")
+        are = f"{len(tars):,} files, such as {min(tars)}, are {kind}s"
+        are = f"{min(tars)} is a {kind}" if len(tars) == 1 else are
         doubts.append(
-            f"{are}, whose images are not taken: give the {kinds}s as SOURCE to pack those"
+            f"{are}, whose images are not taken: give the {kind}s as SOURCE to pack those"
         )
     if links := listing.links:
         lead = f"{len(links):,} links lead to folders"
@@ -234,18 +190,25 @@ def _doubts(classes: list[str], sets: list[ImageSet], listing: _Listing) -> list
             f"{lead} of SOURCE itself, such as {min(links)}: images that are taken there too are "
             "taken twice"
         )
-    if len(classes) == 1:
-        doubts.append(f"there is one class only, {classes[0]}: is SOURCE one folder too high?")
-    elif splits := [name for name in classes if split_name(name)]:
-        doubts.append(f"{' and '.join(splits)} became a class, but the name is that of a split")
-    for part in sets:
-        doubts += _tell_unlabeled(part)
-        used = {image.label for image in part.images}
-        if part.classes and (bare := [name for i, name in enumerate(classes) if i not in used]):
-            more = f" and {len(bare) - 3:,} more" if len(bare) > 3 else ""
-            where = f" in {part.name}" if part.name else ""
-            doubts.append(f"classes without an image{where}: {', '.join(bare[:3])}{more}")
     return doubts
+
+
+def _doubt_classes(classes: list[str]) -> list[str]:
+    """Warn of folders that are probably no classes."""
+    if len(classes) == 1:
+        return [f"there is one class only, {classes[0]}: is SOURCE one folder too high?"]
+    if splits := [name for name in classes if split_name(name)]:
+        return [f"{' and '.join(splits)} became a class, but the name is that of a split"]
+    return []
+
+
+def _tell_bare(part: ImageSet) -> list[str]:
+    """Say that some classes of a set have no image; nothing when all have one."""
+    used = {image.label for image in part.images}
+    bare = [name for i, name in enumerate(part.classes) if i not in used]
+    more = f" and {len(bare) - 3:,} more" if len(bare) > 3 else ""
+    where = f" in {part.name}" if part.name else ""
+    return [f"classes without an image{where}: {', '.join(bare[:3])}{more}"] if bare else []
 
 
 def _tell_unlabeled(part: ImageSet) -> list[str]:
@@ -270,6 +233,19 @@ def _tell_nested(found: list[tuple[str, int]], splits: list[str], classes: int) 
     path, name = nested[0]
     number = "1 image lies" if len(nested) == 1 else f"{len(nested):,} images lie"
     return [f"{number} in folders below that of a class, such as {path}, whose class is {name}"]
+
+
+def _find_plain(names: dict[str, list[str]]) -> dict[str, str]:
+    """Return the splits whose one folder, such as `test/images`, is no class, with its name.
+
+    Other splits have several classes then, and none of that name.
+
+    Args:
+        names: The folders in each split.
+    """
+    several = {name for found in names.values() if len(found) > 1 for name in found}
+    single = {split: found[0] for split, found in names.items() if len(found) == 1}
+    return {split: name for split, name in single.items() if several and name not in several}
 
 
 def _class_names(paths: list[str], split: str) -> list[str]:
@@ -297,7 +273,7 @@ def _image_set(
 ) -> ImageSet:
     labels = {known: i for i, known in enumerate(classes)} | {"": -1}
     images = [
-        Image(path, size, labels[which])
+        Image(path, size, labels.get(which, -1))
         for path, size in found
         if (which := _class_name(path, folder)) is not None
     ]

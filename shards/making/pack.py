@@ -229,8 +229,8 @@ def _begin(plan: Plan, url: str, report: Callable[[str], None]) -> Index | None:
         return None
     state = "" if index.NAME in names else ", unfinished"
     raise InputError(
-        f"OUT {files.redact(url)}: holds other shards{state} (another source, seed, shard "
-        "size or pixels): choose another OUT, or replace them with --overwrite"
+        f"OUT {files.redact(url)}: holds other shards{state} (another source, labels, seed, "
+        "shard size or pixels): choose another OUT, or replace them with --overwrite"
     )
 
 

@@ -12,6 +12,7 @@ from threading import Event
 from typing import Any, NamedTuple
 
 from shards.errors import InputError
+from shards.making.columns import LABELS, choose_column, list_columns
 from shards.making.convert import packed_extension
 from shards.making.left_out import Reasons, leave_out
 from shards.making.pack import plain_stem
@@ -19,7 +20,6 @@ from shards.samples import EXTENSIONS, LABEL_FIELD, Layout
 from shards.storage import files
 from shards.tar import TarError
 
-_LABELS = ("label", "labels", "class", "cls", "target", "category")  # columns that hold labels
 _ROWS = 64  # are read at a time
 _BUFFER = 1 << 22  # bytes of a column that are read at a time, however long it is
 _NO_IMAGE = "rows without an image"
@@ -123,9 +123,9 @@ def _choose_columns(schema: Any, layout: Layout, place: str) -> Columns:
     kinds = {field.name: field.type for field in schema}
     images = [name for name, kind in kinds.items() if _holds_images(kind)]
     described = [name for name in images if features.get(name, {}).get("_type") == "Image"]
-    image = _choose(layout.image, described or images, list(kinds), "image", place)
+    image = choose_column(layout.image, described or images, list(kinds), "image", place)
     if not image:
-        raise InputError(f"{place}: no column holds images: it has {_list(list(kinds))}")
+        raise InputError(f"{place}: no column holds images: it has {list_columns(list(kinds))}")
     if image not in images:
         raise InputError(f"{place}: the column {image} holds {kinds[image]}, no image files")
     classes = {
@@ -134,28 +134,14 @@ def _choose_columns(schema: Any, layout: Layout, place: str) -> Columns:
         if feature.get("_type") == "ClassLabel" and isinstance(feature.get("names"), list)
     }
     labels = [name for name in kinds if name in classes]
-    labels = labels or [name for name in kinds if name.lower() in _LABELS]
-    label = _choose(layout.label, labels, list(kinds), "label", place)
+    labels = labels or [name for name in kinds if name.lower() in LABELS]
+    label = choose_column(layout.label, labels, list(kinds), "label", place)
     if label and not _holds_labels(kinds[label]):
         raise InputError(
             f"{place}: the column {label} holds {kinds[label]}, no labels: name "
             "another one by --label"
         )
     return Columns(image, label, classes.get(label, []))
-
-
-def _choose(given: str, found: list[str], all_names: list[str], what: str, place: str) -> str:
-    """Return the column that the user names, or the only one that was found; "" for none."""
-    if given:
-        name = next((name for name in all_names if name.lower() == given), "")
-        if not name:
-            raise InputError(
-                f"{place}: --{what} {given}: no such column: it has {_list(all_names)}"
-            )
-        return name
-    if len(found) > 1:
-        raise InputError(f"{place}: {_list(found)} could be meant: name one by --{what}")
-    return found[0] if found else ""
 
 
 def _holds_images(kind: Any) -> bool:
@@ -184,7 +170,3 @@ def _read_features(metadata: dict[bytes, bytes]) -> dict[str, dict[str, Any]]:
         return {name: one for name, one in features.items() if isinstance(one, dict)}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
-
-
-def _list(names: list[str]) -> str:
-    return ", ".join(names[:8]) + ", ..." * (len(names) > 8)

@@ -14,9 +14,11 @@ from typing import BinaryIO, Literal, NamedTuple, cast
 
 from shards.errors import InputError
 from shards.making import parquet
-from shards.making.image_folders import PATTERN_HINT, split_name
+from shards.making.image_folders import split_name
+from shards.making.label_table import LabelTable
 from shards.making.labels import number_labels
 from shards.making.left_out import Reasons, explain, leave_out, merge, tell_each
+from shards.making.listing import PATTERN_HINT
 from shards.making.pack import Image, ImageSet
 from shards.making.scan import NOT_THERE
 from shards.making.scan_tar import NO_FIELD, explain_absence, read_label, until
@@ -79,6 +81,7 @@ def find_packed_images(
     threads: int,
     scratch: str,
     report: Callable[[str], None],
+    table: LabelTable | None = None,
 ) -> Repacking:
     """Find the images in tars, with their labels.
 
@@ -91,6 +94,7 @@ def find_packed_images(
         classes: Names of the classes, or None.
         scratch: A local folder, into which compressed tars and parquet files are unpacked.
         report: Takes a line for each tar that is unpacked or damaged.
+        table: Names the classes of images.
     """
     left_out, stop = dict(tars.left_out), Event()
 
@@ -124,7 +128,7 @@ def find_packed_images(
     if classes is None and classes_from == "labels":
         classes = _agree([one.classes for one in listed if one.images], place)
     found = sorted(image for one in listed for image in one.images)
-    return _prepare(found, classes_from, classes, left_out, place)
+    return _prepare(found, classes_from, classes, table, left_out, place)
 
 
 def _list_tar(
@@ -180,13 +184,15 @@ def _prepare(
     found: list[_Found],
     classes_from: ClassesFrom,
     classes: list[str] | None,
+    table: LabelTable | None,
     left_out: Reasons,
     place: str,
 ) -> Repacking:
     if not found:
         raise InputError(f"{place}: no images in the tars there{explain(left_out)}")
     texts = [image.label for image in found]
-    labels = number_labels(texts, classes, [], place, as_names=classes_from != "labels")
+    own = None if table else classes  # The names are those that the table gives.
+    labels = number_labels(texts, own, [], place, as_names=classes_from != "labels")
     at = {image.path: image for image in found}
 
     def read(image: Image, start: int | None = None, stop: int | None = None) -> bytes:
@@ -195,6 +201,11 @@ def _prepare(
 
     numbers = labels.numbers.tolist()
     images = [Image(f.path, f.size, number) for f, number in zip(found, numbers, strict=True)]
+    sets = _part(images, labels.classes, place)
+    if table:
+        named = classes_from != "labels"
+        sets, warnings = table.label(sets, left_out, named=named, inside=_leave_tars)
+        return Repacking(sets, read, left_out, warnings)
     warnings = list(labels.warnings)
     missing = sum(number < 0 for number in numbers)
     if missing and classes_from != "none":
@@ -203,7 +214,12 @@ def _prepare(
         nested = all("/" in folder and not is_parquet(folder) for folder in folders)
         hint *= missing == len(numbers) and nested and classes_from != "folders"
         warnings.append(f"{missing:,} of {len(numbers):,} samples have no label{hint}")
-    return Repacking(_part(images, labels.classes, place), read, left_out, warnings)
+    return Repacking(sets, read, left_out, warnings)
+
+
+def _leave_tars(path: str) -> str:
+    """Return the path that an image has in its tar."""
+    return "/".join(part for part in path.split("/") if not is_tar(part, compressed=True))
 
 
 def _part(images: list[Image], classes: list[str], place: str) -> list[ImageSet]:

@@ -16,9 +16,10 @@ from shards import index
 from shards.errors import InputError
 from shards.index import Index
 from shards.making import kept_scans
-from shards.making.image_folders import PATTERN_HINT, split_name
+from shards.making.image_folders import split_name
 from shards.making.labels import Labels, number_labels
 from shards.making.left_out import Reasons, explain, leave_out, merge, tell_each
+from shards.making.listing import PATTERN_HINT
 from shards.making.scan_tar import Scan, scan_tar
 from shards.making.tars import Tars, check_is_file, same_place
 from shards.making.undecodable import find_fault

@@ -11,10 +11,11 @@ from braceexpand import braceexpand
 
 from shards import index
 from shards.errors import InputError
-from shards.making.image_folders import SPLITS, is_junk, split_name
+from shards.making.image_folders import SPLITS, split_name
 from shards.making.left_out import Reasons, explain, leave_out, merge
+from shards.making.listing import is_junk
 from shards.storage import files, local_files, misplaced
-from shards.tar import COMPRESSED, TarError, is_parquet, is_tar
+from shards.tar import COMPRESSED, TarError, is_parquet, is_tar, is_zip
 
 MOST_TARS = 1_000_000  # A pattern that names more is a slip.
 OWN_FOLDERS = (".index/", ".pack/")  # Indexing and packing keep here what is unfinished.
@@ -45,7 +46,7 @@ def find_tars(sources: list[str], *, compressed: bool = False) -> Tars:
     taken: list[str] = []  # in folders or one by one, perhaps by a pattern of the shell
     for source in sources:
         _check_query(source)
-        if is_tar(source, compressed=compressed) and not _is_folder(source):
+        if is_one_file(source, compressed=compressed):
             expanded = _expand(source)
             taken += expanded if len(sources) > 1 else []
             urls += expanded
@@ -86,15 +87,41 @@ def same_place(folder: str, other: str) -> bool:
     return folder.rstrip("/") == other.rstrip("/")
 
 
-def check_apart(tars: Tars, out: str) -> None:
-    """Raise InputError if packing to `out` could replace the tars that it reads."""
+def check_apart(tars: Tars, sources: list[str], out: str) -> None:
+    """Raise InputError if packing to `out` could replace the tars that it reads, or read its own.
+
+    Args:
+        sources: The folders and files that gave the tars.
+    """
     places = [out, *(files.join(out, name) for name in SPLITS)]
-    for folder in {url.rpartition("/")[0] or "." for url in tars.urls()}:
+    for folder in {url.rpartition("/")[0] or "." for url in tars.urls() if not is_zip(url)}:
         if any(same_place(folder, place) for place in places):
             raise InputError(
                 f"OUT {files.redact(out)}: the tars of SOURCE lie there, and shards would take "
                 "their places: choose another OUT"
             )
+    for source in sources:
+        if not is_one_file(source, compressed=True) and _lies_in(out, source):
+            raise InputError(
+                f"OUT {files.redact(out)}: lies in SOURCE {files.redact(source)}, and the next "
+                "call would take the shards for tars to pack: choose another OUT"
+            )
+
+
+def _lies_in(place: str, folder: str) -> bool:
+    """Return whether a URL names a folder or what lies in it."""
+    if files.is_local(place) and files.is_local(folder):
+        place, folder = (os.path.realpath(files.local_path(url)) for url in (place, folder))
+    return f"{place.rstrip('/')}/".startswith(f"{folder.rstrip('/')}/")
+
+
+def is_one_file(source: str, *, compressed: bool) -> bool:
+    """Return whether a source is called like a tar, and is no local folder of such a name.
+
+    Args:
+        compressed: Also take the names of compressed tars, of parquet files and of zip files.
+    """
+    return is_tar(source, compressed=compressed) and not _is_folder(source)
 
 
 def _is_folder(source: str) -> bool:
@@ -159,13 +186,13 @@ def _expand(source: str) -> list[str]:
 
 def check_suffix(source: str) -> None:
     """Raise InputError for a file that is no tar."""
-    name = source.lower()
+    name = "" if _is_folder(source) else source.lower()
     if name.endswith(COMPRESSED):
         raise InputError(
             f"SOURCE {files.redact(source)}: is compressed, so no parts of it can be read: repack "
             "it with `python launch/pack.py SOURCE OUT`"
         )
-    if name.endswith((".zip", ".7z", ".rar")):
+    if name.endswith((".7z", ".rar")):
         kind = name.rpartition(".")[2]
         raise InputError(
             f"SOURCE {files.redact(source)}: a {kind} file is not read: extract its images to a "
@@ -195,6 +222,7 @@ def _walk(source: str, left_out: Reasons, compressed: bool) -> list[str]:
             found.append(path)
         elif is_tar(name, compressed=True):
             kinds = "parquet files" if is_parquet(name) else "compressed tars"
+            kinds = "zip files" if is_zip(name) else kinds
             reason = f"{kinds}, which `python launch/pack.py SOURCE OUT` repacks"
             leave_out(left_out, reason, path)
         elif name != index.NAME and not name.endswith(".blocks.json"):
@@ -216,7 +244,8 @@ def _check_splits(source: str, found: list[str]) -> None:
 def _check_names(urls: list[str], sources: list[str]) -> None:
     """Raise InputError when the tars are called like several splits."""
     kinds: dict[str, str] = {}
-    for name in sorted(url.rpartition("/")[2] for url in urls if not is_parquet(url)):
+    packed = (url for url in urls if not is_parquet(url) and not is_zip(url))
+    for name in sorted(url.rpartition("/")[2] for url in packed):
         words = re.split("[^A-Za-z]+", name.partition(".")[0])
         if len(splits := {split for word in words if (split := split_name(word))}) == 1:
             kinds.setdefault(splits.pop(), name)

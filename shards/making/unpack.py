@@ -1,6 +1,7 @@
 """Unpack compressed tars, of which no parts can be read.
 
-Parquet files are unpacked too, by shards/making/parquet.py.
+Parquet files are unpacked too, by shards/making/parquet.py. Zip files are not, because each image
+in them is compressed alone: see shards/making/zips.py.
 """
 
 import bz2

@@ -142,6 +142,23 @@ def is_root(url: str) -> bool:
     return scheme != "memory" and root is not None
 
 
+def check_no_root(url: str, name: str, what: str, example: str) -> None:
+    """Raise InputError when a folder to write is a whole disk, bucket or server.
+
+    Args:
+        name: Name of the field or argument that gave the URL, for the message.
+        what: What is written there.
+        example: A folder to write to instead, from there on.
+    """
+    if is_root(url):
+        kind = "disk" if is_local(url) else "bucket"
+        place = redact(url).rstrip("/") if kind == "bucket" else ""
+        raise InputError(
+            f"{name} {redact(url)}: is a whole {kind}, where {what} would lie among other files: "
+            f"give a folder there, such as {place}/{example}"
+        )
+
+
 def check_folder(url: str, name: str) -> None:
     """Raise InputError when a local folder to write cannot be one, because a file is in its place.
 

@@ -9,6 +9,7 @@ from launch import pack as pack_command
 from shards import index
 from shards.errors import InputError
 from shards.making.image_folders import find_images
+from shards.making.label_table import LabelTable
 from shards.making.left_out import LeftOut
 from shards.making.pack import plan_shards, write_shards
 from shards.storage import files
@@ -245,6 +246,25 @@ def test_folders_below_a_class_are_told(tmp_path: Path) -> None:
     assert told == (
         "1 image lies in folders below that of a class, such as val/bee/x/1.jpg, whose class is bee"
     )
+
+
+def test_a_folder_that_holds_all_of_a_split_is_no_class(tmp_path: Path) -> None:
+    """As in Tiny ImageNet."""
+    photos = ["train/ant/images/1.jpg", "train/bee/images/2.jpg", "val/images/3.jpg"]
+    source = str(write_files(tmp_path / "in", [*photos, "test/images/4.jpg"]))
+    found = find_images(source)
+    assert [part.classes for part in found.sets] == [["ant", "bee"], [], []]
+    assert found.warnings[:2] == [
+        f"images of {split} lie in one folder, images, which is no class elsewhere: no label"
+        for split in ("val", "test")
+    ]
+    (tmp_path / "in" / "val_annotations.txt").write_text("3.JPG\tbee\t0\t9\n")
+    table = LabelTable(f"{tmp_path}/in/val_annotations.txt", "2", report=lambda _: None)
+    found = find_images(source, table=table)
+    assert [part.classes for part in found.sets] == [["ant", "bee"], ["ant", "bee"], []]
+    assert [image.label for part in found.sets for image in part.images] == [0, 1, 1, -1]
+    one = find_images(str(write_files(tmp_path / "one", ["train/ant/1.jpg", "val/ant/2.jpg"])))
+    assert [part.classes for part in one.sets] == [["ant"], ["ant"]]
 
 
 def test_folders_that_name_no_classes(tmp_path: Path) -> None:

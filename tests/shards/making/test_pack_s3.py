@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from launch import pack as pack_command
 from shards import index
 from shards.index import Index
 from shards.making import pack
@@ -17,6 +18,7 @@ from tests.conftest import Files
 from tests.helpers.fault_proxy import FaultProxy
 from tests.helpers.places import ROOT
 from tests.helpers.tars import make_index, write_tar
+from tests.helpers.zips import write_zip
 
 
 def pack_files(
@@ -133,3 +135,21 @@ def test_indexing_reads_few_of_the_bytes(
     made = make_index(f"{s3}/tars")
     assert (made.samples, len(made.classes)) == (80, 7)
     assert proxy.bytes_sent(r"\.tar$") <= share * total
+
+
+def test_a_zip_file_is_read_image_by_image(
+    proxy: FaultProxy, s3: str, photos: Files, photo_folder: Path, tmp_path: Path
+) -> None:
+    """What a failed request had to fetch is fetched again, and no byte for nothing."""
+    content = write_zip(tmp_path / "a.zip", photos).read_bytes()
+    files.write(f"{s3}/a.zip", content)
+    pack_command.main((str(photo_folder), f"{tmp_path}/out"))
+    pack_command.main((f"{s3}/a.zip", f"{tmp_path}/zipped"))
+    assert contents(f"{tmp_path}/zipped") == contents(f"{tmp_path}/out")
+    directory = min(len(content), files.READ_BLOCK)
+    assert proxy.bytes_sent(r"a\.zip$") <= len(content) + 2 * directory
+    assert proxy.requests(r"a\.zip$", "GET") <= len(photos) + 3
+    proxy.set({"slow_down": 0.1, "drop": 0.1, "truncate": 0.1}, only=r"\.zip")
+    pack_command.main((f"{s3}/a.zip", f"{tmp_path}/again"))
+    assert contents(f"{tmp_path}/again") == contents(f"{tmp_path}/out")
+    assert proxy.counts()["drop"] > 0

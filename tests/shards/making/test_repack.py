@@ -19,6 +19,7 @@ from shards.making.repack import ClassesFrom, Repacking, find_packed_images
 from shards.making.tars import find_tars
 from shards.reader import BlockReader
 from shards.samples import Layout
+from shards.storage import files
 from tests.conftest import draw_photo
 from tests.helpers.tars import write_tar
 from tests.shards.making.test_bit_depth import encode_values
@@ -242,3 +243,33 @@ def test_packing_never_replaces_the_tars_that_it_reads(tmp_path: Path, out: str)
     with pytest.raises(InputError, match="the tars of SOURCE lie there"):
         pack_command.main((f"{tmp_path}/{folder}", f"{tmp_path}/{out}"), overwrite=True)
     assert (tmp_path / folder / "shard-000000.tar").exists()
+
+
+def test_out_may_not_lie_in_a_folder_of_tars(tmp_path: Path) -> None:
+    """A second call would take the shards of the first one for tars to pack."""
+    write_tar(tmp_path / "in" / "0.tar", {"a.jpg": draw_photo(0, 9, 9)})
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for out in (f"{tmp_path}/in/out", f"{tmp_path}/in/x/../y/z", f"{tmp_path}/link/out"):
+        with pytest.raises(InputError, match=rf"^OUT {out}: lies in SOURCE {tmp_path}/in, and the"):
+            pack_command.main((f"{tmp_path}/in", out))
+    pack_command.main((f"{tmp_path}/in/0.tar", f"{tmp_path}/in/out"))
+    pack_command.main((f"{tmp_path}/in", f"{tmp_path}/in2"))
+    files.write("memory://tars-in/0.tar", (tmp_path / "in" / "0.tar").read_bytes())
+    with pytest.raises(InputError, match=r"^OUT memory://tars-in/out: lies in SOURCE"):
+        pack_command.main(("memory://tars-in", "memory://tars-in/out"))
+
+
+@pytest.mark.parametrize(
+    ("out", "told"),
+    [
+        (
+            "/",
+            "OUT /: is a whole disk, where shards would lie .*: give a folder there, such as /mi",
+        ),
+        ("s3://b/", "OUT s3://b/: is a whole bucket, .* such as s3://b/mine$"),
+    ],
+)
+def test_out_may_not_be_a_whole_disk_or_bucket(tmp_path: Path, out: str, told: str) -> None:
+    write_tar(tmp_path / "in" / "0.tar", {"a.jpg": draw_photo(0, 9, 9)})
+    with pytest.raises(InputError, match=told):
+        pack_command.main((f"{tmp_path}/in", out))
