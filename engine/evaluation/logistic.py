@@ -110,7 +110,7 @@ def fit(head: nn.Linear, data: Features, strength: float, iterations: int, world
     All processes call it together, with equal classifiers, which stay equal. Cross-entropies and
     penalty are divided by the number of rows of all processes, which moves no minimum.
     """
-    rows = world.all_reduce(torch.tensor(float(len(data.labels)), device=world.device)).item()
+    rows = world.all_reduce(torch.tensor(len(data.labels), device=world.device)).item()
     weight, bias = head.parameters()
     optimizer = torch.optim.LBFGS(
         [weight, bias],
