@@ -78,25 +78,13 @@ def extract(
     return Features(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
-def average_classes(scores: Tensor, labels: Tensor, world: World) -> float:
-    """Return the mean over the classes that occur of how often a class's label scores highest.
-
-    All processes call it together, and the result covers the rows of all of them, which are one at
-    least. The arguments are those of `measure_accuracy`.
-    """
-    classes = scores.shape[1]
-    right = labels[scores.argmax(dim=1) == labels]
-    counts = [torch.bincount(part, minlength=classes) for part in (right, labels)]
-    hits, rows = world.all_reduce(torch.stack(counts))  # [C] each
-    return float((hits[rows > 0] / rows[rows > 0]).double().mean())
-
-
 class Accuracy(NamedTuple):
-    """Top-1 and top-5 accuracy, as fractions of a data set's labeled images."""
+    """How often the best and one of the five best classes is right, of a set's labeled images."""
 
     top1: float
     top5: float
     images: int
+    mean_class: float | None = None  # mean of the classes' top-1; None where all have equally many
 
 
 def measure_accuracy(scores: Tensor, labels: Tensor, world: World, field: str) -> Accuracy:
@@ -113,8 +101,13 @@ def measure_accuracy(scores: Tensor, labels: Tensor, world: World, field: str) -
     """
     best = scores.topk(min(5, scores.shape[1]), dim=1)  # [N, 5]
     hits = (best.indices == labels[:, None]) & (best.values > -torch.inf)
-    sums = torch.tensor([int(hits[:, 0].sum()), int(hits.sum()), len(labels)])
-    first, five, rows = world.all_reduce(sums).tolist()
+    counted = [labels[hits[:, 0]], labels[hits.any(dim=1)], labels]
+    sums = torch.stack([part.bincount(minlength=scores.shape[1]) for part in counted])  # [3, C]
+    sums = world.all_reduce(sums)
+    first, five, rows = sums.sum(dim=1).tolist()
     if rows == 0:
         raise InputError(f"evaluation found no labeled image that can be decoded: see {field}")
-    return Accuracy(first / rows, five / rows, rows)
+    right, _, there = sums[:, sums[2] > 0].double()  # of the classes that occur
+    even = bool((there == there[0]).all())
+    mean_class = None if even else (right / there).mean().item()
+    return Accuracy(first / rows, five / rows, rows, mean_class)

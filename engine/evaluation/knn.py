@@ -206,4 +206,6 @@ def evaluate(evaluation: Evaluation, config: KNNConfig) -> Result:
             row: Row = {"k": k, "temperature": f"{temperature:g}"}
             table.append(row | show_accuracy(here, evaluation.classes))
             metrics[evaluation.name(f"k{k}_t{temperature:g}_top1")] = here.top1
+            if here.mean_class is not None:
+                metrics[evaluation.name(f"k{k}_t{temperature:g}_mean_class")] = here.mean_class
     return Result(metrics, table)

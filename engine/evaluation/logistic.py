@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from annotated_types import Interval
 from torch import Tensor, nn
 
-from engine.evaluation.features import Accuracy, Features, average_classes, measure_accuracy
+from engine.evaluation.features import Accuracy, Features, measure_accuracy
 from engine.evaluation.knn import NOT_FINITE
 from engine.evaluation.linear import keep_head
 from engine.evaluation.results import Result, Row, list_metrics, show_chosen
@@ -93,15 +93,11 @@ def evaluate(evaluation: Evaluation, config: LogisticConfig) -> Result:
     hint_at_edge(strengths, scores, evaluation, "--l2")
     found = measure(head, queries, world, "data.val")
     keep_head(head, evaluation)
-    with torch.no_grad():
-        mean_class = average_classes(score(head, queries.features), queries.labels, world)
     table: list[Row] = []
     for number, (strength, there) in enumerate(zip(strengths, chosen_on, strict=True)):
         row: Row = {"l2": f"{strength:.3g}", "held-out top-1": there.top1}
-        row |= show_chosen(found, number == best, evaluation.classes)
-        table.append(row | {"mean of classes": mean_class if number == best else ""})
-    metrics = list_metrics(found, evaluation.classes, evaluation.name)
-    return Result(metrics | {evaluation.name("mean_class"): mean_class}, table)
+        table.append(row | show_chosen(found, number == best, evaluation.classes))
+    return Result(list_metrics(found, evaluation.classes, evaluation.name), table)
 
 
 def fit(head: nn.Linear, data: Features, strength: float, iterations: int, world: World) -> bool:

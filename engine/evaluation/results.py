@@ -27,9 +27,17 @@ class Result:
 
 
 def show_accuracy(found: Accuracy, classes: int) -> Row:
-    """Return a row's accuracies on data.val. Every label is among the best five of five classes."""
-    top5: Row = {"top-5": found.top5} if classes > ALWAYS_HIT else {}
-    return {"top-1": found.top1, **top5}
+    """Return a row's accuracies on data.val, of those that tell something.
+
+    Of five classes every label is among the best five. The mean of the classes' accuracies is top-1
+    where all classes have equally many images.
+    """
+    row: Row = {"top-1": found.top1}
+    if classes > ALWAYS_HIT:
+        row["top-5"] = found.top5
+    if found.mean_class is not None:
+        row["mean of classes"] = found.mean_class
+    return row
 
 
 def show_chosen(found: Accuracy, chosen: bool, classes: int) -> Row:
@@ -40,8 +48,9 @@ def show_chosen(found: Accuracy, chosen: bool, classes: int) -> Row:
 
 def list_metrics(found: Accuracy, classes: int, name: Callable[[str], str]) -> dict[str, float]:
     """Return the same accuracies by their names in the metrics, which `name` makes."""
-    top5 = {name("top5"): found.top5} if classes > ALWAYS_HIT else {}
-    return {name("top1"): found.top1} | top5
+    figures = {"top-1": "top1", "top-5": "top5", "mean of classes": "mean_class"}
+    shown = show_accuracy(found, classes)
+    return {name(figures[title]): float(value) for title, value in shown.items()}
 
 
 def show(result: Result, console: Console) -> None:

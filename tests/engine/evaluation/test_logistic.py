@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
-from engine.evaluation.features import Features, average_classes
+from engine.evaluation.features import Accuracy, Features
 from engine.evaluation.logistic import LogisticConfig, fit, measure
 from engine.processes import world
-from engine.processes.world import World
 from tests.engine.evaluation.test_linear import ALONE, CLASSES, WIDTH, clouds
 from tests.helpers.ranks import Ranks
 
@@ -72,33 +71,21 @@ def test_too_few_iterations_are_told() -> None:
     assert not fit(zeros(), clouds(300), 0.3, 2, ALONE)
 
 
-def fit_in_parts(cuts: list[int]) -> tuple[Values, float, float]:
+def fit_in_parts(cuts: list[int]) -> tuple[Values, Accuracy]:
     """On a rank, which holds its own slice of the features."""
     here = world.join(1, False)
     part = slice(cuts[here.rank], cuts[here.rank + 1])
     data, head = Features(*(tensor[part] for tensor in clouds(100))), zeros()
     assert fit(head, data, 0.3, 1000, here)
-    with torch.no_grad():
-        mean = average_classes(head(data.features), data.labels, here)
-    return learned(head), measure(head, data, here, "data.val").top1, mean
+    return learned(head), measure(head, data, here, "data.val")
 
 
 def test_sharded_equals_single(ranks: Ranks) -> None:
     """One process has no row at all."""
-    head, top1, mean = fit_in_parts([0, 100])
-    for found, there, average in ranks.run(fit_in_parts, [0, 0, 60, 100], size=3):
+    head, accuracy = fit_in_parts([0, 100])
+    for found, there in ranks.run(fit_in_parts, [0, 0, 60, 100], size=3):
         np.testing.assert_allclose(found, head, atol=1e-6)
-        assert there == top1
-        assert average == pytest.approx(mean, abs=1e-12)
-
-
-def test_each_class_counts_alike() -> None:
-    """Also a rare one; a class without an image does not count."""
-    labels = torch.tensor([0] * 8 + [1, 1] + [3])
-    guesses = torch.tensor([0] * 8 + [1, 0] + [2])
-    scores: Tensor = torch.eye(5)[guesses]
-    here = World(0, 1, 1, torch.device("cpu"))
-    assert average_classes(scores, labels, here) == pytest.approx((1 + 0.5 + 0) / 3)
+        assert there == accuracy
 
 
 def test_the_strengths_are_the_papers() -> None:
