@@ -95,15 +95,23 @@ def _branch(recipe: Recipe, world: World, parent: Commit, train: Index) -> Branc
 
 def _ramp(recipe: Recipe, origin: Origin, samples: int) -> Ramp:
     """Return the ramp of the learning rate. Raises InputError when there is no branch for it."""
-    if not recipe.schedule.rewarm:
-        return Ramp()
+    check_ramp(recipe, origin)
     if origin.branched_from is None:
+        return Ramp()
+    steps = recipe.schedule.rewarm_steps(samples, recipe.batch.size)
+    return Ramp(origin.branched_from.step_here, steps)
+
+
+def check_ramp(recipe: Recipe, origin: Origin) -> None:
+    """Raise InputError when the recipe has a ramp for a run that began otherwise than as a branch.
+
+    `origin` is the beginning of the run.
+    """
+    if recipe.schedule.rewarm and origin.branched_from is None:
         raise InputError(
             f"schedule.rewarm {recipe.schedule.rewarm}: the ramp is that of a branch: give "
             "--checkpoint.branch URL too, or leave it out"
         )
-    steps = recipe.schedule.rewarm_steps(samples, recipe.batch.size)
-    return Ramp(origin.branched_from.step_here, steps)
 
 
 def _check_weights(recipe: Recipe, world: World, run: Run, there: Origin, classes: int) -> None:

@@ -107,7 +107,7 @@ def _check_branch(recipe: Recipe, known: Origin, begun: bool) -> None:
         )
     if point is not None and not (given or begun or recipe.checkpoint.resume):
         raise InputError(
-            f"run {run} branched from {point.url} and has no checkpoint yet: give "
+            f"run {run} branched from {point.url} and has no checkpoint to go on from: give "
             f"--checkpoint.branch {commands.quote(point.url)}, or another --run-url"
         )
 

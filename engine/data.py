@@ -175,6 +175,8 @@ def _draw(recipe: Recipe, report: Callable[[str], None]) -> None:
         if holds_images(url):  # Somebody's own images are not to be mixed with drawn ones.
             indexes.load(url, name)  # It raises the error.
     for _, url, samples, seed in missing:
+        if files.exists(files.join(url, indexes.NAME)):
+            continue  # data.val is data.train, whose images have just been drawn
         report(f"drawing {samples} images to {files.redact(url)}")
         synthetic.write(url, samples, size, seed)
 

@@ -35,8 +35,11 @@ def say_farewell(
             say(f"  the trained encoder was measured last at step {newest.step:,}")
     for trouble in log.summarize_health():
         say(f"health        {trouble}")
-    if trainer.step:
+    start = trainer.run.start
+    if trainer.step > first:
         say(f"checkpoint    {checkpoint.step_url(run, trainer.step)}")
+    elif start is not None:  # it may be another run's, whose state this one took no step from
+        say(f"checkpoint    {files.redact(start.url)}")
     say(f"curves        tensorboard --logdir {quote(run)}")
     _tell_best(trainer)
     if early or trainer.step == trainer.last_step:  # after a signal there may be no time for it

@@ -4,7 +4,8 @@ Paper        The paper has no such row. Its ablation of the batch size and its a
              of 64 to 4096 on ImageNet. Here the batch of 1024 stands for the paper's 4096.
 Data         as in recipes/cifar10.py
 Command      python launch/train.py recipes/small_batches.py --threads 1
-Hardware     one CPU core, 4 GB of memory
+Hardware     one CPU core, 4 GB of memory. With 3, 6 or 7 threads the process crashes where the CPU
+             has AVX-512, by an error of oneDNN in torch 2.14.1: give --threads 1, 2 or 4.
 Time         4 min
 Expected     kNN 32.6% (raw pixels 41.7%, untrained encoder 28.2%): 3 epochs are far too few for
              good features. recipes/README.md compares 33 such trainings, under "Few GPUs and small

@@ -1,10 +1,12 @@
 """Check for --explain what a start would refuse, as far as that needs no training."""
 
+from engine.beginning import check_ramp
 from engine.data import check_val, preview_probe_sets
 from engine.log.terminal import Terminal
 from engine.processes.world import World
 from engine.recipe import Recipe
 from engine.run import check_run
+from engine.state import layout, origin
 from shards import index as indexes
 from shards.index import Index
 from shards.making import synthetic
@@ -25,6 +27,9 @@ def check_start(recipe: Recipe, world: World, terminal: Terminal) -> None:
     train = _look(recipe.data.train, "data.train", recipe.data.draw, world)
     digest = train.digest if train is not None and train.shards else None
     world.on_main(lambda: check_run(recipe, digest, terminal))
+    if not (recipe.checkpoint.branch or recipe.checkpoint.resume):  # those may bring a branch
+        recorded = world.on_main(lambda: layout.read_recipe(recipe.run))
+        check_ramp(recipe, origin.of_fields(recorded))
     if train is None:
         return
     val = None

@@ -14,6 +14,7 @@ from engine.log.terminal import Terminal
 from engine.method.lars import LARSConfig
 from engine.method.resnet import ResNet
 from engine.method.torchvision_encoder import TorchvisionEncoder
+from engine.processes import parallel
 from engine.processes.parallel import Strategy
 from engine.processes.world import World
 from engine.recipe import Recipe, in_steps
@@ -43,14 +44,15 @@ def explain(recipe: Recipe, world: World, terminal: Terminal) -> None:
 
 def _print_tables(recipe: Recipe, world: World, terminal: Terminal) -> None:
     processes = recipe.explain_processes or world.size
+    machine = world.local_size if world.size > 1 else MACHINE
     share = plan.share_batch(recipe, processes)
+    parallel.check_groups(recipe.parallel, processes, min(machine, processes))
     known = look(recipe, processes)
     order = check_order(recipe, known)
     if known.samples is not None:
         recipe = in_steps(recipe, known.samples // recipe.batch.size)
     fakes = Fakes(recipe, known.classes)
     costs = [fakes.measure_step(share.rows[1], recompute=again) for again in (False, True)]
-    machine = world.local_size if world.size > 1 else MACHINE
     tables = [
         _networks(recipe, fakes, costs[0], share),
         _batch(recipe, processes, share),

@@ -30,10 +30,11 @@ class BYOLConfig:
     encoder: ResNetConfig | TorchvisionConfig = field(default_factory=ResNetConfig)
     """The network whose features the training is for."""
 
-    hidden: Annotated[int, Interval(ge=1, le=2**20)] = 4096
+    # With one number the direction of a prediction is its sign, and its gradient is exactly zero.
+    hidden: Annotated[int, Interval(ge=2, le=2**20)] = 4096
     """Width of the hidden layer of the projector and of the predictor."""
 
-    projection: Annotated[int, Interval(ge=1, le=2**20)] = 256
+    projection: Annotated[int, Interval(ge=2, le=2**20)] = 256
     """Size of the projections that the loss compares."""
 
     initialization: Initialization = "official"

@@ -101,13 +101,9 @@ def choose(
         *world.all_gather_object((world.local_size, _memory(world.device))), strict=True
     )
     machine = sizes[0] if len(set(sizes)) == 1 else 0  # 0 where the machines differ in that
-    chosen: Strategy
-    if config.shard and config.strategy != "hsdp":
-        raise InputError(
-            f"parallel.shard {config.shard} is for hsdp: give --parallel.strategy hsdp too"
-        )
+    check_groups(config, world.size, machine)
     if config.strategy == "auto":
-        chosen = "none"
+        chosen: Strategy = "none"
         if world.size > 1:
             least = min(memories)
             if least and needed > least / 2:
@@ -119,21 +115,33 @@ def choose(
                 + (f" of {least / 2**30:.0f}" if least else "")
             )
         return chosen
-    chosen = config.strategy
+    return config.strategy
+
+
+def check_groups(config: ParallelConfig, processes: int, machine: int) -> None:
+    """Raise InputError when that many processes do not allow the strategy of the recipe.
+
+    `machine` is the number of those on each machine, or 0 where the machines differ in that.
+    """
+    if config.strategy != "hsdp":
+        if config.shard:
+            raise InputError(
+                f"parallel.shard {config.shard} is for hsdp: give --parallel.strategy hsdp too"
+            )
+        return
     shard = config.shard or machine
-    if chosen == "hsdp" and not shard:
+    if not shard:
         raise InputError(
             "parallel.strategy hsdp: the machines have different numbers of processes: give "
             "--parallel.shard"
         )
-    if chosen == "hsdp" and not (1 < shard < world.size and world.size % shard == 0):
-        fit = [n for n in range(2, world.size) if world.size % n == 0]
+    if not (1 < shard < processes and processes % shard == 0):
+        fit = [n for n in range(2, processes) if processes % n == 0]
         mend = f"use --parallel.shard {fit[-1]}" if fit else "use --parallel.strategy fsdp"
         raise InputError(
-            f"parallel.strategy hsdp: {world.size} processes cannot form two or more groups of "
-            f"{shard}, with at least two processes in each: {mend}"
+            f"parallel.strategy hsdp: {processes} process{'es' * (processes > 1)} cannot form two "
+            f"or more groups of {shard}, with at least two processes in each: {mend}"
         )
-    return chosen
 
 
 def _memory(device: torch.device) -> int:

@@ -54,7 +54,11 @@ def number_labels(
     numbers = np.array([_or_none(indices[text]) for text in texts], np.int64)
     count = int(numbers.max(initial=-1)) + 1
     if count > MOST_CLASSES:
-        raise InputError(f"{place}: .cls {count - 1} is no class index")
+        sample = int(numbers.argmax()) + 1
+        raise InputError(
+            f"{place}: the label {count - 1} of sample {sample:,} of {len(texts):,} is no class "
+            f"index, which is below {MOST_CLASSES:,}: correct it, or give another --label"
+        )
     if classes is not None and len(classes) < count:
         raise InputError(f"--classes names {len(classes)} classes, but .cls goes up to {count - 1}")
     if classes is None:

@@ -40,7 +40,10 @@ STEM_LENGTH = 60
 
 _WORK = ".pack"  # This folder holds what is needed to continue an unfinished packing.
 _PLAN = "plan.json"
-_WRITTEN = re.compile(rf"shard-\d+\.tar(\..*)?|{re.escape(index.NAME)}|{re.escape(_WORK)}")
+_FILES = rf"shard-\d+\.tar(\..*)?|{re.escape(index.NAME)}"
+# What a process that is killed while it writes leaves on a disk.
+_UNFINISHED = re.compile(rf"({_FILES})\.[0-9a-f]{{12}}\.partial")
+_WRITTEN = re.compile(rf"{_FILES}|{re.escape(_WORK)}|{_UNFINISHED.pattern}")
 
 
 class Image(NamedTuple):
@@ -158,6 +161,7 @@ def write_shards(
     elif (standing := _begin(plan, url, report)) is not None:
         return standing, False
     records = set(files.list_names(files.join(url, _WORK)))
+    unfinished = list(filter(_UNFINISHED.fullmatch, files.list_names(url)))
 
     def read_converted(image: Image) -> tuple[str, bytes]:
         content = read(image)
@@ -186,7 +190,9 @@ def write_shards(
         shards = run_in_threads(write_shard, range(len(plan.cuts) - 1), threads)
     result = Index(url, shards, plan.classes, plan.digest, pixels=plan.pixels)
     result.save()
-    files.discard(files.join(url, _WORK), url, report)
+    # By now another process, which writes the same shards, has renamed its own of these files.
+    for name in [*unfinished, _WORK]:
+        files.discard(files.join(url, name), url, report)
     return result, True
 
 

@@ -326,7 +326,7 @@ def test_a_start_cut_off_keeps_to_its_place_in_the_parent(
     train(config)
     shutil.rmtree(run / "checkpoints")
     train(recipe(tiny_data, there, steps=4))
-    with pytest.raises(InputError, match=r"no checkpoint yet: give --checkpoint.branch"):
+    with pytest.raises(InputError, match=r"no checkpoint to go on from: give --checkpoint.branch"):
         train(recipe(tiny_data, run, 6, steps=3))
     train(config)
     assert [line["step"] for line in lines(run)] == [2, 3]

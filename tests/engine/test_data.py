@@ -82,6 +82,13 @@ def test_nothing_is_drawn_among_somebodys_images(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "cat", "1.jpg"]
 
 
+def test_images_are_drawn_once_where_both_sets_are_one(tmp_path: Path) -> None:
+    data = DataConfig(train=f"{tmp_path}/one", val=f"{tmp_path}/one", streams=4, draw=40)
+    opened = open_data(tiny.recipe(data, tmp_path / "run"), ALONE, print)
+    assert opened.val is not None
+    assert (opened.train.samples, opened.val.samples) == (40, 40)
+
+
 def test_nothing_is_drawn_where_a_url_is_wrong(tiny_data: DataConfig, tmp_path: Path) -> None:
     """Neither beside somebody's own images, nor before a set of the probe is missed."""
     own, there, nothing = write(tmp_path / "own", None).url, tiny_data.val, f"{tmp_path}/nothing"

@@ -144,6 +144,8 @@ def test_kinds_of_fields() -> None:
         ([QUICKSTART, "--views.view1.flip", "3"], "views.view1.flip must be from 0 to 1, not 3"),
         ([QUICKSTART, "--views.size", "7"], "views.size must be from 8 to 4096, not 7"),
         ([QUICKSTART, "--batch.size", "0"], "batch.size must be from 2"),
+        ([QUICKSTART, "--model.hidden", "1"], "model.hidden must be from 2"),
+        ([QUICKSTART, "--model.projection", "1"], "model.projection must be from 2"),
         ([QUICKSTART, "--batch.micro", "100"], "batch.micro must be from 1 to 64"),
         ([QUICKSTART, "--model.encoder.width", "nan"], "model.encoder.width must be from"),
         ([QUICKSTART, "--schedule.epochs", "inf"], "schedule.epochs must be from"),

@@ -178,6 +178,17 @@ def test_new_run_from_another_runs_state(
     assert comparable(second) == comparable(whole_run)[8:]
 
 
+def test_a_start_without_steps_names_the_checkpoint_that_it_has(
+    whole_run: Path, tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resume = CheckpointConfig(resume=str(whole_run))
+    for run in (whole_run, tmp_path / "other"):  # both are at the end already
+        capsys.readouterr()
+        train(tiny.recipe(tiny_data, run, checkpoint=resume))
+        told = capsys.readouterr().out
+        assert f"checkpoint    {whole_run}/checkpoints/step_00000020" in told
+
+
 def test_old_checkpoints_are_removed(whole_run: Path) -> None:
     names = sorted(path.name for path in (whole_run / "checkpoints").iterdir())
     assert names == ["step_00000012", "step_00000016", "step_00000020"]

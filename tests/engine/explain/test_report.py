@@ -10,6 +10,8 @@ import pytest
 
 from engine.explain.report import explain
 from engine.log.terminal import Terminal
+from engine.method.schedule import ScheduleConfig
+from engine.processes.parallel import ParallelConfig
 from engine.processes.world import join
 from engine.recipe import Recipe
 from shards.errors import InputError
@@ -168,6 +170,13 @@ def test_what_cannot_run_is_refused(tiny_data: DataConfig, tmp_path: Path) -> No
         ({"batch": BatchConfig(size=2**31 - 1), "data": missing}, "use --data.streams 1 or"),
         ({"batch": BatchConfig(size=16, micro=8), "data": missing}, "batch.micro 8"),
         ({"batch": BatchConfig(size=200)}, "fewer than batch.size"),
+        ({"schedule": ScheduleConfig(rewarm=2)}, "schedule.rewarm 2: the ramp is that of a branch"),
+        ({"parallel": ParallelConfig(shard=2)}, "parallel.shard 2 is for hsdp"),
+        ({"parallel": ParallelConfig("hsdp")}, "1 process cannot form two or more groups of 1"),
+        (
+            {"parallel": ParallelConfig("hsdp", 3), "explain_processes": 4},
+            "4 processes cannot form two or more groups of 3.*: use --parallel.shard 2",
+        ),
     ):
         with pytest.raises(InputError, match=match):
             explain(dataclasses.replace(recipe, **changes), join(1, False), Terminal(True))

@@ -194,6 +194,8 @@ def test_a_stopped_packing_goes_on(
         with pytest.raises(KeyboardInterrupt):
             pack_folder(photo_folder, tmp_path / "out", threads=1)
     assert not (tmp_path / "out" / index.NAME).exists()
+    for name in ("shard-000000.tar", "index.json"):  # SIGKILL leaves these on a disk
+        (tmp_path / "out" / f"{name}.0123456789ab.partial").write_bytes(b"half")
     written: list[str] = []
     watch_writes(monkeypatch, written.append)
     pack_folder(photo_folder, tmp_path / "out")

@@ -314,7 +314,7 @@ def test_class_names(tmp_path: Path) -> None:
 
 def test_labels_that_are_no_class_indices(tmp_path: Path) -> None:
     folder = write_foreign(tmp_path / "tars", [123456789, 1])
-    with pytest.raises(InputError, match=r"\.cls 123456789 is no class index"):
+    with pytest.raises(InputError, match=r"label 123456789 of sample 1 of 2 is no class"):
         make_index(folder)
 
 
