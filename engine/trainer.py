@@ -93,8 +93,6 @@ class Trainer:
         self.statistics = RunningStatistics([self.online, self.target])
         self.average = Average(recipe.average, self.online.encoder, self.update_target)
         self.guard = StepGuard(recipe.precision, self.device, batch, world.size)
-        if self.compile:
-            compiling.compile_optimizer(self.optimizer)
 
         self.probe = self._build_probe(probe_sets)
         self.step = beginning.step
@@ -128,8 +126,10 @@ class Trainer:
             static=recipe.batch.micro == 1,
         )
         self.augment: Callable[..., Tensor] = partial(augment, blur=recipe.views.ever_blur)
-        self.update_target = update_target
+        self.byol_loss, self.head_loss, self.update_target = byol_loss, head_loss, update_target
         if self.compile:
+            self.byol_loss = compiling.compiled(byol_loss)
+            self.head_loss = compiling.compiled(head_loss)
             self.update_target = compiling.compiled(update_target)
             if self.device.type == "cuda":  # on a CPU, augment splits the rows itself
                 self.augment = compiling.compiled(self.augment)
@@ -157,8 +157,8 @@ class Trainer:
                     with torch.no_grad():  # first, while no activations are kept
                         projection = self.target(images)  # [V*b, D]
                     output = self.parallel.online(images)
-                byol_term = byol_loss(output.prediction, projection).mean() * share
-                head_term = head_loss(output.logits, labels, labeled)
+                byol_term = self.byol_loss(output.prediction, projection).mean() * share
+                head_term = self.head_loss(output.logits, labels, labeled)
                 self.guard.scale_loss(byol_term + head_term).backward()
             self.statistics.note()
             loss = loss + byol_term.detach()

@@ -3,8 +3,6 @@
 Source: You et al., "Large batch training of convolutional networks" (arXiv 1708.03888).
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,10 +18,6 @@ from engine.method.local_shards import (
 )
 from engine.method.optimizer import Moved
 
-Directions = Callable[
-    [list[Tensor], list[Tensor], Tensor | None, float], tuple[list[Tensor], Tensor]
-]
-
 
 def directions(
     params: list[Tensor], grads: list[Tensor], scale: Tensor | None, weight_decay: float
@@ -38,7 +32,7 @@ def directions(
     else:
         updates = torch._foreach_div(grads, scale)
         torch._foreach_add_(updates, params, alpha=weight_decay)
-    return list(updates), torch.stack([foreach_norms(params), foreach_norms(list(updates))])
+    return list(updates), foreach_norms([*params, *updates]).unflatten(0, (2, -1))
 
 
 def adapted_directions(
@@ -46,7 +40,6 @@ def adapted_directions(
     scale: Tensor | None,
     clip: ClipConfig,
     shard_group: ProcessGroup | None,
-    directions: Directions = directions,
 ) -> tuple[list[list[Tensor]], Tensor]:
     """Compute g + weight_decay * p, times trust_coefficient * |p| over its norm in some groups.
 

@@ -9,9 +9,9 @@ def compute_once(*values: Tensor) -> tuple[Tensor, ...]:
 
     Inductor puts what is cheap into the kernels that read it, which for one value of an image or a
     channel means once for every pixel. Float64 is slow on most GPUs, and so are exponentials and
-    divisions. Inductor writes to memory what `as_strided` reads.
+    divisions. Inductor writes to memory what `as_strided` reads, mostly in the kernel that sums up.
     """
     if not torch.compiler.is_compiling():
         return values
-    stacked = torch.stack(values)
-    return stacked.as_strided(stacked.shape, stacked.stride()).unbind()
+    # A list, because Dynamo cannot trace a generator here.
+    return tuple([value.as_strided(value.shape, value.stride()) for value in values])

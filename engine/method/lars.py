@@ -13,7 +13,7 @@ from annotated_types import Interval
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from engine.method.adaptation import Directions, adapted_directions, directions
+from engine.method.adaptation import adapted_directions
 from engine.method.clipping import OFF, ClipConfig
 from engine.method.local_shards import local
 from engine.method.optimizer import Optimizer, parameter_groups, with_gradients
@@ -45,7 +45,6 @@ class LARS(Optimizer):
             "trust_coefficient": trust_coefficient,
         }
         super().__init__(groups, defaults, shard_group)
-        self.directions: Directions = directions  # compile_optimizer may replace it
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -55,7 +54,7 @@ class LARS(Optimizer):
         self, scale: Tensor | None = None, clip: ClipConfig = OFF
     ) -> Tensor:
         moved = with_gradients(self.param_groups)
-        updates, skip = adapted_directions(moved, scale, clip, self.shard_group, self.directions)
+        updates, skip = adapted_directions(moved, scale, clip, self.shard_group)
         for (group, parameters), own in zip(moved, updates, strict=True):
             momenta = local(self.state[p]["momentum_buffer"] for p in parameters)
             torch._fused_sgd_(

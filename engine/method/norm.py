@@ -4,9 +4,9 @@ Both views go through the network in one forward pass, but each is normalized by
 statistics. This matches the official implementation, which has one forward pass for each view.
 Statistics over both views together would let each view see the other.
 
-A forward pass leaves its statistics in `batch_statistics`. `RunningStatistics` adds them to the
-running statistics after the backward pass. So recomputing a forward pass changes nothing, and a
-skipped step leaves no trace.
+A forward pass leaves its statistics in `batch_mean` and `batch_var`. `RunningStatistics` adds them
+to the running statistics after the backward pass. So recomputing a forward pass changes nothing,
+and a skipped step leaves no trace.
 
 Source: the official implementation of BYOL (arXiv 2006.07733), which has one forward for each view.
 """
@@ -41,7 +41,8 @@ class BatchNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    batch_statistics: Tensor
+    batch_mean: Tensor
+    batch_var: Tensor
 
     def __init__(self, channels: int, views: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
@@ -55,7 +56,9 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
         # These are the mean and the unbiased variance of each view in the last training forward.
-        self.register_buffer("batch_statistics", torch.zeros(views, 2, channels), persistent=False)
+        # They are two tensors, because a compiled graph needs a kernel of its own to join them.
+        self.register_buffer("batch_mean", torch.zeros(views, channels), persistent=False)
+        self.register_buffer("batch_var", torch.zeros(views, channels), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x [V*B, C, ...]; the result has the same shape and dtype."""
@@ -69,13 +72,10 @@ class BatchNorm(nn.Module):
             return self._normalize_views(x)
         # Torch's kernels run on each view, and a copy joins the results. On a CPU this is as fast
         # in float32 as `_SyncNorm`, and a quarter faster in bfloat16.
-        self.batch_statistics.zero_()  # momentum 1 multiplies old values by 0: nan would stay
-        normalized = [
-            self._normalize(view, *statistics.unbind())
-            for view, statistics in zip(
-                x.chunk(self.views), self.batch_statistics.unbind(), strict=True
-            )
-        ]  # V x [B, C, ...]
+        statistics = self.batch_mean, self.batch_var
+        torch._foreach_zero_(statistics)  # momentum 1 multiplies old values by 0: nan would stay
+        rows = zip(x.chunk(self.views), *statistics, strict=True)
+        normalized = [self._normalize(*view) for view in rows]  # V x [B, C, ...]
         return normalized[0] if self.views == 1 else torch.cat(normalized)
 
     def _normalize_views(self, x: Tensor) -> Tensor:
@@ -84,7 +84,8 @@ class BatchNorm(nn.Module):
         if self.group is None and views[0, :, 0].numel() == 1:
             raise ValueError(f"Expected more than 1 value per channel in a view, got {x.shape}")
         views, mean, variance = _SyncNorm.apply(views, self.weight, self.bias, self.eps, self.group)
-        self.batch_statistics.copy_(torch.stack([mean, variance], dim=1))
+        self.batch_mean.copy_(mean)
+        self.batch_var.copy_(variance)
         merged: Tensor = views.flatten(0, 1)
         return merged
 
@@ -105,17 +106,15 @@ class _SyncNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, group: ProcessGroup | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        count, channels = x[0, :, 0].numel(), len(weight)
+        count = x[0, :, 0].numel()
         centered, own_mean, own_variance = _centered(x)
         # Moments about zero of several processes merge by a sum. In float64 they do not lose a
-        # small variance beside a large mean. The count is summed too, because processes may have
-        # different numbers of rows.
+        # small variance beside a large mean.
         mean, variance = own_mean.double(), own_variance.double()
         moments = [mean * count, (variance + mean**2) * count, mean.new_full((len(x), 1), count)]
-        moments = _sum(torch.cat(moments, dim=1), group).split([channels, channels, 1], dim=1)
-        total = moments[2]  # [V, 1]
-        mean = moments[0] / total
-        variance = (moments[1] / total - mean**2).clamp_min(0)
+        first, second, total = _sum(moments, group)
+        mean = first / total
+        variance = (second / total - mean**2).clamp_min(0)
         scale = (variance + eps).rsqrt() * weight
         shift = (own_mean - mean) * scale + bias
         scale, shift = compute_once(scale.to(centered.dtype), shift.to(centered.dtype))
@@ -128,25 +127,25 @@ class _SyncNorm(torch.autograd.Function):
         if y.dtype != x.dtype:
             y = y.to(x.dtype)
 
-        mean, rstd, total, unbiased = (
-            figures.to(centered.dtype)
-            for figures in (mean, (variance + eps).rsqrt(), total, variance * total / (total - 1))
-        )
-        ctx.save_for_backward(x, weight, mean, rstd, total)
+        figures = mean, (variance + eps).rsqrt(), variance * total / (total - 1), 1 / total
+        # The last one too is [V, C], so that the kernel that computes the others writes it.
+        mean, rstd, unbiased, share = (f.to(centered.dtype).expand_as(mean) for f in figures)
+        ctx.save_for_backward(x, weight, mean, rstd, share.contiguous())
         ctx.group = group
         ctx.mark_non_differentiable(mean, unbiased)
         return y, mean, unbiased
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd, total = ctx.saved_tensors
+        x, weight, mean, rstd, share = ctx.saved_tensors
         dy = dy.to(mean.dtype)
         normalized = (x - _like(mean, x)).mul_(_like(rstd, x))
-        sums = torch.cat([dy.sum(_rows(x)), (dy * normalized).sum(_rows(x))], dim=1)  # [V, 2C]
-        dbias, dweight = sums.sum(0).chunk(2)  # of this process's rows only, like every gradient
-        dmean, dscale = (_sum(sums, ctx.group) / total).chunk(2, dim=1)  # [V, C]
-        dmean, dscale, slope = (_like(v, x) for v in compute_once(dmean, dscale, rstd * weight))
-        dx = normalized.mul_(-dscale).add_(dy).sub_(dmean).mul_(slope)
+        sums = [dy.sum(_rows(x)), (dy * normalized).sum(_rows(x))]  # [V, C] each
+        # Like every gradient, those of bias and weight are of this process's rows only.
+        dbias, dweight = torch.cat(sums, dim=1).sum(0).chunk(2)
+        dmean, dscale = compute_once(*(total * share for total in _sum(sums, ctx.group)))
+        dx = normalized.mul_(_like(-dscale, x)).add_(dy).sub_(_like(dmean, x))
+        dx = dx.mul_(_like(rstd * weight, x))
         return dx.to(x.dtype), dweight, dbias, None, None
 
 
@@ -176,12 +175,15 @@ def _like(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(-1, 1, values.shape[-1], *(1 for _ in x.shape[3:]))
 
 
-def _sum(values: Tensor, group: ProcessGroup | None) -> Tensor:
-    """Sum over all processes, by a functional collective, because torch.compile can trace it."""
+def _sum(values: list[Tensor], group: ProcessGroup | None) -> list[Tensor]:
+    """Sum each of the values [V, any] over all processes, by one all-reduce.
+
+    It is a functional collective, because torch.compile can trace it.
+    """
     if group is None:
         return values
-    total: Tensor = collectives.wait_tensor(collectives.all_reduce(values, "sum", group))
-    return total
+    total = collectives.wait_tensor(collectives.all_reduce(torch.cat(values, dim=1), "sum", group))
+    return list(total.split([value.shape[1] for value in values], dim=1))
 
 
 def synchronize(module: nn.Module, group: ProcessGroup) -> None:
@@ -202,7 +204,7 @@ class RunningStatistics:
         modules = [module for network in networks for module in network.modules()]
         norms = [module for module in modules if isinstance(module, BatchNorm)]
         # Lists of tensors are made once, so that a step takes no time in Python for each norm.
-        self._batch = [norm.batch_statistics.flatten(1) for norm in norms]  # [V, 2C] each
+        self._batch = [t for norm in norms for t in (norm.batch_mean, norm.batch_var)]  # [V, C]
         self._running = [t for norm in norms for t in (norm.running_mean, norm.running_var)]
         self._sizes = [len(t) for t in self._running]
         self._counters = [norm.num_batches_tracked for norm in norms]

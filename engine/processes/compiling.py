@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from engine.method.byol import Online, Target
-from engine.method.lars import LARS
 from engine.method.norm import BatchNorm
 from engine.method.resnet import ResNet
 from engine.processes.world import World
@@ -123,12 +122,6 @@ def compile_networks(*networks: Online | Target) -> None:
             region.forward = compiled(region.forward)
         if isinstance(network.encoder, ResNet):  # elsewhere the stem is no function of its own
             setattr(network.encoder, "stem", compiled(network.encoder.stem))  # noqa: B010
-
-
-def compile_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Compile the part of LARS that is not a fused kernel; leave other optimizers as they are."""
-    if isinstance(optimizer, LARS):
-        optimizer.directions = compiled(optimizer.directions)
 
 
 def compiled(function: Callable[_P, _T]) -> Callable[_P, _T]:

@@ -200,7 +200,7 @@ class Watch:
         for prefix, network in (("online", trainer.online), ("target", trainer.target)):
             tensors = [*network.named_parameters(), *network.named_buffers()]
             for name, tensor in tensors:
-                if not name.endswith("batch_statistics"):
+                if not name.endswith(("batch_mean", "batch_var")):
                     self._look(f"{prefix}.{name} {when}", *local([tensor.detach()]), rows=False)
         for name, parameter in trainer.online.named_parameters():
             for key, tensor in trainer.optimizer.state[parameter].items():

@@ -108,7 +108,7 @@ def _measure(trainer: Trainer, images: Tensor, passes: int, steps: int) -> Cost:
     norms = [norm for norm in trainer.online.modules() if isinstance(norm, BatchNorm)]
     # A pass must not write what an earlier one keeps for its backward pass.
     statistics = [
-        [torch.zeros(VIEWS // passes, 2, len(n.weight), device=trainer.device) for n in norms]
+        [torch.zeros(2, VIEWS // passes, len(n.weight), device=trainer.device) for n in norms]
         for _ in range(passes)
     ]
     work = partial(_pass, trainer, images, norms, statistics)
@@ -123,7 +123,8 @@ def _pass(
     terms = []
     for part, held in zip(images.chunk(len(statistics)), statistics, strict=True):
         for norm, tensor in zip(norms, held, strict=True):
-            norm.views, norm.batch_statistics = len(tensor), tensor
+            norm.views = tensor.shape[1]
+            norm.batch_mean, norm.batch_var = tensor
         with autocast(trainer.recipe.precision, trainer.device):
             prediction = trainer.online(part).prediction
         terms.append(prediction.float().square().mean())

@@ -146,9 +146,10 @@ def _target_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _mixed_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(self: BatchNorm, x: Tensor) -> Tensor:
-        statistics = torch.zeros_like(self.batch_statistics[0])
-        y = self._normalize(x, *statistics)
-        self.batch_statistics.copy_(statistics.expand_as(self.batch_statistics))
+        mean, variance = torch.zeros_like(self.batch_mean[0]), torch.zeros_like(self.batch_var[0])
+        y = self._normalize(x, mean, variance)
+        self.batch_mean.copy_(mean.expand_as(self.batch_mean))
+        self.batch_var.copy_(variance.expand_as(self.batch_var))
         return y
 
     monkeypatch.setattr(BatchNorm, "forward", forward)

@@ -82,6 +82,7 @@ def trace(function: Callable[..., Tensor], *inputs: Tensor) -> list[Graph]:
         bw_compiler=partial(keep, "backward"),
         inference_compiler=partial(keep, "inference"),
         decompositions=select_decomp_table,
+        keep_inference_input_mutations=True,
         partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
     )
     torch._dynamo.reset()

@@ -363,7 +363,7 @@ def mixed_views(online: Online, target: Target) -> None:
     for module in (*online.modules(), *target.modules()):
         if isinstance(module, BatchNorm):
             module.views = 1
-            module.batch_statistics = module.batch_statistics[:1]
+            module.batch_mean, module.batch_var = module.batch_mean[:1], module.batch_var[:1]
 
 
 def test_figures_tell_mistakes() -> None:

@@ -255,10 +255,11 @@ def test_norms_of_several_momenta_update_their_own_statistics() -> None:
     norms = [one for one in online.modules() if isinstance(one, BatchNorm)]
     assert {norm.momentum for norm in norms} == {0.1, 0.01}
     for norm in norms:
-        m, first, second = norm.momentum, *norm.batch_statistics.double()
-        for running, start, one, two in (
-            (norm.running_mean, 0, first[0], second[0]),
-            (norm.running_var, 1, first[1], second[1]),
+        m = norm.momentum
+        for running, start, views in (
+            (norm.running_mean, 0, norm.batch_mean),
+            (norm.running_var, 1, norm.batch_var),
         ):
+            one, two = views.double()
             expected = (1 - m) * ((1 - m) * start + m * one) + m * two
             torch.testing.assert_close(running.double(), expected, rtol=1e-5, atol=1e-6)

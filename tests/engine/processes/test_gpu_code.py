@@ -89,11 +89,8 @@ def trace_bottleneck(processes: int) -> list[Graph]:
         return trace(forward, x.requires_grad_())
 
 
-@pytest.mark.parametrize("processes", [1, 8])
-def test_a_bottleneck_computes_nothing_for_every_pixel_in_float64(
-    monkeypatch: pytest.MonkeyPatch, processes: int
-) -> None:
-    """Most GPUs are 32 or 64 times slower in it. Each norm's sums are sent once in a pass."""
+def lower_bottleneck(monkeypatch: pytest.MonkeyPatch, processes: int) -> list[str]:
+    """Return the code of its forward and of its backward pass, on a GPU."""
     monkeypatch.setattr(BatchNorm, "forward", BatchNorm._normalize_views)  # as on a GPU
     if processes > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
@@ -104,7 +101,33 @@ def test_a_bottleneck_computes_nothing_for_every_pixel_in_float64(
         if processes > 1:
             dist.destroy_process_group()
     assert [graph.kind for graph in graphs] == ["forward", "backward"]
-    for code in codes:
+    return codes
+
+
+@pytest.mark.parametrize(("processes", "forward", "backward"), [(1, 12, 19), (8, 25, 27)])
+def test_a_norm_starts_few_kernels(
+    monkeypatch: pytest.MonkeyPatch, processes: int, forward: int, backward: int
+) -> None:
+    """A host needs longer to start a small kernel than a GPU to run it.
+
+    A norm needs a kernel or two for its statistics, one that merges them, and one that applies
+    them, which blocks share. With several processes it needs a few more, around the all-reduce.
+    """
+    codes = lower_bottleneck(monkeypatch, processes)
+    for code, most in zip(codes, (forward, backward), strict=True):
+        started = [name for name in re.findall(r"(triton_\w+)\.run\(", code) if name not in CASTS]
+        assert 3 * NORMS <= len(started) <= most, started
+
+
+CASTS = {f"triton_poi_fused__to_copy_{number}" for number in range(100)}  # of weights to bf16
+
+
+@pytest.mark.parametrize("processes", [1, 8])
+def test_a_bottleneck_computes_nothing_for_every_pixel_in_float64(
+    monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """Most GPUs are 32 or 64 times slower in it. Each norm's sums are sent once in a pass."""
+    for code in lower_bottleneck(monkeypatch, processes):
         assert code.count("all_reduce_.default(") == (NORMS if processes > 1 else 0)
         sizes = []
         for kernel in kernels(code):
