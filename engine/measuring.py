@@ -72,7 +72,10 @@ class Meter:
         trainer = self._trainer
         self._profiler.begin(trainer.step + 1)
         self._preparing.begin()
-        with self._norms.measuring(self.logs(trainer.step + 1)):
+        logged = self.logs(trainer.step + 1)
+        if trainer.graph is not None:
+            trainer.graph.active = not logged  # the hooks of what is measured see ordinary steps
+        with self._norms.measuring(logged):
             output = trainer.train_step(batch)
         self._timer.steps += 1
         self._profiler.end(trainer.step)

@@ -50,7 +50,15 @@ from shards.views import ViewsConfig
 _MACHINES_OWN = {
     *("run", "data.train", "data.val", "data.prefetch", "data.cache", "data.cache_gb"),
     *("probe.train", "probe.val"),
-    *("threads", "compile", "compile_folder", "log.visdom", "log.wandb", "data.own_process"),
+    *(
+        "threads",
+        "compile",
+        "compile_folder",
+        "cuda_graph",
+        "log.visdom",
+        "log.wandb",
+        "data.own_process",
+    ),
 }
 
 # The method fields that came after the first release, with the values that runs had before them.
@@ -88,7 +96,7 @@ class Recipe:
     """Threads of each process, for decoding and for torch on the CPU. By default the
     cores that the job may use are shared out among its processes."""
     compile: Operation[bool] = True
-    """Compile the networks, LARS, the moving average and, on a GPU, the augmentation with
+    """Compile the networks, the losses, the moving average and, on a GPU, the augmentation with
     torch.compile. The first step then takes minutes."""
     compile_artefacts: Operation[bool] = True
     """Keep what torch.compile makes in the folder RUN/compile, so that the next start need not
@@ -96,6 +104,10 @@ class Recipe:
     compile_folder: Operation[str] = ""
     """Local folder that is used instead of RUN/compile, and that runs may share. Whoever can write
     there can run code in the next start."""
+    cuda_graph: Operation[bool] = False
+    """Start all kernels of a step by one call, in every step that is not logged. That is faster
+    where the GPU waits for its host, as for small images. It is for one GPU without torchrun, and
+    takes the memory of a step twice. A recorded step is first compared with an ordinary one."""
     precision: Precision = "fp32"
     """Number format of the forward passes. fp32, bf16 and fp16 keep the parameters in float32, and
     fp16 scales the loss. fp64 computes everything in float64, for verification."""

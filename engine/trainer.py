@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.utils._pytree import tree_leaves
 
 from engine.beginning import begin
 from engine.data import Data, open_own_probe_sets, train_batches
@@ -25,6 +26,7 @@ from engine.method.norm import RunningStatistics
 from engine.method.precision import StepGuard, autocast, parameter_dtype
 from engine.processes import compiling, parallel
 from engine.processes.copies import Copies
+from engine.processes.step_graph import StepGraph, find_obstacle
 from engine.processes.world import World, set_timeout, share_of_cores
 from engine.recipe import Recipe, in_steps
 from engine.run import Run
@@ -33,6 +35,8 @@ from engine.state.branch import without
 from shards.center_crops import CropReader
 from shards.loader import Batch
 from shards.loader_process import Loader
+
+Rate = float | Tensor  # [] float32 on the device, in a CUDA graph
 
 
 class StepOutput(NamedTuple):
@@ -49,6 +53,9 @@ class StepOutput(NamedTuple):
     images: Tensor  # [V*b, 3, S, S], as the network saw them
     lr: float
     tau: float
+
+
+Updated = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # the tensors of StepOutput
 
 
 class Trainer:
@@ -95,6 +102,7 @@ class Trainer:
         self.guard = StepGuard(recipe.precision, self.device, batch, world.size)
 
         self.probe = self._build_probe(probe_sets)
+        self.graph = self._make_graph()
         self.step = beginning.step
         if beginning.commit is not None:
             self.load(beginning.commit, beginning.left_out)
@@ -137,28 +145,54 @@ class Trainer:
     # The step -------------------------------------------------------------------------------
 
     def train_step(self, batch: Batch) -> StepOutput:
-        """Make one update: train the online network on both views, then move the target.
-
-        Source: section 3.1 and algorithm 1 of the paper. With micro-batches, the gradients are
-        averaged over them, and everything after the backward passes happens once, as in the
-        paper. A step with a gradient that is not finite changes only what the guard keeps, and
-        counts like any other.
-        """
+        """Take one step. It counts even when a gradient is not finite."""
         lr, head_lr, tau = self._rates()
-        parts = self._micro_batches(batch)
-        share = len(batch.ids) / self.recipe.batch.size / len(parts)  # of the global batch
-        labeled = self._count_labels(parts)
+        views, params, labels = self.copies.take(batch.views, batch.params, batch.labels)
+        rates = lr, head_lr, 1 - tau
+        if self.graph is None:
+            found = self.update(views, params, labels, *rates)
+        else:
+            found = self.graph((views, params, labels), rates)
+        self.step += 1  # a skipped step takes its place in the schedule too
+        return StepOutput(*found, lr, tau)
+
+    def update(
+        self, views: Tensor, params: Tensor, labels: Tensor, lr: Rate, head_lr: Rate, pace: Rate
+    ) -> Updated:
+        """Train the online network on both views, then move the target by `pace`, 1 - tau.
+
+        Nothing here waits for the device or depends on the host, so a CUDA graph may repeat it.
+        With micro-batches, the gradients are averaged over them, and everything after the backward
+        passes happens once, as in the paper. A step with a gradient that is not finite changes only
+        what the guard keeps.
+
+        Source: section 3.1 and algorithm 1 of the paper.
+
+        Args:
+            views: [V, B, 3, S, S] of this process's rows, on the device.
+            params: [V, B, P], their parameters of the augmentation.
+            labels: [B] int64, -1 where there is none.
+            lr: The learning rate of the networks.
+            head_lr: That of the online head.
+            pace: 1 - tau.
+
+        Returns:
+            The tensors of StepOutput.
+        """
+        parts = self._micro_batches(views, params, labels)
+        share = len(labels) / self.recipe.batch.size / len(parts)  # of the global batch
+        labeled = self._count_labels(labels)
         loss = head_total = torch.zeros((), device=self.device)
 
-        for number, (views, params, labels) in enumerate(parts, start=1):
-            images = self.augment(views, params)  # [V*b, 3, S, S]
+        for number, (some_views, some_params, some_labels) in enumerate(parts, start=1):
+            images = self.augment(some_views, some_params)  # [V*b, 3, S, S]
             with self.parallel.micro_batch(last=number == len(parts)):
                 with autocast(self.recipe.precision, self.device):
                     with torch.no_grad():  # first, while no activations are kept
                         projection = self.target(images)  # [V*b, D]
                     output = self.parallel.online(images)
                 byol_term = self.byol_loss(output.prediction, projection).mean() * share
-                head_term = self.head_loss(output.logits, labels, labeled)
+                head_term = self.head_loss(output.logits, some_labels, labeled)
                 self.guard.scale_loss(byol_term + head_term).backward()
             self.statistics.note()
             loss = loss + byol_term.detach()
@@ -168,13 +202,12 @@ class Trainer:
         divisor = self.guard.divisor(self.online.parameters())
         skip = self.optimizer.step(divisor, self.recipe.clip)  # [] 1 when gradients are not finite
         self.optimizer.zero_grad()
-        fraction = (1 - tau) * (1 - skip).to(parameter_dtype(self.recipe.precision))
+        fraction = pace * (1 - skip).to(parameter_dtype(self.recipe.precision))
         self.update_target(local(self.target_parameters), local(self.online_parameters), fraction)
         self.statistics.apply(skip)
         self.average.follow(skip)
         self.guard.update(skip)
-        self.step += 1  # a skipped step takes its place in the schedule too
-        return StepOutput(loss, head_total, labeled, output.features, projection, images, lr, tau)
+        return loss, head_total, labeled, output.features, projection, images
 
     def _rates(self) -> tuple[float, float, float]:
         """Return the learning rates of the networks and of the online head, and tau."""
@@ -187,7 +220,7 @@ class Trainer:
         )
         return lr, head_lr, schedule.tau(self.step, options.base_tau, total, self.tau_power)
 
-    def _count_labels(self, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    def _count_labels(self, labels: Tensor) -> Tensor:
         """Count the labeled rows of the global batch, [] on the device; 0 without a head.
 
         Every process needs that number before its backward pass, and an index does not tell which
@@ -196,15 +229,16 @@ class Trainer:
         """
         if not self.classes:
             return torch.zeros((), device=self.device)
-        return self.world.all_reduce(count_labels(torch.cat([labels for _, _, labels in parts])))
+        return self.world.all_reduce(count_labels(labels))
 
-    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Split a batch into micro-batches on the device.
+    def _micro_batches(
+        self, views: Tensor, params: Tensor, labels: Tensor
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Split a batch into micro-batches.
 
         Returns:
             The views [V*b, 3, S, S], augmentation parameters [V*b, P] and labels [b] of each.
         """
-        views, params, labels = self.copies.take(batch.views, batch.params, batch.labels)
         if self.recipe.precision == "fp64":
             views, params = views.double() / 255, params.double()
         micro = self.recipe.batch.micro
@@ -212,6 +246,23 @@ class Trainer:
             views.chunk(micro, dim=1), params.chunk(micro, dim=1), labels.chunk(micro), strict=True
         )
         return [(v.flatten(0, 1), p.flatten(0, 1), label) for v, p, label in parts]
+
+    def _make_graph(self) -> StepGraph[Updated] | None:
+        """Return what repeats steps as a CUDA graph, or None where none is wanted or possible."""
+        if not self.recipe.cuda_graph:
+            return None
+        if obstacle := find_obstacle(self.world, self.recipe.optimizer):
+            self.terminal.say(f"cuda_graph: {obstacle}; going on without a CUDA graph")
+            return None
+        return StepGraph(self.update, self._changed)
+
+    def _changed(self) -> list[Tensor]:
+        """List all tensors that a step changes."""
+        found: list[Any] = [self.guard.state(), self.average.state()]
+        found += list(self.optimizer.state.values())
+        for network in (self.online, self.target):
+            found += [*network.parameters(), *network.buffers()]
+        return [leaf.detach() for leaf in tree_leaves(found) if isinstance(leaf, Tensor)]
 
     # The parts ------------------------------------------------------------------------------
 

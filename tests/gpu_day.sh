@@ -34,9 +34,9 @@ if [ -n "$fast" ]; then
     profile+=" --profile 2:3" few="$step --batch 2"
     profile_small="$profile --data.streams 2"
     train="--batch.size 8 --threads 1 --no-compile --precision fp32 --data.streams 2 --steps 3"
-    train+=" --model.encoder.width 0.0625" trials="quickstart 4 1 1" stem="2 32 1"
+    train+=" --model.encoder.width 0.0625"
 else
-    step="--steps 20 --rounds 5"
+    step="--steps 8 --rounds 5"
     half="$step --precision bf16" small="cifar10 --precision bf16 --steps 40 --rounds 3"
     checkpoint="--rounds 3 --starts 0"
     views="--images 2000 --batch 100 --rounds 5"
@@ -44,8 +44,9 @@ else
     most=""
     photos=1024 drawn=50000 drawn_size=32
     profile="r50_256 --precision bf16 --steps 14 --profile 10:12"
-    profile_small="cifar10 --steps 54 --profile 50:52" few="$half --batch 64 --compile --no-fresh"
-    train="--checkpoint.every 200" trials="cifar10 512 40 5" stem="128 224 5"
+    profile_small="cifar10 --steps 54 --profile 51:52 --log.every 10" few="$half --batch 64"
+    few+=" --no-compile"
+    train="--checkpoint.every 200"
 fi
 
 # part NAME SECONDS COMMAND...: run it, keep what it prints, and note how it ended.
@@ -71,12 +72,13 @@ bench() { # bench NAME SECONDS BENCH OPTIONS...
 # Options are words without spaces.
 # shellcheck disable=SC2086
 {
-    part draw 40 "$PYTHON" tests/helpers/gpu_day.py draw "$OUT/data" $photos $drawn $drawn_size
+    part draw 60 "$PYTHON" tests/helpers/gpu_day.py draw "$OUT/data" $photos $drawn $drawn_size
     plain="--probe.every 0 --probe.no-baseline"
     big="--data.train $OUT/data/photos --data.val $OUT/data/photos --data.streams 2 $plain"
     data=${CIFAR10:-$OUT/data/cifar10}
     little="--data.train $data/train --data.val $data/test"
-    # A ResNet-50 compiles for three minutes, mostly on one core. Later parts find it compiled.
+    # A ResNet-50 compiles for three minutes, and beside the tests for four and a half. Later parts
+    # find it compiled.
     if [ -z "$fast" ]; then
         part compile_r50 300 "$PYTHON" launch/train.py r50_256 --precision bf16 --steps 2 \
             --run "$OUT/compile_r50" $big &
@@ -86,25 +88,21 @@ bench() { # bench NAME SECONDS BENCH OPTIONS...
     # Only these files, because to collect all takes half a minute and needs every package. Pytest
     # itself ends the session in time, so that it still tells what failed. Compilers take most of
     # the time, so several processes share the GPU.
-    part tests 220 "$PYTHON" -m pytest -n 4 -vv --tb=short --timeout 150 --session-timeout 200 \
+    part tests 300 "$PYTHON" -m pytest -n 5 -vv --tb=short --timeout 200 --session-timeout 280 \
         -m gpu $(grep -rl --include='test_*.py' 'pytest\.mark\.gpu' tests)
     wait
-    if [ -z "$fast" ]; then bench step_compiled 150 step $half --compile --no-fresh; fi
+    if [ -z "$fast" ]; then bench step_compiled 190 step $half --compile --no-fresh; fi
     part profile 90 "$PYTHON" launch/train.py $profile --run "$OUT/profile" $big
     bench peers 120 peers $peers --no-fresh
     bench largest 70 largest $most
     bench views 50 input $views
     bench checkpoint 60 checkpoint $checkpoint
     # Few images for each GPU, and small ones, are a matter of the host that starts the kernels.
-    bench step_few 90 step $few
-    bench step_small 110 step --recipe $small --no-fresh
-    part profile_small 60 "$PYTHON" launch/train.py $profile_small --run "$OUT/profile_small" \
+    # There a CUDA graph should help.
+    bench step_few 120 step $few --cuda-graph
+    bench step_small 150 step --recipe $small --cuda-graph --no-fresh
+    part profile_small 90 "$PYTHON" launch/train.py $profile_small --run "$OUT/profile_small" \
         $little $plain
-    trial="$PYTHON -m tests.helpers.gpu_trials"
-    part trials 40 $trial "$OUT/trials.rows.json" $trials
-    part trials_graphs 120 env TORCHINDUCTOR_CUDAGRAPHS=1 \
-        $trial "$OUT/trials_graphs.rows.json" $trials
-    part stem 40 "$PYTHON" -m tests.helpers.gpu_stem "$OUT/stem.rows.json" $stem
     part cifar10 90 "$PYTHON" launch/train.py cifar10 $train --run "$OUT/cifar10" $little
 }
 echo "$(date +%T) the figures are in $OUT/gpu_day.json"

@@ -66,7 +66,7 @@ def set_apart(optimizer: Optimizer, head: nn.Module) -> None:
     optimizer.param_groups.extend(group for group in apart if group["params"])
 
 
-def set_rates(optimizer: Optimizer, rate: float, head_rate: float) -> None:
+def set_rates(optimizer: Optimizer, rate: float | Tensor, head_rate: float | Tensor) -> None:
     """Set the learning rate of this step: `head_rate` in the head's own groups, if it has any."""
     for group in optimizer.param_groups:
         group["lr"] = head_rate if _OWN_RATE in group else rate

@@ -58,6 +58,7 @@ def bench_step(
     threads: int | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "bf16" if CUDA else "fp32",
     compile: bool = CUDA,
+    cuda_graph: bool = False,
     fresh: bool = True,
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto",
     shard: int = 0,
@@ -89,6 +90,7 @@ def bench_step(
             cores that the job may use are shared out among its processes.
         precision: Precision of both sides' forward passes. In fp16 both sides scale the loss.
         compile: Compile our networks.
+        cuda_graph: Measure our steps by a CUDA graph too, on one GPU without torchrun.
         fresh: Compile with empty caches, which takes minutes for a ResNet-50 on a GPU. --no-fresh
             takes what was compiled on this machine before.
         strategy: How our step is spread over processes.
@@ -107,6 +109,7 @@ def bench_step(
         base,
         threads=threads,
         compile=compile,
+        cuda_graph=cuda_graph,
         precision=precision,
         batch=BatchConfig(batch),
         parallel=ParallelConfig(strategy, shard),
@@ -218,6 +221,10 @@ class Sides:
         self.first = {"ours": seconds + more}  # seconds
         repeat(self._own_step, SETTLING)
         self.held = {"ours": _allocated()}  # bytes between steps, with both sides' images
+        self.held["graph"] = 0
+        if trainer.graph is not None:
+            self._graph_step()  # records it
+            self.held["graph"] = _allocated() - self.held["ours"]
 
         self.stock = Stock(trainer.recipe, trainer.classes, trainer.device)
         self.view1, self.view2 = self.images.contiguous().chunk(2)
@@ -227,7 +234,7 @@ class Sides:
             self._stock_step()
         self.flops = counter.get_total_flops() / len(self.view1)  # per image
         repeat(self._stock_step, SETTLING)
-        self.held["stock"] = _allocated() - self.held["ours"]
+        self.held["stock"] = _allocated() - sum(self.held.values())
 
         losses = torch.stack([first.loss, loss / trainer.world.size]).detach().cpu()
         self.losses = trainer.world.all_reduce(losses).tolist()
@@ -237,17 +244,24 @@ class Sides:
         }
 
     def work(self) -> dict[str, Callable[[], Cost]]:
-        return {
-            "ours": lambda: self._cost(self._own_step, without="stock"),
+        sides = {
+            "ours": lambda: self._cost(self._own_step, "stock", "graph"),
             "augmentation": lambda: self._cost(self._augmented),
             "training": self._train,
-            "stock": lambda: self._cost(self._stock_step, without="ours"),
+            "stock": lambda: self._cost(self._stock_step, "ours", "graph"),
         }
+        if self.trainer.graph is not None:
+            sides["by graph"] = lambda: self._cost(self._graph_step, "stock")
+        return sides
 
     def rows(self, costs: dict[str, list[Cost]], most: float | None) -> list[Row]:
         """Return all figures. `most` is the images a second of a device at its peak."""
         ours, colors, stock = costs["ours"], costs["augmentation"], costs["stock"]
         rows = speeds("step on augmented images", ours, stock, limit=most)
+        if by_graph := costs.get("by graph"):
+            rows += speeds("step by a CUDA graph", by_graph, ours, "ordinary", limit=most)
+            held, usual = ([cost.memory / 2**30 for cost in side] for side in (by_graph, ours))
+            rows.append(compare("peak memory by a CUDA graph", held, usual, "GiB", "ordinary"))
         rows += speeds("augmentation", colors)
         alone = 1 / (_wall(ours) + _wall(colors))  # images/s when data is there at once
         rows += speeds("training from the loader", costs["training"], limit=alone)
@@ -270,17 +284,24 @@ class Sides:
         self.trainer.step = 1  # each round has the rates of the first
         return self.trainer.train_step(self.data)
 
+    def _graph_step(self) -> StepOutput:
+        assert self.trainer.graph is not None
+        self.trainer.graph.active = True
+        output = self._own_step()
+        self.trainer.graph.active = False
+        return output
+
     def _augmented(self) -> Tensor:
         return self.augment(self.data.views.flatten(0, 1), self.data.params.flatten(0, 1))
 
     def _stock_step(self) -> Tensor:
         return self.stock.step(self.view1, self.view2, self.data.labels, *self.rates)
 
-    def _cost(self, step: Callable[[], object], without: str | None = None) -> Cost:
-        """Measure the cost of some steps, less the memory that the side `without` holds."""
+    def _cost(self, step: Callable[[], object], *without: str) -> Cost:
+        """Measure the cost of some steps, less the memory that the sides `without` hold."""
         self._meet()
         cost = measure(lambda: repeat(step, self.steps), self.steps * self.batch)
-        held = 0 if without is None else self.held[without]
+        held = sum(self.held[side] for side in without)
         return self._together(cost._replace(memory=cost.memory - held))
 
     def _train(self) -> Cost:

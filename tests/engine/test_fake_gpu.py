@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from engine.data import open_data, train_batches
 from engine.log.terminal import Terminal
@@ -23,6 +25,8 @@ from engine.method import byol
 from engine.method.adamw import AdamWConfig
 from engine.method.average import AverageConfig
 from engine.method.clipping import ClipConfig
+from engine.method.lars import LARSConfig
+from engine.method.sgd import SGDConfig
 from engine.method.torch_optimizer import TorchOptimizerConfig
 from engine.processes.world import World
 from engine.recipe import Recipe
@@ -30,6 +34,7 @@ from engine.run import open_run
 from engine.trainer import Trainer
 from shards.loader import DataConfig
 from shards.order import BatchConfig
+from shards.views import COLUMNS
 from tests.helpers import tiny
 
 pytestmark = [
@@ -111,3 +116,37 @@ def test_a_step_stays_on_the_device(
         for tensor in output[:6]:
             assert isinstance(tensor, Tensor)
             assert tensor.device == GPU
+
+
+@pytest.mark.parametrize("optimizer", [LARSConfig(), AdamWConfig(), SGDConfig()], ids=str)
+def test_an_update_takes_nothing_from_the_host(
+    optimizer: Any, tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA graph would go on with what the host had when it was recorded."""
+    recipe = replace(
+        tiny.recipe(tiny_data, tmp_path, probe=tiny.NO_PROBE),
+        batch=BatchConfig(size=16, micro=2),
+        average=AverageConfig(rate=0.9),
+        optimizer=optimizer,
+        precision="fp16",
+    )
+    with on_a_gpu(recipe, monkeypatch) as trainer:
+        views = torch.zeros(2, 16, 3, 32, 32, dtype=torch.uint8, device=GPU)
+        params = torch.zeros(2, 16, COLUMNS, device=GPU)
+        rates = [torch.zeros((), device=GPU) for _ in range(3)]
+        with OnTheDevice():
+            trainer.update(views, params, torch.zeros(16, dtype=torch.int64, device=GPU), *rates)
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Refuses operations with a tensor of the host."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        found = None
+        if func is not torch.ops.aten._fused_adamw_.tensor_lr:  # fake tensors lack it
+            found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves([args, kwargs, found]):
+            assert not isinstance(tensor, Tensor) or tensor.device == GPU, func
+        return found

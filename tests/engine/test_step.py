@@ -205,7 +205,7 @@ def test_micro_batches_average_gradients(tiny_data: DataConfig, tmp_path: Path) 
 
     trainer.optimizer.register_step_pre_hook(record)
     target = copy.deepcopy(trainer.target)
-    parts = trainer._micro_batches(batch)
+    parts = trainer._micro_batches(*trainer.copies.take(batch.views, batch.params, batch.labels))
     assert [len(part[0]) for part in parts] == [16, 16]  # two views of 8
     trainer.train_step(batch)
 

@@ -33,6 +33,7 @@ from shards.storage import files
 from shards.views import ViewsConfig
 from tests.helpers.benches import rows, run
 from tests.helpers.places import RECIPES
+from tests.helpers.recorded_steps import Recorder
 
 QUICKSTART = RECIPES / "quickstart.py"
 TINY = """
@@ -184,6 +185,18 @@ def test_step(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     for row, times in STEP_ROWS.items():
         assert rows(lines, row) == times, row
     assert not torch.distributed.is_initialized()
+
+
+def test_step_by_a_cuda_graph(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(monkeypatch)
+    options = "--batch 8 --steps 3 --rounds 2 --threads 1 --no-compile --precision fp32"
+    lines = run(f"step {options} --cuda-graph", capsys)
+    extra = {"step by a CUDA graph": 2, "peak memory by a CUDA graph": 1, "peak memory": 2}
+    for row, times in (STEP_ROWS | extra).items():
+        assert rows(lines, row) == times, row
+    assert recorder.replays == 1 + 2 * 3
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from engine.log.metrics import LogConfig
 from engine.method.adamw import AdamWConfig
 from engine.method.clipping import ClipConfig
 from engine.method.lars import LARSConfig
@@ -28,6 +29,7 @@ from engine.processes import compiling, world
 from engine.processes.copies import Copies
 from engine.processes.parallel import ParallelConfig
 from engine.state.saver import Saver
+from engine.trainer import Trainer
 from shards import device_crops
 from shards.decode import crop_resize, decode
 from shards.index import Index
@@ -35,6 +37,7 @@ from shards.loader import Assignment, Batch, DataConfig, TrainLoader
 from shards.order import Order
 from shards.views import ViewsConfig
 from tests.conftest import draw_photo
+from tests.engine.processes.test_step_graph import float32_rates
 from tests.engine.test_trainer import comparable, train
 from tests.helpers import tiny
 from tests.helpers.training import open_trainer
@@ -229,6 +232,44 @@ def test_a_step_never_waits_for_the_device(
             trainer.train_step(batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("compile", [False, True])
+def test_steps_by_a_graph_are_ordinary_steps(
+    tiny_data: DataConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    compile: bool,
+) -> None:
+    monkeypatch.setattr(Trainer, "_rates", float32_rates)
+    fixed: dict[str, Any] = {"probe": tiny.NO_PROBE, "precision": precision, "compile": compile}
+    ordinary = open_trainer(tiny.recipe(tiny_data, tmp_path, **fixed))
+    by_graph = open_trainer(tiny.recipe(tiny_data, tmp_path, cuda_graph=True, **fixed))
+    assert by_graph.graph is not None
+    with (
+        contextlib.closing(ordinary.batches()) as ours,
+        contextlib.closing(by_graph.batches()) as theirs,
+    ):
+        for step in range(12):
+            by_graph.graph.active = step != 8  # graphs and ordinary steps may take turns
+            expected = ordinary.train_step(next(ours))
+            found = by_graph.train_step(next(theirs))
+            assert all(map(torch.equal, found[:6], expected[:6])), step
+            assert all(map(torch.equal, by_graph._changed(), ordinary._changed())), step
+
+
+def test_a_run_by_a_graph_is_evaluated_and_saved(tiny_data: DataConfig, tmp_path: Path) -> None:
+    """Its log is that of an ordinary run, but for the rates, which a graph rounds to float32."""
+    log = LogConfig(every=4)
+    train(tiny.recipe(tiny_data, tmp_path / "ordinary", log=log))
+    train(tiny.recipe(tiny_data, tmp_path / "graph", log=log, cuda_graph=True))
+    for ours, theirs in zip(
+        comparable(tmp_path / "graph"), comparable(tmp_path / "ordinary"), strict=True
+    ):
+        assert ours["data_digest"] == theirs["data_digest"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
 
 def test_a_batch_is_copied_while_kernels_run() -> None:

@@ -8,15 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.helpers import gpu_stem
 from tests.helpers.gpu_day import note
 from tests.helpers.places import ROOT
 
 PARTS = {
     *("draw", "tests", "profile", "largest", "views", "peers", "checkpoint", "step_few"),
-    *("step_small", "profile_small", "trials", "trials_graphs", "stem", "cifar10"),
+    *("step_small", "profile_small", "cifar10"),
 }
 AT_ONCE = {"compile_r50", "compile_cifar10", "tests"}
 
@@ -47,17 +45,6 @@ def test_the_timeouts_leave_it_25_minutes() -> None:
     seconds = {name: int(limit) for name, limit in limits}
     first = max(seconds.pop(name) for name in AT_ONCE)
     assert first + sum(seconds.values()) <= 1440  # and a minute for what notes them
-
-
-@pytest.mark.parametrize("way", gpu_stem.WAYS)
-def test_each_way_of_a_stem_is_the_same_convolution(way: str) -> None:
-    x = torch.rand(2, 3, 30, 32, dtype=torch.float64)
-    weight = torch.randn(64, 3, 7, 7, dtype=torch.float64, requires_grad=True)
-    expected = torch.nn.functional.conv2d(x, weight, stride=2, padding=3)
-    found = gpu_stem.WAYS[way](x, weight)
-    torch.testing.assert_close(found, expected)
-    gradients = [torch.autograd.grad(y, weight, expected.detach())[0] for y in (found, expected)]
-    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.slow
