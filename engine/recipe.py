@@ -106,8 +106,8 @@ class Recipe:
     there can run code in the next start."""
     cuda_graph: Operation[bool] = False
     """Start all kernels of a step by one call, in every step that is not logged. That is faster
-    where the GPU waits for its host, as for small images. It is for one GPU without torchrun, and
-    takes the memory of a step twice. A recorded step is first compared with an ordinary one."""
+    where the GPU waits for its host, as for small images. It is for one GPU, and takes the memory
+    of a step twice. The recorded step is first compared with an ordinary one."""
     precision: Precision = "fp32"
     """Number format of the forward passes. fp32, bf16 and fp16 keep the parameters in float32, and
     fp16 scales the loss. fp64 computes everything in float64, for verification."""

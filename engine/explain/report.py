@@ -11,7 +11,6 @@ from engine.explain.known import Known, check_order, look
 from engine.explain.plan import date_of
 from engine.explain.sizes import LEAST, Fakes, StepCost
 from engine.log.terminal import Terminal
-from engine.method.lars import LARSConfig
 from engine.method.resnet import ResNet
 from engine.method.torchvision_encoder import TorchvisionEncoder
 from engine.processes import parallel
@@ -144,6 +143,7 @@ def _memory(
     table.caption = (
         "On a GPU, CUDA, its libraries and fragments of memory come on top (1 to 2 GiB). "
         "torch.compile keeps less.\n"
+        + "--cuda-graph needs a step's other tensors twice.\n" * recipe.cuda_graph
         + _explain_groups(options)
         + f"On the host, {_gib(memory.host_views(views, apart))} GiB of views wait for each "
         f"process, and {_gib(fakes.checkpoint)} GiB of a checkpoint are shared out.\n"
@@ -276,10 +276,9 @@ def _doing(recipe: Recipe, fakes: Fakes) -> Table:
     table = _table("What is compiled, spread and saved")
     blocks = f"{len(fakes.online.encoder.blocks())} blocks"
     stem = ", stem" if isinstance(fakes.online.encoder, ResNet) else ""
-    lars = "the directions of LARS, " * isinstance(recipe.optimizer, LARSConfig)
     compiled = (
-        f"{blocks}{stem} and heads of both networks, {lars}the moving average and, on a GPU, the "
-        "augmentation"
+        f"{blocks}{stem} and heads of both networks, the losses, the moving average and, on a GPU, "
+        "the augmentation"
     )
     kept = files.redact(recipe.compile_folder) or "RUN/compile"
     table.add_row("compiled", compiled if recipe.compile else "nothing")

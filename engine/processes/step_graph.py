@@ -4,7 +4,7 @@ A host needs longer to start a small kernel than a GPU to run it. A graph is rec
 the kernels of a whole step with the addresses of their tensors, so its inputs are copied to where
 they were at the recording. Nothing in a step may then depend on a value that the host computes.
 
-No run of several processes has one: a recording of their communication has not been tried.
+A run with a process group has none: a recording of its communication has not been tried.
 """
 
 from collections.abc import Callable, Sequence
@@ -103,7 +103,7 @@ def find_obstacle(world: World, optimizer: object) -> str:
     if world.device.type != "cuda":
         return "there is no GPU"
     if world.distributed:
-        return "it is for one process that is started without torchrun"
+        return "it is for one process with --parallel.strategy auto"
     if isinstance(optimizer, TorchOptimizerConfig):
         return "a step of an optimizer of torch.optim may depend on the host"
     return ""

@@ -90,7 +90,7 @@ def bench_step(
             cores that the job may use are shared out among its processes.
         precision: Precision of both sides' forward passes. In fp16 both sides scale the loss.
         compile: Compile our networks.
-        cuda_graph: Measure our steps by a CUDA graph too, on one GPU without torchrun.
+        cuda_graph: Measure our steps by a CUDA graph too, on one GPU.
         fresh: Compile with empty caches, which takes minutes for a ResNet-50 on a GPU. --no-fresh
             takes what was compiled on this machine before.
         strategy: How our step is spread over processes.

@@ -199,3 +199,12 @@ def test_the_memory_of_loading_processes_is_told(
         data = dataclasses.replace(tiny_data, own_process=own)
         text = " ".join(printed(tiny.recipe(data, tmp_path / "run"), capsys).split())
         assert (told in text) == expected
+
+
+def test_the_memory_of_a_cuda_graph_is_told(
+    tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny.recipe(tiny_data, tmp_path / "run")
+    line = "--cuda-graph needs a step's other tensors twice."
+    assert line not in printed(recipe, capsys)
+    assert line in printed(dataclasses.replace(recipe, cuda_graph=True), capsys)

@@ -144,7 +144,7 @@ def test_a_run_without_a_gpu_goes_on_without(
     ("device", "distributed", "optimizer", "obstacle"),
     [
         ("cpu", False, LARSConfig(), "there is no GPU"),
-        ("cuda", True, LARSConfig(), "it is for one process that is started without torchrun"),
+        ("cuda", True, LARSConfig(), "it is for one process with --parallel.strategy auto"),
         (
             *("cuda", False, TorchOptimizerConfig("RMSprop")),
             "a step of an optimizer of torch.optim may depend on the host",
