@@ -102,7 +102,9 @@ class Meter:
         speeds["images_per_second_device"] = speed
         alone = timer.waited + self._preparing.read(timer.steps)
         rows = torch.zeros(world.size, 4, dtype=torch.float64)
-        own = [timer.seconds, timer.waited, alone, peak_memory(trainer.device)]
+        graph = 0 if trainer.graph is None else trainer.graph.memory
+        memory = peak_memory(trainer.device) + graph / 2**30
+        own = [timer.seconds, timer.waited, alone, memory]
         rows[world.rank] = rows.new_tensor(own)
         found = world.all_reduce(rows).numpy()
         self._ranks.add(found[:, :3], timer.steps)

@@ -105,7 +105,7 @@ class Recipe:
     """Local folder that is used instead of RUN/compile, and that runs may share. Whoever can write
     there can run code in the next start."""
     cuda_graph: Operation[bool] = False
-    """Start all kernels of a step by one call, in every step that is not logged. That is faster
+    """Start all kernels of a training step by one call, except in logged steps. That is faster
     where the GPU waits for its host, as for small images. It is for one GPU, and takes the memory
     of a step twice. The recorded step is first compared with an ordinary one."""
     precision: Precision = "fp32"

@@ -42,7 +42,8 @@ Rate = float | Tensor  # [] float32 on the device, in a CUDA graph
 class StepOutput(NamedTuple):
     """Hold what a step leaves for the log, on the device.
 
-    The images, features and projections are those of the last micro-batch only.
+    The images, features and projections are those of the last micro-batch only. With a CUDA graph
+    the next step overwrites all of them.
     """
 
     loss: Tensor  # [] this process's share of the mean over the global batch, 0 to 8
@@ -161,10 +162,10 @@ class Trainer:
     ) -> Updated:
         """Train the online network on both views, then move the target by `pace`, 1 - tau.
 
-        Nothing here waits for the device or depends on the host, so a CUDA graph may repeat it.
-        With micro-batches, the gradients are averaged over them, and everything after the backward
-        passes happens once, as in the paper. A step with a gradient that is not finite changes only
-        what the guard keeps.
+        Nothing here waits for the device, and with the optimizers of this project nothing depends
+        on the host, so a CUDA graph may repeat it. With micro-batches, the gradients are averaged
+        over them, and everything after the backward passes happens once, as in the paper. A step
+        with a gradient that is not finite changes only what the guard keeps.
 
         Source: section 3.1 and algorithm 1 of the paper.
 

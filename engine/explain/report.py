@@ -143,7 +143,7 @@ def _memory(
     table.caption = (
         "On a GPU, CUDA, its libraries and fragments of memory come on top (1 to 2 GiB). "
         "torch.compile keeps less.\n"
-        + "--cuda-graph needs a step's other tensors twice.\n" * recipe.cuda_graph
+        + "One process with --cuda-graph needs a step's other tensors twice.\n" * recipe.cuda_graph
         + _explain_groups(options)
         + f"On the host, {_gib(memory.host_views(views, apart))} GiB of views wait for each "
         f"process, and {_gib(fakes.checkpoint)} GiB of a checkpoint are shared out.\n"

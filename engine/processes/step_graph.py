@@ -40,6 +40,7 @@ class StepGraph(Generic[Outputs]):
         """
         self._update, self._changed = update, changed
         self.active = False
+        self.memory = 0  # bytes of the GPU that the recording keeps for itself
         self._ordinary = 0  # updates
         self._recorded: tuple[Callable[[], None], list[Tensor], Outputs] | None = None
 
@@ -64,9 +65,10 @@ class StepGraph(Generic[Outputs]):
     def _begin(
         self, tensors: Sequence[Tensor], numbers: Sequence[float]
     ) -> tuple[Callable[[], None], list[Tensor], Outputs]:
-        """Make the update ordinarily, then in its place by a recording, and compare.
+        """Make the same update ordinarily, by a recording, and ordinarily again, and compare.
 
         The recording is made with other inputs, so that one that does not look at them is found.
+        The last update shows whether there is memory for both kinds of step.
 
         Returns:
             What replays the recording, where its inputs are, and its outputs.
@@ -76,18 +78,34 @@ class StepGraph(Generic[Outputs]):
         inputs = [torch.zeros_like(tensor) for tensor in given]
         changed = self._changed()
         before = _copies(changed)
-        expected = [*_copies(rehearse(lambda: self._update(*given))), *_copies(changed)]
-        torch._foreach_copy_(changed, before)
-        try:
-            replay, outputs = record(lambda: self._update(*inputs))
-            torch._foreach_copy_(inputs, given)
+
+        def update_again(work: Callable[[], Outputs]) -> list[Tensor]:
+            torch._foreach_copy_(changed, before)
+            return [*_copies(work()), *_copies(changed)]
+
+        def replay_recorded() -> Outputs:
             replay()
-            found = [*outputs, *changed]
-            same = all(_equal(*pair) for pair in zip(found, expected, strict=True))
+            return outputs
+
+        try:
+            expected = update_again(lambda: rehearse(lambda: self._update(*given)))
+            torch.cuda.empty_cache()  # as the recording does, so that the difference is its own
+            held = torch.cuda.memory_reserved()
+            replay, outputs = record(lambda: self._update(*inputs))
+            self.memory = torch.cuda.memory_reserved() - held
+            torch._foreach_copy_(inputs, given)
+            found = update_again(replay_recorded)
+            repeated = update_again(lambda: self._update(*given))
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
+            # The end of a recording that fails has an error of its own, which hides the first one.
+            reason = str(error.__context__ or error).partition("\n")[0]
             raise InputError(f"cuda_graph: {reason}: use --no-cuda-graph") from error
-        if not same:
+        if not _same(repeated, expected):
+            raise InputError(
+                "cuda_graph: equal steps of this network differ on this GPU, so a recorded one "
+                "cannot be compared with them: use --no-cuda-graph"
+            )
+        if not _same(found, expected):
             raise InputError(
                 "cuda_graph: the recorded step makes another update than an ordinary one: use "
                 "--no-cuda-graph"
@@ -122,14 +140,16 @@ def rehearse(work: Callable[[], Outputs]) -> Outputs:
 def record(work: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
     """Record the work without doing it, and return what does it, and where its outputs will be."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads copy batches and checkpoints at the same time, and may go on with it.
+    # The loader's threads may go on with what they do on the GPU meanwhile.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         outputs = work()
     return graph.replay, outputs
 
 
-def _equal(found: Tensor, expected: Tensor) -> bool:
-    return bool(found.isclose(expected, rtol=0, atol=0, equal_nan=True).all())
+def _same(some: list[Tensor], others: list[Tensor]) -> bool:
+    """Return whether all bits of all tensors are the same."""
+    bits = ([t.reshape(-1).view(torch.uint8) for t in tensors] for tensors in (some, others))
+    return all(map(torch.equal, *bits))
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -22,6 +22,7 @@ from engine.method.byol import BYOLConfig
 from engine.method.resnet import ResNetConfig
 from engine.processes import world
 from engine.processes.parallel import ParallelConfig
+from engine.processes.step_graph import WARM_UP
 from engine.recipe import Recipe, load
 from engine.run import open_run
 from engine.trainer import StepOutput, Trainer
@@ -223,7 +224,7 @@ class Sides:
         self.held = {"ours": _allocated()}  # bytes between steps, with both sides' images
         self.held["graph"] = 0
         if trainer.graph is not None:
-            self._graph_step()  # records it
+            repeat(self._graph_step, WARM_UP + 1)  # the last one, if not an earlier one, records
             self.held["graph"] = _allocated() - self.held["ours"]
 
         self.stock = Stock(trainer.recipe, trainer.classes, trainer.device)
@@ -260,8 +261,11 @@ class Sides:
         rows = speeds("step on augmented images", ours, stock, limit=most)
         if by_graph := costs.get("by graph"):
             rows += speeds("step by a CUDA graph", by_graph, ours, "ordinary", limit=most)
-            held, usual = ([cost.memory / 2**30 for cost in side] for side in (by_graph, ours))
-            rows.append(compare("peak memory by a CUDA graph", held, usual, "GiB", "ordinary"))
+            assert self.trainer.graph is not None
+            usual = [max(1, cost.memory) / 2**30 for cost in ours]
+            own = self.trainer.graph.memory / 2**30  # beside that of ordinary steps, which stay
+            held = [memory + own for memory in usual]
+            rows.append(compare("peak memory with a CUDA graph", held, usual, "GiB", "without"))
         rows += speeds("augmentation", colors)
         alone = 1 / (_wall(ours) + _wall(colors))  # images/s when data is there at once
         rows += speeds("training from the loader", costs["training"], limit=alone)

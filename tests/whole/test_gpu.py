@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from engine.log.metrics import LogConfig
 from engine.method.adamw import AdamWConfig
+from engine.method.average import AverageConfig
 from engine.method.clipping import ClipConfig
 from engine.method.lars import LARSConfig
 from engine.method.local_shards import local
@@ -34,7 +36,7 @@ from shards import device_crops
 from shards.decode import crop_resize, decode
 from shards.index import Index
 from shards.loader import Assignment, Batch, DataConfig, TrainLoader
-from shards.order import Order
+from shards.order import BatchConfig, Order
 from shards.views import ViewsConfig
 from tests.conftest import draw_photo
 from tests.engine.processes.test_step_graph import float32_rates
@@ -234,19 +236,27 @@ def test_a_step_never_waits_for_the_device(
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"precision": precision} for precision in ("fp32", "bf16", "fp16")),
+        *({"precision": precision, "compile": True} for precision in ("fp32", "bf16", "fp16")),
+        {"optimizer": SGDConfig(), "clip": ClipConfig(norm=0.5, value=0.1)},
+        {
+            "optimizer": AdamWConfig(),
+            "batch": BatchConfig(size=16, micro=2),
+            "average": AverageConfig(rate=0.9),
+            "parallel": ParallelConfig(recompute=True),
+        },
+    ],
+    ids=str,
+)
 def test_steps_by_a_graph_are_ordinary_steps(
-    tiny_data: DataConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    precision: str,
-    compile: bool,
+    changes: dict[str, Any], tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Trainer, "_rates", float32_rates)
-    fixed: dict[str, Any] = {"probe": tiny.NO_PROBE, "precision": precision, "compile": compile}
-    ordinary = open_trainer(tiny.recipe(tiny_data, tmp_path, **fixed))
-    by_graph = open_trainer(tiny.recipe(tiny_data, tmp_path, cuda_graph=True, **fixed))
+    recipe = tiny.recipe(tiny_data, tmp_path, probe=tiny.NO_PROBE, **changes)
+    ordinary, by_graph = open_trainer(recipe), open_trainer(replace(recipe, cuda_graph=True))
     assert by_graph.graph is not None
     with (
         contextlib.closing(ordinary.batches()) as ours,
@@ -258,18 +268,28 @@ def test_steps_by_a_graph_are_ordinary_steps(
             found = by_graph.train_step(next(theirs))
             assert all(map(torch.equal, found[:6], expected[:6])), step
             assert all(map(torch.equal, by_graph._changed(), ordinary._changed())), step
+    assert by_graph.graph.memory > 0
 
 
 def test_a_run_by_a_graph_is_evaluated_and_saved(tiny_data: DataConfig, tmp_path: Path) -> None:
-    """Its log is that of an ordinary run, but for the rates, which a graph rounds to float32."""
+    """It is an ordinary run, but for the rates, which a graph rounds to float32."""
     log = LogConfig(every=4)
-    train(tiny.recipe(tiny_data, tmp_path / "ordinary", log=log))
-    train(tiny.recipe(tiny_data, tmp_path / "graph", log=log, cuda_graph=True))
+    ordinary = train(tiny.recipe(tiny_data, tmp_path / "ordinary", log=log))
+    by_graph = train(tiny.recipe(tiny_data, tmp_path / "graph", log=log, cuda_graph=True))
+    assert by_graph.graph is not None
+    assert by_graph.graph.memory > 0
     for ours, theirs in zip(
         comparable(tmp_path / "graph"), comparable(tmp_path / "ordinary"), strict=True
     ):
         assert ours["data_digest"] == theirs["data_digest"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    again = open_trainer(tiny.recipe(tiny_data, tmp_path / "graph", log=log))
+    assert again.step == 20
+    assert all(map(torch.equal, again._changed(), by_graph._changed()))
+    for ours, theirs in zip(
+        by_graph.online.parameters(), ordinary.online.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
 
 
 def test_a_batch_is_copied_while_kernels_run() -> None:

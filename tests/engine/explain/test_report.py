@@ -205,6 +205,6 @@ def test_the_memory_of_a_cuda_graph_is_told(
     tiny_data: DataConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tiny.recipe(tiny_data, tmp_path / "run")
-    line = "--cuda-graph needs a step's other tensors twice."
+    line = "One process with --cuda-graph needs a step's other tensors twice."
     assert line not in printed(recipe, capsys)
     assert line in printed(dataclasses.replace(recipe, cuda_graph=True), capsys)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.log import journal
 from engine.log.metrics import LogConfig
@@ -30,7 +31,11 @@ from tests.helpers.training import finish, open_trainer, training
 
 
 def refuse(_: object) -> Any:
-    raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+    """A recording that fails, whose end then fails too, as torch's does."""
+    try:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+    finally:
+        raise RuntimeError("operation failed due to a previous error during capture")
 
 
 def float32_rates(trainer: Trainer) -> tuple[float, float, float]:
@@ -105,29 +110,64 @@ def test_logged_steps_are_ordinary(
     assert recorder.replays == len([step for step in not_logged if step > WARM_UP])
 
 
-@pytest.mark.parametrize("fault", ["without inputs", "refused"])
+TOLD = {
+    "refused": "operation not permitted when stream is capturing",
+    "without inputs": "the recorded step makes another update than an ordinary one",
+    "not deterministic": "equal steps of this network differ on this GPU, so a recorded one cannot "
+    "be compared with them",
+}
+
+
+@pytest.mark.parametrize("fault", TOLD)
 def test_a_recording_that_is_wrong_is_told_in_one_line(
     fault: str, tiny_data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Recorder(monkeypatch, fixed=True)
+    Recorder(monkeypatch, fixed=fault == "without inputs")
     if fault == "refused":
         monkeypatch.setattr(step_graph, "record", refuse)
     recipe = tiny.recipe(tiny_data, tmp_path, probe=tiny.NO_PROBE, cuda_graph=True)
     trainer = open_trainer(recipe)
     assert trainer.graph is not None
     trainer.graph.active = True
-    expected = {
-        "refused": "cuda_graph: operation not permitted when stream is capturing: "
-        "use --no-cuda-graph",
-        "without inputs": "cuda_graph: the recorded step makes another update than an ordinary "
-        "one: use --no-cuda-graph",
-    }[fault]
     with batches(trainer) as data:
         for _ in range(WARM_UP):
             trainer.train_step(next(data))
+        if fault == "not deterministic":
+            seeds = iter(range(10))
+            trainer.augment = lambda views, _: views.float() / 255 + next(seeds) / 8
         with pytest.raises(InputError) as error:
             trainer.train_step(next(data))
-    assert str(error.value) == expected
+    assert str(error.value) == f"cuda_graph: {TOLD[fault]}: use --no-cuda-graph"
+
+
+@pytest.mark.parametrize("optimizer", [LARSConfig(), AdamWConfig(), SGDConfig()], ids=str)
+def test_a_rate_on_the_device_stays_there(
+    optimizer: Any, tiny_data: DataConfig, tmp_path: Path
+) -> None:
+    """Torch's kernels also take a number, and would wait for the device to tell it."""
+    recipe = tiny.recipe(tiny_data, tmp_path, probe=tiny.NO_PROBE, optimizer=optimizer)
+    trainer = open_trainer(recipe)
+    with batches(trainer) as data:
+        batch = next(data)
+    with Called() as called:
+        trainer.update(batch.views, batch.params, batch.labels, *torch.zeros(3).unbind())
+    fused = [name for name in called.names if "_fused_" in name]
+    assert fused
+    assert all(name.endswith(".tensor_lr") for name in fused)
+
+
+class Called(TorchDispatchMode):
+    """Notes the names of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_run_without_a_gpu_goes_on_without(
