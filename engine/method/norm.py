@@ -127,10 +127,13 @@ class _SyncNorm(torch.autograd.Function):
         if y.dtype != x.dtype:
             y = y.to(x.dtype)
 
-        figures = mean, (variance + eps).rsqrt(), variance * total / (total - 1), 1 / total
-        # The last one too is [V, C], so that the kernel that computes the others writes it.
-        mean, rstd, unbiased, share = (f.to(centered.dtype).expand_as(mean) for f in figures)
-        ctx.save_for_backward(x, weight, mean, rstd, share.contiguous())
+        rstd, unbiased = (variance + eps).rsqrt(), variance * total / (total - 1)
+        share = torch.ones_like(mean) / total  # [V, C] too, so that the same kernel writes it
+        # None of them may be a view, of which torch 2.11 loses the gradients when it compiles this.
+        mean, rstd, unbiased, share = (
+            figures.to(centered.dtype) for figures in (mean, rstd, unbiased, share)
+        )
+        ctx.save_for_backward(x, weight, mean, rstd, share)
         ctx.group = group
         ctx.mark_non_differentiable(mean, unbiased)
         return y, mean, unbiased
